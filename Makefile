@@ -1,0 +1,51 @@
+# Concordat: every command a person needs. `make help` lists them.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# One thread per process: several agents share the machine.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types bench proto lock clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create the virtual environment with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[server,client,postgres,demo,dev]"
+	@touch $@
+
+demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minutes)
+	$(BIN)/python scenarios/hospital/run.py
+
+test: $(STAMP) ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(STAMP) ## the benchmarks, one JSON object each
+	@for b in tests/benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b --json || exit 1; done
+
+proto: $(STAMP) ## regenerate the gRPC stubs
+	cd shared && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. fl_shared/wire/*.proto
+
+lock: $(STAMP) ## write the installed versions to constraints.txt
+	@{ echo "# Versions that the demo, the tests and CI install: name==version. Written by 'make lock'."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' | grep -E '^[A-Za-z0-9_.-]+==' ; } > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## remove the environment, caches and the demo's output
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis scenarios/*/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
