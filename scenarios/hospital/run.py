@@ -1,6 +1,6 @@
 """The hospital scenario: three hospitals fine-tune one model together, and an auditor reads what it cost.
 
-Each step is a command that a person would type; `--help` shows the options, README.md beside this file explains.
+Each step is a command that a person would type. README.md beside this file explains.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import BIN, CommandFailed, Coordinator, Site, command_json, environment, running
-
 from fl_client.data.icd10 import hospital_split
+
+from harness import BIN, CommandError, Coordinator, Site, command_json, environment, running
 
 HERE = Path(__file__).resolve().parent
 EPILOG = """examples:
@@ -37,8 +37,12 @@ EPILOG = """examples:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for everything that is written")
-    parser.add_argument("--scenario", type=Path, default=HERE / "scenario.toml", help="the run's specification")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "out", help="folder for everything that is written"
+    )
+    parser.add_argument(
+        "--scenario", type=Path, default=HERE / "scenario.toml", help="the run's specification"
+    )
     parser.add_argument("--rounds", type=int, help="rounds instead of the scenario's")
     parser.add_argument("--skip-alone", action="store_true", help="leave out the sites' own baselines")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
@@ -154,7 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {
         "majority": majority,
         "base": accuracy(spec_path, held_out, None),
-        "alone": {name: accuracy(spec_path, held_out, folder / "adapter.safetensors") for name, folder in alone.items()},
+        "alone": {
+            name: accuracy(spec_path, held_out, folder / "adapter.safetensors")
+            for name, folder in alone.items()
+        },
         "federated": accuracy(spec_path, held_out, adapter),
         "budgets": {site.id: site.audit("budgets") for site in sites},
         "spends": {site.id: site.audit("spends") for site in sites},
@@ -201,10 +208,10 @@ def report(console: Console, results: dict[str, Any], sites: Sequence[Site], out
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except CommandFailed as failure:
+    except CommandError as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; every process was ended, nothing is lost: ledgers and adapters stay in the output folder",
+        print("stopped: every process was ended; ledgers and adapters stay in the output folder",
               file=sys.stderr)  # fmt: skip
         sys.exit(130)
