@@ -1,0 +1,212 @@
+"""The main job with real processes: a coordinator, two sites, Flower between them, an auditor at the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fl_client.data.icd10 import hospital_split
+
+from harness import CommandError, Coordinator, Site, command, command_json, running
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+SITES = ("hospital-001", "hospital-002")
+STEPS, SIGMA, Q = 2, 1.0, 0.05
+
+SITE_TOML = """
+[site]
+id = "{site}"
+[server]
+url = "{url}"
+[data]
+name = "diagnoses"
+path = "{data}"
+text_column = "text"
+label_column = "chapter"
+privacy_unit = "record"
+[model]
+directory = "tiny"
+device = "cpu"
+threads = 1
+[policy]
+min_noise_multiplier = 0.8
+max_clipping_norm = 1.0
+max_sampling_probability = 0.2
+max_steps_per_round = 4
+[budget]
+epsilon = {epsilon}
+delta = 1e-5
+approver = "privacy officer"
+"""
+
+
+def spec_text(
+    name: str, base: str, labels: list[str], *, rounds: int = 2, sigma: float = SIGMA, quorum: int = 2
+) -> str:
+    """A small run specification."""
+    return f"""
+[run]
+name = "{name}"
+base_model = "{base}"
+sites = {json.dumps(list(SITES))}
+rounds = {rounds}
+quorum = {quorum}
+round_timeout_s = 120
+aggregation = "fedavg"
+[task]
+kind = "classification"
+labels = {json.dumps(labels)}
+max_tokens = 24
+[lora]
+rank = 4
+alpha = 8
+targets = ["attention", "shared_experts", "routed_experts"]
+[training]
+noise_multiplier = {sigma}
+clipping_norm = 1.0
+sampling_probability = {Q}
+steps_per_round = {STEPS}
+learning_rate = 0.05
+head_learning_rate = 2.0
+momentum = 0.9
+seed_adapter = 0
+"""
+
+
+class Federation:
+    """What the tests of this file share: one coordinator, two enrolled and running sites."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.coordinator = Coordinator(root)
+        self.sites = [Site(name, root) for name in SITES]
+        train, _ = hospital_split()
+        self.labels = sorted({label for _, label in train})
+        self.base: str = command_json("fl-model", "inspect", "tiny")["digest"]
+        for index, site in enumerate(self.sites):
+            rows = train[index : 2400 : len(SITES)]
+            with (root / f"{site.id}.csv").open("w", newline="", encoding="utf-8") as sink:
+                csv.writer(sink).writerows([("text", "chapter"), *rows])
+
+    def configure(self, site: Site, epsilon: float = 8.0) -> None:
+        site.configure(
+            SITE_TOML.format(
+                site=site.id, url=self.coordinator.url, data=self.root / f"{site.id}.csv", epsilon=epsilon
+            )
+        )
+
+    def launch(self, name: str, **options: object) -> str:
+        spec = self.root / f"{name}.toml"
+        spec.write_text(spec_text(name, self.base, self.labels, **options), encoding="utf-8")  # type: ignore[arg-type]  # forwarded keywords
+        return self.coordinator.launch(spec)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A running coordinator with two running sites."""
+    made = Federation(tmp_path_factory.mktemp("federation"))
+    made.coordinator.init()
+    made.coordinator.start()
+    with running(made.coordinator.service):
+        for site in made.sites:
+            site.enroll(made.coordinator.url, made.coordinator.invite(site.id))
+            made.configure(site)
+            site.check()
+            site.start()
+        with running(*(site.service for site in made.sites)):
+            yield made
+
+
+def runs_of(site: Site) -> dict[str, float]:
+    """Epsilon by run, as fl-audit prints it."""
+    return {row["run"]: row["epsilon"] for row in site.audit("spends")["runs"]}
+
+
+def test_a_run_completes_and_every_site_ledger_has_a_row_for_every_round(federation: Federation) -> None:
+    """Two rounds are committed; each site's ledger and the coordinator's receipts tell the same story."""
+    run = federation.launch("first")
+    shown = federation.coordinator.wait(run, timeout=300)
+    assert shown["state"] == "completed", shown
+    assert shown["rounds_committed"] == 2
+    adapter = federation.root / "first.safetensors"
+    federation.coordinator.admin("adapters", "export", run, "--out", str(adapter))
+    assert adapter.stat().st_size > 10_000
+    for site in federation.sites:
+        rows = [row for row in site.audit("spends")["spends"] if row["run"] == run]
+        assert [row["round"] for row in rows] == [1, 2]
+        assert all(row["mechanism"]["noise_multiplier"] == SIGMA for row in rows)
+        assert all(row["mechanism"]["sampling_probability"] == Q for row in rows)
+        assert sum(row["mechanism"]["steps"] for row in rows) == 2 * STEPS
+        budget = site.audit("budgets")["budgets"][0]
+        assert budget["spent"] > 0
+        assert budget["spent"] + budget["left"] == pytest.approx(budget["epsilon"])
+
+
+def test_a_round_that_asks_for_less_noise_is_refused_and_costs_nothing(federation: Federation) -> None:
+    """The site's policy has the last word; the admin reads its reason; the ledger has no row."""
+    run = federation.launch("weak", sigma=0.6)
+    shown = federation.coordinator.wait(run, timeout=200)
+    assert shown["state"] == "failed"
+    text = json.dumps(shown)
+    assert "noise" in text
+    assert "0.6" in text
+    assert "0.8" in text
+    assert all(run not in runs_of(site) for site in federation.sites)
+
+
+def test_a_killed_agent_comes_back_and_the_run_completes(federation: Federation) -> None:
+    """kill -9 of one whole site in mid-run: started again, it goes on, and no round is charged twice."""
+    run = federation.launch("survivor", rounds=3)
+    site = federation.sites[0]
+    deadline = time.monotonic() + 120
+    while run not in runs_of(site):
+        assert time.monotonic() < deadline, "no round reached the site"
+        time.sleep(0.5)
+    assert site.service.process is not None
+    os.kill(site.service.process.pid, signal.SIGKILL)
+    site.service.process.wait()
+    site.start()
+    shown = federation.coordinator.wait(run, timeout=300)
+    assert shown["state"] == "completed", shown
+    rounds = [row["round"] for row in site.audit("spends")["spends"] if row["run"] == run]
+    assert sorted(set(rounds)) == sorted(rounds)
+
+
+def test_a_round_over_budget_is_refused_with_a_typed_answer(federation: Federation) -> None:
+    """A run that would pass the ceiling is refused as budget-exhausted, and the ceiling holds."""
+    run = federation.launch("greedy", rounds=12, sigma=0.8, quorum=2)
+    shown = federation.coordinator.wait(run, timeout=400)
+    text = json.dumps(shown)
+    if shown["state"] == "completed":
+        pytest.fail("the budget was meant to run out: " + text)
+    assert "budget-exhausted" in text
+    for site in federation.sites:
+        budget = site.audit("budgets")["budgets"][0]
+        assert budget["spent"] <= budget["epsilon"]
+
+
+def test_a_wrong_token_enrols_nobody(federation: Federation, tmp_path: Path) -> None:
+    """A changed secret is refused with an error that says so, exit code not 0, no traceback, nothing left."""
+    good = federation.coordinator.invite("hospital-009")
+    parts = good.split(".")
+    parts[2] = parts[2][::-1]
+    bad = ".".join(parts)
+    stranger = Site("hospital-009", tmp_path)
+    with pytest.raises(CommandError) as failure:
+        stranger.enroll(federation.coordinator.url, bad)
+    assert "Traceback" not in failure.value.output
+    assert "token" in failure.value.output
+    stranger.enroll(federation.coordinator.url, good)
+
+
+def test_the_auditor_verifies_every_ledger(federation: Federation) -> None:
+    """fl-audit verify passes on what the runs above left."""
+    for site in federation.sites:
+        command("fl-audit", "verify", "--site", site.id, "--home", str(site.home))
