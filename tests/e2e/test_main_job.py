@@ -48,7 +48,7 @@ approver = "privacy officer"
 
 
 def spec_text(
-    name: str, base: str, labels: list[str], *, rounds: int = 2, sigma: float = SIGMA, quorum: int = 2
+    name: str, base: str, labels: list[str], *, rounds: int = 2, sigma: float = SIGMA, q: float = Q
 ) -> str:
     """A small run specification."""
     return f"""
@@ -57,7 +57,7 @@ name = "{name}"
 base_model = "{base}"
 sites = {json.dumps(list(SITES))}
 rounds = {rounds}
-quorum = {quorum}
+quorum = 2
 round_timeout_s = 120
 aggregation = "fedavg"
 [task]
@@ -71,7 +71,7 @@ targets = ["attention", "shared_experts", "routed_experts"]
 [training]
 noise_multiplier = {sigma}
 clipping_norm = 1.0
-sampling_probability = {Q}
+sampling_probability = {q}
 steps_per_round = {STEPS}
 learning_rate = 0.05
 head_learning_rate = 2.0
@@ -95,7 +95,7 @@ class Federation:
             with (root / f"{site.id}.csv").open("w", newline="", encoding="utf-8") as sink:
                 csv.writer(sink).writerows([("text", "chapter"), *rows])
 
-    def configure(self, site: Site, epsilon: float = 8.0) -> None:
+    def configure(self, site: Site, epsilon: float = 5.0) -> None:
         site.configure(
             SITE_TOML.format(
                 site=site.id, url=self.coordinator.url, data=self.root / f"{site.id}.csv", epsilon=epsilon
@@ -181,7 +181,7 @@ def test_a_killed_agent_comes_back_and_the_run_completes(federation: Federation)
 
 def test_a_round_over_budget_is_refused_with_a_typed_answer(federation: Federation) -> None:
     """A run that would pass the ceiling is refused as budget-exhausted, and the ceiling holds."""
-    run = federation.launch("greedy", rounds=12, sigma=0.8, quorum=2)
+    run = federation.launch("greedy", rounds=12, sigma=0.8, q=0.2)
     shown = federation.coordinator.wait(run, timeout=400)
     text = json.dumps(shown)
     if shown["state"] == "completed":
