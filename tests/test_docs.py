@@ -1,0 +1,61 @@
+"""The public documents stay true: what they say a person can type exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scenarios/*/README.md")])
+
+
+def commands() -> list[tuple[str, ...]]:
+    """Every `fl-… verb [verb]` in a code block of a public document, without its options."""
+    found = set()
+    for document in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in block.splitlines():
+                words = line.split("#")[0].split()
+                if words and words[0].startswith("fl-"):
+                    verbs = []
+                    for word in words[1:3]:
+                        if not re.fullmatch(r"[a-z][a-z-]*", word) or "-0" in word:
+                            break
+                        verbs.append(word)
+                    found.add((words[0], *verbs))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", commands(), ids=" ".join)
+def test_every_documented_command_exists(line: tuple[str, ...]) -> None:
+    """A command that a document shows answers to --help."""
+    script, *verbs = line
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / script), *verbs, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    """`make X` in the README is a target of the Makefile."""
+    targets = set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+    named = set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
+    """Relative links in the documents point to files that exist."""
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
