@@ -1,4 +1,4 @@
-"""What is installed is what the layout promises: clear names, no torch where none belongs, locked versions."""
+"""What is installed is what the layout promises: clear names, no stray torch, locked versions."""
 
 from __future__ import annotations
 

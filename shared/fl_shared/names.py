@@ -1,0 +1,35 @@
+"""Names that become file names, certificate subjects and SQL keys: checked once, here."""
+
+from __future__ import annotations
+
+import re
+
+from fl_shared.errors import ConfigError
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def _check(value: object, what: str) -> str:
+    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+        raise ConfigError(
+            f"{what} {value!r} is not a valid name",
+            fix="use 1 to 63 lower-case letters, digits and hyphens, not at either end",
+        )
+    return value
+
+
+def site_id(value: object) -> str:
+    """A site's name such as `hospital-001`; ConfigError otherwise."""
+    return _check(value, "site")
+
+
+def run_name(value: object) -> str:
+    """A run's name such as `hospital-demo`; ConfigError otherwise."""
+    return _check(value, "run")
+
+
+def run_id(value: object) -> str:
+    """A run as the ledger knows it: a run's name, or `alone:NAME` for a site's own baseline."""
+    if isinstance(value, str) and value.startswith("alone:"):
+        return f"alone:{run_name(value.removeprefix('alone:'))}"
+    return run_name(value)

@@ -1,0 +1,171 @@
+"""Strict reading of TOML and JSON: every wrong field is named with its value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fl_shared.errors import ConcordatError, ConfigError
+
+T = TypeVar("T")
+_MAX_BYTES = 1 << 20
+_MISSING: Any = object()
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of at most 1 MiB; ConfigError names the file and the line."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path} is larger than 1 MiB", fix="a configuration is a small file")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", fix="check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text", fix="save the file as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}", fix="mend the TOML at that place") from error
+
+
+class Fields:
+    """One table of a configuration, read field by field; `done()` refuses what was not asked for.
+
+    Args:
+        table: the parsed table.
+        where: how errors call it, for example `site.toml [policy]`.
+        base: the folder that relative paths start from.
+    """
+
+    def __init__(self, table: Any, where: str, *, base: Path | None = None) -> None:
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{where} is {table!r}, not a table", fix=f"write {where} as a table of fields")
+        self._table = dict(table)
+        self._where = where
+        self._base = base
+        self._asked: set[str] = set()
+
+    def fail(self, name: str, problem: str, fix: str) -> ConfigError:
+        """The error for one field; the caller raises it."""
+        return ConfigError(f"{self._where}: {name} {problem}", fix=fix)
+
+    def _take(self, name: str, default: Any, fix: str) -> Any:
+        self._asked.add(name)
+        if name in self._table:
+            return self._table[name]
+        if default is _MISSING:
+            near = difflib.get_close_matches(name, set(self._table) - self._asked, n=1)
+            hint = f"; did you mean it by {near[0]!r}?" if near else ""
+            raise self.fail(name, f"is missing{hint}", f"add {name}: {fix}")
+        return default
+
+    def section(self, name: str, *, optional: bool = False) -> Fields:
+        """A nested table; with `optional`, an empty one when it is absent."""
+        value = self._take(name, {} if optional else _MISSING, "a table")
+        return Fields(value, f"{self._where} [{name}]", base=self._base)
+
+    def text(self, name: str, *, default: Any = _MISSING, empty: bool = False) -> str:
+        """A text of at most 4096 characters."""
+        value = self._take(name, default, "a text in quotes")
+        if value is default and default is not _MISSING:
+            return value  # type: ignore[no-any-return]  # the caller's own default
+        if not isinstance(value, str) or (not value and not empty) or len(value) > 4096 or "\0" in value:
+            raise self.fail(name, f"is {value!r}", "write a text in quotes")
+        return value
+
+    def named(self, name: str, check: Callable[[object], T]) -> T:
+        """A field that `check` accepts (it raises a ConcordatError otherwise)."""
+        value = self._take(name, _MISSING, "a name")
+        try:
+            return check(value)
+        except ConcordatError as error:
+            raise self.fail(name, f"is {value!r}: {error.message}", error.fix) from error
+
+    def boolean(self, name: str, *, default: Any = _MISSING) -> bool:
+        """true or false."""
+        value = self._take(name, default, "true or false")
+        if not isinstance(value, bool):
+            raise self.fail(name, f"is {value!r}", "write true or false")
+        return value
+
+    def integer(self, name: str, *, low: int, high: int, default: Any = _MISSING) -> int:
+        """A whole number in [low, high]."""
+        value = self._take(name, default, f"a whole number from {low} to {high}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.fail(name, f"is {value!r}", f"write a whole number from {low} to {high}")
+        return value
+
+    def number(
+        self,
+        name: str,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+        above: bool = False,
+        below: bool = False,
+        default: Any = _MISSING,
+    ) -> float:
+        """A finite number between low and high; `above`/`below` exclude the ends."""
+        bounds = f"{'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
+        value = self._take(name, default, f"a number {bounds}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.fail(name, f"is {value!r}", f"write a number {bounds}")
+        if value < low or value > high or (above and value == low) or (below and value == high):
+            raise self.fail(name, f"is {value!r}", f"write a number {bounds}")
+        return float(value)
+
+    def choice(self, name: str, options: Sequence[str], *, default: Any = _MISSING) -> str:
+        """One of the options."""
+        value = self._take(name, default, f"one of {', '.join(options)}")
+        if value not in options:
+            near = difflib.get_close_matches(str(value), options, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise self.fail(name, f"is {value!r}{hint}", f"write one of {', '.join(options)}")
+        return str(value)
+
+    def texts(
+        self, name: str, *, low: int = 1, high: int = 10_000, default: Any = _MISSING
+    ) -> tuple[str, ...]:
+        """A list of different, non-empty texts."""
+        value = self._take(name, default, "a list of texts")
+        if (
+            not isinstance(value, list | tuple)
+            or not low <= len(value) <= high
+            or not all(isinstance(each, str) and 0 < len(each) <= 512 for each in value)
+        ):
+            raise self.fail(name, f"is {value!r}", f"write a list of {low} to {high} texts")
+        if len(set(value)) != len(value):
+            twice = next(each for each in value if list(value).count(each) > 1)
+            raise self.fail(name, f"names {twice!r} twice", "name each once")
+        return tuple(value)
+
+    def path(self, name: str, *, default: Any = _MISSING) -> Path:
+        """A path; `~` is expanded and a relative one starts at the file's folder."""
+        value = self._take(name, default, "a path in quotes")
+        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+            raise self.fail(name, f"is {value!r}", "write a path in quotes")
+        path = Path(value).expanduser()
+        return path if path.is_absolute() or self._base is None else self._base / path
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A nested table as it stands."""
+        value = self._take(name, _MISSING, "a table")
+        if not isinstance(value, dict):
+            raise self.fail(name, f"is {value!r}", "write a table")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether the field is given."""
+        return name in self._table
+
+    def done(self) -> None:
+        """Refuse fields that nobody asked for, with the nearest known name."""
+        for name in self._table:
+            if name not in self._asked:
+                near = difflib.get_close_matches(str(name), self._asked, n=1)
+                fix = (
+                    f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(self._asked))}"
+                )
+                raise self.fail(str(name), "is not a field here", fix)
