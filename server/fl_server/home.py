@@ -1,0 +1,127 @@
+"""The coordinator's home directory: where everything lies, and what `server.toml` says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fl_shared.errors import ConfigError
+from fl_shared.settings import Fields, load_toml
+
+
+def default_home() -> Path:
+    """`$FL_SERVER_HOME`, or `~/.concordat/server`."""
+    given = os.environ.get("FL_SERVER_HOME")
+    return Path(given).expanduser() if given else Path.home() / ".concordat" / "server"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What `server.toml` holds. Ports on `host`; Flower's own ports are chosen at every start."""
+
+    host: str
+    gateway_port: int
+    control_port: int
+    database: str
+    max_message_bytes: int
+    certificate_days: int
+    max_restarts: int
+
+    @classmethod
+    def load(cls, path: Path) -> ServerSettings:
+        """Read `server.toml`; ConfigError names the field, the value and the fix."""
+        top = Fields(load_toml(path), str(path), base=path.parent)
+        server = top.section("server")
+        made = cls(
+            host=server.text("host"),
+            gateway_port=server.integer("gateway_port", low=1, high=65535),
+            control_port=server.integer("control_port", low=1, high=65535),
+            database=server.text("database", default=""),
+            max_message_bytes=server.integer("max_message_bytes", low=1 << 20, high=1 << 40, default=1 << 30),
+            certificate_days=server.integer("certificate_days", low=1, high=3650, default=365),
+            max_restarts=server.integer("max_restarts", low=0, high=1_000_000, default=20),
+        )
+        server.done()
+        top.done()
+        if made.gateway_port == made.control_port:
+            raise server.fail("control_port", f"is {made.control_port}, the gateway's", "choose two ports")
+        return made
+
+
+@dataclass(frozen=True)
+class ServerHome:
+    """Every path below one coordinator's home."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, root: Path) -> ServerHome:
+        """The home at `root`; ConfigError when nothing was initialised there."""
+        home = cls(root.expanduser().resolve())
+        if not home.settings_file.exists():
+            raise ConfigError(
+                f"there is no coordinator at {home.root}",
+                fix=f"run `fl-server init --home {home.root}`, or name another home with --home",
+            )
+        return home
+
+    @property
+    def settings_file(self) -> Path:
+        return self.root / "server.toml"
+
+    @property
+    def signing_key(self) -> Path:
+        return self.root / "keys" / "signing.pem"
+
+    @property
+    def ca_key(self) -> Path:
+        return self.root / "tls" / "ca.key"
+
+    @property
+    def ca(self) -> Path:
+        return self.root / "tls" / "ca.pem"
+
+    @property
+    def server_key(self) -> Path:
+        return self.root / "tls" / "server.key"
+
+    @property
+    def server_certificate(self) -> Path:
+        return self.root / "tls" / "server.pem"
+
+    @property
+    def admin(self) -> Path:
+        return self.root / "admin"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "coordinator.sqlite"
+
+    @property
+    def adapters(self) -> Path:
+        return self.root / "adapters"
+
+    @property
+    def flower(self) -> Path:
+        return self.root / "flower"
+
+    @property
+    def flower_state(self) -> Path:
+        return self.flower / "superlink.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def supervisor_state(self) -> Path:
+        return self.root / "supervisor.json"
+
+    def settings(self) -> ServerSettings:
+        """Read `server.toml`."""
+        return ServerSettings.load(self.settings_file)
+
+    def database_url(self) -> str:
+        """The SQL address: `[server] database`, or the SQLite file in the home."""
+        return self.settings().database or f"sqlite:///{self.database}"
