@@ -1,0 +1,99 @@
+"""A Merkle tree over entry hashes (RFC 6962, section 2.1), kept as an append-only table of inner nodes.
+
+Leaf i is `SHA-256(0x00 || hash of entry i+1)`, an inner node `SHA-256(0x01 || left || right)`. The nodes of
+complete subtrees never change, so they are stored; a root needs one look-up a level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import sqlalchemy as sa
+
+from fl_shared.ledger.models import merkle_nodes
+
+EMPTY_ROOT = hashlib.sha256(b"").hexdigest()
+
+
+def leaf_hash(entry_hash: str) -> bytes:
+    """Return the leaf for an entry's hash (64 hex digits)."""
+    return hashlib.sha256(b"\0" + bytes.fromhex(entry_hash)).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """Return the inner node over two children."""
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+class Tree:
+    """Roots of a growing tree in memory of O(log n): feed leaves in order, ask for the root at any time."""
+
+    def __init__(self) -> None:
+        self._peaks: list[tuple[int, bytes]] = []  # (level, node), falling levels
+        self.size = 0
+
+    def add(self, entry_hash: str) -> list[tuple[int, int, str]]:
+        """Add a leaf; return the inner nodes (level, position, hex) that became complete."""
+        completed = []
+        level, node, position = 0, leaf_hash(entry_hash), self.size
+        while self._peaks and self._peaks[-1][0] == level:
+            node = node_hash(self._peaks.pop()[1], node)
+            level, position = level + 1, position >> 1
+            completed.append((level, position, node.hex()))
+        self._peaks.append((level, node))
+        self.size += 1
+        return completed
+
+    def root(self) -> str:
+        """Return the root over all leaves so far, 64 hex digits."""
+        return fold(node for _level, node in self._peaks)
+
+
+def fold(peaks: Iterable[bytes]) -> str:
+    """Return the root over complete subtrees, given from the largest (left) to the smallest (right)."""
+    nodes = list(peaks)
+    if not nodes:
+        return EMPTY_ROOT
+    root = nodes[-1]
+    for node in reversed(nodes[:-1]):
+        root = node_hash(node, root)
+    return root.hex()
+
+
+def peaks_of(size: int) -> list[tuple[int, int]]:
+    """Return (level, position) of the complete subtrees of a tree with `size` leaves, largest first."""
+    found, offset = [], 0
+    for level in range(size.bit_length() - 1, -1, -1):
+        if size >> level & 1:
+            found.append((level, offset >> level))
+            offset += 1 << level
+    return found
+
+
+def completed_nodes(
+    connection: sa.Connection, position: int, entry_hash: str, leaf_at: Callable[[int], str]
+) -> list[dict[str, int | str]]:
+    """Return the rows to store when leaf `position` (from 0) is appended; `leaf_at` gives entry hashes."""
+    rows: list[dict[str, int | str]] = []
+    level, node = 0, leaf_hash(entry_hash)
+    while position >> level & 1:
+        sibling = (position >> level) - 1
+        left = leaf_hash(leaf_at(sibling)) if level == 0 else _stored(connection, level, sibling)
+        node = node_hash(left, node)
+        level += 1
+        rows.append({"level": level, "position": position >> level, "hash": node.hex()})
+    return rows
+
+
+def stored_root(connection: sa.Connection, size: int, leaf_at: Callable[[int], str]) -> str:
+    """Return the root over the first `size` entries, from the stored nodes."""
+    return fold(
+        leaf_hash(leaf_at(position)) if level == 0 else _stored(connection, level, position)
+        for level, position in peaks_of(size)
+    )
+
+
+def _stored(connection: sa.Connection, level: int, position: int) -> bytes:
+    where = (merkle_nodes.c.level == level) & (merkle_nodes.c.position == position)
+    return bytes.fromhex(connection.execute(sa.select(merkle_nodes.c.hash).where(where)).scalar_one())

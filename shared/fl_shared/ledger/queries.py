@@ -1,0 +1,211 @@
+"""Reads on an open transaction: rows in, frozen records out. No decision is taken here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from fl_shared.accounting.merge import Key
+from fl_shared.ledger.models import (
+    budgets,
+    datasets,
+    entries,
+    overlaps,
+    reservations,
+    settlements,
+    tallies,
+    tally_keys,
+)
+from fl_shared.ledger.records import BudgetRecord, Dataset, Reservation, Spend
+from fl_shared.privacy import Mechanism
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Steps by mechanism, charged and held by open reservations."""
+
+    spent: Mapping[Key, int]
+    held: Mapping[Key, int]
+
+    @property
+    def together(self) -> dict[Key, int]:
+        """Charged and held, added."""
+        total = dict(self.spent)
+        for key, count in self.held.items():
+            total[key] = total.get(key, 0) + count
+        return total
+
+
+def dataset_of(row: Mapping[str, Any] | sa.RowMapping) -> Dataset:
+    """Return the data set in a row."""
+    return Dataset(
+        **{name: row[name] for name in ("seq", "name", "version", "fingerprint", "privacy_unit")},
+        units=int(row["units"]),
+        bound_per_unit=int(row["bound_per_unit"]),
+    )
+
+
+def latest_dataset(connection: sa.Connection, name: str) -> Dataset | None:
+    """Return the newest version of a data set, or None when it was never registered."""
+    query = sa.select(datasets).where(datasets.c.name == name).order_by(datasets.c.version.desc()).limit(1)
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dataset_of(row)
+
+
+def all_datasets(connection: sa.Connection) -> list[Dataset]:
+    """Return every version of every data set, by name and version."""
+    query = sa.select(datasets).order_by(datasets.c.name, datasets.c.version)
+    return [dataset_of(row) for row in connection.execute(query).mappings()]
+
+
+def overlapping(connection: sa.Connection, name: str) -> list[str]:
+    """Return the data sets declared to share units with `name`, sorted."""
+    query = sa.select(overlaps.c.first, overlaps.c.second).where(
+        (overlaps.c.first == name) | (overlaps.c.second == name)
+    )
+    return sorted(second if first == name else first for first, second in connection.execute(query))
+
+
+def budget_of(row: Mapping[str, Any] | sa.RowMapping) -> BudgetRecord:
+    """Return the budget in a row."""
+    plain = ("seq", "dataset", "version", "epsilon", "delta", "filter_order", "valid_from", "valid_to", "approver")
+    return BudgetRecord(**{name: row[name] for name in plain}, study=row["study"] or None)
+
+
+def current_budgets(connection: sa.Connection, names: Collection[str] | None = None) -> list[BudgetRecord]:
+    """Return the newest version of each budget (of the named data sets), overall before studies."""
+    newest = (
+        sa.select(budgets.c.dataset, budgets.c.study, sa.func.max(budgets.c.version).label("version"))
+        .group_by(budgets.c.dataset, budgets.c.study)
+        .subquery()
+    )
+    query = (
+        sa.select(budgets)
+        .join(
+            newest,
+            (budgets.c.dataset == newest.c.dataset)
+            & (budgets.c.study == newest.c.study)
+            & (budgets.c.version == newest.c.version),
+        )
+        .order_by(budgets.c.dataset, budgets.c.study)
+    )
+    if names is not None:
+        query = query.where(budgets.c.dataset.in_(names))
+    return [budget_of(row) for row in connection.execute(query).mappings()]
+
+
+def charges(connection: sa.Connection, names: Collection[str], study: str | None) -> Charges:
+    """Return what the named data sets together are charged with (in one study, or in all)."""
+    inner = tallies.alias("inner_tallies")
+    newest = sa.select(sa.func.max(inner.c.version)).where(inner.c.key == tally_keys.c.id).scalar_subquery()
+    query = (
+        sa.select(tally_keys, tallies.c.spent, tallies.c.held)
+        .select_from(tally_keys)
+        .join(tallies, (tallies.c.key == tally_keys.c.id) & (tallies.c.version == newest))
+        .where(tally_keys.c.dataset.in_(names))
+    )
+    if study is not None:
+        query = query.where(tally_keys.c.study == study)
+    spent: dict[Key, int] = {}
+    held: dict[Key, int] = {}
+    for row in connection.execute(query).mappings():
+        key = Key(row["kind"], row["neighbouring"], row["noise_multiplier"], row["sampling_probability"])
+        spent[key] = spent.get(key, 0) + int(row["spent"])
+        held[key] = held.get(key, 0) + int(row["held"])
+    return Charges(
+        dict(sorted((key, count) for key, count in spent.items() if count)),
+        dict(sorted((key, count) for key, count in held.items() if count)),
+    )
+
+
+_ending = entries.alias("ending")
+_SPEND = (
+    sa.select(
+        reservations,
+        datasets.c.version.label("dataset_version"),
+        entries.c.created_at,
+        settlements.c.seq.label("settled_seq"),
+        settlements.c.outcome,
+        settlements.c.steps.label("charged_steps"),
+        settlements.c.release_digest,
+        settlements.c.reason,
+        _ending.c.created_at.label("settled_at"),
+    )
+    .select_from(reservations)
+    .join(datasets, datasets.c.seq == reservations.c.dataset_seq)
+    .join(entries, entries.c.seq == reservations.c.seq)
+    .outerjoin(settlements, settlements.c.reservation == reservations.c.seq)
+    .outerjoin(_ending, _ending.c.seq == settlements.c.seq)
+)
+
+
+def spends(
+    connection: sa.Connection,
+    *,
+    dataset: str | None = None,
+    run: str | None = None,
+    round: int | None = None,  # noqa: A002  # the field's own word
+    purpose: str | None = None,
+    open_only: bool = False,
+) -> Iterator[Spend]:
+    """Yield reservations with how they ended, oldest first, streaming."""
+    query = _SPEND.order_by(reservations.c.seq)
+    if dataset is not None:
+        query = query.where(reservations.c.dataset == dataset)
+    if run is not None:
+        query = query.where(reservations.c.run == run)
+    if round is not None:
+        query = query.where(reservations.c.round == round)
+    if purpose is not None:
+        query = query.where(reservations.c.purpose == purpose)
+    if open_only:
+        query = query.where(settlements.c.seq.is_(None))
+    for row in connection.execution_options(yield_per=1000).execute(query).mappings():
+        yield spend_of(row)
+
+
+def find_spend(connection: sa.Connection, reservation: int) -> Spend | None:
+    """Return one reservation with how it ended, or None when there is no such entry."""
+    row = connection.execute(_SPEND.where(reservations.c.seq == reservation)).mappings().first()
+    return None if row is None else spend_of(row)
+
+
+def spend_of(row: sa.RowMapping) -> Spend:
+    """Return the spend in a joined row."""
+
+    def mechanism(steps: int) -> Mechanism:
+        return Mechanism(
+            noise_multiplier=row["noise_multiplier"],
+            sampling_probability=row["sampling_probability"],
+            steps=steps,
+            clipping_norm=row["clipping_norm"],
+            neighbouring=row["neighbouring"],
+            kind=row["kind"],
+        )
+
+    held = Reservation(
+        seq=row["seq"],
+        dataset=row["dataset"],
+        dataset_version=row["dataset_version"],
+        study=row["study"] or None,
+        run=row["run"],
+        round=row["round"],
+        purpose=row["purpose"],
+        attempt=row["attempt"],
+        mechanism=mechanism(int(row["steps"])),
+        created_at=row["created_at"],
+    )
+    ended = row["settled_seq"] is not None
+    outcome = str(row["outcome"]) if ended else "open"
+    return Spend(
+        reservation=held,
+        outcome=outcome,
+        charged=None if outcome == "released" else mechanism(int(row["charged_steps"] if ended else row["steps"])),
+        release_digest=row["release_digest"],
+        reason=row["reason"] or "",
+        settled_seq=row["settled_seq"],
+        settled_at=row["settled_at"],
+    )
