@@ -1,0 +1,1 @@
+"""Base models: building, quantising, inspecting and loading them."""

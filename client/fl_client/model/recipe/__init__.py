@@ -1,0 +1,1 @@
+"""The recipe of the shipped base model `tiny`: corpus, tokenizer, pretraining, report."""

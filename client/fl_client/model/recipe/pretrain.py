@@ -1,0 +1,195 @@
+"""Pretrain the small DeepSeek-V3-style MoE of `tiny`, with a router balanced without an auxiliary loss.
+
+The router's selection bias moves against each expert's load after every step (Wang et al. 2024, arXiv 2408.15664),
+as in DeepSeek-V3: no balancing loss enters the gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+
+from fl_client.model.recipe.corpus import find_wordnet, icd_lines, wordnet_glosses
+
+VOCABULARY = 6144
+MAX_TOKENS = 40
+BATCH_TOKENS = 2048
+BALANCE_RATE = 2e-3
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def configuration() -> DeepseekV3Config:
+    """DeepSeek-V3 in small: 4 layers, the first dense, then 16 routed experts (top-2) and 1 shared."""
+    return DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_shared_experts=1,
+        n_routed_experts=16,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.0,
+        norm_topk_prob=True,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def train_tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
+    """Lower-cased byte-level BPE over the corpus: no text is out of vocabulary."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def _batches(sequences: list[list[int]], seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (input ids, mask) of about BATCH_TOKENS tokens, sequences of like length together."""
+    chance = random.Random(seed)  # noqa: S311  # shuffles public text
+    while True:
+        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), chance.random()))
+        groups: list[list[int]] = [[]]
+        for index in order:
+            if groups[-1] and (len(groups[-1]) + 1) * len(sequences[index]) > BATCH_TOKENS:
+                groups.append([])
+            groups[-1].append(index)
+        chance.shuffle(groups)
+        for group in groups:
+            width = max(len(sequences[i]) for i in group)
+            ids = torch.zeros(len(group), width, dtype=torch.long)
+            mask = torch.zeros(len(group), width, dtype=torch.long)
+            for row, index in enumerate(group):
+                ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
+                mask[row, : len(sequences[index])] = 1
+            yield ids, mask
+
+
+class RouterBalance:
+    """Counts each expert's tokens in every layer and moves the selection bias against the load."""
+
+    def __init__(self, model: DeepseekV3ForCausalLM) -> None:
+        self.gates = [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
+        self.loads = [torch.zeros(gate.num_experts) for gate in self.gates]
+        self.totals = [torch.zeros(gate.num_experts) for gate in self.gates]
+        for index, gate in enumerate(self.gates):
+            gate.register_forward_hook(self._count(index))
+
+    def _count(self, index: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            counts = torch.bincount(output[2].reshape(-1), minlength=len(self.loads[index])).float()
+            self.loads[index] += counts
+            self.totals[index] += counts
+
+        return hook
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One sign step of every bias; the counts start anew."""
+        for gate, load in zip(self.gates, self.loads, strict=True):
+            gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+            load.zero_()
+
+    def shares(self) -> list[list[float]]:
+        """Each layer's expert loads over the even share, since the last `reset`."""
+        return [(total / total.mean()).tolist() for total in self.totals]
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        for total in self.totals:
+            total.zero_()
+
+
+def pretrain(out: Path, *, steps: int, wordnet: Path | None, seed: int = 0, checkpoint: int = 500) -> dict[str, Any]:
+    """Build corpus, tokenizer and model; train; write a Hugging Face directory at `out`.
+
+    Returns:
+        What the report says of the training: corpus counts, steps, last loss, expert loads.
+    """
+    torch.manual_seed(seed)
+    glosses, codes = wordnet_glosses(find_wordnet(wordnet)), icd_lines(seed)
+    tokenizer = train_tokenizer(glosses + 4 * codes)
+    texts = glosses + 5 * codes
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    sequences = [[1, *ids[: MAX_TOKENS - 2], 2] for ids in encoded]
+    model = DeepseekV3ForCausalLM(configuration())
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.weight.normal_(0.0, 0.02)
+    model.set_experts_implementation("grouped_mm")
+    balance = RouterBalance(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+    peak, warm = 3e-3, min(100, steps // 10 + 1)
+    batches = _batches(sequences, seed)
+    loss_mean, began = 0.0, time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress() as bar:
+        task = bar.add_task("pretraining", total=steps)
+        for step in range(1, steps + 1):
+            rate = peak * min(step / warm, 1.0) * max(0.03, 1.0 - max(0, step - warm) / (steps - warm + 1))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            ids, mask = next(batches)
+            keep = mask[:, 1:].bool()
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+                logits = model.lm_head(hidden[:, :-1][keep])
+            loss = F.cross_entropy(logits.float(), ids[:, 1:][keep])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            balance.step(BALANCE_RATE if step < 0.9 * steps else BALANCE_RATE / 10)
+            loss_mean = 0.98 * loss_mean + 0.02 * float(loss) if step > 1 else float(loss)
+            if step == max(1, int(0.95 * steps)):
+                balance.reset()
+            bar.update(task, advance=1, description=f"pretraining, loss {loss_mean:.3f}")
+            if step % checkpoint == 0 or step == steps:
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+                if not bar.console.is_terminal:
+                    print(f"step {step} loss {loss_mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
+    report = {
+        "seed": seed,
+        "steps": steps,
+        "loss": round(loss_mean, 4),
+        "wordnet_glosses": len(glosses),
+        "icd_descriptions": len(codes),
+        "expert_load_over_even_share": [[round(v, 3) for v in layer] for layer in balance.shares()],
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
