@@ -1,0 +1,1 @@
+"""The coordinator's SQL: sites, invitations, runs, rounds, replies, manifests, events."""

@@ -1,0 +1,139 @@
+"""The tables. Times are Unix seconds; digests are `sha256:<hex>`; documents are the signed JSON as it came.
+
+A run's truth is here and nowhere in Flower: a round exists when its row says `committed`, and its adapter
+file was on disk before that row.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, CheckConstraint, Float, ForeignKey, Index, Integer, LargeBinary, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SITE_STATES = ("invited", "enrolled", "revoked")
+RUN_STATES = ("pending", "running", "paused", "stopped", "failed", "completed")
+ENDED = ("stopped", "failed", "completed")
+REPLY_STATES = ("ok", "refused", "failed", "late", "missing", "invalid")
+
+
+def _one_of(column: str, values: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+class Base(DeclarativeBase):
+    """The metadata of every table."""
+
+
+class SiteRow(Base):
+    """One institution: what it proved at enrolment, and whether it may still speak."""
+
+    __tablename__ = "sites"
+    __table_args__ = (CheckConstraint(_one_of("state", SITE_STATES), name="site_state"),)
+
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    signing_key: Mapped[str] = mapped_column(String(64), default="")
+    node_public_key: Mapped[str] = mapped_column(Text, default="")
+    node_key_fingerprint: Mapped[str] = mapped_column(String(80), default="")
+    node_id: Mapped[str] = mapped_column(String(32), default="")
+    certificate_fingerprint: Mapped[str] = mapped_column(String(64), default="", index=True)
+    certificate_expires_at: Mapped[float] = mapped_column(Float, default=0.0)
+    invited_at: Mapped[float] = mapped_column(Float)
+    enrolled_at: Mapped[float] = mapped_column(Float, default=0.0)
+    revoked_at: Mapped[float] = mapped_column(Float, default=0.0)
+    last_seen_at: Mapped[float] = mapped_column(Float, default=0.0)
+
+
+class InvitationRow(Base):
+    """A one-time secret, kept as its SHA-256 only."""
+
+    __tablename__ = "invitations"
+
+    secret_hash: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    site: Mapped[str] = mapped_column(ForeignKey("sites.site"), index=True)
+    created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float] = mapped_column(Float)
+    used_at: Mapped[float] = mapped_column(Float, default=0.0)
+
+
+class RunRow(Base):
+    """One federated training."""
+
+    __tablename__ = "runs"
+    __table_args__ = (CheckConstraint(_one_of("state", RUN_STATES), name="run_state"),)
+
+    run: Mapped[str] = mapped_column(String(63), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    spec_json: Mapped[str] = mapped_column(Text)
+    spec_digest: Mapped[str] = mapped_column(String(71))
+    rounds: Mapped[int] = mapped_column(Integer)
+    flower_run: Mapped[str] = mapped_column(String(32), default="")
+    restarts: Mapped[int] = mapped_column(Integer, default=0)
+    created_at: Mapped[float] = mapped_column(Float)
+    updated_at: Mapped[float] = mapped_column(Float)
+
+
+class RoundRow(Base):
+    """One aggregation. `bytes` counts what arrived from the sites."""
+
+    __tablename__ = "rounds"
+    __table_args__ = (CheckConstraint("state IN ('committed', 'failed')", name="round_state"),)
+
+    run: Mapped[str] = mapped_column(ForeignKey("runs.run"), primary_key=True)
+    round: Mapped[int] = mapped_column(Integer, primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    adapter_digest: Mapped[str] = mapped_column(String(71), default="")
+    adapter_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    seconds: Mapped[float] = mapped_column(Float, default=0.0)
+    committed_at: Mapped[float] = mapped_column(Float)
+
+
+class ReplyRow(Base):
+    """What one site answered in one round; `document_json` is its signed receipt or refusal."""
+
+    __tablename__ = "replies"
+    __table_args__ = (CheckConstraint(_one_of("status", REPLY_STATES), name="reply_status"),)
+
+    run: Mapped[str] = mapped_column(ForeignKey("runs.run"), primary_key=True)
+    round: Mapped[int] = mapped_column(Integer, primary_key=True)
+    site: Mapped[str] = mapped_column(String(63), primary_key=True)
+    status: Mapped[str] = mapped_column(String(16))
+    code: Mapped[str] = mapped_column(String(64), default="")
+    message: Mapped[str] = mapped_column(Text, default="")
+    epsilon_spent_total: Mapped[float] = mapped_column(Float, default=0.0)
+    delta: Mapped[float] = mapped_column(Float, default=0.0)
+    document_json: Mapped[str] = mapped_column(Text, default="")
+    received_at: Mapped[float] = mapped_column(Float)
+
+
+class ManifestRow(Base):
+    """Every manifest that was ever signed: a receipt counts only for one of these."""
+
+    __tablename__ = "manifests"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    run: Mapped[str] = mapped_column(ForeignKey("runs.run"))
+    round: Mapped[int] = mapped_column(Integer)
+    site: Mapped[str] = mapped_column(String(63))
+    adapter_digest: Mapped[str] = mapped_column(String(71))
+    document_json: Mapped[str] = mapped_column(Text)
+    issued_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float] = mapped_column(Float)
+
+    __table_args__ = (Index("manifests_of_round", "run", "round", "site"),)
+
+
+class EventRow(Base):
+    """What happened, in order; `runs watch` reads this."""
+
+    __tablename__ = "events"
+
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    run: Mapped[str] = mapped_column(String(63), default="", index=True)
+    at: Mapped[float] = mapped_column(Float)
+    kind: Mapped[str] = mapped_column(String(32))
+    round: Mapped[int] = mapped_column(Integer, default=0)
+    site: Mapped[str] = mapped_column(String(63), default="")
+    message: Mapped[str] = mapped_column(Text, default="")
+    data_json: Mapped[str] = mapped_column(Text, default="{}")

@@ -1,0 +1,77 @@
+"""Open the coordinator's database: migrations, one writer at a time, short transactions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib import resources
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from fl_shared.errors import ConfigError
+
+BUSY_MS = 30_000
+
+
+class Store:
+    """Sessions on the coordinator's database. Several processes share it (gateway, control, ServerApps)."""
+
+    def __init__(self, url: str) -> None:
+        """Connect; nothing is created before `migrate`."""
+        try:
+            self._engine = sa.create_engine(url)
+        except (sa.exc.ArgumentError, ImportError) as error:
+            raise ConfigError(
+                f"[server] database = {url!r} cannot be used: {error}", fix="write sqlite:///PATH or postgresql+psycopg://…"
+            ) from error
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _sqlite_connect)
+            event.listen(self._engine, "begin", _sqlite_begin)
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; does nothing when it is."""
+        config = Config()
+        config.set_main_option("script_location", str(resources.files("fl_server.db") / "migrations"))
+        config.attributes["configure_logger"] = False
+        with self._engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that may write; commits at the end, rolls back on an exception."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            if self._engine.dialect.name == "sqlite":
+                session.connection(execution_options={"concordat_immediate": True})
+            with session.begin() if not session.in_transaction() else contextlib.nullcontext():
+                yield session
+            session.commit()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that only reads."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            yield session
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+
+def _sqlite_connect(connection: object, _record: object) -> None:
+    connection.isolation_level = None  # type: ignore[attr-defined]  # BEGIN is ours, see _sqlite_begin
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    immediate = connection.get_execution_options().get("concordat_immediate", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")

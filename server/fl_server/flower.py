@@ -1,0 +1,158 @@
+"""The only module that talks to Flower's SuperLink from outside: through `flwr`'s own commands, on loopback.
+
+Flower's Control API asks for no credential, so nothing but this machine may reach it; see docs/security.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_server.files import write_durably
+from fl_server.home import ServerHome
+from fl_shared.errors import ConcordatError, RunError, TransportError
+
+CONNECTION = "concordat"
+COMMAND_TIMEOUT_S = 90.0
+
+
+def environment(home: ServerHome) -> dict[str, str]:
+    """The environment of every Flower process: private FLWR_HOME, nothing is sent to Flower Labs."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "FL_"))}
+    return kept | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "/usr/bin:/bin")]),
+        "FLWR_HOME": str(home.flower / "home"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def script(name: str) -> str:
+    """A console script of this Python environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """A run as Flower sees it. `status` is for example `running` or `finished:failed`."""
+
+    run_id: str
+    status: str
+
+
+class Flower:
+    """Commands to the SuperLink of one coordinator home."""
+
+    def __init__(self, home: ServerHome) -> None:
+        self._home = home
+
+    def address(self) -> str:
+        """`127.0.0.1:PORT` of the SuperLink that runs now; TransportError when none was started."""
+        try:
+            state = json.loads(self._home.flower_state.read_text("utf-8"))
+            return str(state["address"])
+        except (OSError, ValueError, KeyError) as error:
+            raise TransportError("no SuperLink was started here", fix="run `fl-server up`") from error
+
+    def configure(self, port: int) -> None:
+        """Point `flwr` and the gateway at the SuperLink on this loopback port."""
+        address = f"127.0.0.1:{port}"
+        text = (
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+            f"root-certificates = {json.dumps(str(self._home.ca))}\n"
+        )
+        write_durably(self._home.flower / "home" / "config.toml", text.encode())
+        write_durably(self._home.flower_state, json.dumps({"address": address}).encode())
+
+    def superlink_command(self, port: int) -> list[str]:
+        """The command line of the SuperLink."""
+        return [
+            script("flower-superlink"), "--host", "127.0.0.1", "--port", str(port),
+            "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+            "--database", str(self._home.flower / "superlink.db"),
+            "--ssl-certfile", str(self._home.server_certificate),
+            "--ssl-keyfile", str(self._home.server_key),
+            "--ssl-ca-certfile", str(self._home.ca),
+        ]  # fmt: skip
+
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        try:
+            done = subprocess.run(
+                [script("flwr"), *arguments, "--format", "json"],
+                env=environment(self._home),
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_TIMEOUT_S,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TransportError(
+                f"`flwr {arguments[0]}` gave no answer in {COMMAND_TIMEOUT_S:.0f} s", fix="see logs/superlink.log"
+            ) from error
+        start = done.stdout.find("{")
+        try:
+            answer = json.loads(done.stdout[start:])
+        except ValueError as error:
+            tail = (done.stdout + done.stderr).strip()[-400:]
+            raise TransportError(
+                f"`flwr {' '.join(arguments[:2])}` failed: {tail}", fix="see logs/superlink.log"
+            ) from error
+        if not isinstance(answer, dict):
+            raise TransportError(f"`flwr {arguments[0]}` printed no object", fix="see logs/superlink.log")
+        return answer
+
+    def register_node(self, public_key: str, name: str) -> str | None:
+        """Allow a node key; its node id, or None when the SuperLink knows the key already."""
+        place = self._home.flower / "node_keys" / f"{name}.pub"
+        write_durably(place, public_key.strip().encode() + b"\n")
+        answer = self._flwr("supernode", "register", str(place), CONNECTION, "--name", name)
+        if answer.get("success"):
+            return str(answer["node-id"])
+        message = str(answer.get("error-message", ""))
+        if "already in use" in message:
+            return None
+        raise TransportError(
+            f"Flower did not register the node key: {message.strip()[-200:]}", fix="see logs/superlink.log"
+        )
+
+    def unregister_node(self, node_id: str) -> None:
+        """Forbid a node; TransportError when the SuperLink does not answer. An unknown node is no error."""
+        self._flwr("supernode", "unregister", node_id, CONNECTION)
+
+    def nodes(self) -> dict[str, str]:
+        """Node id to Flower's status: registered, online, offline or unregistered."""
+        answer = self._flwr("supernode", "list", CONNECTION)
+        return {str(node["node-id"]): str(node["status"]) for node in answer.get("nodes", [])}
+
+    def start_run(self, app: Path, config: dict[str, str]) -> str:
+        """Start a Flower run; its id."""
+        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        answer = self._flwr("run", str(app), CONNECTION, "--run-config", pairs)
+        if not answer.get("success"):
+            raise RunError(
+                f"Flower did not start the run: {str(answer.get('error-message', answer))[-400:]}",
+                fix="see logs/superlink.log",
+            )
+        return str(answer["run-id"])
+
+    def run_status(self, run_id: str) -> str:
+        """Flower's status of one run; `unknown` when the SuperLink does not have it."""
+        answer = self._flwr("list", CONNECTION, "--run-id", run_id)
+        runs = answer.get("runs", [])
+        return str(runs[0]["status"]) if runs else "unknown"
+
+    def stop_run(self, run_id: str) -> None:
+        """Ask Flower to end a run; one that has ended already is no error."""
+        try:
+            self._flwr("stop", run_id, CONNECTION)
+        except ConcordatError as error:
+            if "finished" not in error.message:
+                raise

@@ -1,0 +1,1 @@
+"""Sites: invitation, enrolment, revocation."""

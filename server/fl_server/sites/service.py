@@ -1,0 +1,263 @@
+"""Who may speak: one-time invitations, enrolment with a proof of three keys, revocation.
+
+A token is `ct1.<site>.<secret>.<sha256 of the CA certificate>`; the secret is kept as its SHA-256 only,
+counts once and until it expires.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from fl_server.db.models import EventRow, InvitationRow, SiteRow
+from fl_server.db.store import Store
+from fl_server.flower import Flower
+from fl_server.pki import Authority, Identity, fingerprint
+from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.names import site_id
+
+TTL_S = 7 * 86_400.0
+MAX_TTL_S = 90 * 86_400.0
+SECRET_BYTES = 24
+ONLINE_S = 90.0
+_TOKEN = re.compile(r"ct1\.([a-z0-9-]{1,63})\.([A-Za-z0-9_-]{32})\.([0-9a-f]{64})")
+_NEW_TOKEN = "ask the coordinator's administrator for a new token (`fl-admin sites invite`)"
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What the admin hands to the institution."""
+
+    site: str
+    token: str
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """What the gateway answers."""
+
+    certificate_pem: str
+
+
+def _node_key(text: str) -> str:
+    """The OpenSSH text of an EC P-384 key, without its comment; EnrolmentError otherwise."""
+    try:
+        key = serialization.load_ssh_public_key(text.strip().encode("ascii"))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise EnrolmentError(
+            "the node key cannot be read", fix="enrol with `fl-client enroll`", code="bad-node-key"
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
+        raise EnrolmentError(
+            "the node key is not EC P-384", fix="enrol with `fl-client enroll`", code="bad-node-key"
+        )
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode("ascii")
+
+
+def node_key_fingerprint(openssh: str) -> str:
+    """`SHA256:<base64>`, as ssh-keygen prints it."""
+    blob = base64.b64decode(openssh.split()[1])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+class Sites:
+    """The sites of one coordinator."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def invite(self, site: str, *, ca_sha256: str, ttl_s: float = 0.0) -> Invitation:
+        """Make a one-time token. An earlier unused token of the site stops counting."""
+        site_id(site)
+        ttl_s = ttl_s or TTL_S
+        if not 1.0 <= ttl_s <= MAX_TTL_S:
+            raise ConfigError(f"a validity of {ttl_s:g} s is refused", fix=f"choose 1 to {MAX_TTL_S:.0f} s")
+        secret = base64.urlsafe_b64encode(secrets.token_bytes(SECRET_BYTES)).decode("ascii")
+        now = time.time()
+        with self._store.write() as session:
+            row = session.get(SiteRow, site)
+            if row is None:
+                session.add(SiteRow(site=site, state="invited", invited_at=now))
+                session.flush()
+            else:
+                row.invited_at = now
+                for earlier in session.scalars(
+                    select(InvitationRow).where(InvitationRow.site == site, InvitationRow.used_at == 0.0)
+                ):
+                    session.delete(earlier)
+            session.add(
+                InvitationRow(
+                    secret_hash=hashlib.sha256(secret.encode()).digest(),
+                    site=site,
+                    created_at=now,
+                    expires_at=now + ttl_s,
+                )
+            )
+            session.add(EventRow(at=now, kind="site-invited", site=site))
+        return Invitation(site, f"ct1.{site}.{secret}.{ca_sha256}", now + ttl_s)
+
+    def _invitation(self, session: Session, site: str, token: str, ca_sha256: str) -> InvitationRow:
+        match = _TOKEN.fullmatch(token)
+        if match is None or match.group(1) != site or not hmac.compare_digest(match.group(3), ca_sha256):
+            raise EnrolmentError("the token is not valid for this site", fix=_NEW_TOKEN, code="bad-token")
+        digest = hashlib.sha256(match.group(2).encode()).digest()
+        found = None
+        for row in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
+            if hmac.compare_digest(row.secret_hash, digest):
+                found = row
+        if found is None:
+            raise EnrolmentError("the token is not valid for this site", fix=_NEW_TOKEN, code="bad-token")
+        if found.used_at:
+            raise EnrolmentError("the token was used already", fix=_NEW_TOKEN, code="used-token")
+        if found.expires_at < time.time():
+            raise EnrolmentError("the token has expired", fix=_NEW_TOKEN, code="expired-token")
+        return found
+
+    def enrol(
+        self,
+        *,
+        site: str,
+        token: str,
+        csr_pem: str,
+        signing_key: str,
+        node_key: str,
+        authority: Authority,
+        flower: Flower,
+        days: float,
+    ) -> Enrolled:
+        """Check the token and the three keys, allow the node at Flower, certify the site.
+
+        The token is spent in the same transaction that stores the keys, so a failed attempt can be repeated.
+
+        Raises:
+            EnrolmentError: bad, used or expired token; a bad request or key; a key of another site.
+            TransportError: the SuperLink does not answer.
+        """
+        if re.fullmatch(r"[0-9a-f]{64}", signing_key) is None:
+            raise EnrolmentError(
+                "the signing key is not 64 hex digits", fix="enrol with `fl-client enroll`", code="bad-signing-key"
+            )
+        node_key = _node_key(node_key)
+        with self._store.read() as session:
+            self._invitation(session, site, token, authority.sha256)
+            self._require_own_keys(session, site, signing_key, node_key)
+            known = session.get(SiteRow, site)
+            node_id = known.node_id if known is not None and known.node_public_key == node_key else ""
+            ours = set(session.scalars(select(SiteRow.node_id)))
+            replaced = known.node_id if known is not None and known.node_public_key != node_key else ""
+        certificate = authority.sign_request(csr_pem, "site", site, days)
+        if not node_id:
+            node_id = self._register(flower, node_key, site, ours)
+        now = time.time()
+        with self._store.write() as session:
+            invitation = self._invitation(session, site, token, authority.sha256)
+            self._require_own_keys(session, site, signing_key, node_key)
+            invitation.used_at = now
+            row = session.get_one(SiteRow, site)
+            row.state = "enrolled"
+            row.signing_key, row.node_public_key = signing_key, node_key
+            row.node_key_fingerprint, row.node_id = node_key_fingerprint(node_key), node_id
+            row.certificate_fingerprint = fingerprint(certificate)
+            row.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
+            row.enrolled_at, row.revoked_at = now, 0.0
+            session.add(EventRow(at=now, kind="site-enrolled", site=site))
+        if replaced and replaced != node_id:
+            flower.unregister_node(replaced)
+        return Enrolled(certificate.public_bytes(serialization.Encoding.PEM).decode("ascii"))
+
+    @staticmethod
+    def _require_own_keys(session: Session, site: str, signing_key: str, node_key: str) -> None:
+        other = session.scalars(
+            select(SiteRow.site).where(
+                SiteRow.site != site,
+                (SiteRow.signing_key == signing_key) | (SiteRow.node_public_key == node_key),
+            )
+        ).first()
+        if other is not None:
+            raise EnrolmentError(
+                "one of the keys belongs to another site", fix="make new keys: enrol in a fresh home", code="key-taken"
+            )
+
+    @staticmethod
+    def _register(flower: Flower, node_key: str, site: str, ours: set[str]) -> str:
+        node_id = flower.register_node(node_key, site)
+        if node_id is None:
+            # An earlier attempt ended between Flower's registration and our commit: nodes that no site
+            # owns are such leftovers.
+            for orphan, status in flower.nodes().items():
+                if orphan not in ours and status != "unregistered":
+                    flower.unregister_node(orphan)
+            node_id = flower.register_node(node_key, site)
+        if node_id is None:
+            raise EnrolmentError(
+                "Flower knows this node key from a revoked site",
+                fix="make new keys: enrol in a fresh home",
+                code="key-taken",
+            )
+        return node_id
+
+    def authorise(self, who: Identity) -> SiteRow:
+        """The enrolled site behind a verified certificate; EnrolmentError when revoked, replaced or expired.
+
+        Read on every request, so a revocation takes effect on the next one.
+        """
+        with self._store.read() as session:
+            row = session.get(SiteRow, who.name)
+        if (
+            who.role != "site"
+            or row is None
+            or row.state != "enrolled"
+            or not hmac.compare_digest(row.certificate_fingerprint, who.fingerprint)
+        ):
+            raise EnrolmentError(
+                f"the certificate of {who.name} is not valid here", fix=_NEW_TOKEN, code="not-authorised"
+            )
+        if who.expires_at < time.time():
+            raise EnrolmentError(f"the certificate of {who.name} has expired", fix=_NEW_TOKEN, code="expired")
+        return row
+
+    def seen(self, site: str) -> None:
+        """Note that the site spoke just now."""
+        with self._store.write() as session:
+            session.get_one(SiteRow, site).last_seen_at = time.time()
+
+    def all(self) -> list[SiteRow]:
+        """Every site, by name."""
+        with self._store.read() as session:
+            return list(session.scalars(select(SiteRow).order_by(SiteRow.site)))
+
+    def get(self, site: str) -> SiteRow:
+        """One site; ConfigError when there is none of that name."""
+        with self._store.read() as session:
+            row = session.get(SiteRow, site)
+        if row is None:
+            raise ConfigError(f"there is no site {site!r}", fix="see `fl-admin sites list`")
+        return row
+
+    def revoke(self, site: str, flower: Flower) -> SiteRow:
+        """Shut a site out from its next request on, and forbid its node at Flower."""
+        self.get(site)
+        with self._store.write() as session:
+            row = session.get_one(SiteRow, site)
+            if row.state != "revoked":
+                row.state, row.revoked_at = "revoked", time.time()
+                session.add(EventRow(at=row.revoked_at, kind="site-revoked", site=site))
+            for invitation in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
+                if not invitation.used_at:
+                    session.delete(invitation)
+            node = row.node_id
+        if node:
+            flower.unregister_node(node)
+        return self.get(site)
