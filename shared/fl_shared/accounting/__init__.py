@@ -16,7 +16,7 @@ from fl_shared.accounting.calibrate import find_noise_multiplier, steps_that_fit
 from fl_shared.accounting.gate import Filter, default_order
 from fl_shared.accounting.merge import merged
 from fl_shared.accounting.pld import pld_curve, pld_epsilon
-from fl_shared.accounting.renyi import ORDERS, renyi_cost, rdp_curve, rdp_epsilon
+from fl_shared.accounting.renyi import ORDERS, rdp_curve, rdp_epsilon, renyi_cost
 
 __all__ = [
     "ORDERS",

@@ -45,7 +45,7 @@ class Filter:
             raise ConfigError(f"Rényi order {self.order!r} is not usable", fix="use a finite number above 1")
         if self.bound <= 0.0:
             raise ConfigError(
-                f"epsilon {self.epsilon:g} at delta {self.delta:g} leaves nothing at Rényi order {self.order:g}",
+                f"epsilon {self.epsilon:g} at delta {self.delta:g} leaves nothing at order {self.order:g}",
                 fix="raise epsilon or delta, or leave the order out to have a fitting one chosen",
             )
 

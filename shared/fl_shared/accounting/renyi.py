@@ -40,7 +40,7 @@ def check_delta(delta: float) -> float:
 
 
 def event_of(key: Key) -> dp_accounting.DpEvent:
-    """Return the dp-accounting event of one step; raises ConfigError for a mechanism that is not supported."""
+    """Return the dp-accounting event of one step; ConfigError for a mechanism that is not supported."""
     if key.kind != "poisson-gaussian" or key.neighbouring != "add-or-remove-one":
         raise ConfigError(
             f"no accountant for mechanism kind {key.kind!r} under neighbouring {key.neighbouring!r}",

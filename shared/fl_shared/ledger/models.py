@@ -109,9 +109,7 @@ reservations = Table(
     metadata,
     _seq(),
     Column("dataset", String(200), nullable=False),
-    Column(
-        "dataset_seq", BigInteger, ForeignKey("datasets.seq", name="reservation_dataset"), nullable=False
-    ),
+    Column("dataset_seq", BigInteger, ForeignKey("datasets.seq", name="reservation_dataset"), nullable=False),
     Column("study", String(200), nullable=False),
     Column("run", String(200), nullable=False),
     Column("round", Integer, nullable=False),

@@ -71,7 +71,17 @@ def overlapping(connection: sa.Connection, name: str) -> list[str]:
 
 def budget_of(row: Mapping[str, Any] | sa.RowMapping) -> BudgetRecord:
     """Return the budget in a row."""
-    plain = ("seq", "dataset", "version", "epsilon", "delta", "filter_order", "valid_from", "valid_to", "approver")
+    plain = (
+        "seq",
+        "dataset",
+        "version",
+        "epsilon",
+        "delta",
+        "filter_order",
+        "valid_from",
+        "valid_to",
+        "approver",
+    )
     return BudgetRecord(**{name: row[name] for name in plain}, study=row["study"] or None)
 
 
@@ -203,7 +213,9 @@ def spend_of(row: sa.RowMapping) -> Spend:
     return Spend(
         reservation=held,
         outcome=outcome,
-        charged=None if outcome == "released" else mechanism(int(row["charged_steps"] if ended else row["steps"])),
+        charged=None
+        if outcome == "released"
+        else mechanism(int(row["charged_steps"] if ended else row["steps"])),
         release_digest=row["release_digest"],
         reason=row["reason"] or "",
         settled_seq=row["settled_seq"],

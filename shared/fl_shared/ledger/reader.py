@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
 
@@ -37,7 +37,7 @@ class LedgerReader:
         self._store = store
         self.site = site
 
-    def __enter__(self) -> LedgerReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,7 +86,12 @@ class LedgerReader:
         return [spend.reservation for spend in self.spends(open_only=True)]
 
     def find_release(
-        self, run: str, round: int, *, dataset: str | None = None, purpose: str = "training"  # noqa: A002
+        self,
+        run: str,
+        round: int,  # noqa: A002  # the field's own word
+        *,
+        dataset: str | None = None,
+        purpose: str = "training",
     ) -> str | None:
         """Return the digest settled for (run, round), so that a repeat can be answered from store."""
         with self._store.read() as connection:
@@ -152,7 +157,7 @@ class LedgerReader:
         overall = [budget for budget in found if budget.study is None] or (found if len(found) == 1 else [])
         if not overall:
             raise LedgerError(
-                f"data set {name!r} has {len(found)} budgets and none overall", fix="set one, or name the budget"
+                f"data set {name!r} has {len(found)} budgets and none overall", fix="name the budget"
             )
         return overall[0]
 
@@ -190,7 +195,7 @@ def genesis_of(connection: sa.Connection) -> Mapping[str, Any] | None:
         return None
     first = chain.entry_of(row)
     if first.kind != "genesis":
-        raise LedgerError("the ledger's first entry is no genesis", fix="run fl-audit verify; restore a backup")
+        raise LedgerError("the ledger's first entry is no genesis", fix="restore a backup and verify it")
     return first.body
 
 

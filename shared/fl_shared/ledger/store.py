@@ -41,7 +41,9 @@ def parse_url(url: str) -> URL:
             f"ledger address names {parsed.drivername!r}", fix="use sqlite:///FILE or postgresql://..."
         )
     if parsed.drivername == "sqlite" and parsed.database in {None, "", ":memory:"}:
-        raise ConfigError("a ledger in memory would be lost", fix="name a file: sqlite:////path/ledger.sqlite")
+        raise ConfigError(
+            "a ledger in memory would be lost", fix="name a file: sqlite:////path/ledger.sqlite"
+        )
     return parsed
 
 
@@ -69,7 +71,7 @@ class Store:
         url: URL = self.url
         if self.read_only:
             if not path.is_file():
-                raise LedgerError(f"no ledger at {path}", fix="check --site and --home, or name it by --ledger")
+                raise LedgerError(f"no ledger at {path}", fix="check --site and --home, or give --ledger")
             mode = "mode=ro" if _may_write(path) else "mode=ro&immutable=1"
             url = make_url(f"sqlite:///file:{path.absolute()}?{mode}&uri=true")
         engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})

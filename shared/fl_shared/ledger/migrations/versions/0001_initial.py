@@ -28,7 +28,11 @@ PRIMARY_KEYS = {"tally_keys": ("id",), "merkle_nodes": ("level", "position")}
 
 def _seq() -> sa.Column[int]:
     return sa.Column(
-        "seq", sa.BigInteger, sa.ForeignKey("entries.seq", name="entry"), primary_key=True, autoincrement=False
+        "seq",
+        sa.BigInteger,
+        sa.ForeignKey("entries.seq", name="entry"),
+        primary_key=True,
+        autoincrement=False,
     )
 
 
@@ -58,7 +62,8 @@ def upgrade() -> None:
         sa.UniqueConstraint("hash", name="entries_hash"),
         sa.CheckConstraint("seq >= 1", name="entries_seq"),
         sa.CheckConstraint(
-            "kind IN ('genesis', 'dataset', 'overlap', 'budget', 'reservation', 'settlement', 'witness', 'key')",
+            "kind IN ('genesis', 'dataset', 'overlap', 'budget', 'reservation', 'settlement', "
+            "'witness', 'key')",
             name="entries_kind",
         ),
         sa.CheckConstraint("length(hash) = 64 AND length(prev_hash) = 64", name="entries_hash_length"),
@@ -224,7 +229,7 @@ def _sqlite_triggers() -> None:
             )
         # INSERT OR REPLACE deletes without firing the DELETE trigger; this one fires first.
         op.execute(
-            f"CREATE TRIGGER {table}_refuse_replace BEFORE INSERT ON {table} "
+            f"CREATE TRIGGER {table}_refuse_replace BEFORE INSERT ON {table} "  # noqa: S608  # our own names
             f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {same}) "
             f"BEGIN SELECT RAISE(ABORT, 'append-only: REPLACE on {table} refused'); END"
         )

@@ -1,0 +1,1 @@
+"""`fl-audit`: read, check and explain privacy ledgers. One file per verb; nothing here writes to a ledger."""

@@ -1,0 +1,52 @@
+"""The command `fl-audit`: reads privacy ledgers, never writes to one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fl_shared import errors
+from fl_shared.audit import budgets, spends
+
+VERBS = {"budgets": budgets, "spends": spends}
+
+EPILOG = """examples:
+  fl-audit budgets --site hospital-001
+  fl-audit spends  --site hospital-001 --run demo --json
+  fl-audit spends  --site hospital-001 --csv > spends.csv
+
+environment: FL_CLIENT_HOME stands in for --home.
+exit codes: 0 all is well, 2 wrong arguments, 12 a signature does not fit, 13 the ledger cannot be read or
+  trusted.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser, with one subcommand per verb."""
+    made = argparse.ArgumentParser(
+        prog="fl-audit",
+        description="Read and check the privacy ledger of a site.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in VERBS.items():
+        sub = verbs.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.configure(sub)
+        sub.set_defaults(handle=module.run)
+    return made
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    arguments = parser().parse_args(argv)
+    return int(arguments.handle(arguments))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `fl-audit`; returns the exit code."""
+    return errors.cli_main(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

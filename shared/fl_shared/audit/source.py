@@ -1,0 +1,80 @@
+"""Which ledger an auditor means: `--ledger URL`, or the one in a site's home directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from fl_shared.errors import ConfigError
+from fl_shared.ledger import Ledger, LedgerReader
+from fl_shared.names import site_id
+from fl_shared.settings import load_toml
+
+HOME_VARIABLE = "FL_CLIENT_HOME"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a ledger."""
+    parser.add_argument("--site", required=True, metavar="ID", help="the site, e.g. hospital-001")
+    parser.add_argument(
+        "--home", metavar="DIR", help=f"the site's home (default: ${HOME_VARIABLE} or ~/.concordat/site/ID)"
+    )
+    parser.add_argument("--ledger", metavar="URL", help="the ledger's database, instead of the home's")
+
+
+def home_of(arguments: argparse.Namespace) -> Path:
+    """Return the site's home directory, which need not exist."""
+    chosen = arguments.home or os.environ.get(HOME_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path.home() / ".concordat" / "site" / site_id(arguments.site)
+
+
+def ledger_url(arguments: argparse.Namespace) -> str:
+    """Return the address of the ledger that the options name.
+
+    Raises ConfigError when `site.toml` names none that is text.
+    """
+    if arguments.ledger:
+        return str(arguments.ledger)
+    home = home_of(arguments)
+    config = home / "site.toml"
+    if config.is_file():
+        section: Any = load_toml(config).get("ledger", {})
+        url = section.get("url") if isinstance(section, dict) else section
+        if isinstance(url, str):
+            return url
+        if url is not None:
+            raise ConfigError(
+                f"{config} [ledger]: url is {url!r}", fix="write the database address in quotes"
+            )
+    return f"sqlite:///{home / 'ledger.sqlite'}"
+
+
+def open_ledger(arguments: argparse.Namespace) -> LedgerReader:
+    """Open the ledger for reading."""
+    return Ledger.open(ledger_url(arguments), None, site_id(arguments.site))
+
+
+def public_key(arguments: argparse.Namespace) -> str | None:
+    """Return the site's public key (64 hex digits) from `--public-key` or the home; None when there is none.
+
+    Raises ConfigError for a key that is not 64 hex digits.
+    """
+    given = getattr(arguments, "public_key", None)
+    source = "--public-key"
+    if given is None:
+        path = home_of(arguments) / "keys" / "signing.pub"
+        if not path.is_file():
+            return None
+        given, source = path.read_text(encoding="utf-8"), str(path)
+    elif Path(given).is_file():
+        given = Path(given).read_text(encoding="utf-8")
+    found = str(given).strip().lower()
+    if len(found) != 64 or any(character not in "0123456789abcdef" for character in found):
+        raise ConfigError(
+            f"{source} holds no Ed25519 public key", fix="give 64 hex digits or the file with them"
+        )
+    return found

@@ -1,0 +1,153 @@
+"""`fl-audit spends`: what was done to the data, by which run, and what it cost."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fl_shared.accounting import pld_epsilon, rdp_epsilon
+from fl_shared.audit.output import add_format, print_csv, print_json, table
+from fl_shared.audit.source import add_source, open_ledger
+from fl_shared.ledger import LedgerReader, Spend
+from fl_shared.privacy import Mechanism
+
+HELP = "what was done to the data, round by round"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's options."""
+    add_source(parser)
+    parser.add_argument("--run", metavar="RUN", help="only this run")
+    parser.add_argument("--dataset", metavar="NAME", help="only this data set")
+    add_format(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the spends."""
+    with open_ledger(arguments) as ledger:
+        found = list(ledger.spends(run=arguments.run, dataset=arguments.dataset))
+        rows = [spend_row(spend) for spend in found if spend.charged is not None]
+        if arguments.csv:
+            print_csv(rows)
+            return 0
+        released = [spend_row(spend) for spend in found if spend.charged is None]
+        runs = by_run(ledger, found)
+        if arguments.json:
+            print_json(
+                {
+                    "site": ledger.site,
+                    "ledger": ledger.url,
+                    "spends": rows,
+                    "runs": runs,
+                    "released": released,
+                }
+            )
+        else:
+            _print(ledger.site, rows, runs)
+    return 0
+
+
+def spend_row(spend: Spend) -> dict[str, Any]:
+    """Return one spend as `--json` prints it; `mechanism` is what is charged."""
+    held = spend.reservation
+    return {
+        "run": held.run,
+        "round": held.round,
+        "purpose": held.purpose,
+        "attempt": held.attempt,
+        "dataset": held.dataset,
+        "dataset_version": held.dataset_version,
+        "study": held.study,
+        "outcome": spend.outcome,
+        "mechanism": (spend.charged or held.mechanism).to_dict(),
+        "steps_reserved": held.mechanism.steps,
+        "release_digest": spend.release_digest,
+        "reason": spend.reason,
+        "reserved_at": held.created_at,
+        "settled_at": spend.settled_at,
+        "reservation_entry": held.seq,
+        "settlement_entry": spend.settled_seq,
+    }
+
+
+def by_run(ledger: LedgerReader, found: list[Spend]) -> list[dict[str, Any]]:
+    """Return epsilon of each run by itself, at the delta of its data set's budget, in order of first use."""
+    deltas = {budget.dataset: budget.delta for budget in reversed(ledger.budgets())}
+    grouped: dict[tuple[str, str], list[Spend]] = {}
+    for spend in found:
+        if spend.charged is not None:
+            grouped.setdefault((spend.reservation.run, spend.reservation.dataset), []).append(spend)
+    rows = []
+    for (name, dataset), spends in grouped.items():
+        mechanisms: list[Mechanism] = [spend.charged for spend in spends if spend.charged is not None]
+        delta = deltas[dataset]
+        rows.append(
+            {
+                "run": name,
+                "dataset": dataset,
+                "rounds": len({spend.reservation.round for spend in spends}),
+                "steps": sum(mechanism.steps for mechanism in mechanisms),
+                "epsilon": rdp_epsilon(mechanisms, delta),
+                "epsilon_pld": pld_epsilon(mechanisms, delta),
+                "delta": delta,
+                "in_doubt": sum(spend.outcome == "in-doubt" for spend in spends),
+                "open": sum(spend.outcome == "open" for spend in spends),
+                "first": spends[0].reservation.created_at,
+                "last": spends[-1].settled_at or spends[-1].reservation.created_at,
+            }
+        )
+    return rows
+
+
+def _print(site: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
+    table(
+        f"Spends of {site}",
+        (
+            "entry",
+            "run",
+            "round",
+            "purpose",
+            "data set",
+            "outcome",
+            "noise",
+            "sampling",
+            "steps",
+            "clip",
+            "at",
+        ),
+        [
+            (
+                str(row["settlement_entry"] or row["reservation_entry"]),
+                row["run"],
+                str(row["round"]),
+                row["purpose"],
+                row["dataset"],
+                row["outcome"],
+                f"{row['mechanism']['noise_multiplier']:g}",
+                f"{row['mechanism']['sampling_probability']:g}",
+                str(row["mechanism"]["steps"]),
+                f"{row['mechanism']['clipping_norm']:g}",
+                (row["settled_at"] or row["reserved_at"])[:19].replace("T", " "),
+            )
+            for row in rows
+        ],
+        left=("run", "purpose", "data set", "outcome", "at"),
+    )
+    table(
+        "Each run by itself (the whole is less than the sum; see fl-audit budgets)",
+        ("run", "data set", "rounds", "steps", "epsilon", "PLD", "delta", "in doubt"),
+        [
+            (
+                row["run"],
+                row["dataset"],
+                str(row["rounds"]),
+                str(row["steps"]),
+                f"{row['epsilon']:.3f}",
+                f"{row['epsilon_pld']:.3f}",
+                f"{row['delta']:g}",
+                str(row["in_doubt"]),
+            )
+            for row in runs
+        ],
+        left=("run", "data set"),
+    )
