@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from scipy.optimize import brentq
+
 from fl_shared.accounting.gate import Filter
 from fl_shared.accounting.merge import Key, key_of, merged
 from fl_shared.accounting.pld import pld_epsilon
@@ -35,27 +37,25 @@ def find_noise_multiplier(
     earlier = list(prior)
     epsilon_of = rdp_epsilon if accountant == "rdp" else pld_epsilon
 
-    def fits(sigma: float) -> bool:
+    def excess(sigma: float) -> float:
         candidate = Mechanism(
             noise_multiplier=sigma, sampling_probability=sampling_probability, steps=steps, clipping_norm=1.0
         )
-        return epsilon_of([*earlier, candidate], delta) <= target_epsilon
+        return epsilon_of([*earlier, candidate], delta) - target_epsilon
 
-    return _smallest(fits, f"epsilon {target_epsilon:g} at delta {delta:g} for {steps} steps")
+    return _smallest(excess, f"epsilon {target_epsilon:g} at delta {delta:g} for {steps} steps")
 
 
-def noise_that_fits(
-    ceiling: Filter, spent: Mapping[Key, int], sampling_probability: float, steps: int
-) -> float:
+def noise_that_fits(ceiling: Filter, spent: Mapping[Key, int], sampling_probability: float, steps: int) -> float:
     """Return the smallest noise multiplier, within 1e-4, with which `steps` more steps pass the gate."""
 
-    def fits(sigma: float) -> bool:
+    def excess(sigma: float) -> float:
         candidate = Mechanism(
             noise_multiplier=sigma, sampling_probability=sampling_probability, steps=steps, clipping_norm=1.0
         )
-        return ceiling.cost(spent) + ceiling.cost(merged([candidate])) <= ceiling.bound
+        return ceiling.cost(spent) + ceiling.cost(merged([candidate])) - ceiling.bound
 
-    return _smallest(fits, f"{steps} more steps within epsilon {ceiling.epsilon:g}")
+    return _smallest(excess, f"{steps} more steps within epsilon {ceiling.epsilon:g}")
 
 
 def steps_that_fit(ceiling: Filter, spent: Mapping[Key, int], mechanism: Mechanism) -> int:
@@ -74,16 +74,22 @@ def steps_that_fit(ceiling: Filter, spent: Mapping[Key, int], mechanism: Mechani
     return guess
 
 
-def _smallest(fits: Callable[[float], bool], wanted: str) -> float:
+def _smallest(excess: Callable[[float], float], wanted: str) -> float:
+    """Return the smallest sigma, within 1e-4, at which the falling function `excess` is not above 0."""
     low, high = 0.0, 1.0
-    while not fits(high):
+    while not excess(high) <= 0.0:
         low, high = high, high * 2.0
         if high > _LARGEST:
             raise ConfigError(
                 f"no noise multiplier up to {_LARGEST:g} fits {wanted}",
                 fix="lower the number of steps or the sampling probability, or raise the budget",
             )
-    while high - low > _PRECISION:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    while low == 0.0:
+        if excess(high / 2.0) > 0.0:
+            low = high / 2.0
+        else:
+            high /= 2.0
+    found = float(brentq(excess, low, high, xtol=_PRECISION / 4.0))
+    while excess(found) > 0.0:
+        found += _PRECISION / 4.0
+    return found
