@@ -10,9 +10,27 @@ from typing import Any
 
 from fl_shared.errors import ConfigError
 
+MAX_DEPTH = 64
+MAX_JSON_BYTES = 8 << 20
+_WHOLE = range(-(1 << 63), 1 << 64)
 
-def _refuse(value: Any, where: str) -> None:
-    if value is None or isinstance(value, str | bool | int):
+
+def _refuse(value: Any, where: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise ConfigError(
+            f"the document is nested deeper than {MAX_DEPTH} levels", fix="send a flat document"
+        )
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: {value[:80]!r} is not valid text", fix="send UTF-8") from error
+        return
+    if isinstance(value, int):
+        if value not in _WHOLE:
+            raise ConfigError(f"{where}: the number has more than 64 bits", fix="write it as text")
         return
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -22,25 +40,64 @@ def _refuse(value: Any, where: str) -> None:
         for key, item in value.items():
             if not isinstance(key, str):
                 raise ConfigError(f"{where}: the key {key!r} is no text", fix="use text keys")
-            _refuse(item, f"{where}.{key}")
+            _refuse(key, where, depth)
+            _refuse(item, f"{where}.{key[:80]}", depth + 1)
         return
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _refuse(item, f"{where}[{index}]")
+            _refuse(item, f"{where}[{index}]", depth + 1)
         return
-    raise ConfigError(f"{where}: {type(value).__name__} cannot be signed", fix="write bytes as hex")
+    raise ConfigError(
+        f"{where}: {type(value).__name__} cannot be signed",
+        fix="use text, whole and finite numbers, true, false, lists and tables; write bytes as hex",
+    )
 
 
 def canonical_bytes(document: Any) -> bytes:
     """UTF-8 JSON with sorted keys and no spaces; floats in Python's shortest round-trip form.
 
+    `1` and `1.0` are different documents: writers convert to float where a field is a float.
+
     Raises:
-        ConfigError: NaN, infinity, bytes, or another type that JSON does not carry faithfully.
+        ConfigError: NaN, infinity, whole numbers beyond 64 bits, text that is no Unicode, over 64 levels,
+            bytes, or another type that JSON does not carry faithfully.
     """
-    _refuse(document, "document")
+    _refuse(document, "document", 0)
     return json.dumps(
         document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return table
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_json(text: str | bytes, what: str, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Parse JSON from another party: every reader of the same bytes must see the same document.
+
+    Args:
+        text: the document.
+        what: how the error calls it, for example `the manifest`.
+        limit: the most bytes (or characters) accepted.
+
+    Raises:
+        ConfigError: too long, not JSON, a key twice in one table, or NaN and infinity.
+    """
+    if len(text) > limit:
+        raise ConfigError(f"{what} is longer than {limit} bytes", fix="send a smaller document")
+    try:
+        return json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{what} is not JSON: {error}", fix="send the document whole, as it was signed"
+        ) from error
 
 
 def sha256_hex(data: bytes) -> str:

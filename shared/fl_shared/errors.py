@@ -13,13 +13,21 @@
     ├── RunError               18   a run cannot be launched, resumed or completed
     └── EngineError            19   the DP engine stopped before anything was released
 
-Exit codes are stable: 0 success, 2 also for wrong arguments, 70 a defect of ours, 130 Ctrl-C. A retired
-number is not used again.
+Exit codes are stable; a retired number is not used again. Besides those above:
+
+    0    success
+    2    also wrong arguments (argparse)
+    70   a defect of ours
+    74   the operating system said no: permission, full disk, missing file
+    130  Ctrl-C
+    141  the reader of our output went away (`| head`), as a shell reports SIGPIPE
 """
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -122,34 +130,77 @@ class EngineError(ConcordatError):
 
 
 DEFECT = 70
+SYSTEM = 74
 INTERRUPTED = 130
+READER_GONE = 141
 
 
 def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; turn what it raises into one message on stderr and an exit code.
 
+    With `--json` among the arguments the message is one JSON object (`error`, `fix`, `code`, `exit_code`).
     With `CONCORDAT_DEBUG=1` in the environment a defect of ours also prints its traceback.
     """
+    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
-        return run(argv)
+        code = run(argv)
+        sys.stdout.flush()  # here, not at the interpreter's exit, where a lost reader could not be handled
+        return code
     except ConcordatError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.fix:
-            print(f"fix: {error.fix}", file=sys.stderr)
-        return error.exit_code
+        return _tell(error.message, error.fix, error.code, error.exit_code, as_json=as_json)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away (`| head`): point stdout elsewhere, so that the exit's flush stays quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _tell("interrupted", "", "interrupted", INTERRUPTED, as_json=as_json)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            # Point stdout elsewhere, so that the exit's flush stays quiet.
+            with open(os.devnull, "wb") as sink:
+                os.dup2(sink.fileno(), sys.stdout.fileno())
+            return READER_GONE
+        _trace()
+        if isinstance(error, ConnectionError | TimeoutError):
+            fix = "check that the other side runs, its address and the network"
+            return _tell(f"the connection failed: {error}", fix, "transport", 16, as_json=as_json)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        fix = "check the path, its permissions and the free space"
+        return _tell(f"{where}{error.strerror or error}", fix, "system", SYSTEM, as_json=as_json)
     except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback for a person
-        if os.environ.get("CONCORDAT_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        print(
-            "fix: this is a defect; run again with CONCORDAT_DEBUG=1 and report what it prints",
-            file=sys.stderr,
+        _trace()
+        fix = "this is a defect; run again with CONCORDAT_DEBUG=1 and report what it prints, with the log"
+        return _tell(
+            f"internal error: {type(error).__name__}: {error}", fix, "defect", DEFECT, as_json=as_json
         )
-        return DEFECT
+
+
+def _tell(message: str, fix: str, code: str, exit_code: int, *, as_json: bool) -> int:
+    if as_json:
+        table = {"error": message, "fix": fix, "code": code, "exit_code": exit_code}
+        print(json.dumps(table), file=sys.stderr)
+        return exit_code
+    defect_or_stop = exit_code in (DEFECT, INTERRUPTED)
+    print(printable(message if defect_or_stop else f"error: {message}"), file=sys.stderr)
+    if fix:
+        print(printable(f"fix: {fix}"), file=sys.stderr)
+    return exit_code
+
+
+def printable(text: str) -> str:
+    """The text with control characters shown as escapes: what came over a network must not steer a terminal.
+
+    Line breaks and tabs stay.
+    """
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
+def _trace() -> None:
+    if os.environ.get("CONCORDAT_DEBUG") == "1":
+        traceback.print_exc()
+
+
+def _reader_gone() -> bool:
+    """Whether it is stdout that broke, and not another pipe or socket of the command."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False  # stdout is no file: a test captures it

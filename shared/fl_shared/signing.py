@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import hmac
 import os
+import re
+import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fl_shared.canonical import canonical_bytes
-from fl_shared.errors import SignatureError
+from fl_shared.errors import ConfigError, SignatureError
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE = re.compile(r"[0-9a-f]{128}")
+_MAX_PEM_BYTES = 1 << 16
 
 
 class SigningKey:
@@ -34,31 +40,49 @@ class SigningKey:
             SignatureError: missing, unreadable, of another kind, or readable by others than its owner.
         """
         try:
-            if os.stat(path).st_mode & 0o077:
-                raise SignatureError(f"{path} can be read by others", fix=f"chmod 600 {path}")
-            key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+            with path.open("rb") as source:
+                mode = os.fstat(source.fileno()).st_mode
+                pem = source.read(_MAX_PEM_BYTES)
         except OSError as error:
             raise SignatureError(
                 f"{path}: {error.strerror}", fix="enrol the site, or restore the key"
             ) from error
-        except ValueError as error:
+        if stat.S_IMODE(mode) & 0o077:
+            raise SignatureError(f"{path} can be read by others", fix=f"chmod 600 {path}")
+        try:
+            key = serialization.load_pem_private_key(pem, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it wants a password
             raise SignatureError(
-                f"{path} holds no private key", fix="restore the key from its backup"
+                f"{path} holds no unencrypted private key", fix="restore the key from its backup"
             ) from error
         if not isinstance(key, Ed25519PrivateKey):
             raise SignatureError(f"{path} holds no Ed25519 key", fix="restore the key from its backup")
         return cls(key)
 
     def save(self, path: Path) -> None:
-        """Write the key as PEM with mode 0600; an existing file is never overwritten (FileExistsError)."""
+        """Write the key as PEM with mode 0600, whole or not at all.
+
+        Raises:
+            FileExistsError: an existing file is never overwritten.
+        """
         pem = self._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
-            sink.write(pem)
-            sink.flush()
-            os.fsync(sink.fileno())
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
+                sink.write(pem)
+                sink.flush()
+                os.fsync(sink.fileno())
+            os.link(fresh, path)  # unlike a rename, this fails when the name is taken
+        finally:
+            fresh.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     @property
     def public_hex(self) -> str:
@@ -76,6 +100,11 @@ class SigningKey:
 
 def verify(public_hex: str, payload: bytes, signature_hex: str) -> None:
     """Check a signature; SignatureError when it does not fit or a part is malformed."""
+    # bytes.fromhex also takes capitals and spaces: one signature would have many spellings.
+    if _KEY.fullmatch(public_hex) is None or _SIGNATURE.fullmatch(signature_hex) is None:
+        raise SignatureError(
+            "a key or signature is malformed", fix="expected 64 and 128 lower-case hex digits"
+        )
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_hex))
         key.verify(bytes.fromhex(signature_hex), payload)
@@ -102,10 +131,14 @@ def open_document(document: Any, expected_key_hex: str) -> dict[str, Any]:
     body, key, signature = document["body"], document["key"], document["signature"]
     if not isinstance(body, dict) or not isinstance(key, str) or not isinstance(signature, str):
         raise SignatureError("not a signed document", fix="body is an object, key and signature are text")
-    if not hmac.compare_digest(key.encode(), expected_key_hex.encode()):
+    if key != expected_key_hex:
         raise SignatureError(
-            f"signed by key {key[:16]}…, expected {expected_key_hex[:16]}…",
+            f"signed by key {key[:16]!r}…, expected {expected_key_hex[:16]}…",
             fix="compare the key's fingerprint with the signer by telephone",
         )
-    verify(key, canonical_bytes(body), signature)
+    try:
+        payload = canonical_bytes(body)
+    except ConfigError as error:
+        raise SignatureError(f"nobody can have signed this: {error.message}", fix=error.fix) from error
+    verify(key, payload, signature)
     return body
