@@ -1,0 +1,126 @@
+"""The agent's life: open the site, serve the socket, keep the helpers running, end in good order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from types import FrameType
+
+from fl_client.agent.locks import sole
+from fl_client.agent.service import AgentService, serve
+from fl_client.agent.site import open_site
+from fl_client.config import SiteConfig
+from fl_client.enrolment import Coordinator
+from fl_client.home import SiteHome
+from fl_client.sandbox import forbid_inspection
+from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
+from fl_client.tunnel import TunnelSettings, make_local_certificate
+from fl_shared.errors import ConfigError
+
+log = logging.getLogger("fl_client.agent")
+
+GRACE_S = 15.0
+
+
+def run_agent(home: SiteHome, config: SiteConfig) -> int:
+    """Run the agent of one site until SIGTERM or Ctrl-C; return the exit status."""
+    coordinator = Coordinator.load(home)
+    if coordinator.server != config.server:
+        raise ConfigError(
+            f"{config.source} [server]: url is {config.server!r}, "
+            f"but the site is enrolled at {coordinator.server!r}",
+            fix="correct the url, or enrol at the new coordinator with a token and --force",
+        )
+    forbid_inspection()
+    home.make()
+    ending = threading.Event()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if ending.is_set():
+            log.warning("second signal: leaving at once; an open round stays held against the budget")
+            os._exit(128 + number)
+        ending.set()
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with sole(home.run / "agent.lock", "an agent"):
+            return _serve(home, config, coordinator, ending)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending: threading.Event) -> int:
+    if config.policy.allow_non_private:
+        log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
+    site = open_site(home, config, coordinator.coordinator_key)
+    try:
+        site.rounds.recover()
+        server = serve(AgentService(config.site, site.rounds), home.socket, config.supernode.socket_group)
+        helpers = _helpers(home, config, coordinator)
+        helpers.start()
+        position = site.ledger.epsilon(site.dataset)
+        log.info(
+            "agent of %s is ready; epsilon spent %.3f, left %.3f at delta %g",
+            config.site, position.spent, position.left, position.delta,
+        )  # fmt: skip
+        log.info("untrusted half: %s", describe_confinement(config.supernode.confine, config.supernode.user))
+        ending.wait()
+        log.info("stopping")
+        site.rounds.stop(GRACE_S)
+        server.stop(3).wait(5)
+        helpers.stop()
+        home.socket.unlink(missing_ok=True)
+    finally:
+        site.close()
+    log.info("stopped")
+    return 0
+
+
+def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> Helpers:
+    """Prepare tunnel and SuperNode; a fresh local certificate for each life of the agent."""
+    node = config.supernode
+    local_certificate, local_key = home.supernode / "tunnel-ca.pem", home.run / "tunnel.key"
+    make_local_certificate(local_certificate, local_key)
+    listener = listen_loopback(node.tunnel_port)
+    plan = NodePlan(
+        directory=home.supernode,
+        socket=home.socket,
+        node_key=home.node_key,
+        tunnel_certificate=local_certificate,
+        tunnel_port=listener.getsockname()[1],
+        mode=node.confine,
+        user=node.user,
+    )
+    plan.save()
+    if node.user:
+        _hand_to(home, node.user)
+    settings = TunnelSettings(
+        listen_fd=listener.fileno(),
+        fleet_url=coordinator.server + coordinator.fleet_path,
+        ca=str(home.ca),
+        certificate=str(home.client_certificate),
+        key=str(home.client_key),
+        local_certificate=str(local_certificate),
+        local_key=str(local_key),
+        apps=list(config.policy.apps),
+    )
+    return Helpers(settings, listener, plan if node.launch else None)
+
+
+def _hand_to(home: SiteHome, user: str) -> None:
+    """Give the untrusted directory to its user, and let that user reach the socket, and no more."""
+    try:
+        for path in (home.supernode, *home.supernode.rglob("*")):
+            shutil.chown(path, user=user)
+        for path in (home.root, home.run):
+            path.chmod(0o711)
+        shutil.chown(home.socket, user=user)
+    except (LookupError, PermissionError) as error:
+        raise ConfigError(
+            f"[supernode] user = {user!r}: {error}",
+            fix="create the user, and run the agent as root (or use launch = false)",
+        ) from None

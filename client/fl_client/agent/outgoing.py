@@ -1,0 +1,89 @@
+"""The choke point: the one place through which bytes leave the trusted half.
+
+There are two ways out and no third. A release needs the id of a ledger entry whose recorded digest is
+the digest of exactly these bytes. A refusal carries no array and no free text from training: a typed
+code and a message made of public values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fl_shared.adapter import digest
+from fl_shared.errors import LedgerError
+from fl_shared.ledger.reader import LedgerReader
+from fl_shared.manifest import Receipt, Refusal
+from fl_shared.signing import SigningKey, sign_document
+from fl_shared.wire.agent_pb2 import Chunk, ReplyHeader
+from fl_shared.wire.chunks import split
+
+MAX_MESSAGE_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Something that may leave. Made by `Outgoing` alone."""
+
+    status: str
+    document: str
+    payload: bytes
+
+
+class Outgoing:
+    """Turns receipts and refusals into signed chunks, after asking the ledger."""
+
+    def __init__(self, key: SigningKey, ledger: LedgerReader) -> None:
+        """Take the site's key and its ledger."""
+        self._key = key
+        self._ledger = ledger
+
+    def release(self, entry_id: str, receipt: Receipt, update: bytes) -> Sealed:
+        """Seal an update for leaving; LedgerError unless entry `entry_id` settled exactly these bytes."""
+        found = digest(update)
+        wrong = self._objection(entry_id, receipt, found)
+        if wrong:
+            raise LedgerError(
+                f"nothing leaves: {wrong}",
+                fix="this is a defect of the agent or a damaged file; the update was kept back",
+                code="no-ledger-entry",
+            )
+        document = sign_document(self._key, receipt.to_dict())
+        return Sealed("ok", json.dumps(document, sort_keys=True), update)
+
+    def _objection(self, entry_id: str, receipt: Receipt, found: str) -> str:
+        """Say what speaks against a release, "" when nothing does."""
+        number = entry_id.partition(":")[0]
+        if not number.isdigit() or receipt.entry_id != entry_id:
+            return f"{entry_id!r} names no ledger entry"
+        entry = self._ledger.entry(int(number))
+        if entry.id != entry_id or entry.kind != "settlement" or entry.body["outcome"] != "settled":
+            return f"ledger entry {number} is no settlement of a release"
+        if entry.body["release_digest"] != found or receipt.update_digest != found:
+            return f"ledger entry {number} settled other bytes than {found}"
+        order = self._ledger.entry(int(entry.body["reservation"])).body
+        if (order["run"], order["round"]) != (receipt.run, receipt.round):
+            return f"ledger entry {number} belongs to run {order['run']}, round {order['round']}"
+        return ""
+
+    def refuse(self, refusal: Refusal) -> Sealed:
+        """Seal a refusal: no array, a bounded message."""
+        body = refusal.to_dict()
+        body["message"] = refusal.message[:MAX_MESSAGE_CHARACTERS]
+        status = "failed" if refusal.code == "failed" else "refused"
+        return Sealed(status, json.dumps(sign_document(self._key, body), sort_keys=True), b"")
+
+
+def chunks(sealed: Sealed) -> Iterator[Chunk]:
+    """Yield the reply's header and its data in pieces of at most 1 MiB."""
+    yield Chunk(
+        reply=ReplyHeader(
+            status=sealed.status,
+            document_json=sealed.document,
+            adapter_bytes=len(sealed.payload),
+            adapter_digest=digest(sealed.payload),
+        )
+    )
+    for piece in split(sealed.payload):
+        yield Chunk(data=piece)

@@ -1,0 +1,103 @@
+"""The agent's memory of rounds: `releases/<run>-<round>.{json,safetensors}`.
+
+The order is written before the mechanism is reserved, the update before the ledger settles. So after a
+crash the files say what an open reservation was for, and what was paid for cannot be lost. Whether an
+update may leave is not decided here but by the ledger (`agent.outgoing`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fl_client.files import write_durably
+from fl_shared.adapter import digest
+from fl_shared.errors import DataError
+from fl_shared.privacy import Mechanism
+
+KEPT_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one round was asked to do, and what came of it so far.
+
+    `update_digest` and `executed` are None until the update was computed.
+    """
+
+    run: str
+    round: int
+    nonce: str
+    spec_digest: str
+    adapter_digest: str
+    model_digest: str
+    ordered_at: float
+    update_digest: str | None = None
+    executed: Mechanism | None = None
+
+
+class ReleaseStore:
+    """The files below `releases/`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Use `directory`, which must exist."""
+        self._directory = directory
+
+    def put(self, order: Order, update: bytes | None = None) -> None:
+        """Write the update, if there is one, and then the order, and flush; OSError when the disk refuses."""
+        if update is not None:
+            write_durably(self._path(order.run, order.round, "safetensors"), update)
+        executed = order.executed.to_dict() if order.executed else None
+        text = json.dumps({**asdict(order), "executed": executed}, indent=2, sort_keys=True) + "\n"
+        write_durably(self._path(order.run, order.round, "json"), text.encode("utf-8"))
+
+    def find(self, run: str, round_: int) -> Order | None:
+        """Return the order of a round, None when there is none; DataError when damaged."""
+        return self._read(self._path(run, round_, "json"))
+
+    def update(self, order: Order) -> bytes | None:
+        """Return the stored bytes, None when there are none (any more); DataError when they were altered."""
+        path = self._path(order.run, order.round, "safetensors")
+        try:
+            found = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if digest(found) != order.update_digest:
+            raise DataError(
+                f"{path} was altered", fix="restore it from a backup; it will not be sent as it is"
+            )
+        return found
+
+    def all(self) -> list[Order]:
+        """Return every stored order, oldest round first within a run."""
+        found = [self._read(path) for path in self._directory.glob("*.json")]
+        return sorted((each for each in found if each), key=lambda each: (each.run, each.round))
+
+    def prune(self, run: str, round_: int) -> None:
+        """Delete the bytes (not the orders) of rounds of `run` that no repeat can ask for any more."""
+        if run.startswith("alone:"):
+            return  # its rounds follow from one another: a repeat asks for all of them
+        for path in self._directory.glob(f"{self._stem(run)}-*.safetensors"):
+            number = path.stem.removeprefix(f"{self._stem(run)}-")
+            if number.isdigit() and int(number) <= round_ - KEPT_ROUNDS:
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _stem(run: str) -> str:
+        return run.replace(":", "_")
+
+    def _path(self, run: str, round_: int, ending: str) -> Path:
+        return self._directory / f"{self._stem(run)}-{round_}.{ending}"
+
+    @staticmethod
+    def _read(path: Path) -> Order | None:
+        try:
+            document: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            executed = document["executed"]
+            return Order(**{**document, "executed": Mechanism.from_dict(executed) if executed else None})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path} is damaged", fix="restore it from a backup, or move it away") from error

@@ -1,0 +1,355 @@
+"""One round at a site: check the order, charge the ledger, train, keep the update, settle, answer.
+
+The sequence is what makes a crash harmless:
+
+1. everything that can be refused is refused before private data is touched;
+2. the mechanism is reserved;
+3. the update is computed, then written and flushed to `releases/`;
+4. the ledger settles with the update's digest;
+5. only then may the bytes pass `agent.outgoing`.
+
+A repeat of a settled (run, round) answers with the stored bytes and spends nothing.
+
+After a crash in step 3 the reservation is still open. Since nothing passes `agent.outgoing` without a
+settlement, that proves that nothing left, so a repeat of the same order computes again under the same
+reservation (docs/decisions/0043). It stays held against the budget until then, and is charged in full
+when it is not asked for again within a day or the run has moved on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fl_client.agent.outgoing import Outgoing, Sealed
+from fl_client.agent.policy import check_policy
+from fl_client.agent.releases import Order, ReleaseStore
+from fl_client.config import PolicyConfig
+from fl_shared.adapter import digest, pack, require_finite, unpack
+from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError
+from fl_shared.ledger.records import Dataset, Reservation
+from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import Receipt, Refusal, RoundManifest, RunSpec, document_digest
+from fl_shared.privacy import Mechanism
+from fl_shared.signing import open_document
+
+log = logging.getLogger("fl_client.agent")
+
+PURPOSE = "training"
+CLOCK_SKEW_S = 300.0
+MAX_MANIFEST_BYTES = 8 << 20
+HELD_S = 86_400.0
+
+
+class Stopping(ConcordatError):
+    """The agent is shutting down and breaks off the round in progress."""
+
+
+class Trained(Protocol):
+    """What training hands back: the update, and the mechanism that was executed."""
+
+    @property
+    def update(self) -> dict[str, Any]:
+        """Name to float32 array."""
+
+    @property
+    def executed(self) -> Mechanism:
+        """The mechanism that was applied to the data."""
+
+
+Train = Callable[[RunSpec, Mechanism, dict[str, Any], int, Callable[..., None]], Trained]
+"""(spec, mechanism, offset, round, progress) -> Trained"""
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a round depends on and does not change while the agent runs."""
+
+    site: str
+    coordinator_key: str
+    model_digest: str
+    policy: PolicyConfig
+    dataset: Dataset
+
+
+class Refused(Exception):
+    """Carries a refusal's code and message from a check to the reply."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Keep the code of `manifest.REFUSAL_CODES` and the public message."""
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Rounds:
+    """Handles rounds one at a time."""
+
+    def __init__(
+        self, facts: SiteFacts, *, ledger: Ledger, store: ReleaseStore, outgoing: Outgoing, train: Train
+    ) -> None:
+        """Take the parts; `recover` must be called before the first round."""
+        self._facts = facts
+        self._ledger = ledger
+        self._store = store
+        self._outgoing = outgoing
+        self._train = train
+        self._busy = threading.Lock()
+        self._stopping = threading.Event()
+        self._nonces: dict[str, tuple[str, int]] = {}
+        self._specs: dict[str, str] = {}
+        self.state = "idle"
+
+    def recover(self) -> None:
+        """Bring ledger and store into agreement after a crash, before anything is answered.
+
+        An update that was written but not settled is settled now, so that it can be fetched. A reservation
+        whose order is recent stays held for a repeat; every other open one is charged in full.
+        """
+        for order in self._store.all():
+            self._remember(order)
+        for reservation in self._ledger.open_reservations():
+            at = {"run": reservation.run, "round": reservation.round}
+            found = self._store.find(reservation.run, reservation.round)
+            if found and found.update_digest and found.executed and self._store.update(found) is not None:
+                self._ledger.settle(reservation, found.executed, found.update_digest)
+                log.warning("settled an update that a crash had left behind", extra=at)
+            elif found and time.time() - found.ordered_at < HELD_S:
+                log.warning("a crash broke this round off; it stays held against the budget", extra=at)
+            else:
+                self._ledger.charge_in_doubt(
+                    reservation, "found open at start, and nobody asked for it again"
+                )
+                log.warning("a round that a crash broke off was charged in full", extra=at)
+
+    def stop(self, grace_s: float) -> None:
+        """Let the round in progress end for `grace_s` seconds, then break it off; it stays charged."""
+        if self._busy.acquire(timeout=grace_s):
+            self._stopping.set()
+            self._busy.release()
+            return
+        log.warning("breaking off the round in progress; it stays charged in full")
+        self._stopping.set()
+        with self._busy:
+            return
+
+    def handle(self, manifest_json: str, adapter: bytes) -> Sealed:
+        """Answer one round. Raises ConcordatError only for an order that names no usable run and round."""
+        body, run, round_ = self._peek(manifest_json)
+        with self._busy:
+            try:
+                return self._answer(json.loads(manifest_json), adapter)
+            except Refused as refused:
+                code, message = refused.code, refused.message
+            except BudgetExhausted as error:
+                code, message = "budget-exhausted", error.message
+            except PolicyRefusal as error:
+                code, message = "policy", error.message
+            finally:
+                self.state = "idle"
+        log.warning("refused: %s", message, extra={"run": run, "round": round_, "code": code})
+        return self._outgoing.refuse(
+            Refusal(run, round_, self._facts.site, document_digest(body), code, message, time.time())
+        )
+
+    def _answer(self, document: Any, adapter: bytes) -> Sealed:
+        manifest = self._checked(document, adapter)
+        stored = self._repeat(manifest)
+        if stored is not None:
+            return stored
+        if self._stopping.is_set():
+            raise Refused("failed", "the site is shutting down; nothing was spent")
+        check_policy(manifest.spec, self._facts.policy)
+        try:
+            offset = unpack(adapter)
+            require_finite(offset)
+        except DataError as error:
+            raise Refused("bad-manifest", error.message) from error
+        reservation = self._reserve(manifest)
+        order, update = self._compute(manifest, reservation, offset)
+        if order.executed is None or order.update_digest is None:
+            raise RunError("the round has no update", fix="this is a defect of the agent")
+        entry = self._ledger.settle(reservation, order.executed, order.update_digest)
+        self._store.prune(manifest.run, manifest.round)
+        log.info("released update %s", order.update_digest[:19], extra={**_at(manifest), "entry": entry.id})
+        return self._release(manifest, order, entry.id, update)
+
+    def _reserve(self, manifest: RoundManifest) -> Reservation:
+        """Write the order, then hold its mechanism against the budget (or find it held since a crash)."""
+        mechanism = manifest.spec.mechanism()
+        for spend in list(self._ledger.spends(run=manifest.run)):
+            held = spend.reservation
+            if held.purpose != PURPOSE or spend.outcome != "open":
+                if held.round == manifest.round and spend.outcome == "in-doubt":
+                    raise Refused("failed", "this round failed here and was charged; it is not tried again")
+                continue
+            order = self._store.find(held.run, held.round)
+            same = order and (order.spec_digest, order.adapter_digest) == (
+                manifest.spec_digest,
+                manifest.adapter_digest,
+            )
+            if held.round == manifest.round and same and held.mechanism == mechanism:
+                log.warning("computing again what a crash broke off; its charge is held", extra=_at(manifest))
+                return held
+            self._ledger.charge_in_doubt(held, "broken off by a crash, and the run went on without it")
+            if held.round == manifest.round:
+                raise Refused("failed", "this round was broken off here and charged; it is not tried again")
+        order = Order(
+            run=manifest.run,
+            round=manifest.round,
+            nonce=manifest.nonce,
+            spec_digest=manifest.spec_digest,
+            adapter_digest=manifest.adapter_digest,
+            model_digest=self._facts.model_digest,
+            ordered_at=time.time(),
+        )
+        self._store.put(order)
+        self._remember(order)
+        return self._ledger.reserve(
+            self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=PURPOSE
+        )
+
+    def _compute(
+        self, manifest: RoundManifest, reservation: Reservation, offset: dict[str, Any]
+    ) -> tuple[Order, bytes]:
+        """Train and keep the update on disk. Whatever goes wrong, the reservation is charged in full."""
+        self.state = "training"
+        log.info("training", extra=_at(manifest))
+
+        def progress(*_: object, **__: object) -> None:
+            if self._stopping.is_set():
+                raise Stopping("the site is shutting down")
+
+        try:
+            trained = self._train(manifest.spec, reservation.mechanism, offset, manifest.round, progress)
+            require_finite(trained.update)
+            update = pack(trained.update)
+            order = self._store.find(manifest.run, manifest.round)
+            if order is None:
+                raise DataError("the round's order vanished from the disk", fix="look for who deleted it")
+            order = dataclasses.replace(order, update_digest=digest(update), executed=trained.executed)
+            self._store.put(order, update)
+        except Exception as error:
+            # Anything may fail in training, and the charge must not depend on what did.
+            self._ledger.charge_in_doubt(reservation, f"{type(error).__name__} after private data was read")
+            log.exception("the round failed; it is charged in full", extra=_at(manifest))
+            if isinstance(error, Stopping):
+                raise Refused("failed", "the site is shutting down; the round was broken off") from error
+            raise Refused("failed", "training failed at the site; see the site's own log") from error
+        return order, update
+
+    def _repeat(self, manifest: RoundManifest) -> Sealed | None:
+        """The answer to a round that was settled before, None when it is new."""
+        spends = self._ledger.spends(run=manifest.run)
+        settled = [
+            spend
+            for spend in spends
+            if spend.outcome == "settled"
+            and (spend.reservation.round, spend.reservation.purpose) == (manifest.round, PURPOSE)
+        ]
+        if not settled:
+            return None
+        spend = settled[-1]
+        order = self._store.find(manifest.run, manifest.round)
+        if order is None or order.update_digest != spend.release_digest or spend.settled_seq is None:
+            raise Refused("failed", "this round was charged, but its update is no longer stored")
+        if (order.spec_digest, order.adapter_digest) != (manifest.spec_digest, manifest.adapter_digest):
+            raise Refused("bad-manifest", "this round was already released for another spec or adapter")
+        update = self._store.update(order)
+        if update is None:
+            raise Refused("bad-manifest", "this round is too old: its update is no longer kept")
+        log.info("sending the stored update again; nothing is spent", extra=_at(manifest))
+        return self._release(manifest, order, self._ledger.entry(spend.settled_seq).id, update)
+
+    def _release(self, manifest: RoundManifest, order: Order, entry_id: str, update: bytes) -> Sealed:
+        position = self._ledger.epsilon(self._facts.dataset)
+        pinned = self._ledger.checkpoint()
+        if order.executed is None or order.update_digest is None:
+            raise RunError("the round has no update", fix="this is a defect of the agent")
+        receipt = Receipt(
+            run=manifest.run,
+            round=manifest.round,
+            site=self._facts.site,
+            manifest_digest=manifest.digest,
+            spec_digest=manifest.spec_digest,
+            update_digest=order.update_digest,
+            model_digest=order.model_digest,
+            mechanism=order.executed,
+            steps_executed=order.executed.steps,
+            epsilon_spent_total=position.spent,
+            delta=position.delta,
+            privacy_unit=self._facts.dataset.privacy_unit,
+            ledger_head=pinned["head"],
+            ledger_entries=pinned["entries"],
+            merkle_root=pinned["merkle_root"],
+            entry_id=entry_id,
+            created_at=time.time(),
+        )
+        return self._outgoing.release(entry_id, receipt, update)
+
+    def _checked(self, document: Any, adapter: bytes) -> RoundManifest:
+        """Return the manifest after every check that needs no private data; Refused otherwise."""
+        facts = self._facts
+        try:
+            manifest = RoundManifest.from_dict(open_document(document, facts.coordinator_key))
+        except ConcordatError as error:
+            raise Refused("bad-manifest", error.message) from error
+        now = time.time()
+        earlier = self._nonces.get(manifest.nonce)
+        for wrong, message in (
+            (manifest.site != facts.site, f"the manifest is for site {manifest.site}"),
+            (facts.site not in manifest.spec.run.sites, "the spec does not name this site"),
+            (manifest.round > manifest.spec.run.rounds, f"the run has {manifest.spec.run.rounds} rounds"),
+            (now > manifest.expires_at, "the manifest has expired; check both clocks"),
+            (manifest.issued_at > now + CLOCK_SKEW_S, "the manifest is from the future; check both clocks"),
+            (
+                manifest.adapter_digest != digest(adapter),
+                "the adapter is not the one that the manifest names",
+            ),
+            (
+                earlier is not None and earlier != (manifest.run, manifest.round),
+                "the manifest's nonce was used for another round",
+            ),
+            (
+                self._specs.get(manifest.run, manifest.spec_digest) != manifest.spec_digest,
+                "the run's spec is not the one of its earlier rounds",
+            ),
+        ):
+            if wrong:
+                raise Refused("bad-manifest", message)
+        if manifest.spec.run.base_model != facts.model_digest:
+            raise Refused(
+                "unknown-base-model",
+                f"the run is for base model {manifest.spec.run.base_model}, "
+                f"this site has {facts.model_digest}",
+            )
+        return manifest
+
+    def _peek(self, manifest_json: str) -> tuple[dict[str, Any], str, int]:
+        """Body, run and round of an order, before any of it is believed: a refusal must name them."""
+        fix = "send a document signed by the coordinator"
+        if len(manifest_json) > MAX_MANIFEST_BYTES:
+            raise RunError("the order is too large", fix=fix)
+        try:
+            body = json.loads(manifest_json)["body"]
+            digest_ = document_digest(body)
+            peeked = Refusal.from_dict(
+                Refusal(body["run"], body["round"], self._facts.site, digest_, "failed", "-", 0.0).to_dict()
+            )
+        except (ValueError, KeyError, TypeError, RecursionError, AttributeError, ConcordatError) as error:
+            raise RunError("the order is not a round manifest", fix=fix) from error
+        return body, peeked.run, peeked.round
+
+    def _remember(self, order: Order) -> None:
+        self._nonces[order.nonce] = (order.run, order.round)
+        self._specs.setdefault(order.run, order.spec_digest)
+
+
+def _at(manifest: RoundManifest) -> dict[str, Any]:
+    return {"run": manifest.run, "round": manifest.round}

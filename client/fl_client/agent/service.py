@@ -1,0 +1,103 @@
+"""The agent's gRPC service on a Unix socket: the only thing the untrusted half can talk to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+
+from fl_client.agent.outgoing import chunks
+from fl_client.agent.rounds import Rounds
+from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.wire import agent_pb2_grpc
+from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest
+from fl_shared.wire.chunks import join
+
+log = logging.getLogger("fl_client.agent")
+
+VERSION = "0.1.0"
+MAX_ADAPTER_BYTES = 2 << 30
+_MAX_MESSAGE = (8 << 20) + (1 << 16)  # one manifest, or one data chunk of 1 MiB
+_MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # generated, without types
+    """Receives rounds in chunks and streams replies back."""
+
+    def __init__(self, site: str, rounds: Rounds) -> None:
+        """Answer for `site` with `rounds`."""
+        self._site = site
+        self._rounds = rounds
+
+    def Round(self, request_iterator: Iterator[Chunk], context: grpc.ServicerContext) -> Iterator[Chunk]:  # noqa: N802
+        """One round: header and adapter in, reply and update out."""
+        try:
+            first = next(request_iterator, None)
+            if first is None or first.WhichOneof("part") != "header":
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first chunk must be the header")
+            header = first.header
+            adapter = join(
+                (_data(chunk) for chunk in request_iterator),
+                expected_bytes=header.adapter_bytes,
+                expected_digest=header.adapter_digest,
+                limit=MAX_ADAPTER_BYTES,
+            )
+            sealed = self._rounds.handle(header.manifest_json, adapter)
+        except ConcordatError as error:
+            log.warning("a round was not answered: %s", error.message)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message[:300])
+        yield from chunks(sealed)
+
+    def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
+        """What the untrusted half may know."""
+        return InfoReply(site=self._site, version=VERSION, state=self._rounds.state)
+
+
+def _data(chunk: Chunk) -> bytes:
+    if chunk.WhichOneof("part") != "data":
+        raise ConfigError("a chunk after the header holds no data", fix="send the header once, then data")
+    return bytes(chunk.data)
+
+
+def serve(service: AgentService, socket: Path, group: str = "") -> grpc.Server:
+    """Start the service on `socket` (mode 0600, or 0660 for `group`) and return the server.
+
+    ConfigError when the path is too long for a socket or the group is unknown.
+    """
+    if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"the agent's socket path is too long: {socket}",
+            fix=f"choose a home whose path is at most {_MAX_SOCKET_PATH - len('/run/agent.sock')} bytes long",
+        )
+    socket.unlink(missing_ok=True)
+    server = grpc.server(
+        ThreadPoolExecutor(max_workers=4, thread_name_prefix="agent"),
+        maximum_concurrent_rpcs=4,
+        options=[("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.so_reuseport", 0)],
+    )
+    agent_pb2_grpc.add_AgentServicer_to_server(service, server)
+    mask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    finally:
+        os.umask(mask)
+    server.start()
+    socket.chmod(0o600)
+    if group:
+        try:
+            shutil.chown(socket, group=group)
+            shutil.chown(socket.parent, group=group)
+        except (LookupError, PermissionError) as error:
+            server.stop(0)
+            raise ConfigError(
+                f"[supernode] socket_group = {group!r}: {error}",
+                fix="create the group and add the agent's user to it",
+            ) from None
+        socket.chmod(0o660)
+        socket.parent.chmod(0o710)
+    return server

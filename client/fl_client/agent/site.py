@@ -1,0 +1,134 @@
+"""Open everything that a site's trusted half holds: keys, ledger, data set, budget, model, rounds."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fl_client.agent.outgoing import Outgoing
+from fl_client.agent.releases import ReleaseStore
+from fl_client.agent.rounds import Rounds, SiteFacts
+from fl_client.config import SiteConfig
+from fl_client.data.load import load_unit_data
+from fl_client.data.units import UnitData
+from fl_client.home import SiteHome
+from fl_shared.ledger.records import Dataset
+from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import RunSpec
+from fl_shared.privacy import Mechanism
+from fl_shared.signing import SigningKey
+
+if TYPE_CHECKING:
+    from fl_client.model.load import LoadedModel
+    from fl_client.training import TrainingResult
+
+log = logging.getLogger("fl_client.agent")
+
+
+def open_ledger(home: SiteHome, config: SiteConfig) -> tuple[Ledger, SigningKey]:
+    """Open the site's ledger for writing with the site's signing key."""
+    key = SigningKey.load(home.signing_key)
+    return Ledger.open(config.ledger_url, key, config.site), key
+
+
+def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
+    """Enter the data set and its budget into the ledger; nothing happens when both stand there already."""
+    dataset = ledger.register_dataset(
+        config.data.name,
+        data.fingerprint,
+        config.data.privacy_unit,
+        data.units,
+        config.data.max_records_per_unit,
+    )
+    budget, policy = config.budget, config.policy
+    worst = Mechanism(
+        noise_multiplier=policy.min_noise_multiplier,
+        sampling_probability=policy.max_sampling_probability,
+        steps=policy.max_steps_per_round,
+        clipping_norm=policy.max_clipping_norm,
+    )
+    ledger.set_budget(
+        dataset,
+        budget.epsilon,
+        budget.delta,
+        budget.approver,
+        valid_from=_moment(budget.valid_from),
+        valid_to=_moment(budget.valid_to),
+        planned=(worst,),
+    )
+    return dataset
+
+
+def _moment(text: str | None) -> dt.datetime | None:
+    return dt.datetime.fromisoformat(text) if text else None
+
+
+def load_base(config: SiteConfig) -> LoadedModel:
+    """Load the base model once, with the configured number of threads.
+
+    Imported here: torch takes seconds to import, and enrolling or looking at the status needs none of it.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.model.threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    from fl_client.model.load import load_model
+
+    torch.set_num_threads(config.model.threads)
+    return load_model(config.model.directory, device=config.model.device)
+
+
+@dataclass
+class OpenSite:
+    """The trusted half, ready for rounds."""
+
+    config: SiteConfig
+    ledger: Ledger
+    key: SigningKey
+    data: UnitData
+    dataset: Dataset
+    model: LoadedModel
+    rounds: Rounds
+
+    def close(self) -> None:
+        """Give the ledger's connections back."""
+        self.ledger.close()
+
+
+def open_site(home: SiteHome, config: SiteConfig, coordinator_key: str) -> OpenSite:
+    """Open all of it, in the order in which mistakes are cheapest to find."""
+    ledger, key = open_ledger(home, config)
+    try:
+        data = load_unit_data(config.data, home.fingerprint_key)
+        dataset = register(ledger, config, data)
+        log.info("loading the model from %s", config.model.directory.name)
+        model = load_base(config)
+
+        def train(
+            spec: RunSpec, mechanism: Mechanism, offset: dict[str, Any], round_: int, progress: Any
+        ) -> TrainingResult:
+            from fl_client.training import train_round
+
+            return train_round(model, data, spec, mechanism, offset, round=round_, progress=progress)
+
+        facts = SiteFacts(
+            site=config.site,
+            coordinator_key=coordinator_key,
+            model_digest=model.digest,
+            policy=config.policy,
+            dataset=dataset,
+        )
+        rounds = Rounds(
+            facts,
+            ledger=ledger,
+            store=ReleaseStore(home.releases),
+            outgoing=Outgoing(key, ledger),
+            train=train,
+        )
+    except BaseException:
+        ledger.close()
+        raise
+    return OpenSite(config, ledger, key, data, dataset, model, rounds)

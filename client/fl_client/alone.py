@@ -1,0 +1,84 @@
+"""A site trains a run's spec by itself: the baseline that shows what federation adds.
+
+Nothing is cheaper here than in a federated run: each round is ordered by a manifest (signed by a key made
+for this run), held against the same policy, reserved and settled in the same ledger as `alone:NAME`, and
+its update passes the same choke point (docs/decisions/0002).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fl_client.agent.site import OpenSite
+from fl_client.files import write_durably
+from fl_shared.adapter import digest, pack, unpack
+from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
+from fl_shared.manifest import RoundManifest, RunSpec
+from fl_shared.signing import SigningKey, sign_document
+
+_ERRORS = {"budget-exhausted": BudgetExhausted, "policy": PolicyRefusal}
+
+
+def train_alone(
+    site: OpenSite, spec: RunSpec, order_key: SigningKey, out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run all rounds of `spec` at `site`; write `adapter.safetensors` and `receipts.json` into `out`.
+
+    `order_key` is the key that the site's rounds accept orders from. A repeat with the same spec fetches
+    what was released before and spends nothing. Raises the refusal of the first round that is refused.
+    """
+    if site.config.site not in spec.run.sites:
+        spec = dataclasses.replace(
+            spec, run=dataclasses.replace(spec.run, sites=(site.config.site,), quorum=1)
+        )
+    run = f"alone:{spec.run.name}"
+    total: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+    receipts: list[dict[str, Any]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    for number in range(1, spec.run.rounds + 1):
+        adapter = pack(total)
+        now = time.time()
+        manifest = RoundManifest(
+            run=run,
+            round=number,
+            site=site.config.site,
+            spec=spec,
+            adapter_digest=digest(adapter),
+            nonce=secrets.token_hex(16),
+            issued_at=now,
+            expires_at=now + 3600.0,
+        )
+        sealed = site.rounds.handle(json.dumps(sign_document(order_key, manifest.to_dict())), adapter)
+        document = json.loads(sealed.document)
+        if sealed.status != "ok":
+            body = document["body"]
+            error = _ERRORS.get(body["code"], RunError)
+            raise error(
+                f"round {number} of {spec.run.rounds}: {body['message']}",
+                fix="change the spec, or the site's policy or budget; earlier rounds stay charged",
+            )
+        receipts.append(document)
+        for name, value in unpack(sealed.payload).items():
+            total[name] = value if name not in total else total[name] + value
+        spent = document["body"]["epsilon_spent_total"]
+        say(f"round {number} of {spec.run.rounds} done; epsilon spent {spent:.3f}")
+    path = out / "adapter.safetensors"
+    write_durably(path, pack(total))
+    write_durably(out / "receipts.json", (json.dumps(receipts, indent=2) + "\n").encode("utf-8"))
+    last = receipts[-1]["body"]
+    return {
+        "run": run,
+        "rounds": spec.run.rounds,
+        "adapter": str(path),
+        "receipts": str(out / "receipts.json"),
+        "epsilon_spent_total": last["epsilon_spent_total"],
+        "delta": last["delta"],
+    }

@@ -1,0 +1,1 @@
+"""Command lines: `fl-client` and `fl-model`."""

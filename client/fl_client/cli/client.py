@@ -1,0 +1,219 @@
+"""`fl-client`: enrol a site, check it, run its agent, train alone, show its state."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fl_client.config import SiteConfig, template
+from fl_client.enrolment import Coordinator, enrol, server_url
+from fl_client.files import write_durably
+from fl_client.home import SiteHome
+from fl_client.logs import set_up
+from fl_shared.errors import ConfigError, cli_main
+
+VERBS = ("run", "enroll", "check", "status", "train-alone", "supernode")
+EXAMPLES = """\
+examples:
+  fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....
+  fl-client check --site hospital-001          a dry run: each line a pass or the fix
+  fl-client --site hospital-001                the agent (Ctrl-C or SIGTERM ends it in good order)
+  fl-client status --site hospital-001 --json
+  fl-client train-alone --site hospital-001 --spec spec.toml --out alone/
+
+environment: FL_SITE, FL_SERVER, FL_TOKEN and FL_CLIENT_HOME stand in for --site, --server, --token, --home
+exit codes: 0 success, 2 wrong configuration, 10 policy, 11 budget, 12 signature, 13 ledger, 14 model,
+  15 data, 16 transport, 17 enrolment, 18 run, 19 engine, 70 a defect, 130 Ctrl-C
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    top = argparse.ArgumentParser(
+        prog="fl-client",
+        description="The site's half of Concordat. Without a verb: run the agent.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, summary: str, *, with_json: bool = False) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary)
+        made.add_argument(
+            "--site", default=os.environ.get("FL_SITE"), help="the site's id, e.g. hospital-001 [FL_SITE]"
+        )
+        made.add_argument(
+            "--home", type=Path, default=None, help="its directory [FL_CLIENT_HOME, ~/.concordat/site/ID]"
+        )
+        if with_json:
+            made.add_argument("--json", action="store_true", help="print one JSON object")
+        return made
+
+    verb("run", "run the agent and the SuperNode (the default)")
+    enroll = verb(
+        "enroll", "make the site's keys and get its certificate with a one-time token", with_json=True
+    )
+    enroll.add_argument(
+        "--server", default=os.environ.get("FL_SERVER"), help="https://HOST:PORT of the gateway [FL_SERVER]"
+    )
+    enroll.add_argument(
+        "--token", default=os.environ.get("FL_TOKEN"), help="from `fl-admin sites invite` [FL_TOKEN]"
+    )
+    enroll.add_argument("--force", action="store_true", help="replace the certificate of an enrolled site")
+    verb(
+        "check",
+        "dry run: config, data, model, policy, budget, server; each a pass or the fix",
+        with_json=True,
+    )
+    verb("status", "show enrolment, whether the agent runs, and what the ledger says", with_json=True)
+    alone = verb(
+        "train-alone", "train a run's spec at this site alone, charged like a federated run", with_json=True
+    )
+    alone.add_argument(
+        "--spec", type=Path, required=True, help="the run's spec, as for `fl-admin runs launch`"
+    )
+    alone.add_argument(
+        "--out", type=Path, required=True, help="directory for adapter.safetensors and receipts.json"
+    )
+    node = verbs.add_parser(
+        "supernode", help="run only the untrusted half, as another user (see deploy/)",
+        description="Run only the untrusted half. It needs its own directory alone.",
+    )  # fmt: skip
+    node.add_argument("--directory", type=Path, required=True, help="the site's supernode directory")
+    return top
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse and run one verb; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "run")
+    options = parser().parse_args(arguments)
+    if options.verb == "supernode":
+        from fl_client.supernode import run_alone
+
+        return run_alone(options.directory)
+    if not options.site:
+        raise ConfigError("no site was named", fix="add --site ID, or set FL_SITE")
+    home = SiteHome.locate(options.site, options.home)
+    actions = {"run": _run, "enroll": _enroll, "check": _check, "status": _status, "train-alone": _alone}
+    return actions[options.verb](home, options)
+
+
+def _run(home: SiteHome, options: argparse.Namespace) -> int:
+    config = SiteConfig.load(home, options.site)
+    Coordinator.load(home)
+    home.make()
+    set_up(home.logs, options.site, "agent")
+    from fl_client.agent.main import run_agent
+
+    return run_agent(home, config)
+
+
+def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
+    for name, value in (("--server", options.server), ("--token", options.token)):
+        if not value:
+            raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
+    pinned = enrol(home, site=options.site, server=options.server, token=options.token, force=options.force)
+    made = not home.config.exists()
+    if made:
+        text = template(options.site, server_url(options.server))
+        write_durably(home.config, text.encode("utf-8"))
+    if options.json:
+        facts = {
+            "site": pinned.site,
+            "server": pinned.server,
+            "home": str(home.root),
+            "coordinator_key": pinned.coordinator_key,
+            "ca_sha256": pinned.ca_sha256,
+            "template_written": made,
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"{pinned.site} is enrolled at {pinned.server}; its keys were made here and stay in {home.root}")
+    print(f"compare by telephone: coordinator's key {pinned.coordinator_key}")
+    print(f"                      CA certificate    sha256 {pinned.ca_sha256}")
+    if made:
+        print(f"next: edit {home.config}")
+    print(f"then: fl-client check --site {pinned.site}" + (f" --home {home.root}" if options.home else ""))
+    return 0
+
+
+def _check(home: SiteHome, options: argparse.Namespace) -> int:
+    from fl_client.check import run_checks
+
+    results = []
+    for result in run_checks(home, options.site):
+        results.append(result)
+        if not options.json:
+            print(f"{'PASS' if result.ok else 'FAIL'}  {result.name:<11} {result.message}", flush=True)
+            if result.fix:
+                print(f"      {'fix:':<11} {result.fix}", flush=True)
+    ok = all(result.ok for result in results)
+    if options.json:
+        print(
+            json.dumps({"site": options.site, "ok": ok, "checks": [r.to_dict() for r in results]}, indent=2)
+        )
+    return 0 if ok else 2
+
+
+def _status(home: SiteHome, options: argparse.Namespace) -> int:
+    from fl_client.status import status_of
+
+    found = status_of(home, options.site)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            if isinstance(value, dict):
+                value = ", ".join(
+                    f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}"
+                    for key, item in value.items()
+                )
+            print(f"{name:<10} {value}")
+    return 0
+
+
+def _alone(home: SiteHome, options: argparse.Namespace) -> int:
+    from fl_client.agent.locks import sole
+    from fl_client.agent.site import open_site
+    from fl_client.alone import train_alone
+    from fl_shared.manifest import RunSpec
+    from fl_shared.signing import SigningKey
+
+    config = SiteConfig.load(home, options.site)
+    spec = RunSpec.from_toml(options.spec)
+    home.make()
+    set_up(home.logs, options.site, "train-alone", quiet=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    order_key = SigningKey.generate()
+    with sole(home.run / "agent.lock", "train-alone"):
+        site = open_site(home, config, order_key.public_hex)
+        try:
+            site.rounds.recover()
+            say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
+            done = train_alone(site, spec, order_key, options.out, say)
+        finally:
+            site.close()
+    if options.json:
+        print(json.dumps(done, indent=2))
+    else:
+        print(
+            f"adapter {done['adapter']}; "
+            f"epsilon spent {done['epsilon_spent_total']:.3f} at delta {done['delta']:g}"
+        )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    return cli_main(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

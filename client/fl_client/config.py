@@ -1,0 +1,345 @@
+"""A site's configuration: one strict TOML file, read into frozen dataclasses.
+
+Every wrong field is refused with the file, the field, its value and what to write instead. A relative
+path starts at the file's directory.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from fl_client.enrolment import server_url
+from fl_client.home import SiteHome
+from fl_client.sandbox import MODES
+from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.manifest import LORA_TARGETS, check_digest
+from fl_shared.names import site_id
+from fl_shared.settings import Fields, load_toml
+
+ANY_APP = "any"
+SHIPPED_MODEL = "tiny"
+RECORD = "record"
+PRIVACY_UNITS = (RECORD, "patient", "customer")
+DEVICES = ("auto", "cpu", "cuda")
+_DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]: where the private table lies and what one privacy unit is.
+
+    `text_columns` with more than one name are written as `name: value; name: value` into one text.
+    """
+
+    name: str
+    path: Path
+    text_columns: tuple[str, ...]
+    label_column: str
+    unit_column: str | None
+    privacy_unit: str
+    max_records_per_unit: int
+    public: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]: the quantised base model's directory and the device."""
+
+    directory: Path
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """[policy]: what a round may at most ask of this site."""
+
+    min_noise_multiplier: float
+    max_clipping_norm: float
+    max_sampling_probability: float
+    max_steps_per_round: int
+    max_rank: int
+    targets: tuple[str, ...]
+    allow_non_private: bool
+    apps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """[budget]: the ceiling, who approved it, and when it is valid (ISO dates, UTC)."""
+
+    epsilon: float
+    delta: float
+    approver: str
+    valid_from: str | None
+    valid_to: str | None
+
+
+@dataclass(frozen=True)
+class SupernodeConfig:
+    """[supernode]: how the untrusted half is started and kept apart.
+
+    `launch` false: another service (another user) runs it with `fl-client supernode`.
+    """
+
+    launch: bool
+    confine: str
+    user: str
+    tunnel_port: int
+    socket_group: str
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """All of `site.toml`."""
+
+    site: str
+    server: str
+    data: DataConfig
+    model: ModelConfig
+    policy: PolicyConfig
+    budget: BudgetConfig
+    ledger_url: str
+    supernode: SupernodeConfig
+    source: Path
+
+    @classmethod
+    def load(cls, home: SiteHome, site: str) -> SiteConfig:
+        """Read `site.toml` of `home`; ConfigError names the first wrong field and its fix."""
+        path = home.config
+        if not path.exists():
+            raise ConfigError(
+                f"{path} does not exist",
+                fix=f"run `fl-client enroll --site {site} ...`, which writes a template, or copy one there",
+            )
+        top = Fields(load_toml(path), str(path), base=path.parent)
+        made = cls(
+            site=_site(top.section("site"), site),
+            server=_server(top.section("server")),
+            data=_data(top.section("data")),
+            model=_model(top.section("model", optional=True)),
+            policy=_policy(top.section("policy")),
+            budget=_budget(top.section("budget")),
+            ledger_url=_ledger(top.section("ledger", optional=True), home),
+            supernode=_supernode(top.section("supernode", optional=True)),
+            source=path,
+        )
+        top.done()
+        if made.policy.allow_non_private and not made.data.public:
+            raise ConfigError(
+                f"{path} [policy]: allow_non_private is true, but [data] public is false",
+                fix="set allow_non_private = false; only public data may be trained on without noise",
+            )
+        return made
+
+
+def _site(fields: Fields, expected: str) -> str:
+    found = fields.named("id", site_id)
+    fields.done()
+    if found != expected:
+        raise fields.fail(
+            "id", f"is {found!r}, but this is the home of {expected!r}", "give the right --site or --home"
+        )
+    return found
+
+
+def _server(fields: Fields) -> str:
+    text = fields.text("url")
+    fields.done()
+    try:
+        return server_url(text)
+    except EnrolmentError as error:
+        raise fields.fail("url", f"is {text!r}: {error.message}", error.fix) from None
+
+
+def _data(fields: Fields) -> DataConfig:
+    name = fields.text("name")
+    if not _DATA_NAME.fullmatch(name):
+        raise fields.fail(
+            "name", f"is {name!r}", "use 1 to 63 letters, digits, dots, hyphens and underscores"
+        )
+    if fields.has("text_columns"):
+        columns = fields.texts("text_columns", high=200)
+    else:
+        columns = (fields.text("text_column"),)
+    unit = fields.choice("privacy_unit", PRIVACY_UNITS)
+    made = DataConfig(
+        name=name,
+        path=fields.path("path"),
+        text_columns=columns,
+        label_column=fields.text("label_column"),
+        unit_column=fields.text("unit_column", default=None),
+        privacy_unit=unit,
+        max_records_per_unit=fields.integer("max_records_per_unit", low=1, high=10_000, default=1),
+        public=fields.boolean("public", default=False),
+    )
+    fields.done()
+    if unit != RECORD and made.unit_column is None:
+        raise fields.fail(
+            "unit_column",
+            f"is missing, but privacy_unit is {unit!r}",
+            f"name the column that identifies the {unit}",
+        )
+    if unit == RECORD and made.unit_column is not None:
+        raise fields.fail(
+            "unit_column",
+            f"is {made.unit_column!r}, but privacy_unit is 'record'",
+            'set privacy_unit = "patient", or remove unit_column',
+        )
+    if unit == RECORD and made.max_records_per_unit != 1:
+        raise fields.fail(
+            "max_records_per_unit",
+            f"is {made.max_records_per_unit}",
+            "a record is one record: remove the field",
+        )
+    return made
+
+
+def _model(fields: Fields) -> ModelConfig:
+    directory = fields.path("directory", default=SHIPPED_MODEL)
+    if directory.name == SHIPPED_MODEL and not directory.is_dir():
+        directory = Path(str(resources.files("fl_client"))) / "model" / SHIPPED_MODEL
+    made = ModelConfig(
+        directory=directory,
+        device=fields.choice("device", DEVICES, default="auto"),
+        threads=fields.integer("threads", low=1, high=1024, default=1),
+    )
+    fields.done()
+    return made
+
+
+def _policy(fields: Fields) -> PolicyConfig:
+    apps = fields.texts("apps", high=100, default=(ANY_APP,))
+    for app in apps:
+        if app == ANY_APP and len(apps) == 1:
+            continue
+        try:
+            check_digest(app)
+        except ConfigError as error:
+            raise fields.fail("apps", f"names {app!r}", f'write ["any"], or digests: {error.fix}') from None
+    targets = fields.texts("targets", high=len(LORA_TARGETS), default=LORA_TARGETS)
+    for target in targets:
+        if target not in LORA_TARGETS:
+            raise fields.fail("targets", f"names {target!r}", f"choose from {', '.join(LORA_TARGETS)}")
+    made = PolicyConfig(
+        min_noise_multiplier=fields.number("min_noise_multiplier", low=0, high=1e6, above=True),
+        max_clipping_norm=fields.number("max_clipping_norm", low=0, high=1e6, above=True),
+        max_sampling_probability=fields.number("max_sampling_probability", low=0, high=1, above=True),
+        max_steps_per_round=fields.integer("max_steps_per_round", low=1, high=1_000_000),
+        max_rank=fields.integer("max_rank", low=1, high=1024, default=64),
+        targets=targets,
+        allow_non_private=fields.boolean("allow_non_private", default=False),
+        apps=apps,
+    )
+    fields.done()
+    return made
+
+
+def _budget(fields: Fields) -> BudgetConfig:
+    made = BudgetConfig(
+        epsilon=fields.number("epsilon", low=0, high=1e6, above=True),
+        delta=fields.number("delta", low=0, high=0.01, above=True),
+        approver=fields.text("approver"),
+        valid_from=_date(fields, "valid_from"),
+        valid_to=_date(fields, "valid_to"),
+    )
+    fields.done()
+    if made.valid_from and made.valid_to and made.valid_from >= made.valid_to:
+        raise fields.fail("valid_to", f"is {made.valid_to}, not after valid_from", "give a later date")
+    return made
+
+
+def _date(fields: Fields, name: str) -> str | None:
+    """An ISO date or time as text; a bare date means midnight UTC."""
+    if not fields.has(name):
+        fields.text(name, default="")
+        return None
+    text = fields.text(name)
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise fields.fail(name, f"is {text!r}", 'write a date in quotes, e.g. "2027-01-31"') from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=dt.UTC)
+    return moment.astimezone(dt.UTC).isoformat(timespec="seconds")
+
+
+def _ledger(fields: Fields, home: SiteHome) -> str:
+    url = fields.text("url", default=f"sqlite:///{home.ledger}")
+    fields.done()
+    if not re.match(r"(sqlite|postgresql(\+psycopg)?)://", url):
+        raise fields.fail(
+            "url", f"is {url!r}", "write sqlite:////path/ledger.sqlite or postgresql://user@host/db"
+        )
+    return url
+
+
+def _supernode(fields: Fields) -> SupernodeConfig:
+    made = SupernodeConfig(
+        launch=fields.boolean("launch", default=True),
+        confine=fields.choice("confine", MODES, default="auto"),
+        user=fields.text("user", default="", empty=True),
+        tunnel_port=fields.integer("tunnel_port", low=0, high=65535, default=0),
+        socket_group=fields.text("socket_group", default="", empty=True),
+    )
+    fields.done()
+    if not made.launch and made.tunnel_port == 0:
+        raise fields.fail(
+            "tunnel_port", "is 0, but launch is false", "choose a fixed port for the other service"
+        )
+    return made
+
+
+def template(site: str, server: str) -> str:
+    """Return a commented `site.toml` for a newly enrolled site."""
+    return f"""\
+# Configuration of site {site}. Check it with: fl-client check --site {site}
+
+[site]
+id = "{site}"
+
+[server]
+url = "{server}"
+
+[data]
+name = "records"                 # the data set's name in the ledger; budgets belong to it
+path = "data.csv"                # .csv .tsv .jsonl .json .parquet; relative to this file
+text_column = "text"             # or text_columns = ["age", "purpose"] to join several
+label_column = "label"
+privacy_unit = "record"          # "patient" or "customer": all rows of one of them are protected together
+# unit_column = "patient_id"     # needed unless the unit is a record
+# max_records_per_unit = 5       # further rows of one patient are not used
+public = false                   # true only for data that anyone may read
+
+[model]
+directory = "tiny"               # a directory made by `fl-model quantize`, or the shipped "tiny"
+device = "auto"                  # auto | cpu | cuda
+threads = 1
+
+[policy]                         # the last word on what a round may ask of this site
+min_noise_multiplier = 0.8
+max_clipping_norm = 1.0
+max_sampling_probability = 0.2
+max_steps_per_round = 20
+# targets = ["attention", "shared_experts", "routed_experts"]
+# apps = ["sha256:..."]          # allow-list of the apps that the coordinator may ship; default ["any"]
+# allow_non_private = false      # training without noise; only with [data] public = true
+
+[budget]                         # the ceiling for this data set, for all runs together
+epsilon = 8.0
+delta = 1e-5                     # must be below 1 / number of units
+approver = "name of the privacy officer"
+# valid_from = "2027-01-01"
+# valid_to = "2027-12-31"
+
+# [ledger]
+# url = "sqlite:////path/ledger.sqlite"        # or postgresql://user@host/database
+
+# [supernode]                    # the untrusted half
+# confine = "auto"               # auto | require | off (Landlock)
+# user = "concordat-node"        # run it as another user (the agent must be root)
+"""

@@ -1,0 +1,1 @@
+"""Private data: tables read from disk, and the units that differential privacy protects."""

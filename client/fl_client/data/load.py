@@ -1,0 +1,109 @@
+"""Load a site's private table into `UnitData`: texts, labels, and which privacy unit each row belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_client.config import DataConfig
+from fl_client.data.tables import read_columns
+from fl_client.data.units import UnitData
+from fl_shared.errors import DataError
+
+log = logging.getLogger("fl_client.data")
+
+
+def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
+    """Return the private data that `[data]` describes.
+
+    Rows without text or label are left out; of one unit the first `max_records_per_unit` rows are used.
+    Both rules look at one unit alone, so that they change nothing about neighbouring data sets. Raises
+    DataError when the table cannot be used.
+    """
+    names = list(dict.fromkeys([*config.text_columns, config.label_column]))
+    if config.unit_column is not None and config.unit_column not in names:
+        names.append(config.unit_column)
+    columns = read_columns(config.path, names)
+    texts = _texts([columns[name] for name in config.text_columns], config.text_columns)
+    labels = [label.strip() for label in columns[config.label_column]]
+    owners = columns[config.unit_column] if config.unit_column is not None else None
+    unit_of_record, kept = _units(texts, labels, owners, config)
+    if not kept:
+        raise DataError(
+            f"{config.path}: no row has both a text and a label", fix="check the columns in [data]"
+        )
+    texts = [texts[i] for i in kept]
+    labels = [labels[i] for i in kept]
+    log.info("data set %s loaded, kept per %s", config.name, config.privacy_unit)
+    return UnitData(
+        texts=tuple(texts),
+        labels=tuple(labels),
+        unit_of_record=unit_of_record,
+        units=int(unit_of_record.max()) + 1,
+        fingerprint=fingerprint(texts, labels, unit_of_record, fingerprint_key),
+    )
+
+
+def _texts(columns: list[list[str]], names: tuple[str, ...]) -> list[str]:
+    if len(columns) == 1:
+        return [text.strip() for text in columns[0]]
+    return [
+        "; ".join(f"{name}: {value.strip()}" for name, value in zip(names, row, strict=True) if value.strip())
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _units(
+    texts: list[str], labels: list[str], owners: list[str] | None, config: DataConfig
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Return the unit (0..units-1) of each kept row `[kept]`, and the kept rows' numbers."""
+    numbers: dict[str, int] = {}
+    used: dict[int, int] = {}
+    units: list[int] = []
+    kept: list[int] = []
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not text or not label:
+            continue
+        if owners is None:
+            unit = len(units)
+        else:
+            owner = owners[row].strip()
+            if not owner:
+                raise DataError(
+                    f"{config.path}: row {row + 1} has no {config.unit_column!r}",
+                    fix=f"every row must say which {config.privacy_unit} it belongs to",
+                )
+            unit = numbers.setdefault(owner, len(numbers))
+            used[unit] = used.get(unit, 0) + 1
+            if used[unit] > config.max_records_per_unit:
+                continue
+        units.append(unit)
+        kept.append(row)
+    return np.asarray(units, dtype=np.int64), kept
+
+
+def fingerprint(
+    texts: list[str], labels: list[str], unit_of_record: NDArray[np.int64], key_file: Path
+) -> str:
+    """Return `hmac-sha256:<hex>` over the used rows, keyed by the site's secret.
+
+    It stands in the ledger, which others read: without a key anyone could test guesses of small tables.
+    """
+    try:
+        key = bytes.fromhex(key_file.read_text("ascii"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{key_file} cannot be used", fix="restore it from a backup of the site's keys"
+        ) from error
+    mac = hmac.new(key, digestmod=hashlib.sha256)
+    for text, label, unit in zip(texts, labels, unit_of_record.tolist(), strict=True):
+        for part in (text, label, str(unit)):
+            encoded = part.encode("utf-8")
+            mac.update(len(encoded).to_bytes(8, "big"))
+            mac.update(encoded)
+    return f"hmac-sha256:{mac.hexdigest()}"

@@ -1,0 +1,340 @@
+"""Enrolment: a site makes its keys, proves a one-time token and receives its certificate.
+
+The keys never travel. They are made once in `pending/`, kept there while attempts fail (so that a
+retry presents the same keys), and moved into place only after the coordinator's answer was checked;
+`coordinator.json` is written last, and a site is enrolled exactly when that file exists.
+
+Trust starts from the token: `ct1.<site>.<secret>.<sha256 of the CA certificate>`. The CA is fetched
+without verification, compared with the hash, and from then on every connection is verified by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import shutil
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fl_client.files import sync_directory, write_durably
+from fl_client.home import SiteHome
+from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
+from fl_shared.names import site_id
+from fl_shared.signing import SigningKey
+
+TOKEN_PATTERN = re.compile(r"ct1\.([a-z0-9-]+)\.([A-Za-z0-9_-]{16,})\.([0-9a-f]{64})")
+TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+MAX_ANSWER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Token:
+    """A parsed enrolment token: whose it is, the whole text, and the CA's SHA-256 (hex)."""
+
+    site: str
+    text: str
+    ca_sha256: str
+
+    @classmethod
+    def parse(cls, text: str) -> Token:
+        """Read `ct1.<site>.<secret>.<hash>`; EnrolmentError when the form is wrong."""
+        match = TOKEN_PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise EnrolmentError(
+                "the enrolment token is not of the form ct1.<site>.<secret>.<hash>",
+                fix="copy the whole token that `fl-admin sites invite` printed, in quotes",
+            )
+        return cls(site=match.group(1), text=text.strip(), ca_sha256=match.group(3))
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """What enrolment pinned about the coordinator."""
+
+    site: str
+    server: str
+    fleet_path: str
+    coordinator_key: str
+    ca_sha256: str
+    enrolled_at: int
+
+    @classmethod
+    def load(cls, home: SiteHome) -> Coordinator:
+        """Read `coordinator.json`; EnrolmentError when the site is not enrolled or it is damaged."""
+        try:
+            body = json.loads(home.coordinator.read_text("utf-8"))
+            return cls(**{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()})
+        except FileNotFoundError:
+            raise EnrolmentError(
+                f"this site is not enrolled: {home.coordinator} does not exist",
+                fix="ask the coordinator for a token and run "
+                "`fl-client enroll --site ID --server URL --token TOKEN`",
+            ) from None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise EnrolmentError(
+                f"{home.coordinator} cannot be read: {error}",
+                fix="restore it from a backup, or enrol again with a new token and --force",
+            ) from None
+
+
+_COORDINATOR_FIELDS: dict[str, type] = {
+    "site": str,
+    "server": str,
+    "fleet_path": str,
+    "coordinator_key": str,
+    "ca_sha256": str,
+    "enrolled_at": int,
+}
+
+
+def server_url(text: str) -> str:
+    """Return `https://host:port` without a trailing slash; EnrolmentError for anything else."""
+    parts = urlsplit(text)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme != "https" or not parts.hostname or port is None or parts.path not in ("", "/"):
+        raise EnrolmentError(
+            f"server {text!r} is not an address of the form https://HOST:PORT",
+            fix="give the coordinator's gateway, e.g. --server https://coordinator.example:9443",
+        )
+    return f"https://{parts.netloc}"
+
+
+def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
+    """Return a TLS 1.3 client context that trusts `ca_pem` alone, with the client certificate if given."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cadata=ca_pem)
+    if certificate is not None:
+        context.load_cert_chain(certificate, key)
+    return context
+
+
+def fetch_ca(server: str, expected_sha256: str) -> str:
+    """Fetch the CA certificate (PEM) and accept it only if its DER hashes to `expected_sha256`.
+
+    The connection is not verified; the hash is what makes the answer trustworthy.
+    """
+    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unverified.minimum_version = ssl.TLSVersion.TLSv1_3
+    unverified.check_hostname = False
+    unverified.verify_mode = ssl.CERT_NONE
+    answer = _request("GET", f"{server}/v1/ca", unverified)
+    try:
+        certificate = x509.load_pem_x509_certificate(answer.content)
+    except ValueError:
+        raise EnrolmentError(
+            f"{server}/v1/ca did not answer with a certificate",
+            fix="check that --server names the coordinator's gateway and its port",
+        ) from None
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    if not hmac.compare_digest(hashlib.sha256(der).hexdigest(), expected_sha256):
+        raise EnrolmentError(
+            f"the CA certificate at {server} is not the one that the token names",
+            fix="check the address; if it is right, someone may stand in between: ask for a new token",
+        )
+    return certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
+
+
+def enrol(home: SiteHome, *, site: str, server: str, token: str, force: bool = False) -> Coordinator:
+    """Enrol `site` at `server` with a one-time `token` and return what was pinned.
+
+    Refuses when the site is enrolled already, unless `force`: then a new TLS key and certificate are
+    made, the old ones move to `tls/replaced/`, and the signing key and the ledger stay as they are.
+    A failed attempt changes nothing but `pending/` and can be repeated. Raises EnrolmentError,
+    TransportError.
+    """
+    site_id(site)
+    parsed = Token.parse(token)
+    if parsed.site != site:
+        raise EnrolmentError(
+            f"the token is for site {parsed.site!r}, not for {site!r}",
+            fix=f"use --site {parsed.site}, or ask for a token for {site}",
+        )
+    address = server_url(server)
+    if home.coordinator.exists() and not force:
+        raise EnrolmentError(
+            f"site {site} is enrolled already ({home.coordinator})",
+            fix="nothing to do; to replace the certificate get a new token and add --force",
+        )
+    ca_pem = fetch_ca(address, parsed.ca_sha256)
+    home.make()
+    pending = _pending_keys(home)
+    answer = _ask(address, ca_pem, site, parsed, pending)
+    pinned = _checked(answer, site=site, server=address, ca_pem=ca_pem, token=parsed, pending=pending)
+    _put_in_place(home, pending, ca_pem, str(answer["certificate_pem"]), pinned)
+    return pinned
+
+
+@dataclass(frozen=True)
+class _Pending:
+    directory: Path
+    signing: SigningKey
+    tls_key: ec.EllipticCurvePrivateKey
+    node_key: ec.EllipticCurvePrivateKey
+
+
+def _pending_keys(home: SiteHome) -> _Pending:
+    """Make the three keys, or load those an earlier attempt made. Nothing existing is overwritten."""
+    directory = home.root / "pending"
+    directory.mkdir(exist_ok=True, mode=0o700)
+    if home.signing_key.exists():
+        signing = SigningKey.load(home.signing_key)
+    elif (directory / "signing.pem").exists():
+        signing = SigningKey.load(directory / "signing.pem")
+    else:
+        signing = SigningKey.generate()
+        signing.save(directory / "signing.pem")
+    tls_key = _ec_key(directory / "client.key", serialization.PrivateFormat.PKCS8)
+    node_place = home.node_key if home.node_key.exists() else directory / "node_key"
+    node_key = _ec_key(node_place, serialization.PrivateFormat.OpenSSH)
+    return _Pending(directory, signing, tls_key, node_key)
+
+
+def _ec_key(path: Path, form: serialization.PrivateFormat) -> ec.EllipticCurvePrivateKey:
+    """Load the EC P-384 key at `path`, or make and write it there with mode 0600."""
+    ssh = form is serialization.PrivateFormat.OpenSSH
+    if path.exists():
+        content = path.read_bytes()
+        loaded = (
+            serialization.load_ssh_private_key(content, None)
+            if ssh
+            else serialization.load_pem_private_key(content, None)
+        )
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise EnrolmentError(f"{path} is not an EC key", fix=f"move {path} away and enrol again")
+        return loaded
+    key = ec.generate_private_key(ec.SECP384R1())
+    write_durably(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return key
+
+
+def _request(
+    method: str, url: str, context: ssl.SSLContext, body: dict[str, Any] | None = None
+) -> httpx.Response:
+    """One HTTPS request; TransportError when no answer came, EnrolmentError for a refusal."""
+    try:
+        with httpx.Client(verify=context, timeout=TIMEOUT) as client:
+            answer = client.request(method, url, json=body)
+    except httpx.HTTPError as error:
+        raise TransportError(
+            f"no answer from {url}: {error or type(error).__name__}",
+            fix="check the address, the network and that the coordinator runs (`fl-server status`)",
+        ) from None
+    if answer.status_code != 200:
+        raise _refusal(url, answer)
+    if len(answer.content) > MAX_ANSWER_BYTES:
+        raise TransportError(f"the answer of {url} is too large", fix="check that --server is the gateway")
+    return answer
+
+
+def _refusal(url: str, answer: httpx.Response) -> ConcordatError:
+    """Turn the gateway's `{error, code, fix}` into an EnrolmentError."""
+    try:
+        body = answer.json()
+    except ValueError:
+        body = {}
+    if not isinstance(body, dict):
+        body = {}
+    message = str(body.get("error", f"{url} answered with status {answer.status_code}"))[:500]
+    fix = str(body.get("fix", "ask the coordinator's administrator for a new token"))[:500]
+    return EnrolmentError(f"the coordinator refused: {message}", fix=fix)
+
+
+def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -> dict[str, Any]:
+    """Send the signing request and return the coordinator's answer."""
+    subject = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "concordat"),
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "site"),
+            x509.NameAttribute(NameOID.COMMON_NAME, site),
+        ]
+    )
+    request = (
+        x509.CertificateSigningRequestBuilder().subject_name(subject).sign(pending.tls_key, hashes.SHA384())
+    )
+    body = {
+        "site": site,
+        "token": token.text,
+        "csr_pem": request.public_bytes(serialization.Encoding.PEM).decode("ascii"),
+        "signing_public_key": pending.signing.public_hex,
+        "node_public_key": _ssh_public(pending.node_key).decode("ascii"),
+    }
+    answer = _request("POST", f"{server}/v1/enroll", verified_context(ca_pem), body).json()
+    if not isinstance(answer, dict):
+        raise EnrolmentError("the coordinator's answer is not a JSON object", fix="check --server")
+    return answer
+
+
+def _ssh_public(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+
+
+def _checked(
+    answer: dict[str, Any], *, site: str, server: str, ca_pem: str, token: Token, pending: _Pending
+) -> Coordinator:
+    """Check the coordinator's answer against what was asked; EnrolmentError names what is wrong."""
+    wrong = EnrolmentError
+    fix = "report this to the coordinator's administrator; nothing was changed here"
+    try:
+        certificate = x509.load_pem_x509_certificate(str(answer["certificate_pem"]).encode("ascii"))
+        ca = x509.load_pem_x509_certificate(ca_pem.encode("ascii"))
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm) as error:
+        raise wrong(f"the certificate that came back is not valid: {error}", fix=fix) from None
+    if certificate.public_key() != pending.tls_key.public_key():
+        raise wrong("the certificate that came back is for another key", fix=fix)
+    names = [str(a.value) for a in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names != [site]:
+        raise wrong(f"the certificate that came back names {names}, not {site}", fix=fix)
+    key = str(answer.get("coordinator_key", ""))
+    if not re.fullmatch(r"[0-9a-f]{64}", key):
+        raise wrong("the coordinator sent no valid signing key", fix=fix)
+    fleet_path = str(answer.get("fleet_path", ""))
+    if not re.fullmatch(r"/[A-Za-z0-9/_-]{1,100}", fleet_path):
+        raise wrong(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)
+    return Coordinator(site, server, fleet_path, key, token.ca_sha256, int(time.time()))
+
+
+def _put_in_place(
+    home: SiteHome, pending: _Pending, ca_pem: str, certificate_pem: str, pinned: Coordinator
+) -> None:
+    """Move the keys into place and write `coordinator.json` last."""
+    if home.client_key.exists():
+        replaced = home.tls / "replaced" / f"{int(time.time())}-{secrets.token_hex(3)}"
+        replaced.mkdir(parents=True, mode=0o700)
+        for path in (home.client_key, home.client_certificate, home.ca):
+            if path.exists():
+                path.rename(replaced / path.name)
+    for source, target in (
+        (pending.directory / "signing.pem", home.signing_key),
+        (pending.directory / "node_key", home.node_key),
+        (pending.directory / "client.key", home.client_key),
+    ):
+        if source.exists():
+            source.rename(target)
+            sync_directory(target.parent)
+    write_durably(home.node_key.with_suffix(".pub"), _ssh_public(pending.node_key) + b"\n", mode=0o644)
+    write_durably(home.ca, ca_pem.encode("ascii"))
+    write_durably(home.client_certificate, certificate_pem.encode("ascii"))
+    if not home.fingerprint_key.exists():
+        write_durably(home.fingerprint_key, secrets.token_hex(32).encode("ascii"))
+    document = {name: getattr(pinned, name) for name in _COORDINATOR_FIELDS}
+    write_durably(home.coordinator, (json.dumps(document, indent=2) + "\n").encode("utf-8"))
+    shutil.rmtree(pending.directory)

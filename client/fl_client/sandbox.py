@@ -1,0 +1,237 @@
+"""Run the untrusted half confined, and make sure that nothing of it outlives its keeper.
+
+`python -m fl_client.sandbox` reads one JSON object from the first line of standard input (see
+`Confinement`), starts the command in it and waits. The command is confined by Landlock where the
+kernel offers it: it may read the Python environment and the system's libraries, write its own
+directory, and connect to the named TCP ports; everything else on disk and on the network is refused
+by the kernel, signals and ptrace reach no process outside. When standard input ends (the agent is
+gone, however it died) or on SIGTERM, every descendant is killed, including those that left the
+process group.
+
+Landlock does not restrict connecting to Unix sockets by path: that is how the agent is reached, and
+why the production set-up also uses another user (docs/decisions/0041).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import pwd
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MODES = ("auto", "require", "off")
+
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
+_RULE_PATH, _RULE_PORT = 1, 2
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_PR_CAPBSET_DROP, _CAPABILITY_VERSION_3, _CAPABILITIES = 24, 0x20080522, 64
+
+# linux/landlock.h: bits 0..12 since ABI 1, REFER (13) ABI 2, TRUNCATE (14) ABI 3, IOCTL_DEV (15) ABI 5.
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_READ = _EXECUTE | _READ_FILE | _READ_DIR
+_FILE_ONLY = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15
+_BIND, _CONNECT = 1, 2
+_SCOPE_ABSTRACT_SOCKET, _SCOPE_SIGNAL = 1, 2
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """What one confined command may do, and how it is started."""
+
+    command: list[str]
+    environment: dict[str, str]
+    directory: str
+    log: str
+    readable: list[str]
+    writable: list[str]
+    connect_ports: list[int]
+    bind_ports: list[int]
+    mode: str = "auto"  # auto: confine when the kernel can; require: refuse otherwise; off
+    user: str = ""  # run as this user (the keeper must be root); "" keeps the user
+
+    def to_line(self) -> bytes:
+        """Return the JSON line that `python -m fl_client.sandbox` reads."""
+        return json.dumps(asdict(self)).encode("utf-8") + b"\n"
+
+
+def landlock_abi() -> int:
+    """Return the kernel's Landlock version, 0 when it offers none."""
+    version: int = _libc().syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return max(version, 0)
+
+
+def forbid_inspection() -> None:
+    """Make this process undumpable: no unprivileged process may ptrace it or read its memory or fds."""
+    _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies."""
+    _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def drop_capabilities() -> None:
+    """Give up every capability for good, also across exec.
+
+    Landlock alone would let a root process read `/proc/PID/environ` of others (CAP_PERFMON).
+    """
+    libc = _libc()
+    for capability in range(_CAPABILITIES):
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails without privilege: nothing to drop then
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    _check(libc.capset(header, bytes(24)), "drop capabilities")
+
+
+def confine(confinement: Confinement) -> None:
+    """Restrict the calling process for good. Raises OSError when the kernel refuses a step."""
+    abi = landlock_abi()
+    libc = _libc()
+    files = (1 << 13) - 1
+    files |= (1 << 13) if abi >= 2 else 0
+    files |= (1 << 14) if abi >= 3 else 0
+    files |= (1 << 15) if abi >= 5 else 0
+    network = _BIND | _CONNECT if abi >= 4 else 0
+    scopes = _SCOPE_ABSTRACT_SOCKET | _SCOPE_SIGNAL if abi >= 6 else 0
+    attributes = struct.pack("=QQQ", files, network, scopes)
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0))
+    _check(ruleset, "create the rule set")
+    for paths, rights in ((confinement.readable, _READ), (confinement.writable, files)):
+        for path in paths:
+            _allow_path(ruleset, path, rights & files)
+    if network:
+        for ports, right in ((confinement.connect_ports, _CONNECT), (confinement.bind_ports, _BIND)):
+            for port in ports:
+                rule = struct.pack("=QQ", right, port)
+                _check(libc.syscall(_ADD_RULE, ruleset, _RULE_PORT, rule, ctypes.c_uint32(0)), f"port {port}")
+    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "set no_new_privs")
+    _check(libc.syscall(_RESTRICT_SELF, ruleset, ctypes.c_uint32(0)), "restrict the process")
+    os.close(ruleset)
+
+
+def _allow_path(ruleset: int, path: str, rights: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        return  # what cannot be opened now cannot be read later either
+    try:
+        if not os.path.isdir(path):
+            rights &= _FILE_ONLY
+        rule = struct.pack("=Qi", rights, descriptor)
+        _check(_libc().syscall(_ADD_RULE, ruleset, _RULE_PATH, rule, ctypes.c_uint32(0)), f"path {path}")
+    finally:
+        os.close(descriptor)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot {what}: {os.strerror(number)}")
+
+
+def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
+    """Start the command: own user if asked for, confined, killed when this process dies."""
+    abi = landlock_abi()
+    if confinement.mode == "require" and abi == 0:
+        raise OSError("this kernel has no Landlock, and the site's configuration requires it")
+
+    def restrict() -> None:
+        die_with_parent()
+        drop_capabilities()
+        if confinement.mode != "off" and abi > 0:
+            confine(confinement)
+
+    owner = _account(confinement.user) if confinement.user else None
+    log = open(confinement.log, "ab", buffering=0)  # noqa: SIM115 - the child keeps it, closed below
+    try:
+        return subprocess.Popen(
+            confinement.command,
+            env=confinement.environment,
+            cwd=confinement.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            close_fds=True,
+            preexec_fn=restrict,
+            user=owner.pw_uid if owner else None,
+            group=owner.pw_gid if owner else None,
+            extra_groups=[] if owner else None,
+        )
+    finally:
+        log.close()
+
+
+def _account(user: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(user)
+    except KeyError:
+        raise OSError(f"there is no user {user!r} on this machine") from None
+
+
+def _kill_descendants() -> None:
+    """Kill every child until none is left; orphans come to us because we are a subreaper."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        pids = [int(word) for word in children.read_text().split()]
+        if not pids:
+            return
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.02)
+
+
+def main() -> int:
+    """Keep one confined command; return its exit status."""
+    line = b""
+    while not line.endswith(b"\n"):
+        block = os.read(0, 1)
+        if not block:
+            return 1
+        line += block
+    confinement = Confinement(**json.loads(line))
+    _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    forbid_inspection()
+    stop_read, stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, lambda _number, _frame: None)
+    try:
+        process = _start(confinement)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"cannot start the confined half: {error}", file=sys.stderr)
+        return 1
+    status: int | None = None
+    while status is None:
+        ready, _, _ = select.select([0, stop_read], [], [], 5.0)
+        if 0 in ready and not os.read(0, 1):
+            break
+        if stop_read in ready and {signal.SIGTERM, signal.SIGINT} & set(os.read(stop_read, 256)):
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(5.0)
+            break
+        status = process.poll()
+    _kill_descendants()
+    return 0 if status is None else min(abs(status), 125)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""Supervise the two helper processes of a site: the tunnel (trusted) and the SuperNode (not).
+
+The SuperNode runs code that the coordinator ships. It gets its own session and process group, an
+environment built from nothing, no inherited file descriptor, Flower's node key, and the kernel's
+confinement (`fl_client.sandbox`). Both processes end when the agent does, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import fl_shared
+from fl_client.files import write_durably
+from fl_client.sandbox import Confinement, landlock_abi
+from fl_client.tunnel import TunnelSettings
+from fl_shared.errors import ConfigError
+
+log = logging.getLogger("fl_client.supernode")
+
+_SYSTEM_READABLE = (
+    "/usr", "/bin", "/lib", "/lib64", "/etc/ssl", "/etc/pki", "/etc/localtime", "/etc/ld.so.cache",
+    "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
+    "/etc/os-release", "/dev/urandom", "/dev/random", "/proc", "/sys/devices/system/cpu",
+)  # fmt: skip
+_RESTART_FIRST_S, _RESTART_MOST_S = 1.0, 30.0
+_LOG_LIMIT_BYTES = 8 << 20
+PLAN_FILE = "launch.json"
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """Everything that one start of the SuperNode depends on. Holds no path outside its directory
+    but the agent's socket."""
+
+    directory: Path
+    socket: Path
+    node_key: Path
+    tunnel_certificate: Path
+    tunnel_port: int
+    mode: str = "auto"
+    user: str = ""
+
+    def save(self) -> None:
+        """Write the plan where `fl-client supernode` finds it, in the untrusted directory."""
+        table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        text = json.dumps(table, indent=2) + "\n"
+        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=0o644)
+
+    @classmethod
+    def load(cls, directory: Path) -> NodePlan:
+        """Read the plan that the agent wrote into `directory`; ConfigError when there is none."""
+        path = directory / PLAN_FILE
+        try:
+            table = json.loads(path.read_text("utf-8"))
+            return cls(
+                directory=directory,
+                socket=Path(table["socket"]),
+                node_key=directory / Path(table["node_key"]).name,
+                tunnel_certificate=directory / Path(table["tunnel_certificate"]).name,
+                tunnel_port=int(table["tunnel_port"]),
+                mode=str(table["mode"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({type(error).__name__})",
+                fix="start the site's agent first: it writes this file; check --directory and its owner",
+            ) from None
+
+
+def shared_source() -> Path | None:
+    """Return the directory to put on PYTHONPATH for `fl_shared`, None when it is installed."""
+    place = Path(fl_shared.__file__).resolve().parent.parent
+    inside = any(place.is_relative_to(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix))
+    return None if inside else place
+
+
+def node_environment(directory: Path) -> dict[str, str]:
+    """Return the whole environment of the untrusted half; nothing is inherited."""
+    environment = {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
+        "HOME": str(directory),
+        "TMPDIR": str(directory / "tmp"),
+        "FLWR_HOME": str(directory / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+    }
+    source = shared_source()
+    if source is not None:
+        environment["PYTHONPATH"] = str(source)
+    return environment
+
+
+def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
+    """Return the confined command that runs the SuperNode with its Runtime API on `runtime_port`."""
+    directory = plan.directory
+    for name in ("tmp", "flwr"):
+        (directory / name).mkdir(mode=0o700, exist_ok=True)
+    record = directory / "supernode.log"
+    if record.exists() and record.stat().st_size > _LOG_LIMIT_BYTES:
+        record.replace(directory / "supernode.log.1")
+    if any(character in str(plan.socket) for character in "\"'\\ "):
+        raise ConfigError(
+            f"the agent's socket {plan.socket} has a space or quote in its path",
+            fix="choose a home directory without spaces or quotes",
+        )
+    command = [
+        str(Path(sys.executable).parent / "flower-supernode"),
+        "--superlink", f"127.0.0.1:{plan.tunnel_port}",
+        "--root-certificates", str(plan.tunnel_certificate),
+        "--auth-supernode-private-key", str(plan.node_key),
+        "--host", "127.0.0.1",
+        "--port", str(runtime_port),
+        "--node-config", f'agent-socket="{plan.socket}"',
+    ]  # fmt: skip
+    source = shared_source()
+    readable = [sys.prefix, sys.base_prefix, *_SYSTEM_READABLE, *([str(source)] if source else [])]
+    return Confinement(
+        command=command,
+        environment=node_environment(directory),
+        directory=str(directory),
+        log=str(record),
+        readable=readable,
+        writable=[str(directory), "/dev/null"],
+        connect_ports=[plan.tunnel_port, runtime_port],
+        bind_ports=[runtime_port],
+        mode=plan.mode,
+        user=plan.user,
+    )
+
+
+def describe_confinement(mode: str, user: str) -> str:
+    """Say in one line how far the untrusted half is separated on this machine."""
+    abi = landlock_abi()
+    kernel = f"Landlock (ABI {abi})" if mode != "off" and abi else ""
+    if kernel and user:
+        return f"user {user} and {kernel}"
+    if kernel:
+        return f"{kernel}, same user"
+    if user:
+        return f"user {user}, no Landlock"
+    return "NOT separated: same user and no Landlock; use [supernode] user, or a newer kernel"
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on loopback just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listen_loopback(port: int = 0) -> socket.socket:
+    """Return a listening loopback socket; the tunnel inherits it, so that restarts lose no port."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"[supernode] tunnel_port = {port} cannot be used: {error.strerror}",
+            fix="choose another port, or 0 to let the system choose",
+        ) from None
+    listener.listen(64)
+    return listener
+
+
+class Helpers:
+    """Keeps the tunnel and, if a plan is given, the SuperNode running until `stop`.
+
+    A process that dies is started again after 1 s, then 2 s, up to 30 s; the wait starts over after
+    a minute of life.
+    """
+
+    def __init__(self, settings: TunnelSettings, listener: socket.socket, plan: NodePlan | None) -> None:
+        """Take what the processes need; nothing is started before `start`."""
+        self._settings = settings
+        self._listener = listener
+        self._plan = plan
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the processes and their keepers' threads."""
+        names = ["tunnel"] + (["supernode"] if self._plan else [])
+        for name in names:
+            thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def pids(self) -> dict[str, int]:
+        """Return the process ids of what runs now, by name."""
+        with self._lock:
+            return {name: process.pid for name, process in self._running.items()}
+
+    def stop(self) -> None:
+        """End both processes and everything that they started."""
+        self._stopping.set()
+        with self._lock:
+            running = [self._running[name] for name in ("supernode", "tunnel") if name in self._running]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for thread in self._threads:
+            thread.join(5)
+        self._listener.close()
+
+    def _keep(self, name: str) -> None:
+        pause = _RESTART_FIRST_S
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            process = self._launch(name)
+            with self._lock:
+                self._running[name] = process
+            if self._stopping.is_set():
+                process.terminate()
+            if process.stdout is not None:
+                for line in process.stdout:
+                    logging.getLogger("fl_client.tunnel").info(line.decode("utf-8", "replace").strip())
+            status = process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+            with self._lock:
+                self._running.pop(name, None)
+            if self._stopping.is_set():
+                return
+            pause = _RESTART_FIRST_S if time.monotonic() - began > 60 else min(pause * 2, _RESTART_MOST_S)
+            log.warning("the %s ended with status %d; starting it again in %.0f s", name, status, pause)
+            self._stopping.wait(pause)
+
+    def _launch(self, name: str) -> subprocess.Popen[bytes]:
+        if name == "tunnel":
+            kept = {
+                k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fl_client.tunnel"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**kept, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                pass_fds=[self._listener.fileno()],
+                start_new_session=True,
+            )
+            _hand_over(process, self._settings.to_line())
+            return process
+        if self._plan is None:
+            raise RuntimeError("the SuperNode was asked for without a plan")
+        return start_node(self._plan)
+
+
+def start_node(plan: NodePlan) -> subprocess.Popen[bytes]:
+    """Start the keeper of the confined SuperNode; the caller keeps its standard input open."""
+    confinement = node_confinement(plan, free_port())
+    path = os.environ.get("PYTHONPATH")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fl_client.sandbox"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})},
+        cwd=plan.directory,
+        start_new_session=True,
+        close_fds=True,
+    )
+    _hand_over(process, confinement.to_line())
+    return process
+
+
+def _hand_over(process: subprocess.Popen[bytes], line: bytes) -> None:
+    """Send the settings; standard input stays open, its end tells the process to stop."""
+    if process.stdin is None:
+        raise RuntimeError("the helper process has no standard input")
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except BrokenPipeError:
+        log.warning("a helper process ended before it took its settings")
+
+
+def run_alone(directory: Path) -> int:
+    """Run the untrusted half by itself until SIGTERM or Ctrl-C; for a service of another user.
+
+    The exit status is the SuperNode's; the service manager starts it again.
+    """
+    process = start_node(NodePlan.load(directory.absolute()))
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        process.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    status = process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    return min(abs(status), 125)

@@ -1,0 +1,190 @@
+"""The untrusted half: what a hostile app finds when it looks for data, keys, the ledger and a way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fl_client.sandbox import Confinement, landlock_abi
+from fl_client.supernode import NodePlan, node_confinement, node_environment
+
+HOSTILE = """
+import json, os, socket, sys
+report = {}
+def attempt(name, act):
+    try:
+        report[name] = ["got", repr(act())[:2000]]
+    except BaseException as error:
+        report[name] = ["refused", type(error).__name__]
+agent, closed_port, open_port = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
+secrets = json.loads(sys.argv[2])
+for path in secrets:
+    attempt("read " + path, lambda: open(path, "rb").read())
+    attempt("write " + path, lambda: open(path, "ab").write(b"x"))
+    attempt("list " + path, lambda: os.listdir(os.path.dirname(path)))
+attempt("agent environ", lambda: open(f"/proc/{agent}/environ", "rb").read())
+attempt("agent memory", lambda: open(f"/proc/{agent}/mem", "rb").read(1))
+attempt("agent files", lambda: [os.readlink(f"/proc/{agent}/fd/{n}") for n in range(3)])
+attempt("agent root", lambda: os.listdir(f"/proc/{agent}/root"))
+attempt("signal agent", lambda: os.kill(agent, 0))
+attempt("dial out", lambda: socket.create_connection(("127.0.0.1", closed_port), 2))
+attempt("dial tunnel", lambda: socket.create_connection(("127.0.0.1", open_port), 2).close())
+attempt("own file", lambda: open("mine", "w").write("x"))
+report["environment"] = dict(os.environ)
+report["arguments"] = open("/proc/self/cmdline").read()
+fds = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+report["fds"] = sorted(os.readlink(fd) for fd in fds if os.path.exists(fd))
+group = []
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        if os.getpgid(int(pid)) == os.getpgrp():
+            group.append(open(f"/proc/{pid}/cmdline").read())
+    except OSError:
+        pass
+report["group"] = group
+open("report.json", "w").write(json.dumps(report))
+"""
+
+
+def start_keeper(confinement: Confinement) -> subprocess.Popen[bytes]:
+    """Start the keeper as the agent does, with an inherited secret in its own environment."""
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "fl_client.sandbox"],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "FL_TOKEN": "planted-secret"},
+        start_new_session=True,
+    )
+    assert keeper.stdin is not None
+    keeper.stdin.write(confinement.to_line())
+    keeper.stdin.flush()
+    return keeper
+
+
+def close(keeper: subprocess.Popen[bytes]) -> None:
+    """Close the agent's end of the pipe."""
+    if keeper.stdin is not None:
+        keeper.stdin.close()
+
+
+def confinement_of(directory: Path, command: list[str], **changes: Any) -> Confinement:
+    """The confinement that a SuperNode would get, around another command."""
+    plan = NodePlan(directory, Path("/nowhere/agent.sock"), directory / "node_key", directory / "ca.pem", 1)
+    made = node_confinement(plan, 2)
+    return Confinement(**{**made.__dict__, "command": command, **changes})
+
+
+@pytest.fixture
+def node_directory(tmp_path: Path) -> Path:
+    """An untrusted directory inside a site's home."""
+    directory = tmp_path / "home" / "supernode"
+    directory.mkdir(parents=True)
+    return directory
+
+
+def hostile_report(node_directory: Path, **changes: Any) -> tuple[dict[str, Any], list[Path]]:
+    """Run the hostile app and return what it found, with the paths that it must not reach."""
+    home = node_directory.parent
+    secrets = [home / "keys" / "signing.pem", home / "ledger.sqlite", home / "data" / "patients.csv"]
+    for path in secrets:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("planted-secret")
+    (node_directory / "hostile.py").write_text(HOSTILE)
+    with socket.socket() as closed, socket.socket() as opened:
+        for listener in (closed, opened):
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+        ports = [listener.getsockname()[1] for listener in (closed, opened)]
+        command = [sys.executable, str(node_directory / "hostile.py"), str(os.getpid())]
+        command += [json.dumps([str(p) for p in secrets]), *map(str, ports)]
+        keeper = start_keeper(
+            confinement_of(node_directory, command, connect_ports=[ports[1]], bind_ports=[], **changes)
+        )
+        assert keeper.wait(60) == 0, (node_directory / "supernode.log").read_text()
+        close(keeper)
+    return json.loads((node_directory / "report.json").read_text()), secrets
+
+
+@pytest.mark.skipif(landlock_abi() < 6, reason="this kernel's Landlock does not cover network and signals")
+def test_a_hostile_app_reaches_neither_files_nor_the_agent_nor_the_network(node_directory: Path) -> None:
+    """Everything outside its directory is refused by the kernel; its tunnel and its own files work."""
+    report, secrets = hostile_report(node_directory)
+    for path in secrets:
+        assert report[f"read {path}"][0] == "refused", report
+        assert report[f"write {path}"][0] == "refused"
+        assert report[f"list {path}"][0] == "refused"
+        assert path.read_text() == "planted-secret"
+    for name in ("agent environ", "agent memory", "agent files", "agent root", "signal agent", "dial out"):
+        assert report[name][0] == "refused", (name, report[name])
+    assert report["dial tunnel"][0] == "got"
+    assert report["own file"][0] == "got"
+
+
+def test_arguments_environment_and_open_files_hold_nothing_of_the_site(node_directory: Path) -> None:
+    """Without the kernel's help, too: only allowed variables, no inherited descriptor, no secret."""
+    report, _ = hostile_report(node_directory, mode="off")
+    assert set(report["environment"]) - {"LC_CTYPE"} == set(node_environment(node_directory))
+    assert "planted-secret" not in json.dumps([report["environment"], report["group"]])
+    assert all(place == "/dev/null" or place.startswith((str(node_directory), "/proc/")) for place in report["fds"])
+    # The hostile app's own arguments name the secrets: the test put them there.
+    others = [line for line in report["group"] if "hostile.py" not in line]
+    assert not any(name in line for line in others for name in ("signing.pem", "ledger", "patients"))
+
+
+def test_nothing_outlives_the_keeper_even_when_it_leaves_the_group(node_directory: Path) -> None:
+    """A daemonised grandchild is killed when the agent's end of the pipe closes."""
+    script = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        "        open('pid', 'w').write(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    os._exit(0)\n"
+        "time.sleep(600)\n"
+    )
+    keeper = start_keeper(confinement_of(node_directory, [sys.executable, "-c", script]))
+    pid_file = node_directory / "pid"
+    deadline = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    daemon = psutil.Process(int(pid_file.read_text()))
+    assert daemon.is_running()
+    close(keeper)
+    assert keeper.wait(60) == 0
+    assert not daemon.is_running()
+
+
+def test_the_command_runs_as_another_user_when_asked(node_directory: Path) -> None:
+    """[supernode] user: the process has that user's id and no other group."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may start a process as another user")
+    # /bin/sh, because the environment's Python may lie in root's own home.
+    confinement = confinement_of(node_directory, ["/bin/sh", "-c", "id -u; id -g; id -G"], user="nobody")
+    keeper = start_keeper(Confinement(**{**confinement.__dict__, "directory": "/"}))
+    assert keeper.wait(60) == 0, (node_directory / "supernode.log").read_text()
+    close(keeper)
+    account = pwd.getpwnam("nobody")
+    expected = f"{account.pw_uid}\n{account.pw_gid}\n{account.pw_gid}\n"
+    assert (node_directory / "supernode.log").read_text() == expected
+
+
+def test_a_missing_landlock_stops_a_site_that_requires_it(
+    node_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """confine = "require" never starts the untrusted half unconfined."""
+    import fl_client.sandbox as sandbox
+
+    monkeypatch.setattr(sandbox, "landlock_abi", lambda: 0)
+    with pytest.raises(OSError, match="requires it"):
+        sandbox._start(confinement_of(node_directory, [sys.executable, "-c", "1"], mode="require"))
