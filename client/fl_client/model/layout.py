@@ -1,0 +1,166 @@
+"""Where the tensors of a Hugging Face MoE directory lie on disk, and under which names they live in memory.
+
+transformers 5 fuses each layer's experts into `experts.gate_up_proj [E, 2I, H]` and `experts.down_proj [E, H, I]`;
+checkpoints keep one matrix per expert (DeepSeek, Qwen, OLMoE, Mixtral) or another fused name (GraniteMoE).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fl_shared.canonical import file_sha256, sha256_hex
+from fl_shared.errors import ModelError
+
+SUPPORTED = ("deepseek_v2", "deepseek_v3", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+QUANTISATION_KEY = "concordat_quantisation"
+# Not quantised: the output head, and the gates that choose or weigh experts.
+KEEP_FLOAT = ("lm_head", "shared_expert_gate")
+_DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "features.safetensors")
+_RENAMES = (
+    (re.compile(r"\.block_sparse_moe\.gate\.weight$"), ".mlp.gate.weight"),
+    (re.compile(r"\.block_sparse_moe\.router\.layer\.weight$"), ".block_sparse_moe.router.weight"),
+    (re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".block_sparse_moe.experts.gate_up_proj"),
+    (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".block_sparse_moe.experts.down_proj"),
+)
+_EXPERT = re.compile(
+    r"(?P<layer>.*)\.(?P<block>mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)"
+    r"\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+)
+_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The directory's config.json; ModelError when it is missing, broken or of an unsupported architecture."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{directory}: no readable config.json ({error.strerror})", fix="name a Hugging Face model directory"
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"{directory / 'config.json'} is not JSON", fix="download the model again") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in SUPPORTED:
+        raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=f"use one of {', '.join(SUPPORTED)}")
+    return config  # type: ignore[no-any-return]  # checked to be a dict above
+
+
+def skeleton(directory: Path) -> nn.Module:
+    """The model of the directory's config on the meta device: names and shapes, no memory."""
+    read_config(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{directory / 'config.json'}: {error}", fix="repair the configuration") from error
+    return model
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the weights, sorted; ModelError when there is none."""
+    files = sorted(path for path in directory.glob("*.safetensors") if path.name != "features.safetensors")
+    if not files:
+        raise ModelError(
+            f"{directory} holds no safetensors weights", fix="convert the checkpoint to safetensors; pickle is refused"
+        )
+    return files
+
+
+def directory_digest(directory: Path) -> str:
+    """`sha256:` over the sorted `name, sha256` lines of config, tokenizer, feature statistics and weights."""
+    read_config(directory)
+    paths = [directory / name for name in _DIGESTED if (directory / name).is_file()] + weight_files(directory)
+    lines = sorted(f"{path.name} {file_sha256(path)}\n" for path in paths)
+    return f"sha256:{sha256_hex(''.join(lines).encode())}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in memory, and the pieces on disk that make it: (file, name) each."""
+
+    name: str
+    pieces: tuple[tuple[Path, str], ...]
+    experts: int = 0  # 0: the single piece as it is; E: per expert [gate, up] or [down], stacked
+
+    def read(self) -> Iterator[Tensor]:
+        """The tensor whole (experts = 0), or expert by expert, so that only one is held at a time."""
+        if self.experts == 0:
+            yield _read(*self.pieces[0])
+            return
+        per = len(self.pieces) // self.experts
+        for expert in range(self.experts):
+            parts = [_read(*piece) for piece in self.pieces[expert * per : (expert + 1) * per]]
+            yield parts[0] if per == 1 else torch.cat(parts, dim=0)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as source:
+            tensor: Tensor = source.get_tensor(name)
+            return tensor
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: {name}: {error}", fix="copy the model directory again, whole") from error
+
+
+def stored_tensors(directory: Path) -> list[Stored]:
+    """Every tensor under its in-memory name, experts fused; ModelError when a piece is missing."""
+    plain: list[Stored] = []
+    experts: dict[tuple[str, str], dict[tuple[int, str], tuple[Path, str]]] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as source:
+                names = list(source.keys())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is no safetensors file: {error}", fix="copy the model directory again") from error
+        for name in names:
+            match = _EXPERT.fullmatch(name)
+            if match is None:
+                plain.append(Stored(_rename(name), ((path, name),)))
+                continue
+            part = _PARTS[match["part"]]
+            fused = "down_proj" if part == "down" else "gate_up_proj"
+            # Every architecture with one matrix per expert calls the block `mlp` in memory.
+            key = (f"{match['layer']}.mlp.experts", fused)
+            experts.setdefault(key, {})[int(match["expert"]), part] = (path, name)
+    fused_tensors = []
+    for (prefix, fused), pieces in experts.items():
+        count = max(expert for expert, _ in pieces) + 1
+        order = ("down",) if fused == "down_proj" else ("gate", "up")
+        for expert in range(count):
+            for part in order:
+                if (expert, part) not in pieces:
+                    raise ModelError(f"{directory}: {prefix}.{expert} has no {part} matrix", fix="copy the model again")
+        ordered = tuple(pieces[expert, part] for expert in range(count) for part in order)
+        fused_tensors.append(Stored(f"{prefix}.{fused}", ordered, count))
+    return sorted(plain + fused_tensors, key=lambda each: each.name)
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that are stored as int8, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in KEEP_FLOAT
+    }
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold fused experts, by name."""
+    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}

@@ -1,0 +1,157 @@
+"""Load a quantised (or plain) model directory; a quantised one never has a float copy of its int8 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fl_client.model.layout import (
+    QUANTISATION_KEY,
+    directory_digest,
+    expert_modules,
+    quantised_linears,
+    read_config,
+    skeleton,
+    weight_files,
+)
+from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_shared.errors import ModelError
+
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model, ready to be adapted.
+
+    Attributes:
+        module: the Hugging Face causal language model, frozen, in eval mode.
+        feature_mean, feature_std: `[H]`, public statistics of the mean-pooled last hidden state.
+    """
+
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    config: Mapping[str, Any]
+    digest: str
+    feature_mean: Tensor
+    feature_std: Tensor
+    directory: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.module.parameters()).device
+
+
+def resolve(directory: str | Path) -> Path:
+    """`tiny` is the base that ships with the package; everything else is a path."""
+    return TINY if str(directory) == "tiny" else Path(directory)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`; ModelError when CUDA is wanted and absent."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device 'cuda' is wanted, and this machine has none", fix="write device = \"cpu\" or \"auto\"")
+    return torch.device(wanted)
+
+
+def load_model(directory: str | Path, device: str = "auto") -> LoadedModel:
+    """Load config, tokenizer and weights; the model is frozen.
+
+    Raises:
+        ModelError: missing files, an unsupported architecture, or weights that do not fit the config.
+    """
+    path, place = resolve(directory), choose_device(device)
+    config = read_config(path)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    tokenizer = _load_tokenizer(path)
+    module = _load_quantised(path, config, place, dtype) if QUANTISATION_KEY in config else _load_plain(path, place, dtype)
+    module.requires_grad_(requires_grad=False)
+    module.eval()
+    mean, std = _features(path, module, place)
+    return LoadedModel(module, tokenizer, config, directory_digest(path), mean, std, path)
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)  # type: ignore[no-any-return]  # transformers is untyped
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no usable tokenizer.json", fix="copy the tokenizer beside the weights") from error
+
+
+def _load_plain(path: Path, place: torch.device, dtype: torch.dtype) -> nn.Module:
+    try:
+        module: nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: {error}", fix="copy the model directory again, whole") from error
+    module.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # a method of PreTrainedModel
+    return module.to(place)
+
+
+def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, dtype: torch.dtype) -> nn.Module:
+    group = int(config[QUANTISATION_KEY]["group"])
+    model = skeleton(path)
+    for name, linear in quantised_linears(model).items():
+        made = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, group, device="meta")
+        _replace(model, name, made)
+    for name, experts in expert_modules(model).items():
+        count, hidden, intermediate = experts.down_proj.shape  # type: ignore[union-attr,misc]  # [E, H, I]
+        _replace(model, name, QuantExperts(count, hidden, intermediate, group, experts.act_fn, device="meta"))
+    state: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        for name, tensor in load_file(file, device=str(place)).items():
+            keep = not tensor.is_floating_point() or name.endswith(("scale", "e_score_correction_bias"))
+            state[name] = tensor if keep else tensor.to(dtype)
+    expected = set(model.state_dict())
+    if _ties_head(config):
+        expected.discard("lm_head.weight")
+    if set(state) != expected:
+        odd = sorted(set(state) ^ expected)
+        raise ModelError(f"{path}: weights and config differ at {odd[0]} ({len(odd)} in all)", fix="quantise the model anew")
+    try:
+        model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{path}: {error}", fix="quantise the model anew") from error
+    if _ties_head(config):
+        model.tie_weights()  # type: ignore[operator]  # a method of PreTrainedModel
+    _make_rotary(model, place)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise ModelError(f"{path}: no value for {left[0]} ({len(left)} in all)", fix="quantise the model anew")
+    return model
+
+
+def _ties_head(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def _make_rotary(model: nn.Module, place: torch.device) -> None:
+    """Rotary frequencies are computed from the config, not stored: build them anew off the meta device."""
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb"):
+            _replace(model, name, type(module)(config=model.config).to(place))
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def _features(path: Path, module: nn.Module, place: torch.device) -> tuple[Tensor, Tensor]:
+    file = path / "features.safetensors"
+    hidden = int(module.config.hidden_size)  # type: ignore[union-attr,arg-type]  # every supported config has it
+    if not file.is_file():
+        return torch.zeros(hidden, device=place), torch.ones(hidden, device=place)
+    stored = load_file(file, device=str(place))
+    if set(stored) != {"mean", "std"} or any(each.shape != (hidden,) for each in stored.values()):
+        raise ModelError(f"{file} does not fit the model", fix="build the feature statistics anew")
+    return stored["mean"].float(), stored["std"].float().clamp_min(1e-6)
