@@ -89,7 +89,8 @@ def _smallest(excess: Callable[[float], float], wanted: str) -> float:
             low = high / 2.0
         else:
             high /= 2.0
-    found = float(brentq(excess, low, high, xtol=_PRECISION / 4.0))
+    # An infinite excess would break the interpolation.
+    found = float(brentq(lambda sigma: min(excess(sigma), 1e6), low, high, xtol=_PRECISION / 4.0))
     while excess(found) > 0.0:
         found += _PRECISION / 4.0
     return found

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 
 from fl_shared import errors
-from fl_shared.audit import budgets, spends
+from fl_shared.audit import budgets, spends, verify
 
-VERBS = {"budgets": budgets, "spends": spends}
+VERBS = {"budgets": budgets, "spends": spends, "verify": verify}
 
 EPILOG = """examples:
   fl-audit budgets --site hospital-001
   fl-audit spends  --site hospital-001 --run demo --json
   fl-audit spends  --site hospital-001 --csv > spends.csv
+  fl-audit verify  --site hospital-001 --public-key signing.pub
 
 environment: FL_CLIENT_HOME stands in for --home.
 exit codes: 0 all is well, 2 wrong arguments, 12 a signature does not fit, 13 the ledger cannot be read or

@@ -53,9 +53,7 @@ def console() -> Console:
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()) -> None:
     """Print a table; columns named in `left` are words, the others numbers."""
     made = Table(title=title, title_justify="left")
     for column in columns:

@@ -47,9 +47,7 @@ def ledger_url(arguments: argparse.Namespace) -> str:
         if isinstance(url, str):
             return url
         if url is not None:
-            raise ConfigError(
-                f"{config} [ledger]: url is {url!r}", fix="write the database address in quotes"
-            )
+            raise ConfigError(f"{config} [ledger]: url is {url!r}", fix="write the database address in quotes")
     return f"sqlite:///{home / 'ledger.sqlite'}"
 
 
@@ -74,7 +72,5 @@ def public_key(arguments: argparse.Namespace) -> str | None:
         given = Path(given).read_text(encoding="utf-8")
     found = str(given).strip().lower()
     if len(found) != 64 or any(character not in "0123456789abcdef" for character in found):
-        raise ConfigError(
-            f"{source} holds no Ed25519 public key", fix="give 64 hex digits or the file with them"
-        )
+        raise ConfigError(f"{source} holds no Ed25519 public key", fix="give 64 hex digits or the file with them")
     return found

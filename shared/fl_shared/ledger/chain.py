@@ -28,8 +28,7 @@ def message_bytes(*, seq: int, kind: str, body: str, prev_hash: str, created_at:
     """Return the bytes that are hashed and signed; `body` is canonical JSON text and is put in as it is."""
     head = json.dumps(created_at), json.dumps(kind), json.dumps(prev_hash), json.dumps(site)
     return (
-        f'{{"body":{body},"created_at":{head[0]},"kind":{head[1]},"prev_hash":{head[2]},'
-        f'"seq":{seq},"site":{head[3]}}}'
+        f'{{"body":{body},"created_at":{head[0]},"kind":{head[1]},"prev_hash":{head[2]},"seq":{seq},"site":{head[3]}}}'
     ).encode()
 
 

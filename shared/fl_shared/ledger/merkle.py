@@ -35,15 +35,24 @@ class Tree:
 
     def add(self, entry_hash: str) -> list[tuple[int, int, str]]:
         """Add a leaf; return the inner nodes (level, position, hex) that became complete."""
+        return self.add_subtree(0, leaf_hash(entry_hash))
+
+    def add_subtree(self, level: int, node: bytes) -> list[tuple[int, int, str]]:
+        """Add a complete subtree of 2**level leaves; the size so far must be a multiple of that."""
         completed = []
-        level, node, position = 0, leaf_hash(entry_hash), self.size
+        position = self.size >> level
+        self.size += 1 << level
         while self._peaks and self._peaks[-1][0] == level:
             node = node_hash(self._peaks.pop()[1], node)
             level, position = level + 1, position >> 1
             completed.append((level, position, node.hex()))
         self._peaks.append((level, node))
-        self.size += 1
         return completed
+
+    @property
+    def peaks(self) -> list[tuple[int, bytes]]:
+        """The complete subtrees, largest first: (level, node)."""
+        return list(self._peaks)
 
     def root(self) -> str:
         """Return the root over all leaves so far, 64 hex digits."""

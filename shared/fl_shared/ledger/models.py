@@ -36,9 +36,7 @@ def _in(column: str, values: tuple[str, ...]) -> str:
 
 
 def _seq() -> Column[int]:
-    return Column(
-        "seq", BigInteger, ForeignKey("entries.seq", name="entry"), primary_key=True, autoincrement=False
-    )
+    return Column("seq", BigInteger, ForeignKey("entries.seq", name="entry"), primary_key=True, autoincrement=False)
 
 
 entries = Table(

@@ -213,9 +213,7 @@ def spend_of(row: sa.RowMapping) -> Spend:
     return Spend(
         reservation=held,
         outcome=outcome,
-        charged=None
-        if outcome == "released"
-        else mechanism(int(row["charged_steps"] if ended else row["steps"])),
+        charged=None if outcome == "released" else mechanism(int(row["charged_steps"] if ended else row["steps"])),
         release_digest=row["release_digest"],
         reason=row["reason"] or "",
         settled_seq=row["settled_seq"],

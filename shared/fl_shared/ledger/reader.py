@@ -156,9 +156,7 @@ class LedgerReader:
         found = queries.current_budgets(connection, [name])
         overall = [budget for budget in found if budget.study is None] or (found if len(found) == 1 else [])
         if not overall:
-            raise LedgerError(
-                f"data set {name!r} has {len(found)} budgets and none overall", fix="name the budget"
-            )
+            raise LedgerError(f"data set {name!r} has {len(found)} budgets and none overall", fix="name the budget")
         return overall[0]
 
 

@@ -36,9 +36,7 @@ class Registry(LedgerWriter):
                 raise ConfigError(f"data set {what} {text!r} is not usable", fix="use 1 to 200 characters")
         for number, what in ((units, "units"), (bound_per_unit, "bound_per_unit")):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(
-                    f"data set {what} {number!r} is not usable", fix="use a whole number from 1"
-                )
+                raise ConfigError(f"data set {what} {number!r} is not usable", fix="use a whole number from 1")
         with self._store.write() as connection:
             last = queries.latest_dataset(connection, name)
             if last is not None:
@@ -142,9 +140,7 @@ class Registry(LedgerWriter):
         delta: float,
         planned: tuple[Mechanism, ...],
     ) -> float:
-        if last is not None and (
-            (last.epsilon, last.delta) == (epsilon, delta) or self._touched(connection, last)
-        ):
+        if last is not None and ((last.epsilon, last.delta) == (epsilon, delta) or self._touched(connection, last)):
             return last.filter_order
         return default_order(epsilon, delta, [key_of(mechanism) for mechanism in planned])
 

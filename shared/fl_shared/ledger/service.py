@@ -122,14 +122,10 @@ class Ledger(Registry):
             )
         stamp = chain.timestamp(moment)
         for budget in found:
-            label = f"the budget of {budget.dataset!r}" + (
-                f", study {budget.study!r}" if budget.study else ""
-            )
+            label = f"the budget of {budget.dataset!r}" + (f", study {budget.study!r}" if budget.study else "")
             units = dataset if budget.dataset == dataset.name else self._known(connection, budget.dataset)
             check_delta_against(budget.delta, units)
-            if (budget.valid_from and stamp < budget.valid_from) or (
-                budget.valid_to and stamp >= budget.valid_to
-            ):
+            if (budget.valid_from and stamp < budget.valid_from) or (budget.valid_to and stamp >= budget.valid_to):
                 raise BudgetExhausted(
                     f"{label} is valid from {budget.valid_from or 'ever'} to {budget.valid_to or 'ever'}, "
                     f"and now is {stamp}",

@@ -31,19 +31,13 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(
-            f"ledger address {url!r} is not usable", fix="e.g. sqlite:////path/ledger.sqlite"
-        ) from error
+        raise ConfigError(f"ledger address {url!r} is not usable", fix="e.g. sqlite:////path/ledger.sqlite") from error
     if parsed.drivername in {"postgresql", "postgresql+psycopg2"}:
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in {"sqlite", "postgresql+psycopg"}:
-        raise ConfigError(
-            f"ledger address names {parsed.drivername!r}", fix="use sqlite:///FILE or postgresql://..."
-        )
+        raise ConfigError(f"ledger address names {parsed.drivername!r}", fix="use sqlite:///FILE or postgresql://...")
     if parsed.drivername == "sqlite" and parsed.database in {None, "", ":memory:"}:
-        raise ConfigError(
-            "a ledger in memory would be lost", fix="name a file: sqlite:////path/ledger.sqlite"
-        )
+        raise ConfigError("a ledger in memory would be lost", fix="name a file: sqlite:////path/ledger.sqlite")
     return parsed
 
 
@@ -57,9 +51,7 @@ class Store:
         try:
             self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
         except (NoSuchModuleError, ModuleNotFoundError) as error:
-            raise ConfigError(
-                "the PostgreSQL driver is missing", fix="pip install 'concordat[postgres]'"
-            ) from error
+            raise ConfigError("the PostgreSQL driver is missing", fix="pip install 'concordat[postgres]'") from error
 
     @property
     def name(self) -> str:

@@ -24,9 +24,7 @@ FORMAT = 1
 class LedgerWriter(LedgerReader):
     """A ledger that can be appended to; the public verbs stand in the classes above it."""
 
-    def __init__(
-        self, store: Store, site: str, key: SigningKey | None, clock: Callable[[], datetime]
-    ) -> None:
+    def __init__(self, store: Store, site: str, key: SigningKey | None, clock: Callable[[], datetime]) -> None:
         super().__init__(store, site)
         self._key = key
         self._clock = clock
@@ -117,12 +115,8 @@ class LedgerWriter(LedgerReader):
         point: str,
         moment: datetime | None = None,
     ) -> Entry:
-        entry = chain.append(
-            connection, self._signer, self.site, kind, body, now=moment or self._clock(), point=point
-        )
-        nodes = merkle.completed_nodes(
-            connection, entry.seq - 1, entry.hash, lambda at: entry_hash(connection, at + 1)
-        )
+        entry = chain.append(connection, self._signer, self.site, kind, body, now=moment or self._clock(), point=point)
+        nodes = merkle.completed_nodes(connection, entry.seq - 1, entry.hash, lambda at: entry_hash(connection, at + 1))
         if nodes:
             connection.execute(merkle_nodes.insert(), nodes)
         fault(f"{point}.tree")
@@ -160,6 +154,4 @@ class LedgerWriter(LedgerReader):
         )
 
     def _entry(self, connection: sa.Connection, seq: int) -> Entry:
-        return chain.entry_of(
-            connection.execute(sa.select(entries).where(entries.c.seq == seq)).mappings().one()
-        )
+        return chain.entry_of(connection.execute(sa.select(entries).where(entries.c.seq == seq)).mappings().one())

@@ -62,8 +62,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("hash", name="entries_hash"),
         sa.CheckConstraint("seq >= 1", name="entries_seq"),
         sa.CheckConstraint(
-            "kind IN ('genesis', 'dataset', 'overlap', 'budget', 'reservation', 'settlement', "
-            "'witness', 'key')",
+            "kind IN ('genesis', 'dataset', 'overlap', 'budget', 'reservation', 'settlement', 'witness', 'key')",
             name="entries_kind",
         ),
         sa.CheckConstraint("length(hash) = 64 AND length(prev_hash) = 64", name="entries_hash_length"),
@@ -106,9 +105,7 @@ def upgrade() -> None:
         sa.CheckConstraint("epsilon > 0 AND epsilon < 1e6", name="budgets_epsilon"),
         sa.CheckConstraint("delta > 0 AND delta < 1", name="budgets_delta"),
         sa.CheckConstraint("filter_order > 1 AND filter_order < 1e6", name="budgets_order"),
-        sa.CheckConstraint(
-            "valid_from IS NULL OR valid_to IS NULL OR valid_from < valid_to", name="budgets_period"
-        ),
+        sa.CheckConstraint("valid_from IS NULL OR valid_to IS NULL OR valid_from < valid_to", name="budgets_period"),
         sa.CheckConstraint("length(approver) >= 1 AND version >= 1", name="budgets_approver"),
     )
     op.create_table(
@@ -134,18 +131,14 @@ def upgrade() -> None:
         _real("clipping_norm"),
         sa.UniqueConstraint("run", "round", "dataset", "purpose", "attempt", name="reservations_once"),
         sa.CheckConstraint("noise_multiplier > 0 AND noise_multiplier < 1e9", name="reservations_noise"),
-        sa.CheckConstraint(
-            "sampling_probability > 0 AND sampling_probability <= 1", name="reservations_sampling"
-        ),
+        sa.CheckConstraint("sampling_probability > 0 AND sampling_probability <= 1", name="reservations_sampling"),
         sa.CheckConstraint("steps >= 1 AND attempt >= 1 AND round >= 0", name="reservations_counts"),
         sa.CheckConstraint("clipping_norm > 0 AND clipping_norm <= 1e12", name="reservations_clipping"),
     )
     op.create_table(
         "settlements",
         _seq(),
-        sa.Column(
-            "reservation", sa.BigInteger, sa.ForeignKey("reservations.seq", name="settled"), nullable=False
-        ),
+        sa.Column("reservation", sa.BigInteger, sa.ForeignKey("reservations.seq", name="settled"), nullable=False),
         _name("outcome", 16),
         _count("steps"),
         sa.Column("release_digest", sa.String(200)),
@@ -269,8 +262,7 @@ def _postgresql_triggers() -> None:
         "RAISE EXCEPTION 'an entry must follow the last one'; END IF; RETURN NEW; END $$"
     )
     op.execute(
-        "CREATE TRIGGER entries_follow BEFORE INSERT ON entries "
-        "FOR EACH ROW EXECUTE FUNCTION ledger_entry_follows()"
+        "CREATE TRIGGER entries_follow BEFORE INSERT ON entries FOR EACH ROW EXECUTE FUNCTION ledger_entry_follows()"
     )
     op.execute(
         "CREATE FUNCTION ledger_settlement_fits() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "

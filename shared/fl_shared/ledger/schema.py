@@ -1,0 +1,71 @@
+"""Compare a ledger's schema with the one that the migrations make: a missing trigger is a missing guard."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from fl_shared.ledger.models import APPEND_ONLY, metadata
+from fl_shared.ledger.shard import Problem
+from fl_shared.ledger.store import Store, upgrade
+
+
+def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:
+    """Name each table, index, constraint or trigger that differs from what the migrations make."""
+    found, wanted = (_sqlite(connection), _fresh_sqlite()) if store.sqlite else (_postgresql(connection), _expected())
+    problems = [
+        Problem(f"schema: {what} was {'changed' if what in found else 'removed'}")
+        for what, text in sorted(wanted.items())
+        if found.get(what) != text
+    ]
+    return problems + [Problem(f"schema: {what} does not belong there") for what in sorted(set(found) - set(wanted))]
+
+
+def _sqlite(connection: sa.Connection) -> dict[str, str]:
+    query = sa.text("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")
+    return {f"{kind} {name}": sql or "" for kind, name, sql in connection.execute(query)}
+
+
+def _fresh_sqlite() -> dict[str, str]:
+    with tempfile.TemporaryDirectory(prefix="concordat-schema-") as directory:
+        store = Store(f"sqlite:///{Path(directory) / 'fresh.sqlite'}", read_only=False)
+        try:
+            with store.write() as connection:
+                upgrade(connection)
+                return _sqlite(connection)
+        finally:
+            store.close()
+
+
+def _postgresql(connection: sa.Connection) -> dict[str, str]:
+    triggers = sa.text(
+        "SELECT c.relname, t.tgname, t.tgenabled FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid "
+        "WHERE NOT t.tgisinternal AND c.relname = ANY(:tables)"
+    )
+    checks = sa.text(
+        "SELECT c.relname, k.conname, k.convalidated FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid "
+        "WHERE k.contype IN ('c', 'f', 'u') AND c.relname = ANY(:tables)"
+    )
+    tables = list(APPEND_ONLY)
+    found = {
+        f"trigger {name} on {table}": "on" if enabled in {"O", "A"} else "off"
+        for table, name, enabled in connection.execute(triggers, {"tables": tables})
+    }
+    for table, name, validated in connection.execute(checks, {"tables": tables}):
+        found[f"constraint {name} on {table}"] = "on" if validated else "off"
+    return found
+
+
+def _expected() -> dict[str, str]:
+    wanted = {}
+    for table in metadata.sorted_tables:
+        for action in ("change", "truncate"):
+            wanted[f"trigger {table.name}_refuse_{action} on {table.name}"] = "on"
+        for constraint in table.constraints:
+            if not isinstance(constraint, sa.PrimaryKeyConstraint):
+                wanted[f"constraint {constraint.name} on {table.name}"] = "on"
+    wanted["trigger entries_follow on entries"] = "on"
+    wanted["trigger settlements_fit on settlements"] = "on"
+    return wanted

@@ -1,0 +1,329 @@
+"""Check a whole ledger without trusting it, with every core of the machine.
+
+Stretches of the chain are checked in worker processes (`shard`), then replayed in order (`replay`): chain,
+signatures, typed rows, state machine, every grant, the caches, the schema with its triggers, and epsilon by
+two accountants. Memory does not grow with the ledger. A truncated ledger or a restored backup is intact in
+itself: only a checkpoint or a receipt kept elsewhere shows it, so give what you have.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from fl_shared.accounting.merge import Key
+from fl_shared.accounting.pld import steps_epsilon
+from fl_shared.accounting.renyi import curve_epsilon
+from fl_shared.errors import LedgerError, SignatureError
+from fl_shared.ledger import chain, merkle, shard
+from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
+from fl_shared.ledger.records import Entry
+from fl_shared.ledger.replay import Place, Replay
+from fl_shared.ledger.schema import schema_problems
+from fl_shared.ledger.shard import Problem
+from fl_shared.ledger.store import Store
+from fl_shared.signing import verify
+
+MOST_PROBLEMS = 1000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What somebody else knows of the ledger: after `entries` entries it had this head (and root)."""
+
+    entries: int
+    head: str
+    merkle_root: str = ""
+    source: str = "checkpoint"
+
+
+@dataclass
+class Report:
+    """What verification found; `problems` is empty when all is well.
+
+    Attributes:
+        key: the public key that the first entry names; pinned says whether the auditor gave it.
+        budgets: epsilon of each budget by two accountants, recomputed from the signed entries.
+    """
+
+    site: str
+    entries: int = 0
+    head: str = chain.GENESIS_HASH
+    merkle_root: str = merkle.EMPTY_ROOT
+    key: str = ""
+    pinned: bool = False
+    first: str = ""
+    last: str = ""
+    reservations: int = 0
+    open: int = 0
+    settled: Mapping[str, int] = field(default_factory=dict)
+    checkpoints: int = 0
+    budgets: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def verify_ledger(
+    url: str,
+    site: str,
+    *,
+    public_key: str | None = None,
+    checkpoints: Sequence[Checkpoint] = (),
+    processes: int | None = None,
+) -> Report:
+    """Check the ledger of `site` at `url`; every problem is named in the report, none is raised.
+
+    `public_key` is the site's key as the auditor knows it (64 hex digits); without it the ledger's own word
+    is taken, and a ledger rewritten with another key passes. `checkpoints` are kept elsewhere, for example
+    in receipts. `processes` defaults to the number of cores. Raises LedgerError when the database cannot be
+    read at all.
+    """
+    store = Store(url, read_only=True)
+    try:
+        store.migrate()
+        report = Report(site=site)
+        with store.read() as connection:
+            last = chain.last_entry(connection)
+            report.entries = 0 if last is None else last.seq
+            keys = _keys(connection, site, public_key, report)
+            problems = schema_problems(connection, store)
+        report.problems += problems
+        if last is None or not keys:
+            report.problems.append(Problem("the ledger is empty"))
+            return report
+        with store.read() as connection:
+            _walk(connection, store, report, keys, processes or os.cpu_count() or 1)
+            _check_counts(connection, report)
+            for checkpoint in checkpoints:
+                _check_checkpoint(connection, report, checkpoint)
+        report.checkpoints = len(checkpoints)
+        return report
+    finally:
+        store.close()
+
+
+def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Report) -> tuple[tuple[int, str], ...]:
+    """Return (first entry, public key) of each key, after checking that each names the next."""
+    query = sa.select(entries).where(entries.c.kind.in_(("genesis", "key"))).order_by(entries.c.seq)
+    found: list[tuple[int, str]] = []
+    for row in connection.execute(query).mappings():
+        try:
+            entry = chain.entry_of(row)
+            key = str(entry.body["public_key"])
+            bytes.fromhex(key)
+            if entry.kind == "genesis":
+                _check_genesis(entry, site, pinned, report)
+            else:
+                statement = f"concordat key for {site} after {entry.prev_hash}".encode()
+                verify(key, statement, str(entry.body["proof"]))
+                if not found or entry.body["replaces"] != found[-1][1]:
+                    report.problems.append(Problem(f"entry {entry.seq}: replaces another key", entry.seq))
+        except (KeyError, TypeError, ValueError, SignatureError) as error:
+            report.problems.append(Problem(f"entry {row['seq']}: this key cannot be used ({error})", row["seq"]))
+            continue
+        found.append((entry.seq if entry.kind == "genesis" else entry.seq + 1, key))
+    if found and len(found[0][1]) == 64:
+        report.key, report.pinned = found[0][1], pinned is not None
+        return tuple(found)
+    return ()
+
+
+def _check_genesis(entry: Entry, site: str, pinned: str | None, report: Report) -> None:
+    if entry.seq != 1:
+        report.problems.append(Problem(f"entry {entry.seq}: a second genesis", entry.seq))
+    if entry.body["site"] != site:
+        report.problems.append(Problem(f"the ledger belongs to site {entry.body['site']!r}", 1))
+    if pinned is not None and entry.body["public_key"] != pinned:
+        report.problems.append(
+            Problem(f"the ledger names key {entry.body['public_key'][:16]}…, the auditor knows {pinned[:16]}…", 1)
+        )
+
+
+def _results(jobs: Iterator[shard.Job], processes: int, total: int) -> Iterator[shard.Result]:
+    """Yield results in order, with a bounded number of stretches in flight."""
+    if processes == 1 or total <= shard.SIZE:
+        yield from map(shard.check, jobs)
+        return
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        flying: deque[concurrent.futures.Future[shard.Result]] = deque()
+        for job in jobs:
+            flying.append(pool.submit(shard.check, job))
+            if len(flying) > 2 * processes:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+
+
+def _walk(
+    connection: sa.Connection,
+    store: Store,
+    report: Report,
+    keys: tuple[tuple[int, str], ...],
+    processes: int,
+) -> None:
+    url = store.url.render_as_string(hide_password=False)
+    jobs = (
+        shard.Job(url, report.site, keys, first, min(first + shard.SIZE - 1, report.entries))
+        for first in range(1, report.entries + 1, shard.SIZE)
+    )
+    state, tree = Replay(), merkle.Tree()
+    sums = _Sums(connection, report)
+    prev, time = chain.GENESIS_HASH, ""
+    for result in _results(jobs, processes, report.entries):
+        first = result.job.first
+        if result.first_prev and result.first_prev != prev:
+            result.problems.append(Problem(f"entry {first}: prev_hash is not the hash of the entry before", first))
+        if result.first_time < time:
+            result.problems.append(Problem(f"entry {first}: created_at is before the entry before", first))
+        for seq, kind, body, created_at in result.events:
+            changed = state.feed(seq, kind, body, created_at)
+            if changed is not None:
+                sums.check(seq, changed, state, result.tallies.pop(seq, None))
+        for seq in result.tallies:
+            result.problems.append(Problem(f"tallies: row {seq} belongs to no reservation or settlement", seq))
+        for level, node in result.peaks:
+            for upper, position, digest in tree.add_subtree(level, node) if tree.size % (1 << level) == 0 else ():
+                _check_node(connection, report, upper, position, digest)
+        prev, time = result.last_hash, result.last_time
+        report.first = report.first or result.first_time
+        report.problems += result.problems + state.problems
+        state.problems.clear()
+        if len(report.problems) > MOST_PROBLEMS:
+            report.problems[MOST_PROBLEMS:] = [Problem(f"more than {MOST_PROBLEMS} problems; stopped there")]
+            break
+    sums.finish()
+    report.head, report.last, report.merkle_root = prev, time, tree.root()
+    report.reservations, report.open, report.settled = state.reservations, len(state.open), state.settled
+    report.budgets = [_budget(state, place) for place in sorted(state.budgets)]
+
+
+def _budget(state: Replay, place: Place) -> dict[str, Any]:
+    body = state.budgets[place]
+    spent, held = state.charges(place)
+    return {
+        "dataset": place[0],
+        "study": place[1] or None,
+        "epsilon": body["epsilon"],
+        "delta": body["delta"],
+        "steps": sum(spent.values()),
+        "spent_rdp": curve_epsilon(spent, body["delta"]),
+        "spent_pld": steps_epsilon(spent, body["delta"]),
+        "reserved_steps": sum(held.values()),
+    }
+
+
+def _check_node(connection: sa.Connection, report: Report, level: int, position: int, digest: str) -> None:
+    where = (merkle_nodes.c.level == level) & (merkle_nodes.c.position == position)
+    if level <= shard.LEVEL:
+        return  # the stretch has checked it
+    stored = connection.execute(sa.select(merkle_nodes.c.hash).where(where)).scalar()
+    if stored != digest:
+        report.problems.append(Problem(f"merkle_nodes: hash of node {level}/{position} does not fit"))
+
+
+class _Sums:
+    """Holds the stored sums against the replayed ones, row by row."""
+
+    def __init__(self, connection: sa.Connection, report: Report) -> None:
+        self._report = report
+        self._keys: dict[int, tuple[Place, Key]] = {}
+        self._versions: dict[int, int] = {}
+        for row in connection.execute(sa.select(tally_keys)).mappings():
+            key = Key(row["kind"], row["neighbouring"], row["noise_multiplier"], row["sampling_probability"])
+            self._keys[int(row["id"])] = ((str(row["dataset"]), str(row["study"])), key)
+
+    def check(
+        self, seq: int, changed: tuple[Place, Key], state: Replay, stored: tuple[int, int, int, int] | None
+    ) -> None:
+        """Compare the row that entry `seq` wrote."""
+        if stored is None:
+            self._report.problems.append(Problem(f"tallies: row {seq} is missing", seq))
+            return
+        number, version, held, spent = stored
+        expected = self._versions.get(number, 0) + 1
+        self._versions[number] = version
+        found = {
+            "key": (self._keys.get(number), changed),
+            "version": (version, expected),
+            "held": (held, state.held.get(changed, 0)),
+            "spent": (spent, state.spent.get(changed, 0)),
+        }
+        for name, (is_, should) in found.items():
+            if is_ != should:
+                self._report.problems.append(
+                    Problem(f"tallies.{name} of row {seq} is {is_!r}, the entries say {should!r}", seq)
+                )
+
+    def finish(self) -> None:
+        """Name keys that no entry uses."""
+        for number in set(self._keys) - set(self._versions):
+            self._report.problems.append(Problem(f"tally_keys: row {number} belongs to no reservation"))
+
+
+def _check_counts(connection: sa.Connection, report: Report) -> None:
+    """Name rows outside the chain's range, which no stretch looks at."""
+    for table in (*TYPED.values(), tallies):
+        outside = sa.select(table.c.seq).where((table.c.seq < 1) | (table.c.seq > report.entries))
+        for seq in connection.execute(outside.limit(20)).scalars():
+            report.problems.append(Problem(f"{table.name}: row {seq} has no entry", seq))
+    below = connection.execute(sa.select(entries.c.seq).where(entries.c.seq < 1).limit(20)).scalars()
+    report.problems += [Problem(f"entries: {seq} is no place in the chain", seq) for seq in below]
+    expected = sum(report.entries >> level for level in range(1, report.entries.bit_length() + 1))
+    stored = connection.execute(sa.select(sa.func.count()).select_from(merkle_nodes)).scalar_one()
+    if stored != expected:
+        report.problems.append(Problem(f"merkle_nodes: {stored} nodes, {expected} belong to {report.entries} entries"))
+
+
+def _check_checkpoint(connection: sa.Connection, report: Report, known: Checkpoint) -> None:
+    if known.entries > report.entries:
+        report.problems.append(
+            Problem(
+                f"{known.source}: it pins {known.entries} entries, the ledger has {report.entries}: "
+                "entries were cut off, or an old copy was restored",
+                known.entries,
+            )
+        )
+        return
+    query = sa.select(entries.c.hash).where(entries.c.seq == known.entries)
+    found = connection.execute(query).scalar() if known.entries else chain.GENESIS_HASH
+    if found != known.head:
+        report.problems.append(
+            Problem(
+                f"{known.source}: entry {known.entries} is not the one that it pins: the past was rewritten",
+                known.entries,
+            )
+        )
+    elif known.merkle_root:
+        try:
+            root = merkle.stored_root(
+                connection,
+                known.entries,
+                lambda at: str(
+                    connection.execute(sa.select(entries.c.hash).where(entries.c.seq == at + 1)).scalar_one()
+                ),
+            )
+        except (sa.exc.NoResultFound, ValueError):
+            root = ""
+        if root != known.merkle_root:
+            report.problems.append(Problem(f"{known.source}: the Merkle root does not fit", known.entries))
+
+
+def raise_if_broken(report: Report) -> None:
+    """Raise LedgerError that names the first problem, if there is one."""
+    if report.problems:
+        raise LedgerError(
+            f"{len(report.problems)} problems, first: {report.problems[0].message}",
+            fix="keep the file as evidence; restore a backup and reconcile it with the coordinator's receipts",
+        )
