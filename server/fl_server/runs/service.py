@@ -285,12 +285,14 @@ class Runs:
         """Store a round: the file first (fsynced), then round, receipts, event and, after the last
         round, the run's end in one transaction. A round that is committed already stays as it is.
         """
-        write_durably(self.adapter_path(done.run, done.round), done.adapter)
         now = time.time()
         with self._store.write() as session:
+            row = session.get_one(RunRow, done.run, with_for_update=True)
             found = session.get(RoundRow, (done.run, done.round))
             if found is not None and found.state == "committed":
                 raise RunError(f"round {done.round} of {done.run} is committed already", fix="nothing to do")
+            # Inside the transaction, so that a second ServerApp cannot replace a committed file.
+            write_durably(self.adapter_path(done.run, done.round), done.adapter)
             session.merge(
                 RoundRow(
                     run=done.run,
@@ -307,7 +309,6 @@ class Runs:
             ok = sum(1 for reply in done.replies if reply.status == "ok")
             text = f"round {done.round} committed with {ok} of {len(done.replies)} replies"
             _event(session, done.run, "round-committed", text, round=done.round)
-            row = session.get_one(RunRow, done.run)
             row.updated_at = now
             if done.round >= row.rounds and row.state in ("running", "pending"):
                 row.state, row.reason = "completed", ""

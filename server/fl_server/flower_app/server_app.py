@@ -1,0 +1,20 @@
+"""The ServerApp: hands Flower's Grid to the round driver of `fl_server.strategy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fl_server.home import ServerHome
+from fl_server.strategy import drive
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Carry one run on from its last committed round."""
+    home = ServerHome.open(Path(str(context.run_config["home"])))
+    drive(home, str(context.run_config["run"]), grid)

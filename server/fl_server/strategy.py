@@ -1,0 +1,265 @@
+"""Drives a run: sends every site its signed order, collects replies, commits rounds. Runs in the ServerApp.
+
+The rule of a round, in full. Every site is asked once it is online. A reply counts when its signature,
+digests, shapes and values are right. An order that was lost on the way (a killed SuperNode, an agent that
+is being restarted) is sent again until the deadline; the site answers a repeat from its store. The round ends
+
+* when every site has answered;
+* at once when too many have refused for the quorum to be reached;
+* at the deadline;
+* `OFFLINE_GRACE_S` after the quorum is reached, if every site that is still missing is offline.
+
+With a quorum of good replies the round is committed, otherwise the run fails, naming each site's answer.
+Replies that come later are not used: the site has them stored and charged, and they are in no average.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common import Array
+from flwr.serverapp import Grid
+
+from fl_server.aggregation import StreamingMean
+from fl_server.db.store import Store
+from fl_server.home import ServerHome
+from fl_server.replies import BadReply, Expected
+from fl_server.runs.service import CommittedRound, Reply, Runs
+from fl_server.sites.service import Sites
+from fl_shared.adapter import digest, pack, shapes, unpack
+from fl_shared.errors import DataError, RunError
+from fl_shared.manifest import RunSpec
+from fl_shared.signing import SigningKey
+
+POLL_S = 1.0
+RESEND_S = 3.0
+OFFLINE_GRACE_S = 30.0
+PULL_BYTES = 16 << 20
+EXPIRY_MARGIN_S = 300.0
+_GOING = ("pending", "running")
+
+
+class QuorumMissed(RunError):
+    """The round cannot be committed; the message names each site's answer."""
+
+    default_code = "quorum-missed"
+
+
+class Interrupted(RunError):
+    """An admin stopped or paused the run."""
+
+
+@dataclass
+class _Asked:
+    """One site in the round that is under way."""
+
+    site: str
+    node: int
+    expected: Expected
+    manifest: str
+    message: str = ""
+    earliest: float = 0.0
+    reply: Reply | None = None
+    problem: str = "it was never online"
+
+
+class Round:
+    """One round of one run."""
+
+    def __init__(
+        self, runs: Runs, sites: Sites, key: SigningKey, grid: Grid, spec: RunSpec, number: int, base: bytes
+    ) -> None:
+        self._runs = runs
+        self._grid = grid
+        self._spec = spec
+        self._number = number
+        self._base_bytes = base
+        self._base = unpack(base)
+        self._mean = StreamingMean(shapes(self._base) if self._base else None)
+        self._received = 0
+        self._largest = 1
+        self._began = time.monotonic()
+        self._asked = [self._ask(runs, sites, key, site) for site in spec.run.sites]
+
+    def _ask(self, runs: Runs, sites: Sites, key: SigningKey, site: str) -> _Asked:
+        row = sites.get(site)
+        run, number, adapter = self._spec.run.name, self._number, digest(self._base_bytes)
+        ttl = self._spec.run.round_timeout_s + EXPIRY_MARGIN_S
+        manifest, _ = runs.issue_manifest(
+            self._spec, number, site, adapter, key, secrets.token_hex(16), ttl
+        )
+
+        def issued(found: str) -> bool:
+            return runs.issued(found, run, number, site, adapter)
+
+        asked = _Asked(
+            site, int(row.node_id or 0), Expected(self._spec, number, site, row.signing_key, issued), manifest
+        )
+        if row.state != "enrolled":
+            asked.reply = Reply(site, "missing", "not-enrolled", f"the site is {row.state}")
+        return asked
+
+    def _good(self) -> int:
+        return sum(1 for each in self._asked if each.reply is not None and each.reply.status == "ok")
+
+    def _open(self) -> list[_Asked]:
+        return [each for each in self._asked if each.reply is None]
+
+    def collect(self, still_wanted: Callable[[], bool]) -> CommittedRound:
+        """Ask, wait and average; the round to commit.
+
+        Raises:
+            QuorumMissed: fewer good replies than the quorum, at the deadline or for certain.
+            Interrupted: `still_wanted` said no.
+        """
+        deadline = self._began + self._spec.run.round_timeout_s
+        quorum = self._spec.run.quorum
+        quorum_at = 0.0
+        while self._open():
+            if not still_wanted():
+                raise Interrupted(f"round {self._number} was interrupted")
+            online = set(self._grid.get_node_ids())
+            self._send(online, deadline)
+            self._pull()
+            now = time.monotonic()
+            if self._good() >= quorum:
+                quorum_at = quorum_at or now
+                waiting_for_offline = all(each.node not in online for each in self._open())
+                if waiting_for_offline and now > quorum_at + OFFLINE_GRACE_S:
+                    break
+            elif self._good() + len(self._open()) < quorum:
+                break
+            if now > deadline:
+                break
+            time.sleep(POLL_S)
+        for each in self._open():
+            each.reply = Reply(each.site, "missing", "no-answer", f"no answer in time: {each.problem}")
+        replies = [each.reply for each in self._asked if each.reply is not None]
+        if self._good() < quorum:
+            self._runs.record_replies(self._spec.run.name, self._number, replies)
+            said = "; ".join(
+                f"{reply.site}: {reply.code or reply.status}: {reply.message}" if reply.status != "ok" else
+                f"{reply.site}: ok"
+                for reply in replies
+            )  # fmt: skip
+            raise QuorumMissed(
+                f"round {self._number} has {self._good()} of the {quorum} replies it needs ({said})",
+                fix="see `fl-admin runs show`; mend the cause, then `fl-admin runs resume`",
+            )
+        return CommittedRound(
+            run=self._spec.run.name,
+            round=self._number,
+            adapter=pack(self._mean.onto(self._base)),
+            replies=replies,
+            received_bytes=self._received,
+            seconds=time.monotonic() - self._began,
+        )
+
+    def _send(self, online: set[int], deadline: float) -> None:
+        """Push the order to every site that is online and has none under way, one message at a time."""
+        for each in self._open():
+            now = time.monotonic()
+            if each.message or each.node not in online or now < each.earliest:
+                continue
+            left = max(deadline - now, 1.0)
+            content = RecordDict(
+                {
+                    "arrays": ArrayRecord(
+                        {"adapter": Array(np.frombuffer(self._base_bytes, dtype=np.uint8))}
+                    ),
+                    "config": ConfigRecord({"manifest": each.manifest, "timeout-s": left}),
+                }
+            )
+            message = Message(content, dst_node_id=each.node, message_type="train", ttl=left + 60.0)
+            pushed = list(self._grid.push_messages([message]))
+            if pushed and pushed[0]:
+                each.message, each.problem = pushed[0], "it was asked and has not answered"
+            else:
+                each.earliest, each.problem = now + RESEND_S, "Flower did not take the order"
+
+    def _pull(self) -> None:
+        by_message = {each.message: each for each in self._open() if each.message}
+        waiting = list(by_message)
+        group = max(1, PULL_BYTES // self._largest)
+        for start in range(0, len(waiting), group):
+            for message in self._pulled(waiting[start : start + group]):
+                each = by_message.get(message.metadata.reply_to_message_id)
+                if each is not None:
+                    each.message = ""
+                    self._take(each, message)
+
+    def _pulled(self, ids: list[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(ids)
+
+    def _take(self, each: _Asked, message: Message) -> None:
+        if message.has_error():
+            each.earliest = time.monotonic() + RESEND_S
+            each.problem = f"its SuperNode broke off (Flower error {message.error.code})"
+            return
+        try:
+            each.reply = self._judge(each, message.content)
+        except BadReply as error:
+            each.reply = Reply(each.site, "invalid", error.code, error.message)
+        if each.reply is None:
+            each.earliest = time.monotonic() + RESEND_S
+            each.problem = "its agent is not running"
+            return
+        text = f"{each.reply.code}: {each.reply.message}" if each.reply.code else ""
+        self._runs.note(
+            self._spec.run.name, f"reply-{each.reply.status}", text, round=self._number, site=each.site
+        )
+
+    def _judge(self, each: _Asked, content: RecordDict) -> Reply | None:
+        try:
+            config = content.config_records["config"]
+            status, document = str(config["status"]), str(config["document"])
+            update = b""
+            if status == "ok":
+                array = content.array_records["arrays"]["adapter"]
+                values = array.numpy()
+                if values.dtype != np.uint8 or values.ndim != 1:
+                    raise BadReply("the update is not a row of bytes", code="bad-update")
+                update = values.tobytes()
+        except (KeyError, ValueError, TypeError) as error:
+            raise BadReply("the reply has another form than agreed", code="bad-form") from error
+        self._received += len(update)
+        self._largest = max(self._largest, len(update))
+        if status != "ok":
+            return each.expected.refusal(status, document)
+        reply, tensors = each.expected.receipt(document, update)
+        try:
+            self._mean.add(tensors)
+        except DataError as error:
+            raise BadReply(error.message, code="bad-update") from error
+        return reply
+
+
+def drive(home: ServerHome, run: str, grid: Grid) -> None:
+    """Carry a run from its last committed round to its end, a stop, a pause or a failure."""
+    store = Store(home.database_url())
+    runs, sites = Runs(store, home.adapters), Sites(store)
+    key = SigningKey.load(home.signing_key)
+    spec = runs.show(run).spec
+
+    def still_wanted() -> bool:
+        return runs.state(run) in _GOING
+
+    try:
+        number, adapter = runs.last_adapter(run)
+        while number < spec.run.rounds and still_wanted():
+            number += 1
+            runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
+            done = Round(runs, sites, key, grid, spec, number, adapter).collect(still_wanted)
+            runs.commit(done)
+            adapter = done.adapter
+    except Interrupted as error:
+        runs.note(run, "interrupted", error.message)
+    except QuorumMissed as error:
+        runs.fail(run, error.message)
+    finally:
+        store.close()
