@@ -31,6 +31,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class ConcordatError(Exception):
@@ -166,9 +167,7 @@ def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback for a person
         _trace()
         fix = "this is a defect; run again with CONCORDAT_DEBUG=1 and report what it prints, with the log"
-        return _tell(
-            f"internal error: {type(error).__name__}: {error}", fix, "defect", DEFECT, as_json=as_json
-        )
+        return _tell(f"internal error: {type(error).__name__}: {error}", fix, "defect", DEFECT, as_json=as_json)
 
 
 def _tell(message: str, fix: str, code: str, exit_code: int, *, as_json: bool) -> int:
@@ -189,6 +188,15 @@ def printable(text: str) -> str:
     Line breaks and tabs stay.
     """
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: at most about 120 characters."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
 def _trace() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, shown
 from fl_shared.names import run_id, run_name, site_id
 from fl_shared.privacy import Mechanism
 from fl_shared.settings import Fields, load_toml
@@ -29,7 +29,7 @@ def check_digest(value: object) -> str:
     """A text of the form `sha256:<64 hex digits>`; ConfigError otherwise."""
     if not isinstance(value, str) or _DIGEST.fullmatch(value) is None:
         raise ConfigError(
-            f"{value!r} is not a digest", fix="write sha256: and 64 hex digits, as `fl-model inspect` does"
+            f"{shown(value)} is not a digest", fix="write sha256: and 64 hex digits, as `fl-model inspect` does"
         )
     return value
 
@@ -235,9 +235,7 @@ class RoundManifest:
             expires_at=f.number("expires_at", low=0),
         )
         if f.text("spec_digest") != made.spec_digest:
-            raise f.fail(
-                "spec_digest", "is not the digest of the spec inside", "ask the coordinator to sign anew"
-            )
+            raise f.fail("spec_digest", "is not the digest of the spec inside", "ask the coordinator to sign anew")
         f.done()
         return made
 

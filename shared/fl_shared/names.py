@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, shown
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -12,7 +12,7 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 def _check(value: object, what: str) -> str:
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise ConfigError(
-            f"{what} {value!r} is not a valid name",
+            f"{what} {shown(value)} is not a valid name",
             fix="use 1 to 63 lower-case letters, digits and hyphens, not at either end",
         )
     return value

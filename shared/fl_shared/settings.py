@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
-from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.errors import ConcordatError, ConfigError, shown
 
 T = TypeVar("T")
 _MAX_BYTES = 1 << 20
@@ -26,8 +27,12 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}", fix="check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text", fix="save the file as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
         raise ConfigError(f"{path}: {error}", fix="mend the TOML at that place") from error
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 class Fields:
@@ -37,64 +42,104 @@ class Fields:
         table: the parsed table.
         where: how errors call it, for example `site.toml [policy]`.
         base: the folder that relative paths start from.
+        environ: environment variables that win over the table, none by default. Field `path` of section
+            `data` is then `PREFIX_DATA_PATH`; texts stand there as they are, other values as in TOML.
+        prefix: the PREFIX, for example `FL_CLIENT`.
     """
 
-    def __init__(self, table: Any, where: str, *, base: Path | None = None) -> None:
+    def __init__(
+        self,
+        table: Any,
+        where: str,
+        *,
+        base: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        prefix: str = "FL",
+    ) -> None:
         if not isinstance(table, Mapping):
-            raise ConfigError(f"{where} is {table!r}, not a table", fix=f"write {where} as a table of fields")
+            raise ConfigError(f"{where} is {shown(table)}, not a table", fix=f"write {where} as a table of fields")
         self._table = dict(table)
         self._where = where
         self._base = base
+        self._environ = environ or {}
+        self._prefix = prefix
+        self._nested = False
+        self._sections: tuple[str, ...] = ()
         self._asked: set[str] = set()
+
+    def _variable(self, name: str) -> str:
+        return f"{self._prefix}_{name}".upper().replace("-", "_")
 
     def fail(self, name: str, problem: str, fix: str) -> ConfigError:
         """The error for one field; the caller raises it."""
+        variable = self._variable(name)
+        if variable in self._environ:
+            return ConfigError(f"environment: {variable} {problem}", fix=fix)
         return ConfigError(f"{self._where}: {name} {problem}", fix=fix)
 
-    def _take(self, name: str, default: Any, fix: str) -> Any:
+    def _take(self, name: str, default: Any, fix: str, *, plain: bool = False) -> Any:
         self._asked.add(name)
+        raw = self._environ.get(self._variable(name))
+        if raw is not None:
+            if plain:
+                return raw
+            try:
+                (value,) = tomllib.loads(f"value = {raw}").values()
+            except (ValueError, RecursionError):
+                raise self.fail(name, f"is {shown(raw)}", f"write {fix}, as in TOML") from None
+            return value
         if name in self._table:
             return self._table[name]
         if default is _MISSING:
-            near = difflib.get_close_matches(name, set(self._table) - self._asked, n=1)
+            near = difflib.get_close_matches(name, {str(key) for key in self._table} - self._asked, n=1)
             hint = f"; did you mean it by {near[0]!r}?" if near else ""
             raise self.fail(name, f"is missing{hint}", f"add {name}: {fix}")
         return default
 
     def section(self, name: str, *, optional: bool = False) -> Fields:
         """A nested table; with `optional`, an empty one when it is absent."""
-        value = self._take(name, {} if optional else _MISSING, "a table")
-        return Fields(value, f"{self._where} [{name}]", base=self._base)
+        self._asked.add(name)
+        variable = self._variable(name)
+        self._sections += (f"{variable}_",)
+        if name in self._table:
+            value = self._table[name]
+        elif optional or any(each.startswith(f"{variable}_") for each in self._environ):
+            value = {}
+        else:
+            value = self._take(name, _MISSING, "a table")
+        made = Fields(value, f"{self._where} [{name}]", base=self._base, environ=self._environ, prefix=variable)
+        made._nested = True
+        return made
 
     def text(self, name: str, *, default: Any = _MISSING, empty: bool = False) -> str:
         """A text of at most 4096 characters."""
-        value = self._take(name, default, "a text in quotes")
+        value = self._take(name, default, "a text in quotes", plain=True)
         if value is default and default is not _MISSING:
             return value  # type: ignore[no-any-return]  # the caller's own default
-        if not isinstance(value, str) or (not value and not empty) or len(value) > 4096 or "\0" in value:
-            raise self.fail(name, f"is {value!r}", "write a text in quotes")
+        if not _is_text(value) or (not value and not empty) or len(value) > 4096:
+            raise self.fail(name, f"is {shown(value)}", "write a text in quotes")
         return value
 
     def named(self, name: str, check: Callable[[object], T]) -> T:
         """A field that `check` accepts (it raises a ConcordatError otherwise)."""
-        value = self._take(name, _MISSING, "a name")
+        value = self._take(name, _MISSING, "a name", plain=True)
         try:
             return check(value)
         except ConcordatError as error:
-            raise self.fail(name, f"is {value!r}: {error.message}", error.fix) from error
+            raise self.fail(name, f"is {shown(value)}: {error.message}", error.fix) from error
 
     def boolean(self, name: str, *, default: Any = _MISSING) -> bool:
         """true or false."""
         value = self._take(name, default, "true or false")
         if not isinstance(value, bool):
-            raise self.fail(name, f"is {value!r}", "write true or false")
+            raise self.fail(name, f"is {shown(value)}", "write true or false")
         return value
 
     def integer(self, name: str, *, low: int, high: int, default: Any = _MISSING) -> int:
         """A whole number in [low, high]."""
         value = self._take(name, default, f"a whole number from {low} to {high}")
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.fail(name, f"is {value!r}", f"write a whole number from {low} to {high}")
+            raise self.fail(name, f"is {shown(value)}", f"write a whole number from {low} to {high}")
         return value
 
     def number(
@@ -110,62 +155,79 @@ class Fields:
         """A finite number between low and high; `above`/`below` exclude the ends."""
         bounds = f"{'above' if above else 'from'} {low:g} {'and below' if below else 'to'} {high:g}"
         value = self._take(name, default, f"a number {bounds}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fail(name, f"is {value!r}", f"write a number {bounds}")
-        if value < low or value > high or (above and value == low) or (below and value == high):
-            raise self.fail(name, f"is {value!r}", f"write a number {bounds}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(name, f"is {shown(value)}", f"write a number {bounds}")
+        if isinstance(value, int) and abs(value) > 1 << 64:  # beyond what a float takes, comparing would raise
+            raise self.fail(name, f"is {shown(value)}", f"write a number {bounds}")
+        if (
+            not math.isfinite(value)
+            or value < low
+            or value > high
+            or (above and value == low)
+            or (below and value == high)
+        ):
+            raise self.fail(name, f"is {shown(value)}", f"write a number {bounds}")
         return float(value)
 
     def choice(self, name: str, options: Sequence[str], *, default: Any = _MISSING) -> str:
         """One of the options."""
-        value = self._take(name, default, f"one of {', '.join(options)}")
+        value = self._take(name, default, f"one of {', '.join(options)}", plain=True)
         if value not in options:
-            near = difflib.get_close_matches(str(value), options, n=1)
+            near = difflib.get_close_matches(str(value)[:200], options, n=1) if isinstance(value, str) else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise self.fail(name, f"is {value!r}{hint}", f"write one of {', '.join(options)}")
+            raise self.fail(name, f"is {shown(value)}{hint}", f"write one of {', '.join(options)}")
         return str(value)
 
-    def texts(
-        self, name: str, *, low: int = 1, high: int = 10_000, default: Any = _MISSING
-    ) -> tuple[str, ...]:
+    def texts(self, name: str, *, low: int = 1, high: int = 10_000, default: Any = _MISSING) -> tuple[str, ...]:
         """A list of different, non-empty texts."""
         value = self._take(name, default, "a list of texts")
         if (
             not isinstance(value, list | tuple)
             or not low <= len(value) <= high
-            or not all(isinstance(each, str) and 0 < len(each) <= 512 for each in value)
+            or not all(_is_text(each) and 0 < len(each) <= 512 for each in value)
         ):
-            raise self.fail(name, f"is {value!r}", f"write a list of {low} to {high} texts")
+            raise self.fail(name, f"is {shown(value)}", f"write a list of {low} to {high} texts")
         if len(set(value)) != len(value):
-            twice = next(each for each in value if list(value).count(each) > 1)
-            raise self.fail(name, f"names {twice!r} twice", "name each once")
+            (twice, _), *_ = Counter(value).most_common(1)
+            raise self.fail(name, f"names {shown(twice)} twice", "name each once")
         return tuple(value)
 
     def path(self, name: str, *, default: Any = _MISSING) -> Path:
         """A path; `~` is expanded and a relative one starts at the file's folder."""
-        value = self._take(name, default, "a path in quotes")
-        if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-            raise self.fail(name, f"is {value!r}", "write a path in quotes")
-        path = Path(value).expanduser()
+        value = self._take(name, default, "a path in quotes", plain=True)
+        if not isinstance(value, str | Path) or not str(value) or not _is_text(str(value)):
+            raise self.fail(name, f"is {shown(value)}", "write a path in quotes")
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:
+            raise self.fail(name, f"is {shown(value)}", "name a user that exists after ~") from None
         return path if path.is_absolute() or self._base is None else self._base / path
 
     def table(self, name: str) -> dict[str, Any]:
         """A nested table as it stands."""
         value = self._take(name, _MISSING, "a table")
         if not isinstance(value, dict):
-            raise self.fail(name, f"is {value!r}", "write a table")
+            raise self.fail(name, f"is {shown(value)}", "write a table")
         return value
 
     def has(self, name: str) -> bool:
         """Whether the field is given."""
-        return name in self._table
+        return name in self._table or self._variable(name) in self._environ
 
     def done(self) -> None:
-        """Refuse fields that nobody asked for, with the nearest known name."""
+        """Refuse fields, and variables of this section, that nobody asked for, with the nearest known name."""
         for name in self._table:
             if name not in self._asked:
-                near = difflib.get_close_matches(str(name), self._asked, n=1)
-                fix = (
-                    f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(self._asked))}"
-                )
-                raise self.fail(str(name), "is not a field here", fix)
+                raise self.fail(str(name)[:80], "is not a field here", self._nearest(str(name)))
+        start = f"{self._prefix}_"
+        known = {self._variable(name) for name in self._asked}
+        for variable in self._environ:
+            if not self._nested or not variable.startswith(start) or variable.startswith(self._sections):
+                continue  # at the top, other variables share the prefix, such as the home's
+            if variable not in known:
+                name = variable.removeprefix(start).lower()
+                raise self.fail(name, "is not a field here", self._nearest(name))
+
+    def _nearest(self, name: str) -> str:
+        near = difflib.get_close_matches(name[:200], self._asked, n=1)
+        return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(self._asked))}"

@@ -1,0 +1,270 @@
+"""`fl_shared.settings`: whatever is wrong in a file, the message names the field, the value and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fl_shared.errors import ConfigError
+from fl_shared.names import run_id, run_name, site_id
+from fl_shared.settings import Fields, load_toml
+
+READERS: dict[str, Callable[[Fields], Any]] = {
+    "text": lambda f: f.text("field"),
+    "boolean": lambda f: f.boolean("field"),
+    "integer": lambda f: f.integer("field", low=1, high=9),
+    "number": lambda f: f.number("field", low=0, high=1, above=True),
+    "unbounded number": lambda f: f.number("field"),
+    "choice": lambda f: f.choice("field", ["fedavg", "ffa"]),
+    "texts": lambda f: f.texts("field", low=1, high=3),
+    "path": lambda f: f.path("field"),
+    "table": lambda f: f.table("field"),
+    "section": lambda f: f.section("field"),
+    "named": lambda f: f.named("field", site_id),
+}
+NOTHING = object()
+# What a JSON or TOML parser can hand over, as far as it can go wrong.
+WRONG: dict[str, Any] = {
+    "missing": NOTHING,
+    "null": None,
+    "empty": "",
+    "zero byte": "a\0b",
+    "surrogate": "\ud800",
+    "nan": float("nan"),
+    "infinity": float("inf"),
+    "huge": 10**5000,
+    "negative": -1,
+    "bytes": b"x",
+    "doubled": ["a", "a"],
+    "mixed": ["a", 1],
+    "list of lists": [[]],
+}
+ACCEPTED = {("unbounded number", "negative")}
+
+
+@pytest.mark.parametrize("kind", sorted(READERS))
+@pytest.mark.parametrize("value", sorted(WRONG))
+def test_a_wrong_value_names_field_and_fix(kind: str, value: str) -> None:
+    """Each reader refuses each wrong value with the place, the field and a fix, and never otherwise."""
+    table = {} if value == "missing" else {"field": WRONG[value]}
+    fields = Fields(table, "site.toml [policy]")
+    if (kind, value) in ACCEPTED:
+        READERS[kind](fields)
+        return
+    with pytest.raises(ConfigError) as caught:
+        READERS[kind](fields)
+    assert "site.toml [policy]" in caught.value.message
+    assert "field" in caught.value.message
+    assert caught.value.fix
+    assert len(caught.value.message) < 400
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.dates(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(sorted(READERS)), VALUES)
+def test_any_value_is_read_or_refused(kind: str, value: Any) -> None:
+    """Whatever a parser hands over, a reader returns it or raises ConfigError."""
+    with contextlib.suppress(ConfigError):
+        READERS[kind](Fields({"field": value}, "x"))
+
+
+@pytest.mark.parametrize(
+    ("read", "value", "fix"),
+    [
+        (lambda f: f.integer("n", low=1, high=9), 0, "write a whole number from 1 to 9"),
+        (lambda f: f.integer("n", low=1, high=9), 10, "write a whole number from 1 to 9"),
+        (lambda f: f.integer("n", low=1, high=9), True, "write a whole number from 1 to 9"),
+        (lambda f: f.integer("n", low=1, high=9), 3.0, "write a whole number from 1 to 9"),
+        (lambda f: f.number("n", low=0, high=1), 1.0000001, "write a number from 0 to 1"),
+        (lambda f: f.number("n", low=0, high=1, above=True), 0, "write a number above 0 to 1"),
+        (lambda f: f.number("n", low=0, high=1, below=True), 1, "write a number from 0 and below 1"),
+        (lambda f: f.number("n", low=0, high=1), "0.5", "write a number from 0 to 1"),
+        (lambda f: f.boolean("n"), 1, "write true or false"),
+        (lambda f: f.choice("n", ["fedavg", "ffa"]), "fedAvg", "write one of fedavg, ffa"),
+    ],
+)
+def test_the_ends_of_a_range_hold(read: Callable[[Fields], Any], value: Any, fix: str) -> None:
+    """A value just outside, or of a type that looks alike, is refused with the range in the fix."""
+    with pytest.raises(ConfigError, match="x: n is") as caught:
+        read(Fields({"n": value}, "x"))
+    assert caught.value.fix == fix
+    assert repr(value) in caught.value.message
+
+
+def test_the_ends_of_a_range_belong_to_it() -> None:
+    """The bounds themselves are accepted unless excluded, and numbers come as float."""
+    fields = Fields({"low": 1, "high": 9}, "x")
+    assert fields.integer("low", low=1, high=9) == 1
+    number = fields.number("high", low=1, high=9)
+    assert (number, type(number)) == (9.0, float)
+
+
+def test_unknown_fields_are_refused_with_the_nearest_name() -> None:
+    """A misspelt optional field is named, with the field that was probably meant."""
+    fields = Fields({"max_epsilom": 1.0}, "site.toml [policy]")
+    assert fields.number("max_epsilon", default=3.0) == 3.0
+    with pytest.raises(ConfigError, match=r"site.toml \[policy\]: max_epsilom is not a field here") as caught:
+        fields.done()
+    assert caught.value.fix == "did you mean 'max_epsilon'?"
+
+
+def test_a_misspelt_required_field_is_shown() -> None:
+    """A missing field says which of the given ones may be its misspelling."""
+    with pytest.raises(ConfigError, match="name is missing; did you mean it by 'nmae'"):
+        Fields({"nmae": "x"}, "x").text("name")
+
+
+def test_an_unknown_field_like_nothing_lists_what_is_known() -> None:
+    """Where no name is near, the known ones are listed."""
+    fields = Fields({"zzz": 1}, "x")
+    fields.text("alpha", default="")
+    with pytest.raises(ConfigError) as caught:
+        fields.done()
+    assert caught.value.fix == "known here: alpha"
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    """A value of thousands of characters does not fill the screen."""
+    with pytest.raises(ConfigError) as caught:
+        Fields({"sites": ["x" * 600] * 50}, "x").texts("sites")
+    assert len(caught.value.message) < 200
+
+
+def test_defaults_are_the_callers() -> None:
+    """Absent optional fields give the default, also None for a text."""
+    fields = Fields({}, "x")
+    assert fields.text("a", default=None) is None
+    assert fields.boolean("b", default=True) is True
+    assert fields.texts("c", low=0, default=()) == ()
+    assert fields.section("d", optional=True).integer("e", low=0, high=9, default=4) == 4
+    fields.done()
+
+
+def test_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path starts at the file's folder, also in a nested table; `~` and absolute paths stand."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    table = {"data": {"a": "x/y.csv", "b": "/abs", "c": "~/d", "e": "~nobody-has-this-name/x"}}
+    fields = Fields(table, "x", base=tmp_path).section("data")
+    assert fields.path("a") == tmp_path / "x/y.csv"
+    assert fields.path("b") == Path("/abs")
+    assert fields.path("c") == Path("/home/someone/d")
+    with pytest.raises(ConfigError, match="e is '~nobody"):
+        fields.path("e")
+
+
+def load(tmp_path: Path, data: bytes) -> dict[str, Any]:
+    path = tmp_path / "file.toml"
+    path.write_bytes(data)
+    return load_toml(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"a = ", b"a = 1\na = 2", b"\xff", b"a = " + b"9" * 5000, b"a = " + b"[" * 100_000, b"#" * (1 << 20) + b"\n"],
+    ids=["cut", "twice", "latin", "endless number", "endless nesting", "too large"],
+)
+def test_a_broken_file_is_named(tmp_path: Path, data: bytes) -> None:
+    """A file that is no TOML, no UTF-8 or too large is a ConfigError with its path and a fix."""
+    with pytest.raises(ConfigError, match=r"file\.toml") as caught:
+        load(tmp_path, data)
+    assert caught.value.fix
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    """A TOML error says at which line."""
+    with pytest.raises(ConfigError, match="line 2"):
+        load(tmp_path, b"a = 1\nb = = 2\n")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """A missing file, or a folder, is a ConfigError with its path."""
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            load_toml(path)
+
+
+ENVIRON = {
+    "FL_CLIENT_DATA_PATH": "other.csv",
+    "FL_CLIENT_DATA_PUBLIC": "true",
+    "FL_CLIENT_POLICY_MAX_EPSILON": "2.5",
+    "FL_CLIENT_HOME": "/elsewhere",
+}
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    """A variable replaces a field of the file, or stands in for a whole absent section; others are left alone."""
+    top = Fields({"data": {"path": "a.csv", "public": False}}, "x", base=tmp_path, environ=ENVIRON, prefix="FL_CLIENT")
+    data, policy = top.section("data"), top.section("policy")
+    assert data.path("path") == tmp_path / "other.csv"
+    assert data.has("public")
+    assert data.boolean("public") is True
+    assert policy.number("max_epsilon") == 2.5
+    for fields in (data, policy, top):
+        fields.done()
+
+
+@pytest.mark.parametrize("raw", ["yes", "", "1\nother = 2", "[", "9" * 5000])
+def test_a_wrong_variable_is_named(raw: str) -> None:
+    """A variable that does not fit is named as the source, not the file."""
+    top = Fields({"data": {"public": True}}, "x", environ={"FL_DATA_PUBLIC": raw})
+    with pytest.raises(ConfigError, match="environment: FL_DATA_PUBLIC is ") as caught:
+        top.section("data").boolean("public")
+    assert "true or false" in caught.value.fix
+
+
+def test_a_misspelt_variable_is_refused() -> None:
+    """A variable of a known section that names no field is refused, with the nearest name."""
+    data = Fields({}, "x", environ={"FL_DATA_PUBLIK": "true"}).section("data")
+    assert data.boolean("public", default=False) is False
+    with pytest.raises(ConfigError, match="environment: FL_DATA_PUBLIK is not a field here") as caught:
+        data.done()
+    assert caught.value.fix == "did you mean 'public'?"
+
+
+@pytest.mark.parametrize("check", [site_id, run_name, run_id])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "-a",
+        "a-",
+        "A",
+        "a b",
+        "a/b",
+        "..",
+        "a.b",
+        "a" * 64,
+        "é",
+        "a\n",
+        "a\0",
+        "alone:",
+        "alone:../x",
+        "x:y",
+        5,
+        None,
+    ],
+)
+def test_names_that_could_leave_their_folder_are_refused(check: Callable[[object], str], bad: object) -> None:
+    """No separator, dot, capital, blank or control character gets into a name that becomes a path."""
+    with pytest.raises(ConfigError, match="is not a valid name"):
+        check(bad)
+
+
+@pytest.mark.parametrize("good", ["a", "7", "hospital-001", "a" * 63])
+def test_names_that_are_allowed(good: str) -> None:
+    """Lower-case letters, digits and inner hyphens up to 63 make a name; only a run id may be `alone:`."""
+    assert site_id(good) == run_name(good) == run_id(good) == good
+    assert run_id(f"alone:{good}") == f"alone:{good}"
+    with pytest.raises(ConfigError):
+        run_name(f"alone:{good}")
