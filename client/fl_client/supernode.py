@@ -240,8 +240,10 @@ class Helpers:
                 for line in process.stdout:
                     logging.getLogger("fl_client.tunnel").info(line.decode("utf-8", "replace").strip())
             status = process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
             with self._lock:
                 self._running.pop(name, None)
             if self._stopping.is_set():

@@ -23,6 +23,7 @@ def _sibling(name: str) -> None:
 
 
 _sibling("gateway")
+_sibling("sites")
 
 from client_gateway import Gateway  # noqa: E402 - made importable above
 

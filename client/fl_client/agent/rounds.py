@@ -151,6 +151,10 @@ class Rounds:
                 code, message = "budget-exhausted", error.message
             except PolicyRefusal as error:
                 code, message = "policy", error.message
+            except (ConcordatError, OSError):
+                # A damaged file, a full disk, a ledger that cannot be written: the details stay here.
+                log.exception("the round cannot be answered", extra={"run": run, "round": round_})
+                code, message = "failed", "the site cannot answer this round; see the site's own log"
             finally:
                 self.state = "idle"
         log.warning("refused: %s", message, extra={"run": run, "round": round_, "code": code})

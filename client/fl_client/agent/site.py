@@ -43,13 +43,7 @@ def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
         data.units,
         config.data.max_records_per_unit,
     )
-    budget, policy = config.budget, config.policy
-    worst = Mechanism(
-        noise_multiplier=policy.min_noise_multiplier,
-        sampling_probability=policy.max_sampling_probability,
-        steps=policy.max_steps_per_round,
-        clipping_norm=policy.max_clipping_norm,
-    )
+    budget = config.budget
     ledger.set_budget(
         dataset,
         budget.epsilon,
@@ -57,7 +51,6 @@ def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
         budget.approver,
         valid_from=_moment(budget.valid_from),
         valid_to=_moment(budget.valid_to),
-        planned=(worst,),
     )
     return dataset
 

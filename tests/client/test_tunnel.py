@@ -1,0 +1,159 @@
+"""The tunnel: only Fleet calls, only with the site's certificate, and only apps that the site allows."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from client_gateway import Gateway
+from flwr.proto.fab_pb2 import Fab, GetFabResponse
+
+from fl_client.enrolment import enrol
+from fl_client.home import SiteHome
+from fl_client.supernode import Helpers, listen_loopback
+from fl_client.tunnel import TunnelSettings, make_local_certificate
+
+APP = b"the shipped app"
+APP_DIGEST = "sha256:" + hashlib.sha256(APP).hexdigest()
+
+
+@pytest.fixture
+def home(gateway: Gateway, tmp_path: Path) -> SiteHome:
+    """An enrolled site."""
+    made = SiteHome(tmp_path / "home")
+    enrol(made, site="hospital-001", server=gateway.url, token=gateway.token("hospital-001"))
+    return made
+
+
+def settings_of(home: SiteHome, gateway: Gateway, listener: socket.socket, apps: list[str]) -> TunnelSettings:
+    """What the agent would hand to the tunnel."""
+    make_local_certificate(home.supernode / "tunnel-ca.pem", home.run / "tunnel.key")
+    return TunnelSettings(
+        listen_fd=listener.fileno(),
+        fleet_url=f"{gateway.url}/v1/fleet",
+        ca=str(home.ca),
+        certificate=str(home.client_certificate),
+        key=str(home.client_key),
+        local_certificate=str(home.supernode / "tunnel-ca.pem"),
+        local_key=str(home.run / "tunnel.key"),
+        apps=apps,
+    )
+
+
+class Running:
+    """A tunnel process and a client that trusts its local certificate."""
+
+    def __init__(self, home: SiteHome, gateway: Gateway, apps: list[str]) -> None:
+        listener = listen_loopback()
+        self.url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, None)
+        self.helpers.start()
+        context = ssl.create_default_context(cafile=str(home.supernode / "tunnel-ca.pem"))
+        self.client = httpx.Client(verify=context, timeout=30)
+
+    def post(self, path: str, body: bytes = b"body") -> httpx.Response:
+        """One request; waits for the process to come up the first time."""
+        for _ in range(100):
+            try:
+                return self.client.post(self.url + path, content=body)
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise TimeoutError(path)
+
+    def close(self) -> None:
+        self.client.close()
+        self.helpers.stop()
+
+
+@pytest.fixture
+def tunnel(home: SiteHome, gateway: Gateway) -> Iterator[Running]:
+    """A tunnel that allows one app."""
+    made = Running(home, gateway, [APP_DIGEST])
+    yield made
+    made.close()
+
+
+def test_fleet_calls_pass_with_the_sites_certificate_and_nothing_else_passes(tunnel: Running, gateway: Gateway) -> None:
+    """Bytes arrive unchanged under the site's name; other paths and methods never reach the gateway."""
+    body = bytes(range(256)) * 8192
+    answer = tunnel.post("/v1/fleet/push-object", body)
+    assert (answer.status_code, answer.content) == (200, body)
+    assert gateway.fleet_calls == [("/v1/fleet/push-object", "hospital-001")]
+    for path in (
+        "/v1/fleet/register-node",
+        "/v1/fleet/../control/start-run",
+        "/v1/fleet/push-object/../../control",
+        "/v1/fleet/%2e%2e/enroll",
+        "/v1/control/start-run",
+        "/v1/enroll",
+        "/",
+    ):
+        assert tunnel.post(path).status_code in (404, 405), path
+    assert tunnel.client.get(f"{tunnel.url}/v1/fleet/push-object").status_code == 405
+    assert len(gateway.fleet_calls) == 1
+
+
+def test_only_an_allowed_app_passes(tunnel: Running, gateway: Gateway) -> None:
+    """The digest is computed from the content; the hash that the coordinator states is not believed."""
+
+    def ship(content: bytes) -> httpx.Response:
+        stated = hashlib.sha256(APP).hexdigest()
+        message = GetFabResponse(fab=Fab(hash_str=stated, content=content)).SerializeToString()
+        gateway.fleet_answer = lambda _path, _body: (200, message)
+        return tunnel.post("/v1/fleet/get-fab")
+
+    assert GetFabResponse.FromString(ship(APP).content).fab.content == APP
+    refused = ship(b"another app")
+    assert refused.status_code == 403
+    assert b"another app" not in refused.content
+    gateway.fleet_answer = lambda _path, _body: (200, b"\xff\xff no message")
+    assert tunnel.post("/v1/fleet/get-fab").status_code == 403
+
+
+def test_a_gateway_that_is_down_is_a_503(tunnel: Running, gateway: Gateway) -> None:
+    """The SuperNode sees a temporary failure and tries again."""
+    gateway.close()
+    assert tunnel.post("/v1/fleet/pull-messages").status_code == 503
+
+
+def test_a_killed_tunnel_comes_back_on_the_same_port(tunnel: Running) -> None:
+    """The listening socket is the agent's; a new process takes over."""
+    assert tunnel.post("/v1/fleet/pull-messages").status_code == 200
+    first = tunnel.helpers.pids()["tunnel"]
+    psutil.Process(first).kill()
+    deadline = time.monotonic() + 60
+    while tunnel.helpers.pids().get("tunnel", first) == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert tunnel.post("/v1/fleet/pull-messages").status_code == 200
+
+
+def test_no_secret_stands_in_the_tunnels_arguments_or_environment(tunnel: Running, home: SiteHome) -> None:
+    """Its settings came through a pipe."""
+    tunnel.post("/v1/fleet/pull-messages")
+    process = psutil.Process(tunnel.helpers.pids()["tunnel"])
+    assert str(home.root) not in " ".join(process.cmdline())
+    assert not any(str(home.root) in value for value in process.environ().values())
+
+
+def test_the_tunnel_ends_when_its_keeper_does(home: SiteHome, gateway: Gateway) -> None:
+    """Closing the pipe, as a killed agent does, ends the process."""
+    listener = listen_loopback()
+    settings = settings_of(home, gateway, listener, ["any"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fl_client.tunnel"], stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
+    )
+    assert process.stdin is not None
+    process.stdin.write(settings.to_line())
+    process.stdin.close()
+    assert process.wait(60) == 0
+    listener.close()
