@@ -1,0 +1,60 @@
+"""Private records grouped by the privacy units that differential privacy protects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_shared.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class UnitData:
+    """A site's private data. Values never appear in messages; record numbers do.
+
+    Attributes:
+        texts: one per record.
+        labels: one per record, members of the run's public label set.
+        unit_of_record: int64 `[records]`, the unit of each record, 0..units-1.
+        units: number of privacy units.
+        fingerprint: keyed digest of the records, as it stands in the ledger.
+
+    Raises:
+        DataError: lengths differ, there is no record, a unit number is out of range, or a unit has no record.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    unit_of_record: NDArray[np.int64]
+    units: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        records = len(self.texts)
+        owners = np.asarray(self.unit_of_record)
+        if len(self.labels) != records or owners.shape != (records,):
+            raise DataError(
+                f"{records} texts, {len(self.labels)} labels and {owners.size} unit numbers do not match",
+                fix="give one label and one unit number per text",
+            )
+        if records == 0:
+            raise DataError("the data set has no records", fix="check the data path and the columns in site.toml")
+        if owners.dtype.kind not in "iu" or owners.min() < 0 or owners.max() >= self.units:
+            raise DataError(
+                f"unit numbers must be integers from 0 to {self.units - 1}", fix="number the units without gaps"
+            )
+        counts = np.bincount(owners, minlength=self.units)
+        if (counts == 0).any():
+            raise DataError(
+                f"unit {int(np.argmin(counts))} has no records",
+                fix="number the units without gaps, so that each owns at least one record",
+            )
+
+    def records_by_unit(self) -> list[NDArray[np.int64]]:
+        """The record numbers of each unit, in order: a list of `units` arrays."""
+        owners = np.asarray(self.unit_of_record, dtype=np.int64)
+        order = np.argsort(owners, kind="stable")
+        ends = np.cumsum(np.bincount(owners, minlength=self.units))
+        return list(np.split(order, ends[:-1]))

@@ -1,0 +1,1 @@
+"""Differentially private LoRA training of quantised Mixture-of-Experts models, exact per privacy unit."""
