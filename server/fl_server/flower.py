@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,13 +54,19 @@ class Flower:
     def __init__(self, home: ServerHome) -> None:
         self._home = home
 
-    def address(self) -> str:
-        """`127.0.0.1:PORT` of the SuperLink that runs now; TransportError when none was started."""
+    def _state(self, name: str) -> str:
         try:
-            state = json.loads(self._home.flower_state.read_text("utf-8"))
-            return str(state["address"])
+            return str(json.loads(self._home.flower_state.read_text("utf-8"))[name])
         except (OSError, ValueError, KeyError) as error:
             raise TransportError("no SuperLink was started here", fix="run `fl-server up`") from error
+
+    def address(self) -> str:
+        """`127.0.0.1:PORT` of the SuperLink that runs now; TransportError when none was started."""
+        return self._state("address")
+
+    def started(self) -> str:
+        """A word that is another one after every start of the SuperLink."""
+        return self._state("started")
 
     def configure(self, port: int) -> None:
         """Point `flwr` and the gateway at the SuperLink on this loopback port."""
@@ -69,7 +76,8 @@ class Flower:
             f"root-certificates = {json.dumps(str(self._home.ca))}\n"
         )
         write_durably(self._home.flower / "home" / "config.toml", text.encode())
-        write_durably(self._home.flower_state, json.dumps({"address": address}).encode())
+        state = {"address": address, "started": secrets.token_hex(8)}
+        write_durably(self._home.flower_state, json.dumps(state).encode())
 
     def superlink_command(self, port: int) -> list[str]:
         """The command line of the SuperLink."""

@@ -30,7 +30,6 @@ from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome, ServerSettings
 from fl_server.pki import Authority, identity
-from fl_server.process import die_with_parent
 from fl_server.sites.service import Sites
 from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
 from fl_shared.names import site_id
@@ -272,7 +271,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fl_server.gateway")
     parser.add_argument("--home", required=True, type=Path)
     arguments = parser.parse_args()
-    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     asyncio.run(serve(ServerHome.open(arguments.home)))

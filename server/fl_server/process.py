@@ -14,13 +14,17 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends (Linux; does nothing elsewhere)."""
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when the process `parent` ends (Linux; does nothing elsewhere).
+
+    The wish outlives execve. The kernel ties it to the thread that started the child, so children are
+    started by main threads.
+    """
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         # The parent ended before the kernel knew of the wish.
         os._exit(1)
 
@@ -31,7 +35,7 @@ def spawn(command: list[str], environment: dict[str, str], log: Path) -> subproc
     with log.open("ab") as sink:
         return subprocess.Popen(
             # The shim sets the parent-death signal in the child itself: a preexec_fn is not safe with threads.
-            [sys.executable, "-m", "fl_server.process", *command],
+            [sys.executable, "-m", "fl_server.process", str(os.getpid()), *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=sink,
@@ -53,5 +57,5 @@ def end_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606  # the child becomes the command
+    die_with_parent(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606  # the child becomes the command

@@ -16,6 +16,7 @@ Replies that come later are not used: the site has them stored and charged, and 
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ RESEND_S = 3.0
 OFFLINE_GRACE_S = 30.0
 PULL_BYTES = 16 << 20
 EXPIRY_MARGIN_S = 300.0
-_GOING = ("pending", "running")
+BEAT_S = 3.0
 
 
 class QuorumMissed(RunError):
@@ -72,9 +73,19 @@ class Round:
     """One round of one run."""
 
     def __init__(
-        self, runs: Runs, sites: Sites, key: SigningKey, grid: Grid, spec: RunSpec, number: int, base: bytes
+        self,
+        runs: Runs,
+        sites: Sites,
+        key: SigningKey,
+        grid: Grid,
+        spec: RunSpec,
+        *,
+        attempt: str,
+        number: int,
+        base: bytes,
     ) -> None:
         self._runs = runs
+        self._attempt = attempt
         self._grid = grid
         self._spec = spec
         self._number = number
@@ -153,6 +164,7 @@ class Round:
             )
         return CommittedRound(
             run=self._spec.run.name,
+            attempt=self._attempt,
             round=self._number,
             adapter=pack(self._mean.onto(self._base)),
             replies=replies,
@@ -239,27 +251,42 @@ class Round:
         return reply
 
 
-def drive(home: ServerHome, run: str, grid: Grid) -> None:
-    """Carry a run from its last committed round to its end, a stop, a pause or a failure."""
+def _keep_beating(runs: Runs, run: str, attempt: str, over: threading.Event) -> None:
+    while not over.wait(BEAT_S):
+        if not runs.beat(run, attempt):
+            return
+
+
+def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
+    """Carry a run from its last committed round to its end, a stop, a pause or a failure.
+
+    `attempt` is what the launcher wrote into the run's row: when another one stands there, this ServerApp
+    has been given up and does nothing more.
+    """
     store = Store(home.database_url())
     runs, sites = Runs(store, home.adapters), Sites(store)
     key = SigningKey.load(home.signing_key)
     spec = runs.show(run).spec
+    over = threading.Event()
+    threading.Thread(target=_keep_beating, args=(runs, run, attempt, over), daemon=True).start()
 
     def still_wanted() -> bool:
-        return runs.state(run) in _GOING
+        return runs.wanted(run, attempt)
 
     try:
         number, adapter = runs.last_adapter(run)
         while number < spec.run.rounds and still_wanted():
             number += 1
             runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
-            done = Round(runs, sites, key, grid, spec, number, adapter).collect(still_wanted)
+            one = Round(runs, sites, key, grid, spec, attempt=attempt, number=number, base=adapter)
+            done = one.collect(still_wanted)
             runs.commit(done)
             adapter = done.adapter
     except Interrupted as error:
         runs.note(run, "interrupted", error.message)
     except QuorumMissed as error:
-        runs.fail(run, error.message)
+        if still_wanted():
+            runs.fail(run, error.message)
     finally:
+        over.set()
         store.close()

@@ -56,7 +56,11 @@ class InvitationRow(Base):
 
 
 class RunRow(Base):
-    """One federated training."""
+    """One federated training.
+
+    `attempt` names the one ServerApp that may carry it now, `beat_at` is when that last gave a sign of life,
+    `restarts` counts the attempts since the last committed round.
+    """
 
     __tablename__ = "runs"
     __table_args__ = (CheckConstraint(_one_of("state", RUN_STATES), name="run_state"),)
@@ -68,6 +72,8 @@ class RunRow(Base):
     spec_digest: Mapped[str] = mapped_column(String(71))
     rounds: Mapped[int] = mapped_column(Integer)
     flower_run: Mapped[str] = mapped_column(String(32), default="")
+    attempt: Mapped[str] = mapped_column(String(32), default="")
+    beat_at: Mapped[float] = mapped_column(Float, default=0.0)
     restarts: Mapped[int] = mapped_column(Integer, default=0)
     created_at: Mapped[float] = mapped_column(Float)
     updated_at: Mapped[float] = mapped_column(Float)

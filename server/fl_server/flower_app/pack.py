@@ -35,6 +35,7 @@ clientapp = "{FOLDER}.client_app:app"
 
 [tool.flwr.app.config]
 run = ""
+attempt = ""
 home = ""
 """
 

@@ -17,4 +17,4 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Carry one run on from its last committed round."""
     home = ServerHome.open(Path(str(context.run_config["home"])))
-    drive(home, str(context.run_config["run"]), grid)
+    drive(home, str(context.run_config["run"]), str(context.run_config["attempt"]), grid)

@@ -28,6 +28,9 @@ from fl_shared.manifest import RoundManifest, RunSpec
 from fl_shared.signing import SigningKey, sign_document
 
 
+GOING = ("pending", "running")
+
+
 @dataclass(frozen=True)
 class Reply:
     """What one site answered in one round, as it is stored."""
@@ -43,9 +46,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class CommittedRound:
-    """The outcome of one aggregation, ready to be stored."""
+    """The outcome of one aggregation, ready to be stored. `attempt`: who computed it."""
 
     run: str
+    attempt: str
     round: int
     adapter: bytes
     replies: list[Reply]
@@ -144,12 +148,6 @@ class Runs:
                 )
             )
 
-    def state(self, run: str) -> str:
-        """The run's state now."""
-        with self._store.read() as session:
-            found = session.scalar(select(RunRow.state).where(RunRow.run == run))
-        return found or "stopped"
-
     def change(self, run: str, wanted: str, allowed: tuple[str, ...], reason: str = "") -> RunView:
         """Move a run to another state; RunError when it is not in one of the allowed states."""
         with self._store.write() as session:
@@ -162,7 +160,7 @@ class Runs:
                 )
             row.state, row.reason, row.updated_at = wanted, reason, time.time()
             if wanted == "pending":
-                row.restarts, row.flower_run = 0, ""
+                row.restarts, row.flower_run, row.attempt = 0, "", ""
             _event(session, run, wanted, reason)
         return self.show(run)
 
@@ -178,15 +176,43 @@ class Runs:
         """Carry a paused, stopped or failed run on from its last committed round."""
         return self.change(run, "pending", ("paused", "stopped", "failed"), "resumed by an admin")
 
-    def started(self, run: str, flower_run: str, *, restart: bool) -> None:
-        """Note the Flower run that now carries it."""
+    def begin_attempt(self, run: str, attempt: str) -> int:
+        """Give the run to a new ServerApp, before it is started; the number of attempts since the last commit.
+
+        Whatever an earlier ServerApp of the run still does no longer counts.
+        """
         with self._store.write() as session:
             row = session.get_one(RunRow, run)
-            if row.state not in ("pending", "running"):
-                return
-            row.state, row.flower_run, row.updated_at = "running", flower_run, time.time()
-            row.restarts += int(restart)
-            _event(session, run, "restarted" if restart else "started", f"Flower run {flower_run}")
+            if row.state not in GOING:
+                raise RunError(f"run {run} is {row.state}", fix="nothing to do")
+            again = bool(row.attempt)
+            row.state, row.attempt, row.updated_at = "running", attempt, time.time()
+            row.beat_at, row.flower_run = time.time(), ""
+            row.restarts += int(again)
+            _event(session, run, "restarted" if again else "started")
+            return row.restarts
+
+    def carried_by(self, run: str, attempt: str, flower_run: str) -> None:
+        """Note the Flower run of an attempt."""
+        with self._store.write() as session:
+            row = session.get_one(RunRow, run)
+            if row.attempt == attempt:
+                row.flower_run = flower_run
+
+    def beat(self, run: str, attempt: str) -> bool:
+        """A sign of life of the ServerApp; False when the run is no longer its to carry."""
+        with self._store.write() as session:
+            row = session.get_one(RunRow, run)
+            if row.attempt != attempt or row.state not in GOING:
+                return False
+            row.beat_at = time.time()
+            return True
+
+    def wanted(self, run: str, attempt: str) -> bool:
+        """Whether the run goes on and this attempt carries it."""
+        with self._store.read() as session:
+            row = session.get(RunRow, run)
+        return row is not None and row.attempt == attempt and row.state in GOING
 
     def fail(self, run: str, reason: str) -> None:
         """End a run as failed, with its reason; nothing happens to one that has ended."""
@@ -288,6 +314,12 @@ class Runs:
         now = time.time()
         with self._store.write() as session:
             row = session.get_one(RunRow, done.run, with_for_update=True)
+            if row.attempt != done.attempt or row.state not in GOING:
+                raise RunError(
+                    f"round {done.round} of {done.run} came from an attempt that no longer counts",
+                    fix="nothing to do",
+                    code="superseded",
+                )
             found = session.get(RoundRow, (done.run, done.round))
             if found is not None and found.state == "committed":
                 raise RunError(f"round {done.round} of {done.run} is committed already", fix="nothing to do")
@@ -309,8 +341,8 @@ class Runs:
             ok = sum(1 for reply in done.replies if reply.status == "ok")
             text = f"round {done.round} committed with {ok} of {len(done.replies)} replies"
             _event(session, done.run, "round-committed", text, round=done.round)
-            row.updated_at = now
-            if done.round >= row.rounds and row.state in ("running", "pending"):
+            row.updated_at, row.restarts = now, 0
+            if done.round >= row.rounds:
                 row.state, row.reason = "completed", ""
                 _event(session, done.run, "completed", f"{done.round} rounds committed")
 

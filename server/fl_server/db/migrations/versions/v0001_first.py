@@ -44,7 +44,8 @@ def upgrade() -> None:
     op.create_table(
         "runs",
         _text("run", 63, key=True), _text("state", 16), _text("reason"), _text("spec_json"),
-        _text("spec_digest", 71), _number("rounds"), _text("flower_run", 32), _number("restarts"),
+        _text("spec_digest", 71), _number("rounds"), _text("flower_run", 32),
+        _text("attempt", 32), _time("beat_at"), _number("restarts"),
         _time("created_at"), _time("updated_at"),
         sa.CheckConstraint(
             "state IN ('pending', 'running', 'paused', 'stopped', 'failed', 'completed')", name="run_state"

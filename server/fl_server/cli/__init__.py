@@ -1,0 +1,1 @@
+"""The commands `fl-server` and `fl-admin`."""

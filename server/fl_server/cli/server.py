@@ -1,0 +1,100 @@
+"""`fl-server`: make a coordinator, run it, look at it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fl_server import __version__
+from fl_server.home import ServerHome, default_home
+from fl_server.pki import Authority
+from fl_server.setup import initialise
+from fl_server.supervisor import Supervisor, is_ready, read_state
+from fl_shared.errors import cli_main
+from fl_shared.signing import SigningKey
+
+EXAMPLES = """examples:
+  fl-server init --home ~/coordinator --host coordinator.example.org
+  fl-server up --home ~/coordinator
+  fl-server status --home ~/coordinator --json
+
+$FL_SERVER_HOME stands for --home; without both it is ~/.concordat/server.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fl-server", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"concordat {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--home", type=Path, default=default_home(), help="the coordinator's directory")
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    init = verbs.add_parser("init", parents=[common], help="make keys, certificates, database and server.toml")
+    init.add_argument("--host", default="127.0.0.1", help="name or address that sites and admins use")
+    init.add_argument("--gateway-port", type=int, default=9443)
+    init.add_argument("--control-port", type=int, default=9444)
+    init.add_argument("--admin", default="admin", help="name in the first admin's certificate")
+    verbs.add_parser("up", parents=[common], help="run the coordinator until SIGTERM")
+    verbs.add_parser("status", parents=[common], help="exit code 0 when everything is ready, 1 otherwise")
+    return parser
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    home = initialise(
+        arguments.home,
+        host=arguments.host,
+        gateway_port=arguments.gateway_port,
+        control_port=arguments.control_port,
+        admin=arguments.admin,
+    )
+    facts = {
+        "home": str(home.root),
+        "gateway": f"https://{arguments.host}:{arguments.gateway_port}",
+        "profile": str(home.admin / "admin.toml"),
+        "ca_sha256": Authority.load(home.ca_key, home.ca).sha256,
+        "coordinator_key": SigningKey.load(home.signing_key).public_hex,
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+        return 0
+    print(f"made a coordinator at {facts['home']}")
+    print(f"  gateway          {facts['gateway']}")
+    print(f"  admin profile    {facts['profile']}")
+    print(f"  CA fingerprint   {facts['ca_sha256']}")
+    print(f"  signing key      {facts['coordinator_key']}")
+    print(f"next: fl-server up --home {facts['home']}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    state = read_state(ServerHome.open(arguments.home))
+    ready = is_ready(state)
+    if arguments.json:
+        print(json.dumps({"ready": ready, **state}))
+    else:
+        for each in state["components"]:
+            print(f"{each['name']:<10} {each['state']:<14} {each['address']}")
+    return 0 if ready else 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.verb == "init":
+        return _init(arguments)
+    if arguments.verb == "status":
+        return _status(arguments)
+    return Supervisor(ServerHome.open(arguments.home)).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `fl-server`."""
+    return cli_main(_run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Carries runs: starts a Flower run for each that is pending, starts another when its ServerApp has died.
+
+A run's truth is in our SQL, so a dead ServerApp, SuperLink or coordinator costs the round that was under
+way and nothing else: the next ServerApp begins after the last committed round, and the sites answer a
+round that they have released already from their store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import secrets
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from fl_server.db.models import RunRow
+from fl_server.db.store import Store
+from fl_server.flower import Flower
+from fl_server.flower_app.pack import write_app
+from fl_server.home import ServerHome
+from fl_server.runs.service import Runs
+from fl_shared.errors import ConcordatError, RunError
+
+log = logging.getLogger("fl_server.launcher")
+
+TICK_S = 1.0
+SILENT_S = 20.0
+GIVEN_UP_S = 90.0
+FIRST_BEAT_S = 90.0
+RETRY_S = 5.0
+
+
+class Launcher:
+    """Looks at the runs once a second. Only one launcher works on a home: the supervisor sees to that."""
+
+    def __init__(self, home: ServerHome, runs: Runs, flower: Flower) -> None:
+        self._home = home
+        self._runs = runs
+        self._flower = flower
+        self._app = write_app(home.flower / "app")
+        self._limit = home.settings().max_restarts
+        self._superlink: dict[str, str] = {}
+        self._not_before: dict[str, float] = {}
+        self._asked_at: dict[str, float] = {}
+
+    def tick(self) -> None:
+        """Start what is pending, start again what has died."""
+        for row in self._runs.active():
+            if time.monotonic() < self._not_before.get(row.run, 0.0):
+                continue
+            try:
+                if row.state == "pending" or self._is_dead(row):
+                    self._start(row)
+            except ConcordatError as error:
+                log.warning("run %s: %s", row.run, error.message)
+                self._not_before[row.run] = time.monotonic() + RETRY_S
+
+    def _is_dead(self, row: RunRow) -> bool:
+        """Whether nobody carries the run: the SuperLink was restarted, or its ServerApp is silent and Flower
+        says that it ended (or it is silent for very long).
+        """
+        started_under = self._superlink.get(row.attempt)
+        if started_under != self._flower.started():
+            return True
+        silent = time.time() - row.beat_at
+        if silent < SILENT_S or time.monotonic() < self._asked_at.get(row.run, 0.0) + SILENT_S / 2:
+            return False
+        self._asked_at[row.run] = time.monotonic()
+        if silent > GIVEN_UP_S:
+            return True
+        status = self._flower.run_status(row.flower_run) if row.flower_run else "unknown"
+        return status.startswith("finished") or status == "unknown"
+
+    def _start(self, row: RunRow) -> None:
+        if row.state == "running" and row.restarts >= self._limit:
+            self._runs.fail(
+                row.run, f"given up after {row.restarts} restarts without a committed round; see logs/superlink.log"
+            )
+            return
+        attempt = secrets.token_hex(8)
+        earlier = row.flower_run
+        restarts = self._runs.begin_attempt(row.run, attempt)
+        under = self._flower.started()
+        if earlier:
+            try:
+                self._flower.stop_run(earlier)
+            except ConcordatError as error:
+                log.info("run %s: the earlier Flower run %s: %s", row.run, earlier, error.message)
+        self._not_before[row.run] = time.monotonic() + min(2.0 ** min(restarts, 5), 30.0)
+        try:
+            flower_run = self._flower.start_run(
+                self._app, {"run": row.run, "attempt": attempt, "home": str(self._home.root)}
+            )
+        except RunError as error:
+            self._runs.note(row.run, "not-started", error.message)
+            raise
+        self._superlink[attempt] = under
+        self._runs.carried_by(row.run, attempt, flower_run)
+        log.info("run %s is carried by Flower run %s", row.run, flower_run)
+
+
+def main() -> int:
+    """`python -m fl_server.launcher --home H`, as the supervisor starts it."""
+    parser = argparse.ArgumentParser(prog="fl_server.launcher")
+    parser.add_argument("--home", required=True, type=Path)
+    home = ServerHome.open(parser.parse_args().home)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    launcher = Launcher(home, Runs(Store(home.database_url()), home.adapters), Flower(home))
+    while not over.wait(TICK_S):
+        try:
+            launcher.tick()
+        except Exception:  # whatever one turn meets, the next one must still carry the runs
+            log.exception("a turn failed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""`fl-server up`: keeps SuperLink, gateway, control API and launcher running, and says what changes.
+
+A child that dies is started again after 1 s, 2 s, … up to 30 s. Every child has its own process group and
+is killed by the kernel when this process is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fl_server.db.store import Store
+from fl_server.files import write_durably
+from fl_server.flower import Flower, environment
+from fl_server.home import ServerHome, ServerSettings
+from fl_server.process import end_group, spawn
+from fl_shared.errors import ConfigError
+
+TICK_S = 0.25
+PROBE_S = 2.0
+STOP_S = 8.0
+STALE_S = 15.0
+FIRST_PAUSE_S, MOST_PAUSE_S, CALM_S = 1.0, 30.0, 60.0
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
+
+
+@dataclass
+class Component:
+    """One child. `before` runs just before each start and returns the command."""
+
+    name: str
+    address: str
+    before: Callable[[], list[str]]
+    ready: Callable[[], bool]
+    needs: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    state: str = "stopped"
+    started_at: float = 0.0
+    pause: float = FIRST_PAUSE_S
+    not_before: float = 0.0
+    probed_at: float = field(default=0.0)
+
+
+class Supervisor:
+    """The parent of every process of a coordinator."""
+
+    def __init__(self, home: ServerHome) -> None:
+        self._home = home
+        self._settings = home.settings()
+        self._flower = Flower(home)
+        self._stopping = False
+        self._lock = -1
+        self._components = self._plan(self._settings)
+        self._written = ""
+        self._written_at = 0.0
+
+    def _plan(self, settings: ServerSettings) -> list[Component]:
+        host = settings.host
+        probe_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104  # a comparison
+        superlink = Component("superlink", "127.0.0.1", self._superlink, self._superlink_ready)
+
+        def module(name: str) -> Callable[[], list[str]]:
+            return lambda: [sys.executable, "-m", f"fl_server.{name}", "--home", str(self._home.root)]
+
+        return [
+            superlink,
+            Component(
+                "gateway",
+                f"https://{host}:{settings.gateway_port}",
+                module("gateway"),
+                lambda: self._healthy(probe_host, settings.gateway_port),
+            ),
+            Component(
+                "control",
+                f"{host}:{settings.control_port}",
+                module("control"),
+                lambda: _listens(probe_host, settings.control_port),
+            ),
+            Component("launcher", "", module("launcher"), lambda: True, needs=("superlink",)),
+        ]
+
+    def _superlink(self) -> list[str]:
+        port = free_port()
+        self._component("superlink").address = f"127.0.0.1:{port}"
+        self._flower.configure(port)
+        return self._flower.superlink_command(port)
+
+    def _superlink_ready(self) -> bool:
+        host, _, port = self._component("superlink").address.partition(":")
+        return _listens(host, int(port))
+
+    def _healthy(self, host: str, port: int) -> bool:
+        try:
+            context = ssl.create_default_context(cafile=str(self._home.ca))
+            with httpx.Client(verify=context, timeout=3.0, trust_env=False) as client:
+                return client.get(f"https://{host}:{port}/healthz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _component(self, name: str) -> Component:
+        return next(each for each in self._components if each.name == name)
+
+    def run(self) -> int:
+        """Supervise until SIGTERM or Ctrl-C; 0 at the end.
+
+        Raises:
+            ConfigError: another `fl-server up` works on this home.
+        """
+        self._take_lock()
+        Store(self._home.database_url()).migrate()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+        print(f"coordinator at {self._home.root}", flush=True)
+        try:
+            while not self._stopping:
+                for component in self._components:
+                    self._turn(component)
+                self._write_state()
+                time.sleep(TICK_S)
+        finally:
+            self._stop()
+        return 0
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self._home.root / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"a coordinator already runs at {self._home.root}",
+                fix=f"stop it first, or look at it with `fl-server status --home {self._home.root}`",
+            ) from error
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _say(self, component: Component, state: str, more: str = "") -> None:
+        if component.state != state:
+            component.state = state
+            at = f" at {component.address}" if component.address and state == "ready" else ""
+            print(f"{component.name}: {state}{at}{more}", flush=True)
+
+    def _turn(self, component: Component) -> None:
+        now = time.monotonic()
+        if component.process is None:
+            wanted = all(self._component(name).state == "ready" for name in component.needs)
+            if now >= component.not_before and wanted:
+                command = component.before()
+                log = self._home.logs / f"{component.name}.log"
+                component.process = spawn(command, environment(self._home), log)
+                component.started_at, component.probed_at = now, 0.0
+                self._say(component, "starting")
+            return
+        status = component.process.poll()
+        if status is not None:
+            end_group(component.process, 0.0)
+            component.process = None
+            component.pause = (
+                FIRST_PAUSE_S if now - component.started_at > CALM_S else min(component.pause * 2, MOST_PAUSE_S)
+            )
+            component.not_before = now + component.pause
+            log_name = f"logs/{component.name}.log"
+            self._say(component, "died", f" with status {status}; again in {component.pause:.0f} s; see {log_name}")
+            return
+        wait = PROBE_S if component.state == "ready" else TICK_S
+        if now - component.probed_at > wait:
+            component.probed_at = now
+            if component.ready():
+                self._say(component, "ready")
+            elif component.state == "ready":
+                self._say(component, "not answering")
+
+    def _write_state(self) -> None:
+        shown: list[dict[str, Any]] = [
+            {
+                "name": each.name,
+                "state": each.state,
+                "address": each.address,
+                "pid": each.process.pid if each.process else 0,
+            }
+            for each in self._components
+        ]
+        text = json.dumps({"pid": os.getpid(), "components": shown})
+        if text != self._written or time.monotonic() - self._written_at > STALE_S / 3:
+            self._written, self._written_at = text, time.monotonic()
+            state = json.loads(text) | {"at": time.time()}
+            write_durably(self._home.supervisor_state, json.dumps(state).encode())
+
+    def _stop(self) -> None:
+        print("stopping", flush=True)
+        for name in ("launcher", "gateway", "control", "superlink"):
+            component = self._component(name)
+            if component.process is not None:
+                end_group(component.process, STOP_S)
+                component.process = None
+            self._say(component, "stopped")
+        self._write_state()
+        os.close(self._lock)
+
+
+def read_state(home: ServerHome) -> dict[str, Any]:
+    """What `fl-server up` last said about itself; every component `stopped` when it does not run."""
+    names = ("superlink", "gateway", "control", "launcher")
+    none = {"pid": 0, "components": [{"name": n, "state": "stopped", "address": "", "pid": 0} for n in names]}
+    try:
+        state = json.loads(home.supervisor_state.read_text("utf-8"))
+        os.kill(int(state["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        return none
+    if time.time() - float(state["at"]) > STALE_S or not isinstance(state, dict):
+        return none
+    return state
+
+
+def is_ready(state: dict[str, Any]) -> bool:
+    """Whether every component is ready."""
+    return all(each["state"] == "ready" for each in state["components"])
+
+
+def log_paths(home: ServerHome) -> list[Path]:
+    """The components' logs."""
+    return [home.logs / f"{name}.log" for name in ("superlink", "gateway", "control", "launcher")]
