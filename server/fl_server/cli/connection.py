@@ -1,0 +1,95 @@
+"""An admin's connection to the control API, from a profile file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from fl_server.home import default_home
+from fl_shared import errors
+from fl_shared.errors import ConcordatError, ConfigError, TransportError
+from fl_shared.settings import Fields, load_toml
+from fl_shared.wire.control_pb2_grpc import ControlStub
+
+_BY_EXIT_CODE: dict[int, type[ConcordatError]] = {
+    kind.exit_code: kind
+    for kind in (
+        ConfigError, errors.RunError, TransportError, errors.EnrolmentError, errors.SignatureError, errors.DataError,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the coordinator is and who we are. Paths start at the profile's folder."""
+
+    control: str
+    ca: Path
+    certificate: Path
+    key: Path
+
+    @classmethod
+    def find(cls, given: Path | None) -> Profile:
+        """Read `--profile`, `$FL_ADMIN_PROFILE`, or the profile in the coordinator's home."""
+        named = given or (Path(value) if (value := os.environ.get("FL_ADMIN_PROFILE")) else None)
+        path = (named or default_home() / "admin" / "admin.toml").expanduser()
+        if not path.exists():
+            raise ConfigError(
+                f"there is no admin profile at {path}",
+                fix="give --profile FILE or set FL_ADMIN_PROFILE; `fl-server init` writes admin/admin.toml",
+            )
+        top = Fields(load_toml(path), str(path), base=path.resolve().parent)
+        admin = top.section("admin")
+        made = cls(
+            control=admin.text("control"),
+            ca=admin.path("ca"),
+            certificate=admin.path("certificate"),
+            key=admin.path("key"),
+        )
+        admin.done()
+        top.done()
+        return made
+
+
+@contextlib.contextmanager
+def control(profile: Profile) -> Iterator[ControlStub]:
+    """A stub; what the coordinator answers as an error is raised as the error it was there.
+
+    Raises:
+        TransportError: the coordinator cannot be reached or broke off.
+    """
+    try:
+        credentials = grpc.ssl_channel_credentials(
+            profile.ca.read_bytes(), profile.key.read_bytes(), profile.certificate.read_bytes()
+        )
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}", fix="mend the admin profile") from error
+    with grpc.secure_channel(profile.control, credentials) as channel:
+        try:
+            yield ControlStub(channel)
+        except grpc.RpcError as error:
+            raise _translated(error, profile) from None
+
+
+def _translated(error: grpc.RpcError, profile: Profile) -> ConcordatError:
+    details = error.details() or ""
+    try:
+        body = json.loads(details)
+        kind = _BY_EXIT_CODE.get(int(body["exit_code"]), ConcordatError)
+        return kind(str(body["message"]), fix=str(body["fix"]), code=str(body["code"]))
+    except (ValueError, KeyError, TypeError):
+        pass
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return TransportError(
+            f"no coordinator answers at {profile.control}",
+            fix="check that `fl-server up` runs there and that the profile's certificate is from it",
+        )
+    return TransportError(
+        f"the coordinator broke off: {error.code().name}: {details[:300]}", fix="see its logs/control.log"
+    )

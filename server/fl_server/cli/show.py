@@ -1,0 +1,79 @@
+"""How `fl-admin` prints: JSON for machines, short tables for people."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+
+from fl_shared.wire import control_pb2 as pb
+
+_INTEGERS = {"bytes", "number"}
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as JSON values, every field present, 64-bit numbers as numbers."""
+    table: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return {name: _mend(name, value) for name, value in table.items()}
+
+
+def _mend(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _mend(key, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mend(name, item) for item in value]
+    return int(value) if name in _INTEGERS and isinstance(value, str) else value
+
+
+def run_plain(run: pb.Run) -> dict[str, Any]:
+    """A run as JSON values; the spec as an object."""
+    table = plain(run)
+    table["spec"] = json.loads(table.pop("spec_json") or "{}")
+    return table
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def moment(seconds: float) -> str:
+    """A time of day for people, UTC; a dash for never."""
+    if not seconds:
+        return "-"
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as wide as it needs to be."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    Console().print(made)
+
+
+def run_text(run: pb.Run) -> None:
+    """A run with its history, and every site's reason for not taking part."""
+    print(f"{run.run}: {run.state}, {run.rounds_committed} of {run.rounds} rounds")
+    if run.reason:
+        print(f"  reason: {run.reason}")
+    for each in run.history:
+        counted = sum(1 for reply in each.replies if reply.status == "ok")
+        size = f", {each.bytes / 1e6:.1f} MB in {each.seconds:.0f} s" if each.seconds else ""
+        print(f"  round {each.round}: {each.state}, {counted} of {len(each.replies)} replies{size}")
+        for reply in each.replies:
+            if reply.status == "ok":
+                spent = f"epsilon {reply.epsilon_spent_total:.3f} spent at delta {reply.delta:g}"
+                print(f"    {reply.site}: ok, {spent}")
+            else:
+                print(f"    {reply.site}: {reply.status}: {reply.code}: {reply.message}")

@@ -1,0 +1,348 @@
+"""The control API: gRPC with mutual TLS. Admins may do everything here, auditors may read."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from fl_server import __version__
+from fl_server.db.models import ENDED, EventRow, RoundRow, SiteRow
+from fl_server.db.store import Store
+from fl_server.flower import Flower
+from fl_server.home import ServerHome
+from fl_server.pki import Authority, identity
+from fl_server.runs.service import Runs, RunView
+from fl_server.sites.service import ONLINE_S, Sites
+from fl_server.supervisor import read_state
+from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.manifest import RunSpec
+from fl_shared.signing import SigningKey
+from fl_shared.wire import control_pb2 as pb
+from fl_shared.wire.chunks import split
+from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
+
+log = logging.getLogger("fl_server.control")
+
+MAX_REQUEST_BYTES = 4 << 20
+WORKERS = 32
+MAX_WATCHERS = 16
+WATCH_POLL_S = 0.5
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _abort(context: grpc.ServicerContext, error: ConcordatError) -> NoReturn:
+    """End the call with the error as JSON in the details; `fl_server.cli.connection` reads it back."""
+    detail = {"message": error.message, "fix": error.fix, "code": error.code, "exit_code": error.exit_code}
+    code = grpc.StatusCode.PERMISSION_DENIED if error.code == "wrong-role" else grpc.StatusCode.FAILED_PRECONDITION
+    context.abort(code, json.dumps(detail))
+    raise error  # abort raises; this line is for the type checker
+
+
+def caller(context: grpc.ServicerContext) -> tuple[str, str]:
+    """Role and name in the caller's certificate, which TLS has verified."""
+    pem = context.auth_context().get("x509_pem_cert", [b""])[0]
+    der = x509.load_pem_x509_certificate(pem).public_bytes(serialization.Encoding.DER)
+    who = identity(der)
+    return who.role, who.name
+
+
+def allow(*roles: str) -> Callable[[F], F]:
+    """Answer only callers of these roles; turn our errors into typed answers."""
+
+    def wrap(call: F) -> F:
+        def check(context: grpc.ServicerContext) -> None:
+            role, name = caller(context)
+            log.info("%s by %s %s", call.__name__, role, name)
+            if role not in roles:
+                raise ConcordatError(
+                    f"the role {role} may not do this", fix=f"use a certificate of role {roles[0]}", code="wrong-role"
+                )
+
+        @functools.wraps(call)
+        def plain(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                check(context)
+                return call(self, request, context)
+            except ConcordatError as error:
+                _abort(context, error)
+
+        @functools.wraps(call)
+        def streamed(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            try:
+                check(context)
+                yield from call(self, request, context)
+            except ConcordatError as error:
+                _abort(context, error)
+
+        return streamed if call.__name__ in _STREAMS else plain  # type: ignore[return-value]  # same signature
+
+    return wrap
+
+
+_STREAMS = frozenset({"WatchRun", "ListReceipts", "GetAdapter"})
+
+
+def site_message(row: SiteRow) -> pb.Site:
+    """A site as admins see it."""
+    return pb.Site(
+        site=row.site,
+        state=row.state,
+        signing_key=row.signing_key,
+        certificate_fingerprint=row.certificate_fingerprint,
+        node_key_fingerprint=row.node_key_fingerprint,
+        node_id=row.node_id,
+        invited_at=row.invited_at,
+        enrolled_at=row.enrolled_at,
+        certificate_expires_at=row.certificate_expires_at,
+        last_seen_at=row.last_seen_at,
+        online=row.state == "enrolled" and time.time() - row.last_seen_at < ONLINE_S,
+    )
+
+
+def _round_message(view: RunView, number: int, row: RoundRow | None) -> pb.Round:
+    replies = [
+        pb.SiteReply(
+            site=reply.site,
+            status=reply.status,
+            code=reply.code,
+            message=reply.message,
+            epsilon_spent_total=reply.epsilon_spent_total,
+            delta=reply.delta,
+        )
+        for reply in view.replies
+        if reply.round == number
+    ]
+    return pb.Round(
+        round=number,
+        state=row.state if row else "failed",
+        adapter_digest=row.adapter_digest if row else "",
+        committed_at=row.committed_at if row else 0.0,
+        seconds=row.seconds if row else 0.0,
+        bytes=row.bytes if row else 0,
+        replies=replies,
+    )
+
+
+def run_message(view: RunView, *, history: bool = True) -> pb.Run:
+    """A run as admins see it; a round with replies but without a commit shows as failed."""
+    rows = {each.round: each for each in view.rounds}
+    numbers = sorted(set(rows) | {reply.round for reply in view.replies}) if history else []
+    return pb.Run(
+        run=view.row.run,
+        state=view.row.state,
+        reason=view.row.reason,
+        rounds=view.row.rounds,
+        rounds_committed=view.committed,
+        spec_digest=view.row.spec_digest,
+        spec_json=view.row.spec_json,
+        created_at=view.row.created_at,
+        updated_at=view.row.updated_at,
+        sites=view.spec.run.sites,
+        history=[_round_message(view, number, rows.get(number)) for number in numbers],
+    )
+
+
+def _spec(text: str) -> RunSpec:
+    try:
+        return RunSpec.from_dict(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"the run spec: {error}", fix="mend the TOML at that place") from error
+
+
+def _event_message(row: EventRow) -> pb.Event:
+    return pb.Event(
+        number=row.number,
+        run=row.run,
+        at=row.at,
+        kind=row.kind,
+        round=row.round,
+        site=row.site,
+        message=row.message,
+        data_json=row.data_json,
+    )
+
+
+def _adapter_message(view: RunView, row: RoundRow) -> pb.Adapter:
+    return pb.Adapter(
+        run=view.row.run,
+        round=row.round,
+        digest=row.adapter_digest,
+        bytes=row.adapter_bytes,
+        committed_at=row.committed_at,
+    )
+
+
+class Control(ControlServicer):
+    """The calls of `control.proto`."""
+
+    def __init__(self, home: ServerHome) -> None:
+        store = Store(home.database_url())
+        self._home = home
+        self._sites = Sites(store)
+        self._runs = Runs(store, home.adapters)
+        self._ca_sha256 = Authority.load(home.ca_key, home.ca).sha256
+        self._key = SigningKey.load(home.signing_key).public_hex
+        self._started_at = time.time()
+        self._watchers = threading.BoundedSemaphore(MAX_WATCHERS)
+
+    @allow("admin", "auditor")
+    def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
+        state = read_state(self._home)
+        return pb.StatusReply(
+            version=__version__,
+            coordinator_key=self._key,
+            started_at=self._started_at,
+            components=[
+                pb.ComponentState(name=each["name"], state=each["state"], address=each["address"])
+                for each in state["components"]
+            ],
+            sites=sum(1 for row in self._sites.all() if row.state == "enrolled"),
+            running_runs=len(self._runs.active()),
+        )
+
+    @allow("admin")
+    def InviteSite(self, request: pb.InviteSiteRequest, _context: grpc.ServicerContext) -> pb.InviteSiteReply:  # noqa: N802
+        made = self._sites.invite(request.site, ca_sha256=self._ca_sha256, ttl_s=request.ttl_s)
+        return pb.InviteSiteReply(site=made.site, token=made.token, expires_at=made.expires_at)
+
+    @allow("admin", "auditor")
+    def ListSites(self, _request: pb.ListSitesRequest, _context: grpc.ServicerContext) -> pb.ListSitesReply:  # noqa: N802
+        return pb.ListSitesReply(sites=[site_message(row) for row in self._sites.all()])
+
+    @allow("admin", "auditor")
+    def ShowSite(self, request: pb.SiteRequest, _context: grpc.ServicerContext) -> pb.Site:  # noqa: N802
+        return site_message(self._sites.get(request.site))
+
+    @allow("admin")
+    def RevokeSite(self, request: pb.SiteRequest, _context: grpc.ServicerContext) -> pb.Site:  # noqa: N802
+        return site_message(self._sites.revoke(request.site, Flower(self._home)))
+
+    @allow("admin")
+    def LaunchRun(self, request: pb.LaunchRunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
+        return run_message(self._runs.launch(_spec(request.spec_toml)))
+
+    @allow("admin", "auditor")
+    def ListRuns(self, _request: pb.ListRunsRequest, _context: grpc.ServicerContext) -> pb.ListRunsReply:  # noqa: N802
+        return pb.ListRunsReply(runs=[run_message(view, history=False) for view in self._runs.all()])
+
+    @allow("admin", "auditor")
+    def ShowRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
+        return run_message(self._runs.show(request.run))
+
+    @allow("admin", "auditor")
+    def WatchRun(self, request: pb.WatchRunRequest, context: grpc.ServicerContext) -> Iterator[pb.Event]:  # noqa: N802
+        if not self._watchers.acquire(blocking=False):
+            raise ConcordatError("too many watchers", fix="end another `fl-admin runs watch`", code="too-many")
+        try:
+            after = request.after
+            while context.is_active():
+                ended = self._runs.show(request.run).row.state in ENDED
+                events = self._runs.events(request.run, after)
+                for event in events:
+                    after = event.number
+                    yield _event_message(event)
+                if ended and not events:
+                    return
+                time.sleep(WATCH_POLL_S)
+        finally:
+            self._watchers.release()
+
+    @allow("admin")
+    def StopRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
+        return run_message(self._runs.stop(request.run))
+
+    @allow("admin")
+    def PauseRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
+        return run_message(self._runs.pause(request.run))
+
+    @allow("admin")
+    def ResumeRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
+        return run_message(self._runs.resume(request.run))
+
+    @allow("admin", "auditor")
+    def ListReceipts(  # noqa: N802
+        self, request: pb.ListReceiptsRequest, _context: grpc.ServicerContext
+    ) -> Iterator[pb.ReceiptRecord]:
+        for row in self._runs.receipts(request.site, request.run):
+            yield pb.ReceiptRecord(document_json=row.document_json, received_at=row.received_at)
+
+    @allow("admin", "auditor")
+    def ListAdapters(self, request: pb.ListAdaptersRequest, _context: grpc.ServicerContext) -> pb.ListAdaptersReply:  # noqa: N802
+        view = self._runs.show(request.run)
+        return pb.ListAdaptersReply(
+            adapters=[_adapter_message(view, row) for row in view.rounds if row.state == "committed"]
+        )
+
+    @allow("admin")
+    def GetAdapter(self, request: pb.GetAdapterRequest, _context: grpc.ServicerContext) -> Iterator[pb.AdapterChunk]:  # noqa: N802
+        view = self._runs.show(request.run)
+        number = request.round or max((row.round for row in view.rounds if row.state == "committed"), default=0)
+        if number == 0:
+            raise ConfigError(f"run {request.run} has no committed round yet", fix="wait for its first round")
+        data = self._runs.adapter(request.run, number)
+        row = next(each for each in view.rounds if each.round == number)
+        yield pb.AdapterChunk(adapter=_adapter_message(view, row))
+        for piece in split(data):
+            yield pb.AdapterChunk(data=piece)
+
+
+def serve(home: ServerHome) -> grpc.Server:
+    """Start the server; the caller stops it.
+
+    Raises:
+        ConfigError: the port cannot be used.
+    """
+    settings = home.settings()
+    server = grpc.server(
+        ThreadPoolExecutor(WORKERS, thread_name_prefix="control"),
+        options=[("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)],
+        maximum_concurrent_rpcs=4 * WORKERS,
+    )
+    add_ControlServicer_to_server(Control(home), server)
+    credentials = grpc.ssl_server_credentials(
+        [(home.server_key.read_bytes(), home.server_certificate.read_bytes())],
+        root_certificates=home.ca.read_bytes(),
+        require_client_auth=True,
+    )
+    address = f"{settings.host}:{settings.control_port}"
+    try:
+        server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"[server] control_port: {address} cannot be used", fix="free the port or choose another"
+        ) from error
+    server.start()
+    return server
+
+
+def main() -> int:
+    """`python -m fl_server.control --home H`, as the supervisor starts it."""
+    parser = argparse.ArgumentParser(prog="fl_server.control")
+    parser.add_argument("--home", required=True, type=Path)
+    home = ServerHome.open(parser.parse_args().home)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    server = serve(home)
+    over.wait()
+    server.stop(3.0).wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
