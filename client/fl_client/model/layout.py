@@ -51,7 +51,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{directory / 'config.json'} is not JSON", fix="download the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in SUPPORTED:
-        raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=f"use one of {', '.join(SUPPORTED)}")
+        raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=f"use {', '.join(SUPPORTED)}")
     return config  # type: ignore[no-any-return]  # checked to be a dict above
 
 

@@ -74,7 +74,10 @@ def load_model(directory: str | Path, device: str = "auto") -> LoadedModel:
     config = read_config(path)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = _load_tokenizer(path)
-    module = _load_quantised(path, config, place, dtype) if QUANTISATION_KEY in config else _load_plain(path, place, dtype)
+    if QUANTISATION_KEY in config:
+        module = _load_quantised(path, config, place, dtype)
+    else:
+        module = _load_plain(path, place, dtype)
     module.requires_grad_(requires_grad=False)
     module.eval()
     mean, std = _features(path, module, place)
@@ -116,7 +119,7 @@ def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, 
         expected.discard("lm_head.weight")
     if set(state) != expected:
         odd = sorted(set(state) ^ expected)
-        raise ModelError(f"{path}: weights and config differ at {odd[0]} ({len(odd)} in all)", fix="quantise the model anew")
+        raise ModelError(f"{path}: weights and config differ at {odd[0]} ({len(odd)} in all)", fix="quantise it anew")
     try:
         model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:

@@ -106,7 +106,7 @@ class QuantLinear(nn.Module):
         out_features: int,
         bias: bool = False,
         group: int = GROUP,
-        config: Any = None,
+        config: Any = None,  # noqa: ARG002
         device: Any = None,
     ) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class QuantExperts(nn.Module):
         intermediate: int,
         group: int = GROUP,
         act_fn: Any = F.silu,
-        config: Any = None,
+        config: Any = None,  # noqa: ARG002
         device: Any = None,
     ) -> None:
         super().__init__()

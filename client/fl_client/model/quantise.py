@@ -94,7 +94,8 @@ def quantise_directory(
             shard.clear()
 
     for done, stored in enumerate(tensors, start=1):
-        size, made = _convert(stored, quantise=stored.name in linears | experts, bits=bits, group=group, keep=keep_dtype)
+        chosen = stored.name in linears or stored.name in experts
+        size, made = _convert(stored, quantise=chosen, bits=bits, group=group, keep=keep_dtype)
         made_bytes = sum(t.numel() * t.element_size() for t in made.values())
         before += size
         after += made_bytes
