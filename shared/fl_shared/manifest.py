@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
-from fl_shared.errors import ConfigError, shown
+from fl_shared.errors import ConfigError, printable, shown
 from fl_shared.names import run_id, run_name, site_id
 from fl_shared.privacy import Mechanism
-from fl_shared.settings import Fields, load_toml
+from fl_shared.settings import Fields, load_toml, parse_toml
 
 AGGREGATIONS = ("fedavg", "ffa")
 LORA_TARGETS = ("attention", "shared_experts", "routed_experts")
 REFUSAL_CODES = ("budget-exhausted", "policy", "unknown-base-model", "bad-manifest", "failed")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_MAX_MESSAGE = 2000
 
 
 def check_digest(value: object) -> str:
@@ -31,6 +33,12 @@ def check_digest(value: object) -> str:
         raise ConfigError(
             f"{shown(value)} is not a digest", fix="write sha256: and 64 hex digits, as `fl-model inspect` does"
         )
+    return value
+
+
+def _check_hash(value: object) -> str:
+    if not isinstance(value, str) or _HASH.fullmatch(value) is None:
+        raise ConfigError(f"{shown(value)} is not a hash", fix="write 64 lower-case hex digits")
     return value
 
 
@@ -97,6 +105,11 @@ class RunSpec:
     def from_toml(cls, path: Path) -> RunSpec:
         """Read and check a spec file; ConfigError names file, field, value and fix."""
         return cls.from_dict(load_toml(path), where=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, *, where: str = "spec") -> RunSpec:
+        """Read and check a spec's TOML text, as it comes over the wire; ConfigError as in `from_toml`."""
+        return cls.from_dict(parse_toml(text, where), where=where)
 
     @classmethod
     def from_dict(cls, table: Any, *, where: str = "spec") -> RunSpec:
@@ -215,8 +228,8 @@ class RoundManifest:
             "spec_digest": self.spec_digest,
             "adapter_digest": self.adapter_digest,
             "nonce": self.nonce,
-            "issued_at": self.issued_at,
-            "expires_at": self.expires_at,
+            "issued_at": float(self.issued_at),
+            "expires_at": float(self.expires_at),
         }
 
     @classmethod
@@ -236,6 +249,8 @@ class RoundManifest:
         )
         if f.text("spec_digest") != made.spec_digest:
             raise f.fail("spec_digest", "is not the digest of the spec inside", "ask the coordinator to sign anew")
+        if made.expires_at <= made.issued_at:
+            raise f.fail("expires_at", f"is {made.expires_at}, not after issued_at", "ask the coordinator to sign anew")
         f.done()
         return made
 
@@ -271,6 +286,7 @@ class Receipt:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         table = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        table |= {name: float(table[name]) for name in ("epsilon_spent_total", "delta", "created_at")}
         return {"kind": "receipt"} | table | {"mechanism": self.mechanism.to_dict()}
 
     @classmethod
@@ -291,9 +307,9 @@ class Receipt:
             epsilon_spent_total=f.number("epsilon_spent_total", low=0, high=math.inf),
             delta=f.number("delta", low=0, high=1),
             privacy_unit=f.text("privacy_unit"),
-            ledger_head=f.text("ledger_head"),
+            ledger_head=f.named("ledger_head", _check_hash),
             ledger_entries=f.integer("ledger_entries", low=1, high=2**62),
-            merkle_root=f.text("merkle_root", empty=True),
+            merkle_root=f.named("merkle_root", _check_hash),
             entry_id=f.text("entry_id"),
             created_at=f.number("created_at", low=0),
         )
@@ -314,8 +330,10 @@ class Refusal:
     created_at: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"kind": "refusal"} | dataclasses.asdict(self)
+        """Plain JSON values; the message is cut to 2000 characters, without control characters."""
+        message = printable(self.message).strip()[:_MAX_MESSAGE] or self.code
+        changed = {"message": message, "created_at": float(self.created_at)}
+        return {"kind": "refusal"} | dataclasses.asdict(self) | changed
 
     @classmethod
     def from_dict(cls, table: Any) -> Refusal:

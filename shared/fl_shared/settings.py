@@ -20,15 +20,24 @@ _MISSING: Any = object()
 def load_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file of at most 1 MiB; ConfigError names the file and the line."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path} is larger than 1 MiB", fix="a configuration is a small file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as source:
+            data = source.read(_MAX_BYTES + 1)
+        text = data.decode()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", fix="check the path") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text", fix="save the file as UTF-8") from error
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Parse TOML text of at most 1 MiB; ConfigError names `where` and the line."""
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(f"{where} is larger than 1 MiB", fix="a configuration is a small file")
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
-        raise ConfigError(f"{path}: {error}", fix="mend the TOML at that place") from error
+        raise ConfigError(f"{where}: {error}", fix="mend the TOML at that place") from error
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
