@@ -36,9 +36,7 @@ def train_alone(
     what was released before and spends nothing. Raises the refusal of the first round that is refused.
     """
     if site.config.site not in spec.run.sites:
-        spec = dataclasses.replace(
-            spec, run=dataclasses.replace(spec.run, sites=(site.config.site,), quorum=1)
-        )
+        spec = dataclasses.replace(spec, run=dataclasses.replace(spec.run, sites=(site.config.site,), quorum=1))
     run = f"alone:{spec.run.name}"
     total: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     receipts: list[dict[str, Any]] = []

@@ -52,9 +52,7 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
         nonlocal coordinator
         coordinator = Coordinator.load(home)
         if coordinator.site != site:
-            raise EnrolmentError(
-                f"this home is enrolled as {coordinator.site}", fix=f"use --site {coordinator.site}"
-            )
+            raise EnrolmentError(f"this home is enrolled as {coordinator.site}", fix=f"use --site {coordinator.site}")
         return f"as {site} at {coordinator.server}"
 
     def configuration() -> str:
@@ -72,17 +70,13 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
             nonlocal data
             data = load_unit_data(found.data, home.fingerprint_key)
             unit = found.data.privacy_unit
-            return (
-                f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
-            )
+            return f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
 
         yield _checked("data", table)
         yield _checked("model", lambda: f"{found.model.directory.name}, digest {load_base(found).digest}")
         yield _checked("policy", lambda: _policy(found))
         yield _checked("budget", lambda: _budget(home, found, data))
-        yield _checked(
-            "separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user)
-        )
+        yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
     if coordinator is not None:
         pinned = coordinator
         yield _checked("server", lambda: _server(home, pinned))
@@ -151,9 +145,7 @@ def _budget(home: SiteHome, config: SiteConfig, data: UnitData | None) -> str:
                 fix="restore keys/signing.pem from its backup",
             )
         if config.data.name not in {dataset.name for dataset in ledger.datasets()}:
-            return (
-                f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, nothing spent on {config.data.name!r}"
-            )
+            return f"epsilon {budget.epsilon:g} at delta {budget.delta:g}, nothing spent on {config.data.name!r}"
         position = ledger.epsilon(config.data.name)
     finally:
         ledger.close()
@@ -172,9 +164,7 @@ def _server(home: SiteHome, pinned: Coordinator) -> str:
     """The coordinator answers, accepts the certificate, and still has the pinned key."""
     hello = say_hello(home, pinned)
     if hello.get("site") != pinned.site:
-        raise EnrolmentError(
-            f"the coordinator knows this certificate as {hello.get('site')!r}", fix="enrol again"
-        )
+        raise EnrolmentError(f"the coordinator knows this certificate as {hello.get('site')!r}", fix="enrol again")
     if hello.get("coordinator_key") != pinned.coordinator_key:
         raise EnrolmentError(
             "the coordinator's signing key is not the one pinned at enrolment",

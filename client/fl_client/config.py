@@ -83,7 +83,7 @@ class BudgetConfig:
 class SupernodeConfig:
     """[supernode]: how the untrusted half is started and kept apart.
 
-    `launch` false: another service (another user) runs it with `fl-client supernode`.
+    `launch` false: another service (another user) runs it with `fl-client supernode --directory D`.
     """
 
     launch: bool
@@ -91,6 +91,7 @@ class SupernodeConfig:
     user: str
     tunnel_port: int
     socket_group: str
+    directory: Path
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class SiteConfig:
             policy=_policy(top.section("policy")),
             budget=_budget(top.section("budget")),
             ledger_url=_ledger(top.section("ledger", optional=True), home),
-            supernode=_supernode(top.section("supernode", optional=True)),
+            supernode=_supernode(top.section("supernode", optional=True), home),
             source=path,
         )
         top.done()
@@ -159,13 +160,9 @@ def _server(fields: Fields) -> str:
 def _data(fields: Fields) -> DataConfig:
     name = fields.text("name")
     if not _DATA_NAME.fullmatch(name):
-        raise fields.fail(
-            "name", f"is {name!r}", "use 1 to 63 letters, digits, dots, hyphens and underscores"
-        )
-    if fields.has("text_columns"):
-        columns = fields.texts("text_columns", high=200)
-    else:
-        columns = (fields.text("text_column"),)
+        raise fields.fail("name", f"is {name!r}", "use 1 to 63 letters, digits, dots, hyphens and underscores")
+    several = fields.has("text_columns")
+    columns = fields.texts("text_columns", high=200) if several else (fields.text("text_column"),)
     unit = fields.choice("privacy_unit", PRIVACY_UNITS)
     made = DataConfig(
         name=name,
@@ -272,25 +269,22 @@ def _ledger(fields: Fields, home: SiteHome) -> str:
     url = fields.text("url", default=f"sqlite:///{home.ledger}")
     fields.done()
     if not re.match(r"(sqlite|postgresql(\+psycopg)?)://", url):
-        raise fields.fail(
-            "url", f"is {url!r}", "write sqlite:////path/ledger.sqlite or postgresql://user@host/db"
-        )
+        raise fields.fail("url", f"is {url!r}", "write sqlite:////path/ledger.sqlite or postgresql://user@host/db")
     return url
 
 
-def _supernode(fields: Fields) -> SupernodeConfig:
+def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
     made = SupernodeConfig(
         launch=fields.boolean("launch", default=True),
         confine=fields.choice("confine", MODES, default="auto"),
         user=fields.text("user", default="", empty=True),
         tunnel_port=fields.integer("tunnel_port", low=0, high=65535, default=0),
         socket_group=fields.text("socket_group", default="", empty=True),
+        directory=fields.path("directory", default=home.supernode),
     )
     fields.done()
     if not made.launch and made.tunnel_port == 0:
-        raise fields.fail(
-            "tunnel_port", "is 0, but launch is false", "choose a fixed port for the other service"
-        )
+        raise fields.fail("tunnel_port", "is 0, but launch is false", "choose a fixed port for the other service")
     return made
 
 

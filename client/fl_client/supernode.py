@@ -254,9 +254,7 @@ class Helpers:
 
     def _launch(self, name: str) -> subprocess.Popen[bytes]:
         if name == "tunnel":
-            kept = {
-                k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)
-            }
+            kept = {k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)}
             process = subprocess.Popen(
                 [sys.executable, "-m", "fl_client.tunnel"],
                 stdin=subprocess.PIPE,

@@ -55,6 +55,7 @@ confine = "auto"
 user = ""
 tunnel_port = 0
 socket_group = ""
+directory = "supernode"
 """
 
 # The line that replaces the field of the same name in the section, and the words that must be in the message.
@@ -96,6 +97,7 @@ WRONG = [
     ("supernode", "launch = false", "tunnel_port is 0, but launch is false"),
     ("supernode", 'confine = "maybe"', "confine is 'maybe'"),
     ("supernode", "user = 7", "user is 7"),
+    ("supernode", "directory = 1", "directory is 1"),
     ("supernode", "tunnel_port = 70000", "tunnel_port is 70000"),
     ("supernode", "socket_group = []", "socket_group is []"),
     ("policy", "min_noise_multipler = 1", "min_noise_multipl"),

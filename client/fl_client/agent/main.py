@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 
 from fl_client.agent.locks import sole
@@ -14,6 +15,7 @@ from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import open_site
 from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
+from fl_client.files import write_durably
 from fl_client.home import SiteHome
 from fl_client.sandbox import forbid_inspection
 from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
@@ -30,8 +32,7 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
     coordinator = Coordinator.load(home)
     if coordinator.server != config.server:
         raise ConfigError(
-            f"{config.source} [server]: url is {config.server!r}, "
-            f"but the site is enrolled at {coordinator.server!r}",
+            f"{config.source} [server]: url is {config.server!r}, but the site is enrolled at {coordinator.server!r}",
             fix="correct the url, or enrol at the new coordinator with a token and --force",
         )
     forbid_inspection()
@@ -83,13 +84,14 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
 def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> Helpers:
     """Prepare tunnel and SuperNode; a fresh local certificate for each life of the agent."""
     node = config.supernode
-    local_certificate, local_key = home.supernode / "tunnel-ca.pem", home.run / "tunnel.key"
+    _prepare(home, node.directory)
+    local_certificate, local_key = node.directory / "tunnel-ca.pem", home.run / "tunnel.key"
     make_local_certificate(local_certificate, local_key)
     listener = listen_loopback(node.tunnel_port)
     plan = NodePlan(
-        directory=home.supernode,
+        directory=node.directory,
         socket=home.socket,
-        node_key=home.node_key,
+        node_key=node.directory / home.node_key.name,
         tunnel_certificate=local_certificate,
         tunnel_port=listener.getsockname()[1],
         mode=node.confine,
@@ -97,7 +99,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     )
     plan.save()
     if node.user:
-        _hand_to(home, node.user)
+        _hand_to(home, node.directory, node.user)
     settings = TunnelSettings(
         listen_fd=listener.fileno(),
         fleet_url=coordinator.server + coordinator.fleet_path,
@@ -111,10 +113,23 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     return Helpers(settings, listener, plan if node.launch else None)
 
 
-def _hand_to(home: SiteHome, user: str) -> None:
+def _prepare(home: SiteHome, directory: Path) -> None:
+    """Bring Flower's node key into an untrusted directory outside the home (readable by its group)."""
+    if directory == home.supernode:
+        return
+    try:
+        write_durably(directory / home.node_key.name, home.node_key.read_bytes(), mode=0o640)
+    except OSError as error:
+        raise ConfigError(
+            f"[supernode] directory = {str(directory)!r}: {error.strerror}",
+            fix="create it, owned by the untrusted half's user, writable for the group of both (mode 2770)",
+        ) from None
+
+
+def _hand_to(home: SiteHome, directory: Path, user: str) -> None:
     """Give the untrusted directory to its user, and let that user reach the socket, and no more."""
     try:
-        for path in (home.supernode, *home.supernode.rglob("*")):
+        for path in (directory, *directory.rglob("*")):
             shutil.chown(path, user=user)
         for path in (home.root, home.run):
             path.chmod(0o711)

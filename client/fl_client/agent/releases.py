@@ -65,9 +65,7 @@ class ReleaseStore:
         except FileNotFoundError:
             return None
         if digest(found) != order.update_digest:
-            raise DataError(
-                f"{path} was altered", fix="restore it from a backup; it will not be sent as it is"
-            )
+            raise DataError(f"{path} was altered", fix="restore it from a backup; it will not be sent as it is")
         return found
 
     def all(self) -> list[Order]:

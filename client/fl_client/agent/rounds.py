@@ -123,9 +123,7 @@ class Rounds:
             elif found and time.time() - found.ordered_at < HELD_S:
                 log.warning("a crash broke this round off; it stays held against the budget", extra=at)
             else:
-                self._ledger.charge_in_doubt(
-                    reservation, "found open at start, and nobody asked for it again"
-                )
+                self._ledger.charge_in_doubt(reservation, "found open at start, and nobody asked for it again")
                 log.warning("a round that a crash broke off was charged in full", extra=at)
 
     def stop(self, grace_s: float) -> None:
@@ -330,8 +328,7 @@ class Rounds:
         if manifest.spec.run.base_model != facts.model_digest:
             raise Refused(
                 "unknown-base-model",
-                f"the run is for base model {manifest.spec.run.base_model}, "
-                f"this site has {facts.model_digest}",
+                f"the run is for base model {manifest.spec.run.base_model}, this site has {facts.model_digest}",
             )
         return manifest
 

@@ -13,6 +13,7 @@ import grpc
 
 from fl_client.agent.outgoing import chunks
 from fl_client.agent.rounds import Rounds
+from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest
@@ -21,7 +22,6 @@ from fl_shared.wire.chunks import join
 log = logging.getLogger("fl_client.agent")
 
 VERSION = "0.1.0"
-MAX_ADAPTER_BYTES = 2 << 30
 _MAX_MESSAGE = (8 << 20) + (1 << 16)  # one manifest, or one data chunk of 1 MiB
 _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 
@@ -45,7 +45,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
                 (_data(chunk) for chunk in request_iterator),
                 expected_bytes=header.adapter_bytes,
                 expected_digest=header.adapter_digest,
-                limit=MAX_ADAPTER_BYTES,
+                limit=MAX_BYTES,
             )
             sealed = self._rounds.handle(header.manifest_json, adapter)
         except ConcordatError as error:

@@ -12,7 +12,7 @@ from fl_client.agent.outgoing import Outgoing
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.config import SiteConfig
-from fl_client.data.load import load_unit_data
+from fl_client.data.load import load_unit_data, restrict_labels
 from fl_client.data.units import UnitData
 from fl_client.home import SiteHome
 from fl_shared.ledger.records import Dataset
@@ -105,7 +105,8 @@ def open_site(home: SiteHome, config: SiteConfig, coordinator_key: str) -> OpenS
         ) -> TrainingResult:
             from fl_client.training import train_round
 
-            return train_round(model, data, spec, mechanism, offset, round=round_, progress=progress)
+            chosen = restrict_labels(data, spec.task.labels)
+            return train_round(model, chosen, spec, mechanism, offset, round=round_, progress=progress)
 
         facts = SiteFacts(
             site=config.site,

@@ -34,9 +34,7 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
     owners = columns[config.unit_column] if config.unit_column is not None else None
     unit_of_record, kept = _units(texts, labels, owners, config)
     if not kept:
-        raise DataError(
-            f"{config.path}: no row has both a text and a label", fix="check the columns in [data]"
-        )
+        raise DataError(f"{config.path}: no row has both a text and a label", fix="check the columns in [data]")
     texts = [texts[i] for i in kept]
     labels = [labels[i] for i in kept]
     log.info("data set %s loaded, kept per %s", config.name, config.privacy_unit)
@@ -87,9 +85,29 @@ def _units(
     return np.asarray(units, dtype=np.int64), kept
 
 
-def fingerprint(
-    texts: list[str], labels: list[str], unit_of_record: NDArray[np.int64], key_file: Path
-) -> str:
+def restrict_labels(data: UnitData, labels: tuple[str, ...]) -> UnitData:
+    """Return the part of `data` whose labels are in a run's public label set, its units numbered anew.
+
+    Records with other labels are left out in silence: that a site has them is private, and leaving each
+    one out for its own sake keeps neighbouring data sets neighbours. Raises DataError when none is left.
+    """
+    known = set(labels)
+    kept = [i for i, label in enumerate(data.labels) if label in known]
+    if len(kept) == len(data.labels):
+        return data
+    if not kept:
+        raise DataError("no record has a label of the run", fix="compare [data] label_column with the run's labels")
+    owners, units = np.unique(np.asarray(data.unit_of_record)[kept], return_inverse=True)
+    return UnitData(
+        texts=tuple(data.texts[i] for i in kept),
+        labels=tuple(data.labels[i] for i in kept),
+        unit_of_record=units.astype(np.int64),
+        units=len(owners),
+        fingerprint=data.fingerprint,
+    )
+
+
+def fingerprint(texts: list[str], labels: list[str], unit_of_record: NDArray[np.int64], key_file: Path) -> str:
     """Return `hmac-sha256:<hex>` over the used rows, keyed by the site's secret.
 
     It stands in the ledger, which others read: without a key anyone could test guesses of small tables.
@@ -97,9 +115,7 @@ def fingerprint(
     try:
         key = bytes.fromhex(key_file.read_text("ascii"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{key_file} cannot be used", fix="restore it from a backup of the site's keys"
-        ) from error
+        raise DataError(f"{key_file} cannot be used", fix="restore it from a backup of the site's keys") from error
     mac = hmac.new(key, digestmod=hashlib.sha256)
     for text, label, unit in zip(texts, labels, unit_of_record.tolist(), strict=True):
         for part in (text, label, str(unit)):
