@@ -167,7 +167,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.zero_shot:
         from fl_client.model.zero_shot import nearest_title
 
-        titles = dict(_read_rows(options.titles, "label", "title")) if options.titles else {}
+        rows_of_titles = _read_rows(options.titles, "label", "title") if options.titles else []
+        titles = {row[0]: row[1] for row in rows_of_titles}
         guesses = nearest_title(model, texts, {label: titles.get(label, label) for label in spec.task.labels})
         accuracy = sum(guess == label for guess, label in zip(guesses, labels, strict=True)) / len(labels)
         majority = max(labels.count(label) for label in set(labels)) / len(labels)

@@ -86,7 +86,7 @@ def load_model(directory: str | Path, device: str = "auto") -> LoadedModel:
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     try:
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)  # type: ignore[no-any-return]  # transformers is untyped
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: no usable tokenizer.json", fix="copy the tokenizer beside the weights") from error
 
@@ -107,7 +107,7 @@ def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, 
         made = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, group, device="meta")
         _replace(model, name, made)
     for name, experts in expert_modules(model).items():
-        count, hidden, intermediate = experts.down_proj.shape  # type: ignore[union-attr,misc]  # [E, H, I]
+        count, hidden, intermediate = experts.down_proj.shape  # type: ignore[misc]  # a tensor [E, H, I]
         _replace(model, name, QuantExperts(count, hidden, intermediate, group, experts.act_fn, device="meta"))
     state: dict[str, Tensor] = {}
     for file in weight_files(path):

@@ -42,7 +42,8 @@ def dequantise(qweight: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -
     inputs = qweight.shape[-1]
     if inputs % group == 0:
         weight = qweight.unflatten(-1, (inputs // group, group)).to(dtype)
-        return weight.mul_(scale.unsqueeze(-1).to(dtype)).flatten(-2)
+        scaled: Tensor = weight.mul_(scale.unsqueeze(-1).to(dtype)).flatten(-2)
+        return scaled
     return qweight.to(dtype).mul_(scale.to(dtype).repeat_interleave(group, dim=-1)[..., :inputs])
 
 
@@ -128,7 +129,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        y: Tensor = _QuantMatmul.apply(x, self.qweight, self.scale, self.group)
+        y: Tensor = _QuantMatmul.apply(x, self.qweight, self.scale, self.group)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -181,7 +182,7 @@ class QuantExperts(nn.Module):
     def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """`gate_up_proj` or `down_proj` for rows sorted by expert: `[M, in]` to `[M, out]`."""
         qweight, scale = getattr(self, f"{name}_qweight"), getattr(self, f"{name}_scale")
-        y: Tensor = _QuantGroupedMatmul.apply(x, qweight, scale, ends, self.group)
+        y: Tensor = _QuantGroupedMatmul.apply(x, qweight, scale, ends, self.group)  # type: ignore[no-untyped-call]
         return y
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

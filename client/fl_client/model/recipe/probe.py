@@ -21,10 +21,10 @@ def probe_accuracy(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(x @ weight.T + bias, y) + penalty * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's own
+    optimizer.step(closure)
     with torch.no_grad():
         guess = (torch.from_numpy(test[0]) @ weight.T + bias).argmax(1)
     right = [labels[int(g)] == label for g, label in zip(guess, test[1], strict=True)]
