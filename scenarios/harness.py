@@ -34,25 +34,17 @@ class CommandError(RuntimeError):
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of every process: one torch thread each, no hub, nothing of Concordat's inherited."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FL_", "FLWR_"))}
-    return (
-        kept
-        | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        | dict(extra or {})
-    )
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(extra or {})
 
 
-def command(
-    name: str, *arguments: str, timeout: float = 300.0, check: bool = True
-) -> subprocess.CompletedProcess[str]:
+def command(name: str, *arguments: str, timeout: float = 300.0, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run one console script to its end.
 
     Raises:
         CommandError: it ended with another code than 0 and `check` is set.
     """
     line = [str(BIN / name), *arguments]
-    done = subprocess.run(
-        line, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
     if check and done.returncode != 0:
         raise CommandError([name, *arguments], done.returncode, done.stdout + done.stderr)
     return done
@@ -105,11 +97,7 @@ class Service:
     def check_alive(self) -> None:
         if self.process is None or self.process.poll() is not None:
             code = None if self.process is None else self.process.returncode
-            tail = (
-                "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-                if self.log.exists()
-                else ""
-            )
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:]) if self.log.exists() else ""
             raise CommandError(self.arguments, code or 0, tail)
 
 
@@ -140,17 +128,12 @@ class Coordinator:
                 "--gateway-port", str(gateway), "--control-port", str(control))  # fmt: skip
 
     def start(self, timeout: float = 60.0) -> None:
-        self.service = Service(
-            ["fl-server", "up", "--home", str(self.home)], self.root / "logs" / "fl-server.log"
-        )
+        self.service = Service(["fl-server", "up", "--home", str(self.home)], self.root / "logs" / "fl-server.log")
         self.service.start()
         deadline = time.monotonic() + timeout
         while True:
             self.service.check_alive()
-            if (
-                command("fl-server", "status", "--home", str(self.home), "--json", check=False).returncode
-                == 0
-            ):
+            if command("fl-server", "status", "--home", str(self.home), "--json", check=False).returncode == 0:
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"fl-server is not ready after {timeout:.0f} s; see {self.service.log}")
@@ -176,9 +159,7 @@ class Coordinator:
             if shown["state"] in {"completed", "failed", "stopped"}:
                 return shown
             if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"run {run} is still {shown['state']} after {timeout:.0f} s; see {self.home}"
-                )
+                raise TimeoutError(f"run {run} is still {shown['state']} after {timeout:.0f} s; see {self.home}")
             time.sleep(1.0)
 
 

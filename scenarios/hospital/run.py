@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fl_client.data.icd10 import hospital_split
-
+from fl_client.data.icd10 import chapter_titles, hospital_split
 from harness import BIN, CommandError, Coordinator, Site, command_json, environment, running
 
 HERE = Path(__file__).resolve().parent
@@ -37,23 +36,19 @@ EPILOG = """examples:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "out", help="folder for everything that is written"
-    )
-    parser.add_argument(
-        "--scenario", type=Path, default=HERE / "scenario.toml", help="the run's specification"
-    )
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for everything that is written")
+    parser.add_argument("--scenario", type=Path, default=HERE / "scenario.toml", help="the run's specification")
     parser.add_argument("--rounds", type=int, help="rounds instead of the scenario's")
     parser.add_argument("--skip-alone", action="store_true", help="leave out the sites' own baselines")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
     return parser.parse_args(argv)
 
 
-def write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+def write_csv(path: Path, rows: Iterable[tuple[str, str]], header: tuple[str, str] = ("text", "chapter")) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as sink:
         writer = csv.writer(sink)
-        writer.writerow(["text", "chapter"])
+        writer.writerow(header)
         writer.writerows(rows)
 
 
@@ -73,7 +68,8 @@ def accuracy(spec: Path, data: Path, adapter: Path | None) -> float:
 
     Without an adapter: the base model alone, which picks the chapter whose title lies nearest.
     """
-    options = ["--zero-shot"] if adapter is None else ["--adapter", str(adapter)]
+    titles = str(data.parent / "titles.csv")
+    options = ["--zero-shot", "--titles", titles] if adapter is None else ["--adapter", str(adapter)]
     done = command_json("fl-model", "evaluate", "--model", "tiny", "--spec", str(spec), "--data", str(data),
                         "--text-column", "text", "--label-column", "chapter", *options, timeout=600)  # fmt: skip
     return float(done["accuracy"])
@@ -109,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     train, test = hospital_split()
     write_csv(out / "data" / "held-out.csv", test)
+    write_csv(out / "data" / "titles.csv", chapter_titles().items(), header=("label", "title"))
     for index, name in enumerate(names):
         write_csv(out / "data" / f"{name}.csv", train[index :: len(names)])
     majority = max(Counter(label for _, label in test).values()) / len(test)
@@ -159,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "majority": majority,
         "base": accuracy(spec_path, held_out, None),
         "alone": {
-            name: accuracy(spec_path, held_out, folder / "adapter.safetensors")
-            for name, folder in alone.items()
+            name: accuracy(spec_path, held_out, folder / "adapter.safetensors") for name, folder in alone.items()
         },
         "federated": accuracy(spec_path, held_out, adapter),
         "budgets": {site.id: site.audit("budgets") for site in sites},
