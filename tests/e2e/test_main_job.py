@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fl_client.data.icd10 import hospital_split
 
+from fl_client.data.icd10 import hospital_split
 from harness import CommandError, Coordinator, Site, command, command_json, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
