@@ -1,0 +1,117 @@
+"""The noise's distribution, its grid, and what it must refuse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fl_client.dp.noise import (
+    BASE_WIDTH,
+    CELLS,
+    SCALE,
+    Grid,
+    _alias_table,
+    discrete_gaussian,
+    discrete_gaussian_mass,
+    plan_grid,
+)
+from fl_client.dp.secure_random import SecureStream
+from fl_shared.errors import EngineError
+
+# One in a million: how often a right implementation fails a distribution test under a random key. The keys here are
+# fixed, so that a pass stays a pass.
+FALSE_ALARM = 1e-6
+DRAWS = 200_000
+
+
+def _stream(seed: int) -> SecureStream:
+    return SecureStream(seed.to_bytes(32, "big"))
+
+
+def _grid(tables: int) -> Grid:
+    return Grid(1.0, BASE_WIDTH * math.sqrt(sum(SCALE ** (2 * level) for level in range(tables))), tables, 1.0)
+
+
+@pytest.mark.parametrize("tables", [2, 3])
+def test_noise_is_gaussian(tables: int) -> None:
+    """A Kolmogorov-Smirnov test finds no difference between the noise and a Gaussian of the stated width."""
+    grid = _grid(tables)
+    draws = discrete_gaussian(DRAWS, grid, _stream(tables)) / grid.width
+    assert stats.kstest(draws, "norm").pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.96, 1.04])
+def test_noise_at_another_scale_is_noticed(factor: float) -> None:
+    """The same Kolmogorov-Smirnov test accuses noise that is 4 percent too small or too large, or half."""
+    grid = _grid(2)
+    draws = factor * discrete_gaussian(DRAWS, grid, _stream(2)) / grid.width
+    assert stats.kstest(draws, "norm").pvalue < FALSE_ALARM
+
+
+@pytest.mark.parametrize("tables", [2, 3])
+def test_noise_has_every_remainder_alike(tables: int) -> None:
+    """Modulo the coarse table's scale the noise is flat: no remainder tells which coarse value was added."""
+    draws = discrete_gaussian(DRAWS, _grid(tables), _stream(10 + tables))
+    counts = np.bincount(np.mod(draws, SCALE), minlength=SCALE)
+    assert stats.chisquare(counts).pvalue > FALSE_ALARM
+
+
+def test_noise_is_independent_of_its_neighbour() -> None:
+    """Successive draws and their sizes are uncorrelated."""
+    grid = _grid(2)
+    draws = discrete_gaussian(DRAWS, grid, _stream(20)) / grid.width
+    bound = stats.norm.isf(FALSE_ALARM / 4) / math.sqrt(DRAWS)
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < bound
+    assert abs(np.corrcoef(draws[:-1] ** 2, draws[1:] ** 2)[0, 1]) < bound
+
+
+def test_alias_table_holds_the_exact_mass() -> None:
+    """Adding up what each cell keeps and gives away returns the discrete Gaussian's probabilities."""
+    threshold, alias = _alias_table()
+    kept = [int(value) + 1 if int(value) == (1 << 64) - 1 else int(value) for value in threshold]
+    mass = list(kept)
+    for cell, other in enumerate(alias):
+        mass[int(other)] += (1 << 64) - kept[cell]
+    assert sum(mass) == CELLS << 64
+    x = np.arange(-CELLS // 2, CELLS // 2)
+    density = np.exp(-(x.astype(float) ** 2) / (2 * BASE_WIDTH**2))
+    density[0] = 0  # the support is symmetric
+    found = np.array([float(value) / float(CELLS << 64) for value in mass])
+    np.testing.assert_allclose(found, density / density.sum(), rtol=1e-12, atol=2**-70)
+
+
+@settings(max_examples=25, deadline=None)
+@given(width=st.integers(1, 60), bits=st.integers(20, 90))
+def test_mass_sums_to_one_and_follows_the_density(width: int, bits: int) -> None:
+    """Integer probabilities sum to 2**bits with the mirrored side and have the density's ratios."""
+    mass = discrete_gaussian_mass(width, 12 * width + 1, bits)
+    assert mass[0] + 2 * sum(mass[1:]) == 1 << bits
+    expected = math.exp(-1 / (2 * width**2))
+    assert abs(mass[1] / mass[0] - expected) < (12 * width + 4) * 2.0 ** (2 - bits) / (mass[0] / 2**bits)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sigma=st.floats(0.05, 100),
+    clipping=st.floats(1e-3, 1e3),
+    dimensions=st.integers(1, 10**8),
+    slack=st.floats(0, 0.01),
+)
+def test_grid_pays_for_its_rounding(sigma: float, clipping: float, dimensions: int, slack: float) -> None:
+    """The noise is sigma times a sensitivity that covers the clipping norm, the slack and both roundings."""
+    grid = plan_grid(clipping_norm=clipping, noise_multiplier=sigma, dimensions=dimensions, slack=slack)
+    real = clipping * (1 + slack) + grid.step * math.sqrt(dimensions)
+    assert grid.sensitivity >= real * (1 - 1e-12)
+    assert grid.step * grid.width >= sigma * real * (1 - 1e-12)
+    assert grid.step * grid.width <= sigma * clipping * 1.012
+
+
+def test_grid_refuses_what_it_cannot_hold() -> None:
+    """So much noise over so many coordinates that rounding would count is refused."""
+    with pytest.raises(EngineError, match="too coarse"):
+        plan_grid(clipping_norm=1.0, noise_multiplier=1e6, dimensions=10**9, slack=0.0)

@@ -1,0 +1,50 @@
+"""The keystream behind sampling and noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from scipy import stats
+
+from fl_client.dp import secure_random
+from fl_client.dp.secure_random import SecureStream
+from fl_shared.errors import EngineError
+
+KEY = bytes(range(32))
+
+
+def test_stream_is_chacha20() -> None:
+    """The words are the ChaCha20 keystream of the key, little-endian, whatever the sizes asked for."""
+    expected = Cipher(algorithms.ChaCha20(KEY, bytes(16)), mode=None).encryptor().update(bytes(800))
+    stream = SecureStream(KEY)
+    got = stream.words(30).tobytes() + stream.halfwords(80).tobytes() + stream.words(50).tobytes()
+    assert got == expected
+
+
+def test_streams_of_the_operating_system_differ() -> None:
+    """Two streams without a key share no word, and numpy's and torch's seeds do not matter."""
+    np.random.seed(0)
+    first = SecureStream().words(1000)
+    np.random.seed(0)
+    assert not set(first.tolist()) & set(SecureStream().words(1000).tolist())
+
+
+def test_words_are_uniform() -> None:
+    """All bytes come equally often (chi-square, one false alarm in a million)."""
+    counts = np.bincount(np.frombuffer(SecureStream(KEY).words(200_000).tobytes(), np.uint8), minlength=256)
+    assert stats.chisquare(counts).pvalue > 1e-6
+
+
+def test_stream_rekeys_before_its_counter_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of one nonce's allowance a fresh nonce begins; nothing repeats."""
+    monkeypatch.setattr(secure_random, "_REKEY_BYTES", 1 << 10)
+    stream = SecureStream(KEY)
+    drawn = np.concatenate([stream.words(100) for _ in range(12)])
+    assert len(np.unique(drawn)) == len(drawn)
+
+
+def test_a_short_key_is_refused() -> None:
+    """A key that is not 32 bytes is a typed error."""
+    with pytest.raises(EngineError, match="32 bytes"):
+        SecureStream(b"short")
