@@ -21,13 +21,16 @@ def join(pieces: Iterable[bytes], *, expected_bytes: int, expected_digest: str, 
     """Put the pieces together.
 
     Raises:
-        TransportError: more than `limit` announced, another size than announced, or another SHA-256.
+        TransportError: more than `limit` announced, another size than announced, another SHA-256, or an
+            empty piece (a sender could send those for ever).
     """
     if expected_bytes > limit:
         raise TransportError(f"{expected_bytes} bytes were announced", fix=f"the limit is {limit}")
     whole = bytearray()
     sha = hashlib.sha256()
     for piece in pieces:
+        if not piece:
+            raise TransportError("an empty piece arrived", fix="send pieces of 1 byte to 1 MiB")
         if len(whole) + len(piece) > expected_bytes:
             raise TransportError(f"more than the {expected_bytes} announced bytes arrived", fix="send it again")
         whole += piece

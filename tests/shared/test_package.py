@@ -1,0 +1,24 @@
+"""The package itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import fl_shared
+
+
+def test_the_version_is_the_distribution_s() -> None:
+    """What the programs report is the version that was installed."""
+    assert fl_shared.__version__ == importlib.metadata.version("concordat")
+
+
+def test_importing_the_core_is_light() -> None:
+    """The core modules import neither torch nor Flower nor SQL, so that every command starts fast."""
+    modules = "errors canonical signing privacy settings names manifest adapter wire.chunks wire.agent_pb2_grpc"
+    source = f"import sys; [__import__('fl_shared.' + m) for m in '{modules}'.split()]; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    assert not {"torch", "flwr", "transformers", "peft", "opacus", "sqlalchemy", "dp_accounting"} & set(loaded)
