@@ -33,6 +33,7 @@ MODES = ("auto", "require", "off")
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 _RULE_PATH, _RULE_PORT = 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_STOP_S = 2.0  # a SuperNode needs about 5 s to end by itself and has nothing to lose
 _PR_CAPBSET_DROP, _CAPABILITY_VERSION_3, _CAPABILITIES = 24, 0x20080522, 64
 
 # linux/landlock.h: bits 0..12 since ABI 1, REFER (13) ABI 2, TRUNCATE (14) ABI 3, IOCTL_DEV (15) ABI 5.
@@ -226,7 +227,7 @@ def main() -> int:
         if stop_read in ready and {signal.SIGTERM, signal.SIGINT} & set(os.read(stop_read, 256)):
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(5.0)
+                status = process.wait(_STOP_S)
             break
         status = process.poll()
     _kill_descendants()

@@ -25,7 +25,7 @@ from types import FrameType
 import fl_shared
 from fl_client.files import write_durably
 from fl_client.sandbox import Confinement, landlock_abi
-from fl_client.tunnel import TunnelSettings
+from fl_client.tunnel import READY, TunnelSettings
 from fl_shared.errors import ConfigError
 
 log = logging.getLogger("fl_client.supernode")
@@ -36,6 +36,7 @@ _SYSTEM_READABLE = (
     "/etc/os-release", "/dev/urandom", "/dev/random", "/proc", "/sys/devices/system/cpu",
 )  # fmt: skip
 _RESTART_FIRST_S, _RESTART_MOST_S = 1.0, 30.0
+_TUNNEL_WAIT_S = 30.0
 _LOG_LIMIT_BYTES = 8 << 20
 PLAN_FILE = "launch.json"
 
@@ -195,16 +196,26 @@ class Helpers:
         self._plan = plan
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+        self._tunnel_ready = threading.Event()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        """Start the processes and their keepers' threads."""
-        names = ["tunnel"] + (["supernode"] if self._plan else [])
-        for name in names:
-            thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def start_tunnel(self) -> None:
+        """Start the tunnel; it may come up while the model loads."""
+        self._start("tunnel")
+
+    def start_node(self) -> None:
+        """Start the SuperNode, if there is a plan for one, as soon as the tunnel is ready.
+
+        A SuperNode that finds nobody backs off for many seconds, so it is worth waiting.
+        """
+        if self._plan is not None:
+            self._start("supernode")
+
+    def _start(self, name: str) -> None:
+        thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def pids(self) -> dict[str, int]:
         """Return the process ids of what runs now, by name."""
@@ -214,6 +225,7 @@ class Helpers:
     def stop(self) -> None:
         """End both processes and everything that they started."""
         self._stopping.set()
+        self._tunnel_ready.set()
         with self._lock:
             running = [self._running[name] for name in ("supernode", "tunnel") if name in self._running]
         for process in running:
@@ -229,6 +241,8 @@ class Helpers:
 
     def _keep(self, name: str) -> None:
         pause = _RESTART_FIRST_S
+        if name == "supernode":
+            self._tunnel_ready.wait(_TUNNEL_WAIT_S)
         while not self._stopping.is_set():
             began = time.monotonic()
             process = self._launch(name)
@@ -237,8 +251,12 @@ class Helpers:
             if self._stopping.is_set():
                 process.terminate()
             if process.stdout is not None:
-                for line in process.stdout:
-                    logging.getLogger("fl_client.tunnel").info(line.decode("utf-8", "replace").strip())
+                for raw in process.stdout:
+                    line = raw.decode("utf-8", "replace").strip()
+                    if line == READY:
+                        self._tunnel_ready.set()
+                    else:
+                        logging.getLogger("fl_client.tunnel").info(line)
             status = process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:

@@ -58,6 +58,7 @@ FLEET_CALLS = frozenset(
     }
 )
 MAX_APP_BYTES = 16 << 20
+READY = "tunnel ready"
 
 _HOP_HEADERS = frozenset(
     {
@@ -105,9 +106,7 @@ def make_local_certificate(certificate: Path, key: Path) -> None:
         .not_valid_before(now - dt.timedelta(hours=1))
         .not_valid_after(now + dt.timedelta(days=365))
         .add_extension(
-            x509.SubjectAlternativeName(
-                [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
-            ),
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]),
             critical=False,
         )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -160,9 +159,7 @@ def build_app(fleet_url: str, context: ssl.SSLContext, apps: list[str]) -> Starl
         if call == "get-fab":
             headers = [(k, v) for k, v in headers if k.lower() != "accept-encoding"]
             headers.append(("accept-encoding", "identity"))
-        outgoing = client.build_request(
-            "POST", f"{fleet_url}/{call}", headers=headers, content=request.stream()
-        )
+        outgoing = client.build_request("POST", f"{fleet_url}/{call}", headers=headers, content=request.stream())
         try:
             answer = await client.send(outgoing, stream=True)
         except httpx.HTTPError as error:
@@ -211,9 +208,7 @@ async def _checked_app(answer: httpx.Response, headers: dict[str, str], apps: li
 
 
 async def _serve(settings: TunnelSettings) -> None:
-    context = verified_context(
-        Path(settings.ca).read_text("ascii"), Path(settings.certificate), Path(settings.key)
-    )
+    context = verified_context(Path(settings.ca).read_text("ascii"), Path(settings.certificate), Path(settings.key))
     config = uvicorn.Config(
         build_app(settings.fleet_url, context, settings.apps),
         ssl_certfile=settings.local_certificate,
@@ -235,7 +230,11 @@ async def _serve(settings: TunnelSettings) -> None:
 
     loop.add_reader(0, keeper_gone)
     listener = socket.socket(fileno=settings.listen_fd)
-    await server.serve(sockets=[listener])
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.02)
+    print(READY, flush=True)
+    await serving
 
 
 def main() -> int:

@@ -56,7 +56,7 @@ class Running:
         listener = listen_loopback()
         self.url = f"https://127.0.0.1:{listener.getsockname()[1]}"
         self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, None)
-        self.helpers.start()
+        self.helpers.start_tunnel()
         context = ssl.create_default_context(cafile=str(home.supernode / "tunnel-ca.pem"))
         self.client = httpx.Client(verify=context, timeout=30)
 

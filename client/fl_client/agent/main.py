@@ -12,7 +12,7 @@ from types import FrameType
 
 from fl_client.agent.locks import sole
 from fl_client.agent.service import AgentService, serve
-from fl_client.agent.site import open_site
+from fl_client.agent.site import OpenSite, open_site
 from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
@@ -57,12 +57,16 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
 def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending: threading.Event) -> int:
     if config.policy.allow_non_private:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
-    site = open_site(home, config, coordinator.coordinator_key)
+    helpers = _helpers(home, config, coordinator)
+    site: OpenSite | None = None
     try:
+        helpers.start_tunnel()
+        site = open_site(home, config, coordinator.coordinator_key)
         site.rounds.recover()
         server = serve(AgentService(config.site, site.rounds), home.socket, config.supernode.socket_group)
-        helpers = _helpers(home, config, coordinator)
-        helpers.start()
+        if config.supernode.user:
+            _hand_to(home, config.supernode.directory, config.supernode.user)
+        helpers.start_node()
         position = site.ledger.epsilon(site.dataset)
         log.info(
             "agent of %s is ready; epsilon spent %.3f, left %.3f at delta %g",
@@ -73,10 +77,11 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         log.info("stopping")
         site.rounds.stop(GRACE_S)
         server.stop(3).wait(5)
-        helpers.stop()
         home.socket.unlink(missing_ok=True)
     finally:
-        site.close()
+        helpers.stop()
+        if site is not None:
+            site.close()
     log.info("stopped")
     return 0
 
@@ -98,8 +103,6 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
         user=node.user,
     )
     plan.save()
-    if node.user:
-        _hand_to(home, node.directory, node.user)
     settings = TunnelSettings(
         listen_fd=listener.fileno(),
         fleet_url=coordinator.server + coordinator.fleet_path,
