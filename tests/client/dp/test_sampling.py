@@ -81,7 +81,7 @@ def test_small_probability_is_never_exceeded(probability: float) -> None:
 def test_probability_one_takes_everyone() -> None:
     """With q = 1 every step holds every unit."""
     sampler = PoissonSampler(7, 1.0, 3, SecureStream())
-    assert [batch for batch in sampler] == [list(range(7))] * 3
+    assert list(sampler) == [list(range(7))] * 3
     assert len(sampler) == 3
 
 
