@@ -71,14 +71,14 @@ datasets = Table(
 )
 
 overlaps = Table(
-    "overlaps",
+    "dataset_overlaps",
     metadata,
     _seq(),
     Column("first", String(200), nullable=False),
     Column("second", String(200), nullable=False),
     Column("reason", Text, nullable=False),
-    UniqueConstraint("first", "second", name="overlaps_pair"),
-    CheckConstraint("first < second", name="overlaps_order"),
+    UniqueConstraint("first", "second", name="dataset_overlaps_pair"),
+    CheckConstraint("first < second", name="dataset_overlaps_order"),
 )
 
 budgets = Table(

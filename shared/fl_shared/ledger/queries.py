@@ -157,11 +157,12 @@ def spends(
     *,
     dataset: str | None = None,
     run: str | None = None,
-    round: int | None = None,  # noqa: A002  # the field's own word
+    round: int | None = None,  # the field's own word
     purpose: str | None = None,
     open_only: bool = False,
+    stream: bool = False,
 ) -> Iterator[Spend]:
-    """Yield reservations with how they ended, oldest first, streaming."""
+    """Yield reservations with how they ended, oldest first; `stream` for many, read to the end."""
     query = _SPEND.order_by(reservations.c.seq)
     if dataset is not None:
         query = query.where(reservations.c.dataset == dataset)
@@ -173,7 +174,9 @@ def spends(
         query = query.where(reservations.c.purpose == purpose)
     if open_only:
         query = query.where(settlements.c.seq.is_(None))
-    for row in connection.execution_options(yield_per=1000).execute(query).mappings():
+    if stream:
+        query = query.execution_options(yield_per=1000)
+    for row in connection.execute(query).mappings():
         yield spend_of(row)
 
 

@@ -79,7 +79,7 @@ class LedgerReader:
         """Yield every reservation with how it ended, oldest first, without holding them all in memory."""
         name = None if dataset is None else name_of(dataset)
         with self._store.read() as connection:
-            yield from queries.spends(connection, dataset=name, run=run, open_only=open_only)
+            yield from queries.spends(connection, dataset=name, run=run, open_only=open_only, stream=True)
 
     def open_reservations(self) -> list[Reservation]:
         """Return the reservations that have not ended."""
@@ -88,7 +88,7 @@ class LedgerReader:
     def find_release(
         self,
         run: str,
-        round: int,  # noqa: A002  # the field's own word
+        round: int,  # the field's own word
         *,
         dataset: str | None = None,
         purpose: str = "training",

@@ -42,11 +42,13 @@ def _fresh_sqlite() -> dict[str, str]:
 def _postgresql(connection: sa.Connection) -> dict[str, str]:
     triggers = sa.text(
         "SELECT c.relname, t.tgname, t.tgenabled FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid "
-        "WHERE NOT t.tgisinternal AND c.relname = ANY(:tables)"
+        "WHERE NOT t.tgisinternal AND c.relname = ANY(:tables) AND c.relnamespace = "
+        "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
     )
     checks = sa.text(
         "SELECT c.relname, k.conname, k.convalidated FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid "
-        "WHERE k.contype IN ('c', 'f', 'u') AND c.relname = ANY(:tables)"
+        "WHERE k.contype IN ('c', 'f', 'u') AND c.relname = ANY(:tables) AND c.relnamespace = "
+        "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
     )
     tables = list(APPEND_ONLY)
     found = {

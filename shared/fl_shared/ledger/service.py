@@ -31,7 +31,7 @@ class Ledger(Registry):
         mechanism: Mechanism,
         *,
         run: str,
-        round: int,  # noqa: A002  # the field's own word
+        round: int,  # the field's own word
         purpose: str = "training",
         study: str | None = None,
         retry: bool = False,

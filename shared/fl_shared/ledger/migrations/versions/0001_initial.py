@@ -13,7 +13,7 @@ depends_on = None
 TABLES = (
     "entries",
     "datasets",
-    "overlaps",
+    "dataset_overlaps",
     "budgets",
     "reservations",
     "settlements",
@@ -81,13 +81,13 @@ def upgrade() -> None:
         sa.CheckConstraint("units >= 1 AND bound_per_unit >= 1 AND version >= 1", name="datasets_positive"),
     )
     op.create_table(
-        "overlaps",
+        "dataset_overlaps",
         _seq(),
         _name("first"),
         _name("second"),
         sa.Column("reason", sa.Text, nullable=False),
-        sa.UniqueConstraint("first", "second", name="overlaps_pair"),
-        sa.CheckConstraint("first < second", name="overlaps_order"),
+        sa.UniqueConstraint("first", "second", name="dataset_overlaps_pair"),
+        sa.CheckConstraint("first < second", name="dataset_overlaps_order"),
     )
     op.create_table(
         "budgets",

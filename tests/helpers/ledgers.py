@@ -1,0 +1,76 @@
+"""Ledgers for tests: fresh databases on SQLite and on a real PostgreSQL, and the same small story in each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from fl_shared.ledger import Dataset, Ledger
+from fl_shared.privacy import Mechanism
+from fl_shared.signing import SigningKey
+
+SITE = "hospital-001"
+ROUND = Mechanism(noise_multiplier=1.0, sampling_probability=0.1, steps=8, clipping_norm=1.0)
+fork = multiprocessing.get_context("fork")
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2027, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(milliseconds=1)
+        return self.now
+
+
+def opened(url: str, key: SigningKey | None, **options: Any) -> Ledger:
+    """The ledger of the test site."""
+    return Ledger.open(url, key, SITE, **options)
+
+
+def with_budget(
+    ledger: Ledger, name: str = "icd", epsilon: float = 8.0, delta: float = 1e-5, units: int = 5000
+) -> Dataset:
+    """Register a data set with one overall budget."""
+    dataset = ledger.register_dataset(name, f"sha256:{name}", "record", units, 1)
+    ledger.set_budget(dataset, epsilon, delta, "DPO Jane Doe")
+    return dataset
+
+
+def story(ledger: Ledger) -> None:
+    """A little of everything that a ledger can hold; 20 entries."""
+    icd = with_budget(ledger)
+    notes = with_budget(ledger, "notes", epsilon=20.0)
+    ledger.declare_overlap(icd, notes, "the same wards")
+    ledger.set_budget(icd, 6.0, 1e-5, "DPO Jane Doe", study="sepsis")
+    for number in (1, 2, 3):
+        held = ledger.reserve(icd, ROUND, run="demo", round=number, study="sepsis")
+        ledger.settle(held, ROUND, f"sha256:release-{number}")
+    unused = ledger.reserve(notes, ROUND, run="other", round=1)
+    ledger.release_unused(unused, "the data file could not be opened")
+    doubt = ledger.reserve(notes, ROUND, run="other", round=1)
+    ledger.charge_in_doubt(doubt, "the process died")
+    ledger.register_dataset("icd", "sha256:icd-2", "record", 5100, 1)
+    ledger.set_budget(icd, 9.0, 1e-5, "DPO John Roe")
+    ledger.reserve(icd, ROUND, run="demo", round=4, study="sepsis")
+
+
+def in_process(work: Callable[[], None], environment: dict[str, str] | None = None) -> int:
+    """Run `work` in a forked process; its exit code, negative for a signal."""
+    process = fork.Process(target=_with_environment, args=(work, environment or {}))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError("the process did not end in 120 s")
+    return process.exitcode
+
+
+def _with_environment(work: Callable[[], None], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    work()
