@@ -106,6 +106,7 @@ class SiteConfig:
     budget: BudgetConfig
     ledger_url: str
     supernode: SupernodeConfig
+    metrics: tuple[str, int] | None
     source: Path
 
     @classmethod
@@ -127,6 +128,7 @@ class SiteConfig:
             budget=_budget(top.section("budget")),
             ledger_url=_ledger(top.section("ledger", optional=True), home),
             supernode=_supernode(top.section("supernode", optional=True), home),
+            metrics=_metrics(top.section("metrics", optional=True)),
             source=path,
         )
         top.done()
@@ -288,6 +290,18 @@ def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
     return made
 
 
+def _metrics(fields: Fields) -> tuple[str, int] | None:
+    """The address of the metrics, a loopback one: they are for the site's own operators."""
+    text = fields.text("listen", default="", empty=True)
+    fields.done()
+    if not text:
+        return None
+    match = re.fullmatch(r"(127\.0\.0\.1|localhost):(\d{1,5})", text)
+    if match is None or not 0 < int(match.group(2)) < 65536:
+        raise fields.fail("listen", f"is {text!r}", 'write a loopback address, e.g. "127.0.0.1:9464"')
+    return match.group(1), int(match.group(2))
+
+
 def template(site: str, server: str) -> str:
     """Return a commented `site.toml` for a newly enrolled site."""
     return f"""\
@@ -336,4 +350,7 @@ approver = "name of the privacy officer"
 # [supernode]                    # the untrusted half
 # confine = "auto"               # auto | require | off (Landlock)
 # user = "concordat-node"        # run it as another user (the agent must be root)
+
+# [metrics]
+# listen = "127.0.0.1:9464"      # Prometheus, for the site's own operators
 """

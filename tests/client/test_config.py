@@ -56,6 +56,8 @@ user = ""
 tunnel_port = 0
 socket_group = ""
 directory = "supernode"
+[metrics]
+listen = "127.0.0.1:9464"
 """
 
 # The line that replaces the field of the same name in the section, and the words that must be in the message.
@@ -100,6 +102,8 @@ WRONG = [
     ("supernode", "directory = 1", "directory is 1"),
     ("supernode", "tunnel_port = 70000", "tunnel_port is 70000"),
     ("supernode", "socket_group = []", "socket_group is []"),
+    ("metrics", 'listen = "0.0.0.0:9464"', "listen is '0.0.0.0:9464'"),
+    ("metrics", 'listen = "127.0.0.1:0"', "listen is '127.0.0.1:0'"),
     ("policy", "min_noise_multipler = 1", "min_noise_multipl"),
 ]
 

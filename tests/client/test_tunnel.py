@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +60,7 @@ class Running:
         self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, None)
         self.helpers.start_tunnel()
         context = ssl.create_default_context(cafile=str(home.supernode / "tunnel-ca.pem"))
-        self.client = httpx.Client(verify=context, timeout=30)
+        self.client = httpx.Client(verify=context, timeout=30, trust_env=False)
 
     def post(self, path: str, body: bytes = b"body") -> httpx.Response:
         """One request; waits for the process to come up the first time."""
@@ -157,3 +159,58 @@ def test_the_tunnel_ends_when_its_keeper_does(home: SiteHome, gateway: Gateway) 
     process.stdin.close()
     assert process.wait(60) == 0
     listener.close()
+
+
+class ConnectProxy:
+    """A small HTTP proxy that knows CONNECT alone, as institutions run them."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += near.recv(4096)
+        target = head.split()[1].decode()
+        self.targets.append(target)
+        host, _, port = target.rpartition(":")
+        far = socket.create_connection((host, int(port)))
+        near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=self._pump, args=(far, near), daemon=True).start()
+        self._pump(near, far)
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while block := source.recv(65536):
+                sink.sendall(block)
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def test_the_tunnel_goes_through_an_https_proxy(
+    home: SiteHome, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With HTTPS_PROXY set, the proxy sees CONNECT to the gateway; TLS is end to end."""
+    proxy = ConnectProxy()
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    running = Running(home, gateway, ["any"])
+    try:
+        assert running.post("/v1/fleet/push-object").content == b"body"
+    finally:
+        running.close()
+        proxy.close()
+    assert proxy.targets == [gateway.url.removeprefix("https://")]
+    assert gateway.fleet_calls == [("/v1/fleet/push-object", "hospital-001")]

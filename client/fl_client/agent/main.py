@@ -17,6 +17,7 @@ from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
+from fl_client.metrics import Metrics, serve_metrics
 from fl_client.sandbox import forbid_inspection
 from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
 from fl_client.tunnel import TunnelSettings, make_local_certificate
@@ -63,7 +64,8 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         helpers.start_tunnel()
         site = open_site(home, config, coordinator.coordinator_key)
         site.rounds.recover()
-        server = serve(AgentService(config.site, site.rounds), home.socket, config.supernode.socket_group)
+        metrics = _metrics(site, config)
+        server = serve(AgentService(config.site, site.rounds, metrics), home.socket, config.supernode.socket_group)
         if config.supernode.user:
             _hand_to(home, config.supernode.directory, config.supernode.user)
         helpers.start_node()
@@ -84,6 +86,26 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
             site.close()
     log.info("stopped")
     return 0
+
+
+def _metrics(site: OpenSite, config: SiteConfig) -> Metrics:
+    """Counters of the agent; served when the configuration names an address."""
+    metrics = Metrics()
+    name = f'dataset="{site.dataset.name}"'
+
+    def gauges() -> dict[tuple[str, str], float]:
+        position = site.ledger.epsilon(site.dataset)
+        parts = {"spent": position.spent, "reserved": position.reserved, "left": position.left}
+        found = {("concordat_epsilon", f'{name},part="{part}"'): value for part, value in parts.items()}
+        found["concordat_epsilon", f'{name},part="ceiling"'] = position.epsilon
+        found["concordat_delta", name] = position.delta
+        found["concordat_training", ""] = float(site.rounds.state == "training")
+        return found
+
+    metrics.gauges = gauges
+    if config.metrics is not None:
+        serve_metrics(metrics, config.metrics)
+    return metrics
 
 
 def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> Helpers:

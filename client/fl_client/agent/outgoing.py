@@ -24,11 +24,12 @@ MAX_MESSAGE_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Sealed:
-    """Something that may leave. Made by `Outgoing` alone."""
+    """Something that may leave. Made by `Outgoing` alone. `outcome` is `ok` or the refusal's code."""
 
     status: str
     document: str
     payload: bytes
+    outcome: str = "ok"
 
 
 class Outgoing:
@@ -72,7 +73,7 @@ class Outgoing:
         body = refusal.to_dict()
         body["message"] = refusal.message[:MAX_MESSAGE_CHARACTERS]
         status = "failed" if refusal.code == "failed" else "refused"
-        return Sealed(status, json.dumps(sign_document(self._key, body), sort_keys=True), b"")
+        return Sealed(status, json.dumps(sign_document(self._key, body), sort_keys=True), b"", refusal.code)
 
 
 def chunks(sealed: Sealed) -> Iterator[Chunk]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import grpc
 
 from fl_client.agent.outgoing import chunks
 from fl_client.agent.rounds import Rounds
+from fl_client.metrics import Metrics
 from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.wire import agent_pb2_grpc
@@ -29,13 +31,15 @@ _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # generated, without types
     """Receives rounds in chunks and streams replies back."""
 
-    def __init__(self, site: str, rounds: Rounds) -> None:
-        """Answer for `site` with `rounds`."""
+    def __init__(self, site: str, rounds: Rounds, metrics: Metrics | None = None) -> None:
+        """Answer for `site` with `rounds`, counting into `metrics`."""
         self._site = site
         self._rounds = rounds
+        self._metrics = metrics or Metrics()
 
     def Round(self, request_iterator: Iterator[Chunk], context: grpc.ServicerContext) -> Iterator[Chunk]:  # noqa: N802
         """One round: header and adapter in, reply and update out."""
+        began = time.monotonic()
         try:
             first = next(request_iterator, None)
             if first is None or first.WhichOneof("part") != "header":
@@ -51,6 +55,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         except ConcordatError as error:
             log.warning("a round was not answered: %s", error.message)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message[:300])
+        self._metrics.round(sealed.outcome, time.monotonic() - began, len(adapter), len(sealed.payload))
         yield from chunks(sealed)
 
     def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
