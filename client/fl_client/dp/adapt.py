@@ -1,0 +1,234 @@
+"""Put LoRA and a classification head on a frozen base model, under one plan that the checks can hold it to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_client.dp.architectures import Architecture, architecture_of
+from fl_client.dp.lora_layers import ADAPTER, LoraExperts, LoraLinear
+from fl_client.dp.scope import BatchScope
+from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_shared.errors import EngineError
+from fl_shared.manifest import LoraSection
+
+PREFIX = "base_model.model.model."  # PEFT's name of the base inside a causal language model
+HEAD = "classifier."
+
+
+class _Head(torch.autograd.Function):
+    """Logits `f W^T + b`; the head's gradients go to the book."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, weight: nn.Parameter, bias: nn.Parameter, scope: BatchScope) -> Tensor:
+        ctx.save_for_backward(f)
+        ctx.parameters, ctx.book = (weight, bias), scope.book
+        return F.linear(f, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (f,), (weight, bias), g = ctx.saved_tensors, ctx.parameters, grads[0]
+        gf = g @ weight if ctx.needs_input_grad[0] else None
+        if ctx.book is None:
+            return gf, g.mT @ f, g.sum(0), None
+        ctx.book.add_record_outer(weight, g, f)
+        ctx.book.add_record_outer(bias, g, torch.ones_like(f[:, :1]))
+        return gf, None, None, None
+
+
+class Head(nn.Linear):
+    """The linear classifier over pooled features; all zeros at the start."""
+
+    def __init__(self, features: int, classes: int, scope: BatchScope) -> None:
+        super().__init__(features, classes)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.scope = scope
+
+    def logits(self, f: Tensor) -> Tensor:
+        """`[B, H]` to `[B, C]`, through the book when one is open."""
+        if self.scope.mode == "hooks":
+            out: Tensor = self(f)
+            return out
+        made: Tensor = _Head.apply(f, self.weight, self.bias, self.scope)
+        return made
+
+
+class Classifier(nn.Module):
+    """Base model with LoRA, mean pooling over real tokens, standardised features, linear head.
+
+    Attributes:
+        backbone: the Hugging Face model without its language-model head.
+        head: the classifier.
+        scope: shared with every LoRA layer.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, mean: Tensor, std: Tensor, scope: BatchScope) -> None:
+        super().__init__()
+        self.backbone, self.scope = backbone, scope
+        self.register_buffer("feature_mean", mean.detach().float(), persistent=False)
+        self.register_buffer("feature_std", std.detach().float(), persistent=False)
+        self.head = Head(mean.shape[0], classes, scope).to(mean.device)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and 0/1 mask `[B, T]`, padded on the right, to float32 logits `[B, C]`."""
+        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * weight).sum(1) / weight.sum(1)
+        return self.head.logits((pooled - self.feature_mean) / self.feature_std)
+
+
+@dataclass
+class AdaptedModel:
+    """A classifier and the plan of what may move in it.
+
+    Attributes:
+        classifier: the model.
+        plan: tensor name on the wire to parameter, in a fixed order. Nothing else is trainable.
+        groups: tensor name to `attention`, `shared_experts`, `routed_experts` or `head`.
+        layers: path to adapted layer.
+        probe_error: set by `checks.check_layers` once the layers have passed.
+    """
+
+    classifier: Classifier
+    architecture: Architecture
+    lora: LoraSection
+    plan: dict[str, nn.Parameter]
+    groups: dict[str, str]
+    layers: dict[str, nn.Module] = field(repr=False)
+    probe_error: float | None = None
+
+    @property
+    def scope(self) -> BatchScope:
+        """The batch scope of all its layers."""
+        return self.classifier.scope
+
+
+def backbone_of(module: nn.Module) -> nn.Module:
+    """The transformer without its language-model head."""
+    inner = getattr(module, "base_model", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+_MARK = "_concordat_adapted"
+
+
+def adapt(module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std: Tensor) -> AdaptedModel:
+    """LoRA layers and a head on `module`, reused when it already carries the same ones.
+
+    Args:
+        module: a Hugging Face MoE model, plain or with quantised layers. It is changed in place.
+        lora: rank, alpha and target groups.
+        classes: number of labels.
+        mean, std: `[H]`, the public feature statistics.
+
+    Raises:
+        EngineError: unsupported architecture, a target group that the model does not have, an unsupported layer.
+    """
+    key = (lora, classes)
+    known: tuple[Any, AdaptedModel] | None = getattr(module, _MARK, None)
+    if known is not None and known[0] == key:
+        return known[1]
+    if known is not None:
+        remove(module)
+    backbone = backbone_of(module)
+    config: Any = getattr(module, "config", None)
+    architecture = architecture_of(str(getattr(config, "model_type", type(module).__name__)))
+    targets = _targets(backbone, architecture, lora)
+    _inject(backbone, list(targets), lora)
+    scope = BatchScope()
+    classifier = Classifier(backbone, classes, mean, std, scope)
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(False)
+    plan: dict[str, nn.Parameter] = {}
+    groups: dict[str, str] = {}
+    layers: dict[str, nn.Module] = {}
+    for path, group in targets.items():
+        layer = backbone.get_submodule(path)
+        if not isinstance(layer, LoraLinear | LoraExperts):
+            raise EngineError(f"PEFT left {path} as it was ({type(layer).__name__})", fix="report this defect")
+        layer.scope = scope
+        layers[path] = layer
+        for name, parameter in layer.named_parameters():
+            if name.startswith("lora_"):
+                wire = f"{PREFIX}{path}.{name.replace(f'.{ADAPTER}.', '.')}"
+                plan[wire], groups[wire] = parameter, group
+    for name, parameter in classifier.head.named_parameters():
+        plan[HEAD + name], groups[HEAD + name] = parameter, "head"
+    device = mean.device
+    for parameter in plan.values():
+        parameter.data = parameter.data.to(device=device, dtype=torch.float32)
+        parameter.requires_grad_(True)
+    made = AdaptedModel(classifier, architecture, lora, plan, groups, layers)
+    setattr(module, _MARK, (key, made))  # lives and dies with the module
+    return made
+
+
+def remove(module: nn.Module) -> None:
+    """Take the LoRA layers off again; the base is as it was."""
+    known: tuple[Any, AdaptedModel] | None = getattr(module, _MARK, None)
+    if known is None:
+        return
+    delattr(module, _MARK)
+    backbone = backbone_of(module)
+    for path, layer in known[1].layers.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, layer.base_layer)
+
+
+def _targets(backbone: nn.Module, architecture: Architecture, lora: LoraSection) -> dict[str, str]:
+    """Full path of every layer to adapt, and its group. Router and dense layers are never among them."""
+    present = dict(backbone.named_modules())
+    indices = sorted({int(m.group(1)) for m in (re.match(r"layers\.(\d+)$", name) for name in present) if m})
+    chosen: dict[str, str] = {}
+    for group in lora.targets:
+        paths = [
+            f"layers.{index}.{name}"
+            for index in indices
+            for name in architecture.groups()[group]
+            if present.get(f"layers.{index}.{name}") is not None
+        ]
+        if not paths:
+            raise EngineError(
+                f"a {architecture.model_type} model has no {group}", fix=f"take {group!r} out of [lora] targets"
+            )
+        chosen.update(dict.fromkeys(paths, group))
+    for path in chosen:
+        if any(path.endswith(f".{name}") for name in architecture.router):
+            raise EngineError(f"{path} is the router and must stay frozen", fix="correct the architecture's file")
+    return chosen
+
+
+def _inject(backbone: nn.Module, paths: list[str], lora: LoraSection) -> None:
+    """Let PEFT replace the layers, and nothing but them.
+
+    The backbone is handed over inside a module without `config`: with a Hugging Face config PEFT rewrites targets
+    (on DeepseekV3 the shared experts vanish without a word).
+    """
+    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, QuantLinear: LoraLinear}
+    for path in paths:
+        layer = backbone.get_submodule(path)
+        if isinstance(layer, nn.Linear | QuantLinear):
+            continue
+        if not isinstance(layer, QuantExperts) and getattr(layer, "down_proj", None) is None:
+            raise EngineError(f"{path} is a {type(layer).__name__}, which LoRA cannot adapt", fix="drop the target")
+        kinds[type(layer)] = LoraExperts
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by r, whatever the number's type
+        target_modules="(" + "|".join(re.escape(f"model.{path}") for path in paths) + ")",
+        init_lora_weights=False,
+    )
+    settings._register_custom_module(kinds)
+    wrapper = nn.Module()
+    wrapper.model = backbone
+    try:
+        inject_adapter_in_model(settings, wrapper, ADAPTER)
+    except (ValueError, StopIteration, TypeError) as error:
+        raise EngineError(f"PEFT cannot adapt this model: {error}", fix="check the LoRA targets") from error

@@ -1,0 +1,134 @@
+"""Tokenised records, and how a sample of units is cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fl_client.data.units import UnitData
+from fl_shared.errors import DataError, EngineError
+
+MAX_UNITS = 64
+MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Records:
+    """Tokenised private records.
+
+    Attributes:
+        ids: token ids of each record, at most `max_tokens`.
+        labels: int64 `[records]`, row of the head.
+        of_unit: record numbers of each unit.
+        truncated: how many texts were longer than the limit. It stays at the site.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: NDArray[np.int64]
+    of_unit: tuple[NDArray[np.int64], ...]
+    truncated: int
+
+    @property
+    def units(self) -> int:
+        """Number of privacy units."""
+        return len(self.of_unit)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole units, padded to the longest record among them.
+
+    Attributes:
+        ids, mask: int64 `[B, T]`, padded on the right.
+        labels: int64 `[B]`.
+        unit_of_record: int64 `[B]`, ascending, 0..units-1.
+        units: U.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    unit_of_record: Tensor
+    units: int
+
+
+def tokenise(data: UnitData, tokenizer: Any, labels: Sequence[str], max_tokens: int) -> Records:
+    """Turn texts and labels into numbers. DataError when a label is outside the public set."""
+    ids, truncated = token_ids(data.texts, tokenizer, max_tokens)
+    return Records(ids, label_rows(data.labels, labels), tuple(data.records_by_unit()), truncated)
+
+
+def token_ids(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Ids of each text, cut at `max_tokens`, and how many were cut. A text without tokens becomes one pad token."""
+    cut = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    long = tokenizer(list(texts), truncation=True, max_length=max_tokens + 1)["input_ids"]
+    truncated = sum(len(row) > max_tokens for row in long)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return tuple(tuple(row) if row else (pad,) for row in cut), truncated
+
+
+def label_rows(found: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:
+    """The head's row of each label; DataError names the record's number, never its label."""
+    rows = {label: row for row, label in enumerate(labels)}
+    for record, label in enumerate(found):
+        if label not in rows:
+            raise DataError(
+                f"record {record + 1} has a label outside the run's {len(labels)} labels",
+                fix="map the label column to the run's public label set, or leave the record out",
+            )
+    return np.array([rows[label] for label in found], dtype=np.int64)
+
+
+def micro_batches(
+    records: Records, units: Sequence[int], device: torch.device, *, max_units: int = MAX_UNITS
+) -> Iterator[MicroBatch]:
+    """Cut sampled units into micro-batches of units of like length.
+
+    Units never straddle two micro-batches, so that each is clipped whole. The sum over the logical batch does not
+    depend on the cut.
+    """
+    lengths = {unit: max(len(records.ids[r]) for r in records.of_unit[unit]) for unit in units}
+    chosen: list[int] = []
+    rows = 0
+    for unit in sorted(units, key=lambda u: (-lengths[u], u)):
+        count = len(records.of_unit[unit])
+        longest = lengths[chosen[0]] if chosen else lengths[unit]
+        if chosen and (len(chosen) >= max_units or (rows + count) * longest > MAX_TOKENS):
+            yield pack_units(records, chosen, device)
+            chosen, rows = [], 0
+        chosen.append(unit)
+        rows += count
+    if chosen:
+        yield pack_units(records, chosen, device)
+
+
+def pack_units(records: Records, units: Sequence[int], device: torch.device) -> MicroBatch:
+    """One micro-batch of exactly these units, in this order."""
+    numbers = [int(record) for unit in units for record in records.of_unit[unit]]
+    if not numbers:
+        raise EngineError("a micro-batch has no records", fix="report this defect")
+    ids, mask = pad_ids([records.ids[record] for record in numbers], device)
+    owners = np.repeat(np.arange(len(units)), [len(records.of_unit[unit]) for unit in units])
+    return MicroBatch(
+        ids=ids,
+        mask=mask,
+        labels=torch.from_numpy(records.labels[numbers]).to(device),
+        unit_of_record=torch.from_numpy(owners).to(device),
+        units=len(units),
+    )
+
+
+def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and 0/1 mask, int64 `[B, T]`, padded on the right to the longest row."""
+    ids = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = row
+        mask[at, : len(row)] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)

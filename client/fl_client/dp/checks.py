@@ -1,0 +1,164 @@
+"""Checks that stop a round before anything leaves: on the layers at start-up, and on what moved.
+
+Stock parts fail in silence on these models: targets rewritten, routers adapted, tokens clipped instead of examples.
+So nothing is taken on trust. `check_layers` runs public random tokens through the engine's own path and through a
+batch-size-1 loop; `StepCheck` compares what moved with the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fl_client.dp.adapt import AdaptedModel
+from fl_client.dp.batches import MicroBatch, Records, pack_units
+from fl_client.dp.book import GradientBook
+from fl_client.dp.engine import per_record_loss
+from fl_shared.errors import EngineError
+
+PROBE_LENGTHS = (5, 1, 9, 3)
+PROBE_UNITS = (0, 0, 1, 2)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+
+
+def unit_gradients_by_loop(adapted: AdaptedModel, records: Records, units: int) -> Iterator[dict[str, Tensor]]:
+    """The oracle: each unit's gradient from its records one at a time, batch size 1, plain autograd."""
+    device = next(iter(adapted.plan.values())).device
+    for unit in range(units):
+        adapted.classifier.zero_grad(set_to_none=True)
+        for record in records.of_unit[unit]:
+            alone = Records(records.ids, records.labels, (np.array([record]),), 0)
+            batch = pack_units(alone, [0], device)
+            per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum().backward()
+        yield {
+            name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone())
+            for name, p in adapted.plan.items()
+            if p.requires_grad
+        }
+    adapted.classifier.zero_grad(set_to_none=True)
+
+
+def book_of(adapted: AdaptedModel, batch: MicroBatch) -> GradientBook:
+    """The book of one micro-batch through the engine's own path."""
+    scope = adapted.scope
+    book = GradientBook(batch.unit_of_record, batch.units, batch.ids.shape[1])
+    scope.mode, scope.book = "book", book
+    try:
+        per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum().backward()
+    finally:
+        scope.mode, scope.book = "plain", None
+    return book
+
+
+def check_layers(adapted: AdaptedModel, *, vocabulary: int) -> float:
+    """Hold the engine's per-unit gradients against the batch-size-1 loop on public random tokens.
+
+    Weights are shaken first, since a zero factor B would hide factor A; they are put back afterwards. Runs once for
+    an adapted model.
+
+    Returns:
+        The largest relative error over units.
+
+    Raises:
+        EngineError: an unplanned parameter is trainable, a planned one is not reached, or the gradients differ.
+    """
+    if adapted.probe_error is not None:
+        return adapted.probe_error
+    _only_planned(adapted)
+    chance = np.random.Generator(np.random.PCG64(7))
+    ids = tuple(tuple(int(i) for i in chance.integers(0, vocabulary, size=n)) for n in PROBE_LENGTHS)
+    classes = adapted.classifier.head.out_features
+    labels = chance.integers(0, classes, size=len(ids))
+    owners = np.array(PROBE_UNITS)
+    records = Records(ids, labels, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
+    kept = {name: p.detach().clone() for name, p in adapted.plan.items()}
+    try:
+        with torch.no_grad():
+            for p in adapted.plan.values():
+                noise = chance.normal(0, 0.05, size=tuple(p.shape)).astype(np.float32)
+                p.add_(torch.from_numpy(noise).to(p.device))
+        error = _probe(adapted, records)
+    finally:
+        with torch.no_grad():
+            for name, p in adapted.plan.items():
+                p.copy_(kept[name])
+    adapted.probe_error = error
+    return error
+
+
+def _only_planned(adapted: AdaptedModel) -> None:
+    planned = {id(p) for p in adapted.plan.values()}
+    if len(planned) != len(adapted.plan):
+        raise EngineError("two planned tensors share memory", fix="leave the tied layer out of the LoRA targets")
+    odd = [n for n, p in adapted.classifier.named_parameters() if p.requires_grad and id(p) not in planned]
+    if odd:
+        raise EngineError(f"{odd[0]} is trainable without being planned ({len(odd)} in all)", fix="freeze the base")
+
+
+def _probe(adapted: AdaptedModel, records: Records) -> float:
+    device = next(iter(adapted.plan.values())).device
+    names = {id(p): name for name, p in adapted.plan.items()}
+    batch = pack_units(records, list(range(records.units)), device)
+    book = book_of(adapted, batch)
+    reached = [names.get(id(p), "?") for p in book.parameters]
+    trained = {name for name, p in adapted.plan.items() if p.requires_grad}
+    if sorted(reached) != sorted(trained):
+        missing = sorted(trained - set(reached)) or sorted(n for n in set(reached) if reached.count(n) > 1)
+        raise EngineError(
+            f"the backward pass does not reach the plan: {missing[0] if missing else 'unplanned tensors'}",
+            fix="this architecture needs its own file under fl_client/dp/architectures",
+        )
+    norms = book.norms()
+    dtype = next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
+    worst = 0.0
+    for unit, truth in enumerate(unit_gradients_by_loop(adapted, records, records.units)):
+        one = torch.zeros(records.units, device=device)
+        one[unit] = 1.0
+        got = {names[id(p)]: value for p, value in book.weighted_sums(one)}
+        size = torch.sqrt(sum((value.double().square().sum() for value in truth.values()), torch.tensor(0.0)))
+        apart = torch.sqrt(
+            sum(((got[n] - value).double().square().sum() for n, value in truth.items()), torch.tensor(0.0))
+        )
+        worst = max(worst, float(apart / size), abs(norms[unit].item() / float(size) - 1.0))
+    if not worst <= TOLERANCE[dtype]:
+        raise EngineError(
+            f"per-unit gradients of this {adapted.architecture.model_type} model are off by {worst:.1e}",
+            fix="the architecture mixes examples or has an unknown layer; it cannot be trained privately",
+        )
+    return worst
+
+
+class StepCheck:
+    """What moved must be what was planned: every planned tensor, and nothing else."""
+
+    def __init__(self, adapted: AdaptedModel, frozen: frozenset[str]) -> None:
+        self._adapted, self._frozen = adapted, frozen
+        self._before = {name: p.detach().clone() for name, p in adapted.plan.items()}
+        self._others = {
+            name: (id(t), t._version, t.data_ptr()) for name, t in _fixed(adapted.classifier, adapted.plan).items()
+        }
+
+    def after(self, number: int) -> None:
+        """After the first step look at values; after every step look whether anything frozen was written to."""
+        for name, t in _fixed(self._adapted.classifier, self._adapted.plan).items():
+            if self._others.get(name) != (id(t), t._version, t.data_ptr()):
+                raise EngineError(f"{name} is frozen and was written to", fix="report this defect")
+        if number != 1:
+            return
+        for name, p in self._adapted.plan.items():
+            moved = not torch.equal(p.detach(), self._before[name])
+            if moved == (name in self._frozen):
+                raise EngineError(
+                    f"{name} {'moved although frozen' if moved else 'did not move'} in the first step",
+                    fix="report this defect; nothing of this round is released",
+                )
+        self._before.clear()
+
+
+def _fixed(model: nn.Module, plan: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    planned = {id(p) for p in plan.values()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t for name, t in named if id(t) not in planned}

@@ -1,0 +1,180 @@
+"""DP-SGD over privacy units (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1) on an adapted model.
+
+One logical step: sample units, run them in micro-batches, clip every unit over all tensors together, add the noise
+once, step. The step that the accountant hears of is the step that was taken: it is told by the optimizer's hook.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from opacus import GradSampleModule
+from opacus.accountants import RDPAccountant
+from torch import Tensor
+from torch.nn import functional as F
+
+from fl_client.dp import grad_samplers
+from fl_client.dp.adapt import AdaptedModel
+from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, micro_batches
+from fl_client.dp.book import GradientBook
+from fl_client.dp.optimizer import GridDPOptimizer
+from fl_client.dp.sampling import PoissonSampler
+from fl_client.dp.secure_random import SecureStream
+from fl_shared.errors import EngineError
+from fl_shared.privacy import Mechanism
+
+log = logging.getLogger("fl_client.dp")
+
+EngineName = Literal["book", "hooks"]
+
+
+class DPEngine:
+    """Private training of one adapted model on one data set.
+
+    Args:
+        adapted: the model and its plan.
+        records: private records, by unit.
+        mechanism: what is charged; its q, sigma, C and steps are what is executed.
+        learning_rate, head_learning_rate, momentum: of SGD on the noisy gradient.
+        expected_batch: constant that sums are divided by; q times the number of units when left out. The number of
+            units is public by decision (docs/decisions/0023).
+        engine: `book`, or `hooks` for Opacus' own `grad_sample`.
+        frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
+        max_units: units in a micro-batch.
+        sampling, noise: random streams; only tests pass them.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        records: Records,
+        mechanism: Mechanism,
+        *,
+        learning_rate: float,
+        head_learning_rate: float,
+        momentum: float,
+        expected_batch: float | None = None,
+        engine: EngineName = "book",
+        frozen: frozenset[str] = frozenset(),
+        max_units: int = MAX_UNITS,
+        sampling: SecureStream | None = None,
+        noise: SecureStream | None = None,
+    ) -> None:
+        self.adapted, self.records, self.mechanism, self.name = adapted, records, mechanism, engine
+        self.max_units = max_units
+        self.device = next(iter(adapted.plan.values())).device
+        for name, parameter in adapted.plan.items():
+            parameter.requires_grad_(name not in frozen)
+        trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+        head = [p for name, p in trained.items() if adapted.groups[name] == "head"]
+        factors = [p for name, p in trained.items() if adapted.groups[name] != "head"]
+        groups = [{"params": factors, "lr": learning_rate}, {"params": head, "lr": head_learning_rate}]
+        self.optimizer = GridDPOptimizer(
+            torch.optim.SGD([group for group in groups if group["params"]], momentum=momentum),
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=mechanism.clipping_norm,
+            expected_batch_size=(
+                mechanism.sampling_probability * records.units if expected_batch is None else expected_batch
+            ),
+            stream=noise or SecureStream(),
+        )
+        self.sampler = PoissonSampler(
+            records.units, mechanism.sampling_probability, mechanism.steps, sampling or SecureStream()
+        )
+        self.accountant = RDPAccountant()
+        self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sampler.probability))
+        self._hooked = self._wrap() if engine == "hooks" else None
+
+    def _wrap(self) -> GradSampleModule:
+        grad_samplers.register()
+        return GradSampleModule(self.adapted.classifier, loss_reduction="sum", strict=False)
+
+    def close(self) -> None:
+        """Take Opacus' hooks off; put the layers back into plain mode."""
+        scope = self.adapted.scope
+        scope.mode, scope.book, scope.unit_anchor = "plain", None, None
+        if self._hooked is not None:
+            self._hooked.to_standard_module()
+            self._hooked = None
+
+    def run(self, after_step: Callable[[int], None] | None = None) -> None:
+        """All steps of the mechanism. `after_step` hears the number of steps taken."""
+        self.adapted.classifier.train()
+        try:
+            for number, units in enumerate(self.sampler, start=1):
+                self.step(units)
+                if after_step is not None:
+                    after_step(number)
+        finally:
+            self.adapted.classifier.eval()
+            self.close()
+
+    def executed(self) -> Mechanism:
+        """The mechanism as the accountant heard of it; EngineError when that is not what was ordered."""
+        history = self.accountant.history
+        wanted = self.mechanism
+        expected = [(wanted.noise_multiplier, wanted.sampling_probability, wanted.steps)] if wanted.steps else []
+        if [tuple(entry) for entry in history] != expected:
+            raise EngineError(
+                f"the accountant counted {history}, not {wanted.steps} steps of the ordered mechanism",
+                fix="report this defect; the reservation stays charged",
+            )
+        return wanted
+
+    def report(self) -> dict[str, Any]:
+        """Figures for the site's own log."""
+        grid = self.optimizer.grid
+        return {
+            "engine": self.name,
+            "dimensions": sum(p.numel() for p in self.optimizer.params),
+            "grid_step": grid.step,
+            "sensitivity": grid.sensitivity,
+            "noise_standard_deviation": grid.step * grid.width,
+            "expected_batch": self.optimizer.expected_batch_size,
+        }
+
+    def step(self, units: Sequence[int]) -> None:
+        """One logical step on these units; an empty sample is noise alone, and counts."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in micro_batches(self.records, units, self.device, max_units=self.max_units):
+            self._accumulate(batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate(self, batch: MicroBatch) -> None:
+        self.forward_backward(batch)
+        self.optimizer.clip_and_accumulate()
+
+    def forward_backward(self, batch: MicroBatch) -> None:
+        """One pass; what every unit contributed then waits in the optimizer."""
+        scope = self.adapted.scope
+        if self._hooked is not None:
+            scope.mode, scope.records, scope.tokens = "hooks", batch.ids.shape[0], batch.ids.shape[1]
+            scope.unit_anchor = batch.ids.new_empty(batch.ids.shape[0], 0)
+            losses = per_record_loss(self._hooked(batch.ids, batch.mask), batch.labels)
+            losses.sum().backward()
+            self.optimizer.take_units(batch.unit_of_record, batch.units)
+            return
+        book = GradientBook(batch.unit_of_record, batch.units, batch.ids.shape[1])
+        scope.mode, scope.book = "book", book
+        try:
+            losses = per_record_loss(self.adapted.classifier(batch.ids, batch.mask), batch.labels)
+            losses.sum().backward()
+        finally:
+            scope.mode, scope.book = "plain", None
+        self.optimizer.take_book(book)
+
+
+def per_record_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of each record `[B]`; a unit's loss is the sum over its records.
+
+    Raises:
+        EngineError: a loss is NaN or infinite.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    if not bool(torch.isfinite(losses).all()):
+        raise EngineError("a loss is NaN or infinite", fix="lower the learning rates, or check the base model")
+    return losses

@@ -1,0 +1,36 @@
+"""The public start of a run: every site makes the same adapter from the run's seed, without sending it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from fl_client.dp.adapt import AdaptedModel
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def initial_tensors(adapted: AdaptedModel, seed: int) -> Tensors:
+    """Factor A uniform in +-1/sqrt(in), factor B and the head zero: the adapted model equals the base.
+
+    The numbers come from PCG64 (O'Neill 2014), seeded by `SeedSequence([seed, SHA-256 of the tensor's name])`; the
+    upper 53 bits of each raw word give one number. Raw words, unlike numpy's distributions, are the same in every
+    release (NEP 19).
+    """
+    return {name: _start(name, parameter, seed) for name, parameter in adapted.plan.items()}
+
+
+def _start(name: str, parameter: nn.Parameter, seed: int) -> NDArray[np.float32]:
+    shape = tuple(parameter.shape)
+    if ".lora_A" not in name:
+        return np.zeros(shape, dtype=np.float32)
+    digest = hashlib.sha256(name.encode()).digest()
+    words = [int.from_bytes(digest[at : at + 4], "big") for at in range(0, 32, 4)]
+    bits = np.random.PCG64(np.random.SeedSequence([seed, *words])).random_raw(math.prod(shape))
+    unit = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bound = 1.0 / math.sqrt(shape[-1])
+    return ((2.0 * unit - 1.0) * bound).astype(np.float32).reshape(shape)

@@ -1,0 +1,286 @@
+"""LoRA over frozen linear layers and frozen routed experts, float or int8, as PEFT layers.
+
+Both layers put PEFT's factors `A` and `B` beside the frozen weight: `y = W x + scaling * B (A x)` (Hu et al. 2021,
+arXiv 2106.09685, Section 4.1). One autograd function computes layer and factors together; in mode `book` its backward
+pass leaves what each privacy unit contributed in the `GradientBook` instead of summing it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_client.dp.book import grouped_outer
+from fl_client.dp.scope import BatchScope
+from fl_client.dp.segments import Segments, find_segments
+from fl_client.model.quant_layers import QuantExperts, QuantLinear, dequantise, grouped_matmul, sort_by_expert
+from fl_shared.errors import EngineError
+
+ADAPTER = "default"
+
+
+class _LinearWithFactors(torch.autograd.Function):
+    """`y = x W^T + scaling (x A^T) B^T`; the factors' gradients go to the book when there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: nn.Parameter, b: nn.Parameter, layer: LoraLinear, scope: BatchScope) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ a.to(rows.dtype).mT
+        y = rows @ layer.base_weight(rows.dtype).mT
+        y.addmm_(h, b.to(rows.dtype).mT, alpha=layer.factor)
+        ctx.save_for_backward(rows, h)
+        ctx.parameters, ctx.layer, ctx.book, ctx.shape = (a, b), layer, scope.book, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, h = ctx.saved_tensors
+        (a, b), factor = ctx.parameters, ctx.layer.factor
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        low = g @ b.to(g.dtype)
+        low *= factor
+        gx = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            gx = g @ ctx.layer.base_weight(g.dtype)
+            gx.addmm_(low, a.to(g.dtype))
+            gx = gx.view(ctx.shape)
+        scaled = h * factor
+        if ctx.book is not None:
+            if a.requires_grad:
+                ctx.book.add_factor(a, low, rows)
+            ctx.book.add_factor(b, g, scaled)
+        else:
+            if a.requires_grad:
+                grad_a = (low.mT @ rows).to(a.dtype)
+            grad_b = (g.mT @ scaled).to(b.dtype)
+        return gx, grad_a, grad_b, None, None
+
+
+class _ExpertsWithFactors(torch.autograd.Function):
+    """The same for rows sorted by expert: `W`, `A` and `B` have a leading expert axis."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        layer: LoraExperts,
+        name: str,
+        routing: Routing,
+        scope: BatchScope,
+    ) -> Tensor:
+        h = grouped_matmul(x, a.to(x.dtype).mT, routing.ends)
+        y = grouped_matmul(x, layer.base_weight(name, x.dtype).mT, routing.ends)
+        y.add_(grouped_matmul(h, b.to(x.dtype).mT, routing.ends), alpha=layer.factor)
+        ctx.save_for_backward(x, h)
+        ctx.parameters, ctx.layer, ctx.name = (a, b), layer, name
+        ctx.routing, ctx.book = routing, scope.book
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        (a, b), factor, routing = ctx.parameters, ctx.layer.factor, ctx.routing
+        g = grads[0].contiguous()
+        low = grouped_matmul(g, b.to(g.dtype), routing.ends)
+        low *= factor
+        gx = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            gx = grouped_matmul(g, ctx.layer.base_weight(ctx.name, g.dtype), routing.ends)
+            gx.add_(grouped_matmul(low, a.to(g.dtype), routing.ends))
+        scaled = h * factor
+        if ctx.book is not None:
+            unit, segments = routing.units(ctx.book)
+            if a.requires_grad:
+                ctx.book.add_expert_factor(a, low, x, unit, segments, routing.ends)
+            ctx.book.add_expert_factor(b, g, scaled, unit, segments, routing.ends)
+        else:
+            if a.requires_grad:
+                grad_a = grouped_outer(low, x, routing.ends).to(a.dtype)
+            grad_b = grouped_outer(g, scaled, routing.ends).to(b.dtype)
+        return gx, grad_a, grad_b, None, None, None, None
+
+
+class Routing:
+    """Where the (token, expert) pairs of one layer and one micro-batch stand after sorting by expert.
+
+    Attributes:
+        order: `[M]`, M = tokens x top-k: the pair at each sorted row.
+        tokens: `[M]`, the token at each sorted row.
+        ends: int32 `[E]`, the end of each expert's rows.
+    """
+
+    def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
+        self.order, self.tokens, self.ends = sort_by_expert(top_k_index, num_experts)
+        self._units: tuple[Tensor, Segments] | None = None
+
+    def units(self, book: Any) -> tuple[Tensor, Segments]:
+        """Unit of each sorted row, and the segments of equal (expert, unit): found once, used by every factor."""
+        if self._units is None:
+            unit = book.unit_of_token[self.tokens]
+            counts = torch.diff(self.ends.long(), prepend=self.ends.new_zeros(1).long())
+            expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+            self._units = unit, find_segments(expert * book.units + unit, book.units)
+        return self._units
+
+
+class _FrozenBase(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT ships no types
+    """What both layers share: PEFT's book-keeping attributes and the scope."""
+
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    scope: BatchScope
+    factor: float
+
+    def _begin(self, base_layer: nn.Module, adapter_name: str, r: int, lora_alpha: float, config: Any) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer)
+        if config.lora_dropout or config.use_dora or config.use_rslora or config.lora_bias:
+            raise EngineError(
+                "LoRA dropout, bias, DoRA and rsLoRA are not supported in private training", fix="leave them off"
+            )
+        if adapter_name != ADAPTER:
+            raise EngineError(f"the adapter is called {adapter_name!r}", fix=f"call it {ADAPTER!r}")
+        self._active_adapter = adapter_name
+        self.scope, self.factor = BatchScope(), float(lora_alpha) / r
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = self.factor
+
+
+class LoraLinear(_FrozenBase):
+    """LoRA on `nn.Linear` or `QuantLinear`. PEFT's names: `lora_A.default.weight [r, in]`, `lora_B... [out, r]`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, r: int = 8, lora_alpha: float = 16, **_: Any
+    ) -> None:
+        self._begin(base_layer, adapter_name, r, lora_alpha, config)
+        inputs, outputs = self._get_in_out_features(base_layer)
+        self.lora_A = nn.ModuleDict({adapter_name: nn.Linear(inputs, r, bias=False)})
+        self.lora_B = nn.ModuleDict({adapter_name: nn.Linear(r, outputs, bias=False)})
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        if not isinstance(module, nn.Linear | QuantLinear):
+            raise EngineError(f"LoRA cannot adapt a {type(module).__name__}", fix="report this defect")
+        return module.in_features, module.out_features
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight `[out, in]`."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantLinear):
+            return dequantise(base.qweight, base.scale, base.group, dtype)
+        weight: Tensor = base.weight
+        return weight.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        down, up, scope = self.lora_A[ADAPTER], self.lora_B[ADAPTER], self.scope
+        base: Any = self.base_layer
+        if scope.mode == "hooks":
+            examples = x.reshape(scope.records, -1, x.shape[-1])
+            added: Tensor = base(x) + self.factor * up(down(examples)).view(*x.shape[:-1], -1)
+            return added
+        y: Tensor = _LinearWithFactors.apply(x, down.weight, up.weight, self, scope)
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+
+class ExpertFactor(nn.Module):
+    """One LoRA factor of all experts, `weight [E, out, in]`: a leaf, so that hooks can see it."""
+
+    def __init__(self, experts: int, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, out_features, in_features))
+
+    def forward(self, x: Tensor, ends: Tensor, record_of_row: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG002
+        """Rows `[M, in]` sorted by expert to `[M, out]`.
+
+        The last two are there for Opacus, which records all arguments: the record of each row, and `[B, 0]` that
+        tells it the batch size.
+        """
+        return F.grouped_mm(x, self.weight.mT, offs=ends)
+
+
+class LoraExperts(_FrozenBase):
+    """LoRA on fused routed experts: Hugging Face's float module or `QuantExperts`.
+
+    Factors: `lora_A_gate_up [E, r, H]`, `lora_B_gate_up [E, 2I, r]`, `lora_A_down [E, r, I]`, `lora_B_down [E, H, r]`.
+    No token is dropped, and no expert sees which tokens share its batch.
+    """
+
+    adapter_layer_names = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, r: int = 8, lora_alpha: float = 16, **_: Any
+    ) -> None:
+        self._begin(base_layer, adapter_name, r, lora_alpha, config)
+        base: Any = base_layer
+        if isinstance(base, QuantExperts):
+            experts, hidden, inner = base.num_experts, base.hidden, base.intermediate
+        else:
+            _check_float_experts(base)
+            experts, hidden, inner = base.down_proj.shape
+        self.num_experts = experts
+        for name, out, inputs in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
+            setattr(self, f"lora_A_{name}", nn.ModuleDict({adapter_name: ExpertFactor(experts, r, inputs)}))
+            setattr(self, f"lora_B_{name}", nn.ModuleDict({adapter_name: ExpertFactor(experts, out, r)}))
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:  # noqa: ARG002  # PEFT's signature
+        return None, None
+
+    def base_weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The frozen weight of `gate_up` `[E, 2I, H]` or `down` `[E, H, I]`."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantExperts):
+            return dequantise(
+                getattr(base, f"{name}_proj_qweight"), getattr(base, f"{name}_proj_scale"), base.group, dtype
+            )
+        weight: Tensor = getattr(base, f"{name}_proj")
+        return weight.detach().to(dtype)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`[T, H]` with the router's choice `[T, K]` and weights `[T, K]` to `[T, H]`."""
+        base: Any = self.base_layer
+        book = self.scope.book
+        if book is not None and hidden_states.shape[0] != book.records * book.tokens:
+            raise EngineError(
+                f"the experts saw {hidden_states.shape[0]} tokens, not {book.records} x {book.tokens}",
+                fix="leave routed_experts out of the LoRA targets",
+            )
+        routing = Routing(top_k_index, self.num_experts)
+        selected = hidden_states.index_select(0, routing.tokens)
+        gate, up = self._project("gate_up", selected, routing).chunk(2, dim=-1)
+        out = self._project("down", base.act_fn(gate) * up, routing)
+        pairs = torch.empty_like(out).index_copy(0, routing.order, out)
+        pairs = pairs.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1).to(out.dtype)
+        return pairs.sum(1).to(hidden_states.dtype)
+
+    def _project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        a, b = getattr(self, f"lora_A_{name}")[ADAPTER], getattr(self, f"lora_B_{name}")[ADAPTER]
+        scope = self.scope
+        if scope.mode == "hooks":
+            if scope.unit_anchor is None:
+                raise EngineError("hooks need the micro-batch's anchor", fix="report this defect")
+            record = routing.tokens // scope.tokens
+            rest = (routing.ends, record, scope.unit_anchor)
+            frozen = grouped_matmul(x, self.base_weight(name, x.dtype).mT, routing.ends)
+            added: Tensor = frozen + self.factor * b(a(x, *rest), *rest)
+            return added
+        y: Tensor = _ExpertsWithFactors.apply(x, a.weight, b.weight, self, name, routing, scope)
+        return y
+
+
+def _check_float_experts(base: Any) -> None:
+    """Refuse an expert module whose layout is not the fused, gated, bias-free one."""
+    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    wrong = [name for name, value in wanted.items() if getattr(base, name, None) is not value]
+    wrong += [name for name in ("gate_up_proj", "down_proj", "act_fn") if not hasattr(base, name)]
+    if wrong or getattr(base, "has_post_expert_norm", False):
+        raise EngineError(
+            f"the experts of type {type(base).__name__} have another layout ({', '.join(wrong) or 'a norm'})",
+            fix="private training supports fused, gated experts without bias",
+        )

@@ -1,0 +1,160 @@
+"""Opacus' optimizer with exact per-unit clipping from the book, and noise on a grid.
+
+`GridDPOptimizer` is an `opacus.optimizers.DPOptimizer`: `signal_skip_step`, `zero_grad`, step hooks and accountants
+work as there. It reads either the `GradientBook` of the micro-batch or, with Opacus' hooks, `grad_sample`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+
+from fl_client.dp.book import GradientBook
+from fl_client.dp.noise import discrete_gaussian, plan_grid
+from fl_client.dp.secure_random import SecureStream
+from fl_shared.errors import EngineError
+
+# What float32 arithmetic may add to one unit's clipped contribution, relative to C (docs/decisions/0022).
+FLOAT_SLACK = 2**-10
+
+
+class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
+    """Clip per unit, sum, add discrete Gaussian noise once per logical step, divide by the expected batch.
+
+    Args:
+        optimizer: what steps on the noisy gradient, which is post-processing.
+        noise_multiplier: sigma, as charged.
+        max_grad_norm: C, the bound on one unit's L2 contribution over all parameters together.
+        expected_batch_size: q times the registered number of units: a constant, whatever the sample.
+        stream: source of the noise.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        stream: SecureStream,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            loss_reduction="mean",
+        )
+        self._stream = stream
+        self._book: GradientBook | None = None
+        self._units: tuple[Tensor, int] | None = None
+        self.grid = plan_grid(
+            clipping_norm=max_grad_norm,
+            noise_multiplier=noise_multiplier,
+            dimensions=sum(p.numel() for p in self.params),
+            slack=FLOAT_SLACK,
+        )
+
+    def take_book(self, book: GradientBook) -> None:
+        """Hand over a micro-batch's book after its backward pass."""
+        self._book = book
+
+    def take_units(self, unit_of_record: Tensor, units: int) -> None:
+        """With Opacus' hooks: which records of the coming `grad_sample` belong to which unit."""
+        self._units = (unit_of_record, units)
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Always 1: micro-batches make up one logical step, and the accountant's q is the sampler's."""
+        return 1
+
+    def clip_and_accumulate(self) -> None:
+        """Clip every unit of the micro-batch to C, jointly over all parameters, and add up."""
+        if self._book is not None:
+            book, self._book = self._book, None
+            sums = self._clipped_by_book(book)
+        elif self._units is not None:
+            sums = self._clipped_by_hooks(*self._units)
+            self._units = None
+        else:
+            return
+        for parameter, total in sums:
+            held: Any = parameter  # Opacus keeps the sum as an attribute of the parameter
+            held.summed_grad = total if held.summed_grad is None else held.summed_grad + total
+
+    def _clipped_by_book(self, book: GradientBook) -> Sequence[tuple[torch.nn.Parameter, Tensor]]:
+        planned, reached = {id(p) for p in self.params}, [id(p) for p in book.parameters]
+        if len(reached) != len(set(reached)) or set(reached) != planned:
+            raise EngineError(
+                f"the backward pass reached {len(set(reached))} of {len(planned)} planned tensors",
+                fix="a layer is shared, skipped or unplanned: check the LoRA targets for this architecture",
+            )
+        return book.weighted_sums(self.clip_factors(book.norms()))
+
+    def _clipped_by_hooks(self, unit_of_record: Tensor, units: int) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        by_unit = []
+        for parameter in self.params:
+            sample = self._get_flat_grad_sample(parameter).float()
+            if sample.shape[0] != unit_of_record.shape[0]:
+                raise EngineError(
+                    f"grad_sample has {sample.shape[0]} rows for {unit_of_record.shape[0]} records",
+                    fix="a layer flattens tokens, so that clipping would be per token: use engine 'book'",
+                )
+            parameter.grad_sample = None
+            by_unit.append(sample.new_zeros(units, *parameter.shape).index_add_(0, unit_of_record, sample))
+        squared = torch.stack([g.flatten(1).double().square().sum(1) for g in by_unit]).sum(0)
+        factors = self.clip_factors(squared.sqrt()).float()
+        return [
+            (parameter, torch.einsum("u,u...->...", factors, sample))
+            for parameter, sample in zip(self.params, by_unit, strict=True)
+        ]
+
+    def clip_factors(self, norms: Tensor) -> Tensor:
+        """`min(1, C / norm)` of every unit; EngineError when a norm is not finite."""
+        if not bool(torch.isfinite(norms).all()):
+            raise EngineError("a gradient is NaN or infinite", fix="lower the learning rates, or check the base model")
+        factors: Tensor = self.max_grad_norm / norms.clamp(min=self.max_grad_norm)
+        return factors
+
+    def add_noise(self) -> None:
+        """Round the sum to the grid, add integer noise, and only then return to floats."""
+        total = self.gather_sum()
+        grid = self.grid
+        integers = np.rint(total / grid.step).astype(np.int64)
+        integers += discrete_gaussian(integers.shape[0], grid, self._stream)
+        noisy = torch.from_numpy((integers * grid.step).astype(np.float32))
+        at = 0
+        for p in self.params:
+            p.grad = noisy[at : at + p.numel()].view_as(p).to(p.device)
+            at += p.numel()
+
+    def gather_sum(self) -> Any:
+        """The clipped sum over the logical batch, all coordinates in the order of `params`: float64 `[d]`."""
+        parts = [
+            torch.zeros(p.numel()) if p.summed_grad is None else p.summed_grad.detach().reshape(-1).cpu()
+            for p in self.params
+        ]
+        return torch.cat(parts).double().numpy()
+
+    def scale_grad(self) -> None:
+        """Divide by the expected batch size."""
+        for p in self.params:
+            p.grad /= self.expected_batch_size
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:  # noqa: ARG002  # Opacus' signature
+        """Clip; on the last micro-batch also add noise, scale and run the step hook (the accountant)."""
+        self.clip_and_accumulate()
+        if self._check_skip_next_step():
+            self._is_last_step_skipped = True
+            return False
+        self.add_noise()
+        self.scale_grad()
+        if self.step_hook is not None:
+            self.step_hook(self)
+        self._is_last_step_skipped = False
+        return True

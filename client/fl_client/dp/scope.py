@@ -1,0 +1,31 @@
+"""What the LoRA layers must know about the micro-batch that passes through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fl_client.dp.book import GradientBook
+
+Mode = Literal["plain", "book", "hooks"]
+
+
+@dataclass
+class BatchScope:
+    """Shared by all LoRA layers of one adapted model.
+
+    Attributes:
+        mode: `plain` lets autograd sum over the batch (evaluation, non-private training, the batch-size-1 oracle);
+            `book` writes to the book instead; `hooks` calls each factor as a module, so that Opacus' hooks see it.
+        book: the open book in mode `book`.
+        records, tokens: B and T of the micro-batch in mode `hooks`.
+        unit_anchor: `[B, 0]` in mode `hooks`: Opacus reads the batch size from the last argument of a layer.
+    """
+
+    mode: Mode = "plain"
+    book: GradientBook | None = None
+    records: int = 0
+    tokens: int = 0
+    unit_anchor: Tensor | None = None

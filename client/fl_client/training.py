@@ -1,0 +1,206 @@
+"""One round at a site: from the global adapter to a private update, and the evaluation of an adapter.
+
+The adapter on the wire is the difference from the run's seeded start (docs/decisions/0001). `train_round` returns the
+further difference that this site's data made; before any private text is read it has nothing but public numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fl_client.data.units import UnitData
+from fl_client.dp.adapt import AdaptedModel, adapt
+from fl_client.dp.batches import MAX_UNITS, label_rows, pad_ids, token_ids, tokenise
+from fl_client.dp.checks import StepCheck, check_layers
+from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.export import write_peft
+from fl_client.dp.initial import initial_tensors
+from fl_client.dp.public import train_public
+from fl_client.model.load import LoadedModel
+from fl_shared.errors import ConfigError, DataError, EngineError
+from fl_shared.manifest import RunSpec
+from fl_shared.privacy import Mechanism
+
+log = logging.getLogger("fl_client.training")
+
+Tensors = dict[str, NDArray[np.float32]]
+_EVALUATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a round made.
+
+    Attributes:
+        update: tensor name to float32 difference from the adapter that came in.
+        executed: what was done to the data.
+        report: figures for the site's own log (seconds, truncated texts, expert coverage). Not private: never sent.
+    """
+
+    update: Tensors
+    executed: Mechanism
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an adapter does on labelled texts.
+
+    Attributes:
+        accuracy: share of right answers.
+        majority: share of the commonest label among these texts.
+        n: number of texts.
+    """
+
+    accuracy: float
+    majority: float
+    n: int
+
+
+def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
+    """The run's public start: the same at every site, from `spec.training.seed_adapter`."""
+    return initial_tensors(_adapted(model, spec), spec.training.seed_adapter)
+
+
+def train_round(
+    model: LoadedModel,
+    data: UnitData,
+    spec: RunSpec,
+    mechanism: Mechanism,
+    offset: Mapping[str, NDArray[np.float32]],
+    *,
+    round: int,
+    progress: Callable[..., None] | None = None,
+    engine: EngineName = "book",
+    expected_batch: float | None = None,
+    max_units: int = MAX_UNITS,
+    private: bool = True,
+) -> TrainingResult:
+    """Train `mechanism.steps` private steps from seeded start + `offset`.
+
+    Args:
+        model: the base; it stays loaded and unchanged between rounds.
+        data: this site's records and units.
+        spec: task, LoRA and learning rates.
+        mechanism: what the ledger has reserved; exactly this is executed.
+        offset: the global adapter as it came over the wire; empty in round 1.
+        round: number of the round, for messages.
+        progress: called as `progress(step=i, steps=n)` after every step; may raise to stop.
+        engine: `book`, or `hooks` for Opacus' own per-sample gradients.
+        expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out.
+        max_units: units in a micro-batch; halved when memory runs out.
+        private: False trains without clipping and noise. Only for data that the site's policy declares public.
+
+    Raises:
+        DataError: a label outside the set. EngineError: anything that would make the result differ from what is
+        charged. Nothing is returned then, and nothing may be released.
+    """
+    started = time.perf_counter()
+    adapted = _adapted(model, spec)
+    start = _load(adapted, spec, offset)
+    frozen = frozenset(n for n in adapted.plan if ".lora_A" in n) if spec.run.aggregation == "ffa" else frozenset()
+    records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
+    report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
+    if private:
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
+        runner = DPEngine(
+            adapted,
+            records,
+            mechanism,
+            learning_rate=spec.training.learning_rate,
+            head_learning_rate=spec.training.head_learning_rate,
+            momentum=spec.training.momentum,
+            expected_batch=expected_batch,
+            engine=engine,
+            frozen=frozen,
+            max_units=max_units,
+        )
+        check = StepCheck(adapted, frozen)
+
+        def after_step(number: int) -> None:
+            check.after(number)
+            if progress is not None:
+                progress(step=number, steps=mechanism.steps)
+
+        runner.run(after_step)
+        executed = runner.executed()
+        report |= runner.report()
+    else:
+        executed = train_public(adapted, records, mechanism, spec, frozen=frozen, progress=progress)
+    update = {
+        name: parameter.detach().float().cpu().numpy() - start[name]
+        for name, parameter in adapted.plan.items()
+        if name not in frozen
+    }
+    for name, value in update.items():
+        if not np.isfinite(value).all():
+            raise EngineError(f"the update of {name} is not finite", fix="lower the learning rates")
+    seconds = time.perf_counter() - started
+    report |= {"seconds": seconds, "seconds_per_step": seconds / max(1, mechanism.steps)}
+    log.info("round %d: %d steps in %.1f s", round, executed.steps, seconds)
+    return TrainingResult(update, executed, report)
+
+
+def evaluate(
+    model: LoadedModel,
+    offset: Mapping[str, NDArray[np.float32]],
+    texts: Sequence[str],
+    labels: Sequence[str],
+    spec: RunSpec,
+) -> Evaluation:
+    """Accuracy of seeded start + `offset` on public labelled texts. DataError when there are none."""
+    if not texts or len(texts) != len(labels):
+        raise DataError(f"{len(texts)} texts and {len(labels)} labels", fix="give one label per text, at least one")
+    adapted = _adapted(model, spec)
+    _load(adapted, spec, offset)
+    truth = label_rows(labels, spec.task.labels)
+    ids, _ = token_ids(texts, model.tokenizer, spec.task.max_tokens)
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    right = 0
+    adapted.classifier.eval()
+    with torch.no_grad():
+        for at in range(0, len(order), _EVALUATION_BATCH):
+            rows = order[at : at + _EVALUATION_BATCH]
+            tokens, mask = pad_ids([ids[row] for row in rows], model.device)
+            found = adapted.classifier(tokens, mask).argmax(1).cpu().numpy()
+            right += int((found == truth[rows]).sum())
+    majority = int(np.bincount(truth).max())
+    return Evaluation(right / len(ids), majority / len(ids), len(ids))
+
+
+def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
+    """Write seeded start + `offset` as a directory that stock PEFT loads onto the float model, plus the head."""
+    adapted = _adapted(model, spec)
+    start = _load(adapted, spec, offset)
+    write_peft(adapted, start, directory, labels=spec.task.labels, digest=model.digest)
+    (directory / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _adapted(model: LoadedModel, spec: RunSpec) -> AdaptedModel:
+    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std)
+
+
+def _load(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:
+    """Put seeded start + offset into the model, and return it. ConfigError when names or shapes differ."""
+    start = initial_tensors(adapted, spec.training.seed_adapter)
+    for name, value in offset.items():
+        if name not in start or start[name].shape != value.shape:
+            raise ConfigError(
+                f"the adapter's tensor {name!r} {list(value.shape)} does not belong to this model and spec",
+                fix="check that coordinator and site use the same base model and run spec",
+            )
+        start[name] = start[name] + value.astype(np.float32)
+    with torch.no_grad():
+        for name, parameter in adapted.plan.items():
+            parameter.copy_(torch.from_numpy(start[name]))
+    return start
