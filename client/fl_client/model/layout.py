@@ -52,6 +52,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in SUPPORTED:
         raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=f"use {', '.join(SUPPORTED)}")
+    settings = config.get(QUANTISATION_KEY, {"bits": 8, "group": 128})
+    whole = isinstance(settings, dict) and all(type(settings.get(key)) is int for key in ("bits", "group"))
+    if not whole or settings["bits"] not in (4, 8) or settings["group"] < 1:
+        raise ModelError(
+            f"{directory / 'config.json'}: {QUANTISATION_KEY} is {settings!r}",
+            fix='it reads {"bits": 8, "group": 128}; quantise the model anew',
+        )
     return config  # type: ignore[no-any-return]  # checked to be a dict above
 
 
@@ -93,10 +100,10 @@ class Stored:
     pieces: tuple[tuple[Path, str], ...]
     experts: int = 0  # 0: the single piece as it is; E: per expert [gate, up] or [down], stacked
 
-    def read(self) -> Iterator[Tensor]:
-        """The tensor whole (experts = 0), or expert by expert, so that only one is held at a time."""
+    def read(self, *, by_expert: bool) -> Iterator[Tensor]:
+        """The tensor whole, or expert by expert (whatever its layout on disk), so that only one is held at a time."""
         if self.experts == 0:
-            yield _read(*self.pieces[0])
+            yield from _read_slices(*self.pieces[0]) if by_expert else (_read(*self.pieces[0]),)
             return
         per = len(self.pieces) // self.experts
         for expert in range(self.experts):
@@ -109,6 +116,17 @@ def _read(path: Path, name: str) -> Tensor:
         with safe_open(path, framework="pt") as source:
             tensor: Tensor = source.get_tensor(name)
             return tensor
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: {name}: {error}", fix="copy the model directory again, whole") from error
+
+
+def _read_slices(path: Path, name: str) -> Iterator[Tensor]:
+    """The tensor's slices along its first axis, one after the other."""
+    try:
+        with safe_open(path, framework="pt") as source:
+            stored = source.get_slice(name)
+            for index in range(stored.get_shape()[0]):
+                yield stored[index]
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: {name}: {error}", fix="copy the model directory again, whole") from error
 

@@ -50,7 +50,7 @@ def quantise_directory(
 ) -> QuantisationReport:
     """Quantise `src` into the new directory `out`.
 
-    One tensor (for fused experts: one expert) is read at a time, and shards of about 1 GiB are written as they fill:
+    One tensor (of experts: one expert's) is read at a time, and shards of about 1 GiB are written as they fill:
     the float model is never in memory whole.
 
     Args:
@@ -62,7 +62,7 @@ def quantise_directory(
         progress: called with (tensors done, tensors in all).
 
     Raises:
-        ModelError: unsupported or already quantised, or `out` holds files.
+        ModelError: unsupported, already quantised, incomplete, not finite, or `out` holds files.
     """
     config = read_config(src)
     if QUANTISATION_KEY in config:
@@ -74,9 +74,10 @@ def quantise_directory(
     model = skeleton(src)
     linears = {f"{name}.weight" for name in quantised_linears(model)}
     experts = {f"{name}.{part}" for name in expert_modules(model) for part in ("gate_up_proj", "down_proj")}
-    known = set(model.state_dict())
-    tensors = [each for each in stored_tensors(src) if each.name in known]
-    missing = known - {each.name for each in tensors} - {"lm_head.weight"}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = [each for each in stored_tensors(src) if each.name in shapes]
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    missing = set(shapes) - {each.name for each in tensors} - tied
     if missing:
         raise ModelError(f"{src} lacks {sorted(missing)[0]} ({len(missing)} in all)", fix="copy the model again, whole")
     out.mkdir(parents=True, exist_ok=True)
@@ -95,11 +96,11 @@ def quantise_directory(
 
     for done, stored in enumerate(tensors, start=1):
         chosen = stored.name in linears or stored.name in experts
-        size, made = _convert(stored, quantise=chosen, bits=bits, group=group, keep=keep_dtype)
+        size, made = _convert(stored, shapes[stored.name], quantise=chosen, bits=bits, group=group, keep=keep_dtype)
         made_bytes = sum(t.numel() * t.element_size() for t in made.values())
         before += size
         after += made_bytes
-        if len(made) > 1:
+        if chosen:
             q_before += size
             q_after += made_bytes
         shard |= made
@@ -123,12 +124,17 @@ def quantise_directory(
 
 
 def _convert(
-    stored: Stored, *, quantise: bool, bits: int, group: int, keep: torch.dtype | None
+    stored: Stored, shape: tuple[int, ...], *, quantise: bool, bits: int, group: int, keep: torch.dtype | None
 ) -> tuple[int, dict[str, Tensor]]:
-    """(bytes read, what is written) for one tensor."""
+    """(bytes read, what is written) for one tensor of the given shape in memory.
+
+    Raises:
+        ModelError: another shape than the config says, or a value that is not finite.
+    """
     size = 0
     qweights, scales, floats = [], [], []
-    for piece in stored.read():
+    stacked = stored.experts > 0 or (quantise and len(shape) == 3)
+    for piece in stored.read(by_expert=stacked):
         size += piece.numel() * piece.element_size()
         if quantise:
             qweight, scale = quantise_tensor(piece, group, bits)
@@ -136,9 +142,17 @@ def _convert(
             scales.append(scale)
         else:
             floats.append(piece if keep is None or not piece.is_floating_point() else piece.to(keep))
+        # The largest magnitude of each group is in its scale, and NaN and infinity with it.
+        if not bool(torch.isfinite(scales[-1] if quantise else floats[-1]).all()):
+            raise ModelError(f"{stored.name} holds NaN or infinity", fix="this checkpoint is broken: get it anew")
+    whole = torch.stack if stacked else (lambda parts: parts[0])
+    value = whole(qweights if quantise else floats)
+    if tuple(value.shape) != shape:
+        raise ModelError(
+            f"{stored.name} has shape {tuple(value.shape)}, config.json says {shape}", fix="copy the model again, whole"
+        )
     if not quantise:
-        return size, {stored.name: floats[0] if stored.experts == 0 else torch.stack(floats)}
+        return size, {stored.name: value}
     base = stored.name.removesuffix(".weight")
     join = "." if stored.name.endswith(".weight") else "_"
-    whole = (lambda parts: parts[0]) if stored.experts == 0 else torch.stack
-    return size, {f"{base}{join}qweight": whole(qweights), f"{base}{join}scale": whole(scales)}
+    return size, {f"{base}{join}qweight": value, f"{base}{join}scale": whole(scales)}

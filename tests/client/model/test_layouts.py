@@ -1,0 +1,262 @@
+"""Every layout of weights on disk ends in the same int8 model, and what cannot be read is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GraniteMoeConfig, PreTrainedModel
+
+from fl_client.model.layout import expert_modules, quantised_linears, skeleton, stored_tensors
+from fl_client.model.load import load_model
+from fl_client.model.quant_layers import dequantise, quantise_tensor
+from fl_client.model.quantise import quantise_directory
+from fl_shared.errors import ModelError
+
+Make = Callable[[str], tuple[PreTrainedModel, Path]]
+IDS = torch.tensor([[5, 300, 17, 4, 260, 99], [31, 2, 7, 7, 280, 11]])
+
+
+def rounded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The float model's own state with each quantised tensor replaced by what its int8 form stands for."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [f"{name}.weight" for name in quantised_linears(model)]
+    names += [f"{name}.{part}" for name in expert_modules(model) for part in ("gate_up_proj", "down_proj")]
+    for name in names:
+        state[name] = dequantise(*quantise_tensor(state[name]), 128, torch.float32)
+    return state
+
+
+def test_every_architecture_computes_what_its_rounded_weights_compute(
+    architecture: str, float_model: Make, tmp_path: Path
+) -> None:
+    """The loaded int8 model's logits equal those of the float model that holds the dequantised weights."""
+    model, directory = float_model(architecture)
+    quantise_directory(directory, tmp_path / "q")
+    loaded = load_model(tmp_path / "q", "cpu")
+    with torch.no_grad():
+        twin = torch.func.functional_call(model, rounded(model), (IDS,), {"use_cache": False}, tie_weights=False)
+        torch.testing.assert_close(loaded.module(IDS).logits, twin.logits, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(IDS).logits, twin.logits, rtol=1e-4, atol=1e-5), "rounding is visible"
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+
+
+def test_router_embeddings_norms_and_head_stay_float(architecture: str, float_model: Make, tmp_path: Path) -> None:
+    """Attention, MLPs and experts become int8 with one scale per 128 inputs; all else keeps name, dtype and value."""
+    model, directory = float_model(architecture)
+    quantise_directory(directory, tmp_path / "q")
+    written = load_file(tmp_path / "q" / "model.safetensors")
+    quantised = {name for name in written if name.endswith("qweight")}
+    scales = {name.removesuffix("qweight") + "scale" for name in quantised}
+    assert any(".experts." in name for name in quantised)
+    assert any("self_attn" in name for name in quantised)
+    kept = ("embed", "lm_head", "norm", "router", "mlp.gate.", "shared_expert_gate")
+    assert [name for name in quantised if any(word in name for word in kept)] == []
+    for name in quantised:
+        tensor = written[name]
+        assert tensor.dtype == torch.int8
+        assert written[name.removesuffix("qweight") + "scale"].shape == (
+            *tensor.shape[:-1],
+            -(-tensor.shape[-1] // 128),
+        )
+    state = model.state_dict()
+    rest = set(written) - quantised - scales
+    assert rest
+    assert [name for name in rest if not torch.equal(written[name], state[name])] == []
+
+
+def test_fused_experts_on_disk_give_the_same_int8_as_one_matrix_each(
+    architecture: str, float_model: Make, tmp_path: Path
+) -> None:
+    """A checkpoint that stores `experts.gate_up_proj` whole is quantised like one with a matrix per expert."""
+    model, directory = float_model(architecture)
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    shutil.copyfile(directory / "config.json", fused / "config.json")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    save_file(state, fused / "model.safetensors")
+    quantise_directory(directory, tmp_path / "a")
+    quantise_directory(fused, tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_experts_are_read_one_at_a_time(architecture: str, float_model: Make) -> None:
+    """Whatever the layout, no piece that is read for an expert tensor is larger than one expert's part of it."""
+    _, directory = float_model(architecture)
+    shapes = {name: tensor.shape for name, tensor in skeleton(directory).state_dict().items()}
+    seen = 0
+    for stored in stored_tensors(directory):
+        if len(shapes[stored.name]) == 3:
+            pieces = [piece.shape for piece in stored.read(by_expert=True)]
+            assert pieces == [shapes[stored.name][1:]] * shapes[stored.name][0], stored.name
+            seen += 1
+    assert seen >= 2
+
+
+def test_expert_ten_comes_after_expert_two(tmp_path: Path) -> None:
+    """Experts are stacked by number, not by the order of their names."""
+    directory = tmp_path / "twelve"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": "olmoe"}), encoding="utf-8")
+    parts = ("gate_proj", "up_proj", "down_proj")
+    tensors = {
+        f"model.layers.0.mlp.experts.{expert}.{part}.weight": torch.full((2, 2), float(expert))
+        for expert in range(12)
+        for part in parts
+    }
+    save_file(tensors, directory / "model.safetensors")
+    for stored in stored_tensors(directory):
+        assert [int(piece[0, 0]) for piece in stored.read(by_expert=True)] == list(range(12))
+
+
+def test_four_bits_use_fifteen_levels(float_model: Make, tmp_path: Path) -> None:
+    """With bits = 4 every value lies in -7..7, the config says so, and the logits' error grows."""
+    model, directory = float_model("deepseek_v3")
+    quantise_directory(directory, tmp_path / "q4", bits=4)
+    quantise_directory(directory, tmp_path / "q8", bits=8)
+    config = json.loads((tmp_path / "q4/config.json").read_text(encoding="utf-8"))
+    assert config["concordat_quantisation"] == {"bits": 4, "group": 128}
+    four, eight = load_model(tmp_path / "q4", "cpu").module, load_model(tmp_path / "q8", "cpu").module
+    tops = [int(t.abs().max()) for name, t in four.state_dict().items() if name.endswith("qweight")]
+    assert set(tops) == {7}
+    with torch.no_grad():
+        exact = model(IDS).logits
+        assert (four(IDS).logits - exact).norm() > 4 * (eight(IDS).logits - exact).norm()
+
+
+def _damaged(good: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    shutil.copytree(good, target)
+    save_file(change(load_file(good / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+def _with_value(tensors: dict[str, torch.Tensor], part: str, value: float) -> dict[str, torch.Tensor]:
+    name = next(each for each in tensors if part in each)
+    tensors[name].view(-1)[3] = value
+    return tensors
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
+    "one expert's matrix": (lambda t: {n: v for n, v in t.items() if ".experts.2.up_proj" not in n}, "no up matrix"),
+    "the last expert": (lambda t: {n: v for n, v in t.items() if ".experts.3." not in n}, r"has shape \(3, "),
+    "a norm": (lambda t: {n: v for n, v in t.items() if "input_layernorm" not in n}, "lacks .*input_layernorm"),
+    "an untied head": (lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"}, "lacks lm_head"),
+    "another width": (
+        lambda t: {n: v[:, :-1].clone() if "q_proj.w" in n else v for n, v in t.items()},
+        "q_proj.*shape",
+    ),
+    "NaN in int8": (lambda t: _with_value(t, "q_proj.weight", float("nan")), "q_proj.*NaN"),
+    "infinity in an expert": (lambda t: _with_value(t, "experts.1.down_proj", float("inf")), "down_proj.*infinity"),
+    "NaN in a norm": (lambda t: _with_value(t, "input_layernorm", float("nan")), "input_layernorm.*NaN"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_weights_are_refused_by_name_and_leave_nothing_usable(
+    what: str, float_model: Make, tmp_path: Path
+) -> None:
+    """A missing, misshapen or non-finite tensor stops the quantiser, which names it; no half-made model loads."""
+    change, words = WRONG[what]
+    bad = _damaged(float_model("qwen2_moe")[1], tmp_path / "bad", change)
+    with pytest.raises(ModelError, match=words) as caught:
+        quantise_directory(bad, tmp_path / "out")
+    assert caught.value.fix
+    with pytest.raises(ModelError):
+        load_model(tmp_path / "out", "cpu")
+
+
+def test_wrong_directories_and_options_are_refused(float_model: Make, tmp_path: Path) -> None:
+    """Nowhere, nothing, pickle only, a dense model, twice, an odd width, a full folder: each is said."""
+    _, good = float_model("mixtral")
+    quantise_directory(good, tmp_path / "done")
+    empty, pickled, dense = tmp_path / "empty", tmp_path / "pickled", tmp_path / "dense"
+    for folder in (empty, pickled, dense):
+        folder.mkdir()
+    shutil.copyfile(good / "config.json", pickled / "config.json")
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (dense / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    for source, words in (
+        (tmp_path / "nowhere", "no readable config.json"),
+        (empty, "no readable config.json"),
+        (pickled, "no safetensors weights"),
+        (dense, "'llama' is not supported"),
+        (tmp_path / "done", "already quantised"),
+    ):
+        with pytest.raises(ModelError, match=words) as caught:
+            quantise_directory(source, tmp_path / f"out-{source.name}")
+        assert caught.value.fix, source
+    with pytest.raises(ModelError, match="3 bits"):
+        quantise_directory(good, tmp_path / "odd", bits=3)
+    with pytest.raises(ModelError, match="holds files"):
+        quantise_directory(good, tmp_path / "done")
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 8}, {"bits": 8, "group": 0}, {"bits": "8", "group": 128}, 8, None])
+def test_a_malformed_quantisation_entry_is_refused(settings: object, float_model: Make, tmp_path: Path) -> None:
+    """config.json's own entry is validated before any weight is read."""
+    _, good = float_model("mixtral")
+    quantise_directory(good, tmp_path / "q")
+    path = tmp_path / "q/config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "concordat_quantisation": settings}), encoding="utf-8")
+    with pytest.raises(ModelError, match="concordat_quantisation") as caught:
+        load_model(tmp_path / "q", "cpu")
+    assert caught.value.fix
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fl_client.model.load import load_model
+load_model(sys.argv[1], "cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_model(sys.argv[2], "cpu")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_loading_an_int8_model_makes_no_float_copy(tmp_path: Path, float_model: Make) -> None:
+    """For 200 MB of float experts, loading their int8 form grows the peak memory by far less."""
+    _, small = float_model("granitemoe")
+    quantise_directory(small, tmp_path / "small")
+    big = tmp_path / "big"
+    shutil.copytree(small, big)
+    config = GraniteMoeConfig(
+        vocab_size=320,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=12,
+        num_experts_per_tok=2,
+    )
+    (big / "config.json").write_text(config.to_json_string(), encoding="utf-8")
+    shapes = {name: tensor.shape for name, tensor in skeleton(big).state_dict().items()}
+    fill = {name: torch.full(shape, 0.01) for name, shape in shapes.items()}
+    if config.tie_word_embeddings:
+        fill.pop("lm_head.weight")
+    save_file(fill, big / "model.safetensors")
+    floats = (big / "model.safetensors").stat().st_size
+    assert floats > 190e6
+    del fill
+    quantise_directory(big, tmp_path / "q")
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(tmp_path / "small"), str(tmp_path / "q")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 0.45 * floats
