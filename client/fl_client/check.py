@@ -70,7 +70,9 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
             nonlocal data
             data = load_unit_data(found.data, home.fingerprint_key)
             unit = found.data.privacy_unit
-            return f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
+            text = f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
+            public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
+            return text + public
 
         yield _checked("data", table)
         yield _checked("model", lambda: f"{found.model.directory.name}, digest {load_base(found).digest}")

@@ -33,6 +33,8 @@ class DataConfig:
     """[data]: where the private table lies and what one privacy unit is.
 
     `text_columns` with more than one name are written as `name: value; name: value` into one text.
+    `expected_units` is a public round figure for the number of units, which scales the updates; without it
+    the exact number counts as public.
     """
 
     name: str
@@ -42,6 +44,7 @@ class DataConfig:
     unit_column: str | None
     privacy_unit: str
     max_records_per_unit: int
+    expected_units: int | None
     public: bool
 
 
@@ -174,6 +177,7 @@ def _data(fields: Fields) -> DataConfig:
         unit_column=fields.text("unit_column", default=None),
         privacy_unit=unit,
         max_records_per_unit=fields.integer("max_records_per_unit", low=1, high=10_000, default=1),
+        expected_units=(fields.integer("expected_units", low=1, high=10**12) if fields.has("expected_units") else None),
         public=fields.boolean("public", default=False),
     )
     fields.done()
@@ -321,6 +325,7 @@ label_column = "label"
 privacy_unit = "record"          # "patient" or "customer": all rows of one of them are protected together
 # unit_column = "patient_id"     # needed unless the unit is a record
 # max_records_per_unit = 5       # further rows of one patient are not used
+# expected_units = 3000          # a public round figure for their number; without it the exact number is public
 public = false                   # true only for data that anyone may read
 
 [model]

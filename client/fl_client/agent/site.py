@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fl_client.agent")
 
+PUBLIC_UNIT = "public"
+"""Stands in ledger and receipts in place of a privacy unit when data declared public is trained without noise."""
+
 
 def open_ledger(home: SiteHome, config: SiteConfig) -> tuple[Ledger, SigningKey]:
     """Open the site's ledger for writing with the site's signing key."""
@@ -39,7 +42,7 @@ def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
     dataset = ledger.register_dataset(
         config.data.name,
         data.fingerprint,
-        config.data.privacy_unit,
+        PUBLIC_UNIT if config.policy.allow_non_private else config.data.privacy_unit,
         data.units,
         config.data.max_records_per_unit,
     )
@@ -106,7 +109,18 @@ def open_site(home: SiteHome, config: SiteConfig, coordinator_key: str) -> OpenS
             from fl_client.training import train_round
 
             chosen = restrict_labels(data, spec.task.labels)
-            return train_round(model, chosen, spec, mechanism, offset, round=round_, progress=progress)
+            units = config.data.expected_units
+            return train_round(
+                model,
+                chosen,
+                spec,
+                mechanism,
+                offset,
+                round=round_,
+                progress=progress,
+                expected_batch=mechanism.sampling_probability * units if units else None,
+                private=not config.policy.allow_non_private,
+            )
 
         facts = SiteFacts(
             site=config.site,
