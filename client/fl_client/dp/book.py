@@ -125,4 +125,8 @@ def _weighted_outer(entry: _Outer, weights: Tensor) -> Tensor:
 
 def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """`a[group].T @ b[group]` for every group of rows: `[M, p]`, `[M, q]` to `[E, p, q]`."""
+    p, q, lane = a.shape[1], b.shape[1], 16 // a.element_size()
+    if p % lane or q % lane:  # the kernel wants rows of whole 16 bytes
+        a, b = F.pad(a, (0, -p % lane)), F.pad(b, (0, -q % lane))
+        return F.grouped_mm(a.mT, b, offs=ends)[:, :p, :q]
     return F.grouped_mm(a.mT, b, offs=ends)

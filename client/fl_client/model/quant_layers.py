@@ -89,6 +89,12 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         `[M, out]`.
     """
+    inner, out = weight.shape[1:]
+    lane = 16 // x.element_size()
+    if inner % lane or out % lane:  # the kernel wants rows of whole 16 bytes; a LoRA rank may be anything
+        x = F.pad(x, (0, -inner % lane))
+        weight = F.pad(weight, (0, -out % lane, 0, -inner % lane))
+        return F.grouped_mm(x, weight, offs=ends)[:, :out]
     return F.grouped_mm(x, weight, offs=ends)
 
 
