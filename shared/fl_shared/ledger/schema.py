@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -20,6 +21,9 @@ def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:
         for what, text in sorted(wanted.items())
         if found.get(what) != text
     ]
+    if store.sqlite:
+        lines = connection.exec_driver_sql("PRAGMA quick_check(20)").scalars()
+        problems += [Problem(f"database file: {line}") for line in lines if line != "ok"]
     return problems + [Problem(f"schema: {what} does not belong there") for what in sorted(set(found) - set(wanted))]
 
 
@@ -28,6 +32,7 @@ def _sqlite(connection: sa.Connection) -> dict[str, str]:
     return {f"{kind} {name}": sql or "" for kind, name, sql in connection.execute(query)}
 
 
+@lru_cache(maxsize=1)
 def _fresh_sqlite() -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="concordat-schema-") as directory:
         store = Store(f"sqlite:///{Path(directory) / 'fresh.sqlite'}", read_only=False)

@@ -74,12 +74,11 @@ def check(job: Job) -> Result:
     store = Store(job.url, read_only=True)
     try:
         with store.read() as connection:
-            cursor = connection.connection.cursor()
 
             def rows(table: str, columns: str, where: str = "") -> list[Sequence[Any]]:
                 span = where or f"seq BETWEEN {job.first:d} AND {job.last:d}"
-                cursor.execute(f"SELECT {columns} FROM {table} WHERE {span}")  # noqa: S608  # our own names
-                return list(cursor.fetchall())
+                query = f"SELECT {columns} FROM {table} WHERE {span}"  # noqa: S608  # our own names
+                return list(connection.exec_driver_sql(query).fetchall())
 
             result = Result(job)
             typed = {

@@ -127,6 +127,11 @@ class Store:
             found = _schema_version(connection)
             if found == HEAD:
                 return
+            if found is not None and found not in known_revisions():
+                raise LedgerError(
+                    f"the ledger has schema {found}, which this program ({HEAD}) does not know",
+                    fix="use the program version that wrote it, or a later one",
+                )
             upgrade(connection)
 
     @contextlib.contextmanager
@@ -155,6 +160,13 @@ def downgrade(connection: sa.Connection, revision: str) -> None:
     from alembic import command
 
     command.downgrade(alembic_config(connection), revision)
+
+
+def known_revisions() -> set[str]:
+    """Return every schema version that this program can migrate from."""
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
 
 
 def alembic_config(connection: sa.Connection | None = None) -> Any:

@@ -249,27 +249,32 @@ class _Sums:
     ) -> None:
         """Compare the row that entry `seq` wrote."""
         if stored is None:
-            self._report.problems.append(Problem(f"tallies: row {seq} is missing", seq))
+            self._say(f"tallies: row {seq} is missing", seq)
             return
         number, version, held, spent = stored
+        if self._keys.get(number) != changed and number not in self._versions:
+            named = "is missing" if number not in self._keys else f"says {self._keys[number]}"
+            self._say(f"tally_keys: row {number} {named}, entry {seq} says {changed}", seq)
+        elif self._keys.get(number) != changed:
+            self._say(f"tallies.key of row {seq} is {number}, which does not stand for {changed}", seq)
         expected = self._versions.get(number, 0) + 1
         self._versions[number] = version
-        found = {
-            "key": (self._keys.get(number), changed),
+        sums = {
             "version": (version, expected),
             "held": (held, state.held.get(changed, 0)),
             "spent": (spent, state.spent.get(changed, 0)),
         }
-        for name, (is_, should) in found.items():
+        for name, (is_, should) in sums.items():
             if is_ != should:
-                self._report.problems.append(
-                    Problem(f"tallies.{name} of row {seq} is {is_!r}, the entries say {should!r}", seq)
-                )
+                self._say(f"tallies.{name} of row {seq} is {is_!r}, the entries say {should!r}", seq)
+
+    def _say(self, message: str, seq: int | None = None) -> None:
+        self._report.problems.append(Problem(message, seq))
 
     def finish(self) -> None:
         """Name keys that no entry uses."""
         for number in set(self._keys) - set(self._versions):
-            self._report.problems.append(Problem(f"tally_keys: row {number} belongs to no reservation"))
+            self._say(f"tally_keys: row {number} belongs to no reservation")
 
 
 def _check_counts(connection: sa.Connection, report: Report) -> None:

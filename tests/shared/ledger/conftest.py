@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import tempfile
@@ -15,8 +14,7 @@ import sqlalchemy as sa
 from fl_shared.ledger import Ledger
 from fl_shared.signing import SigningKey
 from helpers.ledgers import opened
-
-_numbers = itertools.count(1)
+from helpers.postgres import fresh_schema
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +46,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.sqlite'}"
     return fresh_schema(request.getfixturevalue("postgresql"))
-
-
-def fresh_schema(address: sa.engine.URL) -> str:
-    """Make a schema, and return the address at which it is the only one in sight."""
-    name = f"ledger_{next(_numbers)}"
-    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE SCHEMA {name}"))
-    engine.dispose()
-    return address.update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""kill -9 at every fault point: nothing is overspent, nothing is charged twice, and the ledger goes on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from fl_shared.ledger import Ledger
+from fl_shared.ledger.verify import verify_ledger
+from fl_shared.signing import SigningKey
+from helpers.ledgers import ROUND, SITE, in_process, opened, with_budget
+
+PLACES = ("begin", "before-entry", "entry", "tree", "row", "before-commit", "committed")
+ENDS: dict[str, Callable[[Ledger, int], object]] = {
+    "settle": lambda ledger, seq: ledger.settle(seq, ROUND, "sha256:release"),
+    "release": lambda ledger, seq: ledger.release_unused(seq, "the data file could not be opened"),
+    "doubt": lambda ledger, seq: ledger.charge_in_doubt(seq, "the process died"),
+}
+
+
+def killed_at(point: str, url: str, key: SigningKey, act: Callable[[Ledger], object]) -> None:
+    """Do `act` in another process, which dies at `point`."""
+
+    def work() -> None:
+        with opened(url, key) as ledger:
+            act(ledger)
+
+    assert in_process(work, {"FL_FAULT": point}) == -signal.SIGKILL, f"{point} was never reached"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_crash_while_reserving(url: str, key: SigningKey, place: str) -> None:
+    """Killed around a reservation: it stands whole or not at all; if it stands, recovery charges it."""
+    with opened(url, key) as ledger:
+        with_budget(ledger)
+    killed_at(f"reserve.{place}", url, key, lambda ledger: ledger.reserve("icd", ROUND, run="a", round=1))
+    with opened(url, key) as ledger:
+        stands = place == "committed"
+        assert len(ledger.open_reservations()) == int(stands)
+        assert len(ledger.recover()) == int(stands)
+        assert ledger.epsilon("icd").steps == (8 if stands else 0)
+        if not stands:
+            ledger.settle(ledger.reserve("icd", ROUND, run="a", round=1), ROUND, "sha256:again")
+            assert ledger.epsilon("icd").steps == 8
+    assert verify_ledger(url, SITE, public_key=key.public_hex).problems == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("end", ENDS)
+def test_a_crash_while_ending(url: str, key: SigningKey, end: str, place: str) -> None:
+    """Killed around an end: before the commit nothing left and recovery charges in full; after it, it stands.
+
+    Epsilon charged is never below what may have left, and the release is charged once.
+    """
+    with opened(url, key) as ledger:
+        seq = ledger.reserve(with_budget(ledger), ROUND, run="a", round=1).seq
+    killed_at(f"{end}.{place}", url, key, lambda ledger: ENDS[end](ledger, seq))
+    with opened(url, key) as ledger:
+        ended = place == "committed"
+        assert len(ledger.recover()) == int(not ended)
+        steps = ledger.epsilon("icd").steps
+        left = ledger.find_release("a", 1)
+        assert steps == (0 if ended and end == "release" else 8)
+        assert (left is not None) == (ended and end == "settle")
+        if left:
+            assert ledger.settle(seq, ROUND, left).seq == ledger.head().entries
+            assert ledger.epsilon("icd").steps == 8
+        ledger.reserve("icd", ROUND, run="a", round=2)
+    assert verify_ledger(url, SITE, public_key=key.public_hex).problems == []
+
+
+def test_a_crash_while_the_ledger_is_made(url: str, key: SigningKey) -> None:
+    """Killed in the middle of the first opening, the next opening finds an empty or a whole ledger."""
+    for place in ("before-entry", "entry", "tree"):
+
+        def work() -> None:
+            opened(url, key)
+
+        assert in_process(work, {"FL_FAULT": f"genesis.{place}"}) == -signal.SIGKILL
+    with opened(url, key) as ledger:
+        assert ledger.head().entries == 1
+    assert verify_ledger(url, SITE).problems == []
+
+
+def test_the_fault_points_are_all_of_them() -> None:
+    """Each fault point in the ledger's source is driven by a test above."""
+    import re
+    from importlib import resources
+
+    folder = resources.files("fl_shared.ledger")
+    source = "".join((folder / name).read_text() for name in ("service.py", "writer.py", "chain.py"))
+    found = set(re.findall(r"fault\(f?\"(?:\{point\}|reserve)\.([a-z-]+)\"\)", source))
+    assert found == set(PLACES)
+    assert source.count("fault(") == len(re.findall(r"fault\(f?\"(?:\{point\}|reserve)\.", source))
