@@ -1,0 +1,161 @@
+"""The audit on the real engine, and on engines that are broken on purpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+from fl_client.dp import engine as engine_module
+from fl_client.dp import optimizer as optimizer_module
+from fl_client.dp.adapt import AdaptedModel, adapt
+from fl_client.dp.book import GradientBook
+from fl_client.dp.canaries import (
+    audit_gradients,
+    audit_records,
+    clipped_gradients,
+    random_records,
+    worst_case_adapter,
+)
+from fl_client.dp.secure_random import SecureStream
+from fl_shared.errors import EngineError
+from fl_shared.manifest import LoraSection
+from fl_shared.privacy import Mechanism
+
+DELTA = 1e-5
+CLASSES = 50
+
+
+@pytest.fixture(scope="module")
+def adapted() -> AdaptedModel:
+    """A small Qwen2-MoE under a hostile coordinator's adapter."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, moe_intermediate_size=24, shared_expert_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation("grouped_mm")
+    lora = LoraSection(rank=4, alpha=4.0, targets=("attention", "shared_experts", "routed_experts"))
+    made = adapt(model, lora, CLASSES, torch.zeros(64), torch.ones(64))
+    worst_case_adapter(made, np.random.default_rng(0))
+    return made
+
+
+@pytest.fixture
+def fixed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling and noise from known keys, so that a verdict stays a verdict."""
+    keys = iter(range(1000))
+    monkeypatch.setattr(engine_module, "SecureStream", lambda: SecureStream(next(keys).to_bytes(32, "big")))
+
+
+def _records(count: int, tokens: int = 40):  # type: ignore[no-untyped-def]
+    return random_records(count, vocabulary=300, tokens=tokens, classes=CLASSES, rng=np.random.default_rng(3))
+
+
+def _audit(adapted: AdaptedModel, *, norm: float = 0.5):  # type: ignore[no-untyped-def]
+    mechanism = Mechanism(noise_multiplier=3.0, sampling_probability=1.0, steps=1, clipping_norm=norm)
+    return audit_records(adapted, _records(150), mechanism, guesses=80, delta=DELTA, coins=SecureStream(bytes(32)))
+
+
+class _PerTokenBook(GradientBook):
+    """What a layer that flattens tokens does to Opacus: every token is clipped as if it were an example."""
+
+    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
+        rows = unit_of_record.shape[0] * tokens
+        super().__init__(torch.arange(rows), rows, 1)
+        self._per_record = tokens
+
+    def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+        spread_a, spread_b = a.new_zeros(self.records, a.shape[1]), b.new_zeros(self.records, b.shape[1])
+        spread_a[:: self._per_record], spread_b[:: self._per_record] = a, b
+        super().add_record_outer(parameter, spread_a, spread_b)
+
+
+class _UnclippedExpertsBook(GradientBook):
+    """Experts outside the clipping, as when Opacus does not see them."""
+
+    def add_expert_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor, *rest) -> None:  # type: ignore[no-untyped-def]
+        before = self._squared.clone()
+        super().add_expert_factor(parameter, a, b, *rest)
+        self._squared = before
+
+    def weighted_sums(self, weights: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        clipped = super().weighted_sums(weights)
+        whole = super().weighted_sums(torch.ones_like(weights))
+        return [pair if pair[0].ndim == 3 else old for pair, old in zip(whole, clipped, strict=True)]
+
+
+def test_the_right_engine_is_not_accused(adapted: AdaptedModel, fixed_streams: None) -> None:
+    """The proof stays below the claim, and the audit could have accused several faults."""
+    report = _audit(adapted)
+    assert report.result.epsilon_lower < report.claimed_epsilon
+    assert not report.accused
+    assert report.power["none"] <= 0.1
+    assert report.power["no noise"] > 0.9
+    assert report.to_dict()["accused"] is False
+
+
+def test_no_noise_is_accused(adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that forgets the noise is accused."""
+    monkeypatch.setattr(
+        optimizer_module, "discrete_gaussian", lambda count, grid, stream: np.zeros(count, dtype=np.int64)
+    )
+    assert _audit(adapted).accused
+
+
+def test_per_token_clipping_is_accused(
+    adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that clips tokens instead of units is accused."""
+    monkeypatch.setattr(engine_module, "GradientBook", _PerTokenBook)
+    assert _audit(adapted, norm=0.02).accused
+
+
+def test_unclipped_experts_are_accused(
+    adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that clips everything but the experts is accused."""
+    monkeypatch.setattr(engine_module, "GradientBook", _UnclippedExpertsBook)
+    assert _audit(adapted, norm=0.02).accused
+
+
+def _audit_gradients(adapted: AdaptedModel):  # type: ignore[no-untyped-def]
+    mechanism = Mechanism(noise_multiplier=1.2, sampling_probability=1.0, steps=1, clipping_norm=1.0)
+    return audit_gradients(adapted, mechanism, canaries=9000, guesses=600, delta=DELTA, coins=SecureStream(bytes(32)))
+
+
+def test_gradient_canaries_leave_the_right_engine_alone(adapted: AdaptedModel, fixed_streams: None) -> None:
+    """Thousands of gradient canaries prove a positive epsilon below the claim."""
+    report = _audit_gradients(adapted)
+    assert 0 < report.result.epsilon_lower < report.claimed_epsilon
+
+
+def test_quarter_noise_is_accused_by_gradient_canaries(
+    adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise at a quarter of its scale is accused; the report says how likely that was for half."""
+    true_noise = optimizer_module.discrete_gaussian
+    monkeypatch.setattr(
+        optimizer_module, "discrete_gaussian", lambda count, grid, stream: true_noise(count, grid, stream) // 4
+    )
+    report = _audit_gradients(adapted)
+    assert report.accused
+    assert 0 <= report.power["noise at half scale"] <= 1
+
+
+def test_clipped_gradients_never_exceed_the_norm(adapted: AdaptedModel) -> None:
+    """The guesser's own gradients have at most the clipping norm, and reach it when it is small."""
+    rows = clipped_gradients(adapted, _records(5), 0.02)
+    np.testing.assert_allclose(np.linalg.norm(rows.astype(float), axis=1), 0.02, rtol=1e-5)
+
+
+def test_too_many_canaries_are_refused(adapted: AdaptedModel) -> None:
+    """More gradient canaries than coordinates cannot be."""
+    mechanism = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
+    with pytest.raises(EngineError, match="gradient canaries"):
+        audit_gradients(adapted, mechanism, canaries=10**7, guesses=2, delta=DELTA)
