@@ -21,6 +21,7 @@ import os
 import socket
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +59,10 @@ FLEET_CALLS = frozenset(
     }
 )
 MAX_APP_BYTES = 16 << 20
+OFF_LINE_S = 6.0
 READY = "tunnel ready"
+_HANDLED = ("get-fab", "activate-node")
+_MAX_SMALL_BYTES = 1 << 20
 
 _HOP_HEADERS = frozenset(
     {
@@ -86,6 +90,7 @@ class TunnelSettings:
     local_certificate: str
     local_key: str
     apps: list[str]
+    node_file: str
 
     def to_line(self) -> bytes:
         """Return the JSON line that `python -m fl_client.tunnel` reads."""
@@ -138,39 +143,135 @@ def app_digest(answer: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def build_app(fleet_url: str, context: ssl.SSLContext, apps: list[str]) -> Starlette:
-    """Return the ASGI app that forwards Fleet calls to `fleet_url` over `context`.
+def activated_node(answer: bytes) -> int:
+    """Return the node id in a serialised `ActivateNodeResponse`; ValueError when it is none."""
+    from flwr.proto.fleet_pb2 import ActivateNodeResponse
+    from google.protobuf.message import DecodeError
 
-    `apps` is the allow-list of app digests, or `["any"]`.
+    try:
+        return ActivateNodeResponse.FromString(answer).node_id
+    except DecodeError as error:
+        raise ValueError("the coordinator's answer cannot be read") from error
+
+
+def deactivation(node: int) -> bytes:
+    """Return the serialised request that takes node `node` off line."""
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+
+    return DeactivateNodeRequest(node_id=node).SerializeToString()
+
+
+class Tunnel:
+    """Forwards Fleet calls to `fleet_url` over `context`.
+
+    `apps` is the allow-list of app digests, or `["any"]`. `node_file` remembers the node's id, so that a
+    SuperNode that was killed can come back at once: the SuperLink holds a silent node on line for a minute
+    and would refuse it until then.
     """
-    client = httpx.AsyncClient(
-        verify=context,
-        timeout=httpx.Timeout(300.0, connect=15.0),
-        limits=httpx.Limits(max_connections=32, max_keepalive_connections=8),
-        follow_redirects=False,
-    )
 
-    async def forward(request: Request) -> Response:
+    def __init__(self, fleet_url: str, context: ssl.SSLContext, apps: list[str], node_file: Path) -> None:
+        """Prepare the outgoing connections; nothing is opened yet."""
+        self._url = fleet_url
+        self._apps = apps
+        self._node_file = node_file
+        self._complained = 0.0
+        self._client = httpx.AsyncClient(
+            verify=context,
+            timeout=httpx.Timeout(300.0, connect=15.0),
+            limits=httpx.Limits(max_connections=32, max_keepalive_connections=8),
+            follow_redirects=False,
+        )
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        return Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+
+    async def forward(self, request: Request) -> Response:
+        """Pass one Fleet call on; anything else is a 404 that never leaves the site."""
         call = request.path_params["call"]
         if call not in FLEET_CALLS:
             log.warning("refused to forward %r: not a Fleet call of a site", call[:80])
             return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_HEADERS]
-        if call == "get-fab":
-            headers = [(k, v) for k, v in headers if k.lower() != "accept-encoding"]
-            headers.append(("accept-encoding", "identity"))
-        outgoing = client.build_request("POST", f"{fleet_url}/{call}", headers=headers, content=request.stream())
         try:
-            answer = await client.send(outgoing, stream=True)
+            if call in _HANDLED:
+                plain = [(k, v) for k, v in headers if k.lower() not in ("accept-encoding", "content-length")]
+                plain.append(("accept-encoding", "identity"))
+                return await self._handled(call, plain, request)
+            answer = await self._send(call, headers, request.stream())
         except httpx.HTTPError as error:
-            log.warning("the coordinator cannot be reached: %s", error or type(error).__name__)
+            self._complain(f"the coordinator cannot be reached: {error or type(error).__name__}")
             return PlainTextResponse("the coordinator cannot be reached", status_code=503)
-        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_HEADERS}
-        if call == "get-fab" and answer.status_code == 200:
-            return await _checked_app(answer, kept, apps)
-        return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=kept)
+        if answer.status_code in (401, 403):
+            self._complain(f"the coordinator refuses this site's calls (status {answer.status_code})")
+        return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=_kept(answer))
 
-    return Starlette(routes=[Route("/v1/fleet/{call}", forward, methods=["POST"])])
+    async def _send(
+        self, call: str, headers: list[tuple[str, str]], content: bytes | AsyncIterator[bytes]
+    ) -> httpx.Response:
+        request = self._client.build_request("POST", f"{self._url}/{call}", headers=headers, content=content)
+        return await self._client.send(request, stream=True)
+
+    async def _handled(self, call: str, headers: list[tuple[str, str]], request: Request) -> Response:
+        """Calls whose answer the tunnel reads: the shipped app, and the node's id."""
+        body = bytearray()
+        async for block in request.stream():
+            body += block
+            if len(body) > _MAX_SMALL_BYTES:
+                return PlainTextResponse("the request is too large", status_code=413)
+        if call == "activate-node":
+            await self._deactivate_left_over(headers)
+        answer = await self._send(call, headers, bytes(body))
+        found = await _whole(answer, MAX_APP_BYTES)
+        if found is None:
+            log.warning("refused an answer of the coordinator to %s: larger than %d bytes", call, MAX_APP_BYTES)
+            return PlainTextResponse("refused by the site: too large", status_code=403)
+        if answer.status_code == 200:
+            refusal = self._inspect(call, found)
+            if refusal:
+                log.warning("%s", refusal)
+                return PlainTextResponse(refusal, status_code=403)
+        elif answer.status_code in (401, 403):
+            self._complain(f"the coordinator refuses this site's calls (status {answer.status_code})")
+        return Response(found, status_code=answer.status_code, headers=_kept(answer))
+
+    def _inspect(self, call: str, answer: bytes) -> str:
+        """Say why an answer is not passed on, "" when it is."""
+        try:
+            if call == "activate-node":
+                write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
+                return ""
+            digest = app_digest(answer)
+        except ValueError as error:
+            return f"refused by the site: {error}"
+        if self._apps != [ANY_APP] and digest not in self._apps:
+            return f"refused by the site: app {digest} is not in [policy] apps"
+        log.info("passed the coordinator's app %s", digest)
+        return ""
+
+    async def _deactivate_left_over(self, headers: list[tuple[str, str]]) -> None:
+        """Take the node of a killed SuperNode off line, with the signature that its successor just made."""
+        try:
+            node = int(self._node_file.read_text("ascii"))
+        except (OSError, ValueError):
+            return
+        answer = await self._send("deactivate-node", headers, deactivation(node))
+        await _whole(answer, _MAX_SMALL_BYTES)
+        if answer.status_code == 200:
+            # The order that died with the old SuperNode is sent again only if the coordinator, which looks
+            # every second or so, sees the node gone.
+            log.info("took the former SuperNode off line; its successor follows in %.0f s", OFF_LINE_S)
+            await asyncio.sleep(OFF_LINE_S)
+
+    def _complain(self, message: str) -> None:
+        """Log a condition that lasts at most once a minute."""
+        if time.monotonic() - self._complained > 60.0 or self._complained == 0.0:
+            self._complained = time.monotonic()
+            log.warning("%s", message)
+
+
+def _kept(answer: httpx.Response) -> dict[str, str]:
+    return {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_HEADERS}
 
 
 async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
@@ -181,36 +282,20 @@ async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
         await answer.aclose()
 
 
-async def _checked_app(answer: httpx.Response, headers: dict[str, str], apps: list[str]) -> Response:
-    """Pass the shipped app on only when the site's policy allows its digest."""
+async def _whole(answer: httpx.Response, limit: int) -> bytes | None:
+    """Return the body of an answer, None when it is larger than `limit`."""
     body = bytearray()
-    try:
-        async for block in answer.aiter_raw():
-            body += block
-            if len(body) > MAX_APP_BYTES:
-                log.warning("refused the coordinator's app: larger than %d bytes", MAX_APP_BYTES)
-                return PlainTextResponse("app refused by the site: too large", status_code=403)
-    except httpx.HTTPError as error:
-        log.warning("the app did not arrive whole: %s", error or type(error).__name__)
-        return PlainTextResponse("the coordinator cannot be reached", status_code=503)
-    finally:
-        await answer.aclose()
-    try:
-        digest = app_digest(bytes(body))
-    except ValueError as error:
-        log.warning("refused the coordinator's app: %s", error)
-        return PlainTextResponse("app refused by the site: unreadable", status_code=403)
-    if apps != [ANY_APP] and digest not in apps:
-        log.warning("refused the coordinator's app %s: not in the site's [policy] apps", digest)
-        return PlainTextResponse(f"app {digest} refused by the site's policy", status_code=403)
-    log.info("passed the coordinator's app %s", digest)
-    return Response(bytes(body), status_code=200, headers=headers)
+    async for block in _relay(answer):
+        body += block
+        if len(body) > limit:
+            return None
+    return bytes(body)
 
 
 async def _serve(settings: TunnelSettings) -> None:
     context = verified_context(Path(settings.ca).read_text("ascii"), Path(settings.certificate), Path(settings.key))
     config = uvicorn.Config(
-        build_app(settings.fleet_url, context, settings.apps),
+        Tunnel(settings.fleet_url, context, settings.apps, Path(settings.node_file)).app(),
         ssl_certfile=settings.local_certificate,
         ssl_keyfile=settings.local_key,
         log_level="warning",

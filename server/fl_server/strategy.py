@@ -26,14 +26,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common import Array
 from flwr.serverapp import Grid
 
-from fl_server.aggregation import StreamingMean
+from fl_server.aggregation import Form, MeanByForm
 from fl_server.db.store import Store
 from fl_server.home import ServerHome
 from fl_server.replies import BadReply, Expected
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_server.sites.service import Sites
 from fl_shared.adapter import digest, pack, shapes, unpack
-from fl_shared.errors import DataError, RunError
+from fl_shared.errors import ConcordatError, DataError, RunError
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 
@@ -66,6 +66,7 @@ class _Asked:
     message: str = ""
     earliest: float = 0.0
     reply: Reply | None = None
+    form: Form = ()
     problem: str = "it was never online"
 
 
@@ -91,7 +92,7 @@ class Round:
         self._number = number
         self._base_bytes = base
         self._base = unpack(base)
-        self._mean = StreamingMean(shapes(self._base) if self._base else None)
+        self._means = MeanByForm(shapes(self._base) if self._base else None)
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
@@ -116,7 +117,8 @@ class Round:
         return asked
 
     def _good(self) -> int:
-        return sum(1 for each in self._asked if each.reply is not None and each.reply.status == "ok")
+        """How many right replies can be averaged with one another."""
+        return self._means.most
 
     def _open(self) -> list[_Asked]:
         return [each for each in self._asked if each.reply is None]
@@ -150,8 +152,10 @@ class Round:
             time.sleep(POLL_S)
         for each in self._open():
             each.reply = Reply(each.site, "missing", "no-answer", f"no answer in time: {each.problem}")
+        self._reject_other_forms()
         replies = [each.reply for each in self._asked if each.reply is not None]
-        if self._good() < quorum:
+        good = sum(1 for reply in replies if reply.status == "ok")
+        if good < quorum:
             self._runs.record_replies(self._spec.run.name, self._number, replies)
             said = "; ".join(
                 f"{reply.site}: {reply.code or reply.status}: {reply.message}" if reply.status != "ok" else
@@ -159,18 +163,35 @@ class Round:
                 for reply in replies
             )  # fmt: skip
             raise QuorumMissed(
-                f"round {self._number} has {self._good()} of the {quorum} replies it needs ({said})",
+                f"round {self._number} has {good} of the {quorum} replies it needs ({said})",
                 fix="see `fl-admin runs show`; mend the cause, then `fl-admin runs resume`",
             )
         return CommittedRound(
             run=self._spec.run.name,
             attempt=self._attempt,
             round=self._number,
-            adapter=pack(self._mean.onto(self._base)),
+            adapter=pack(self._means.winner()[1].onto(self._base)),
             replies=replies,
             received_bytes=self._received,
             seconds=time.monotonic() - self._began,
         )
+
+    def _reject_other_forms(self) -> None:
+        """In the first round: the replies whose tensors are not those of most sites count as invalid."""
+        try:
+            right, problem = self._means.winner()[0], "its tensors are not those of most sites"
+        except DataError as error:
+            right, problem = (), error.message
+        for each in self._asked:
+            if each.reply is not None and each.reply.status == "ok" and each.form != right:
+                each.reply = Reply(each.site, "invalid", "bad-update", problem)
+                self._note(each)
+
+    def _note(self, each: _Asked) -> None:
+        if each.reply is not None:
+            text = f"{each.reply.code}: {each.reply.message}" if each.reply.code else ""
+            kind = f"reply-{each.reply.status}"
+            self._runs.note(self._spec.run.name, kind, text, round=self._number, site=each.site)
 
     def _send(self, online: set[int], deadline: float) -> None:
         """Push the order to every site that is online and has none under way, one message at a time."""
@@ -221,10 +242,7 @@ class Round:
             each.earliest = time.monotonic() + RESEND_S
             each.problem = "its agent is not running"
             return
-        text = f"{each.reply.code}: {each.reply.message}" if each.reply.code else ""
-        self._runs.note(
-            self._spec.run.name, f"reply-{each.reply.status}", text, round=self._number, site=each.site
-        )
+        self._note(each)
 
     def _judge(self, each: _Asked, content: RecordDict) -> Reply | None:
         try:
@@ -245,7 +263,7 @@ class Round:
             return each.expected.refusal(status, document)
         reply, tensors = each.expected.receipt(document, update)
         try:
-            self._mean.add(tensors)
+            each.form = self._means.add(tensors)
         except DataError as error:
             raise BadReply(error.message, code="bad-update") from error
         return reply
@@ -284,7 +302,8 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
             adapter = done.adapter
     except Interrupted as error:
         runs.note(run, "interrupted", error.message)
-    except QuorumMissed as error:
+    except ConcordatError as error:
+        # A missed quorum, a damaged adapter file: nothing that another ServerApp would do better.
         if still_wanted():
             runs.fail(run, error.message)
     finally:

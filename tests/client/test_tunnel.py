@@ -18,6 +18,7 @@ import psutil
 import pytest
 from client_gateway import Gateway
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 
 from fl_client.enrolment import enrol
 from fl_client.home import SiteHome
@@ -48,6 +49,7 @@ def settings_of(home: SiteHome, gateway: Gateway, listener: socket.socket, apps:
         local_certificate=str(home.supernode / "tunnel-ca.pem"),
         local_key=str(home.run / "tunnel.key"),
         apps=apps,
+        node_file=str(home.run / "node-id"),
     )
 
 
@@ -119,6 +121,25 @@ def test_only_an_allowed_app_passes(tunnel: Running, gateway: Gateway) -> None:
     assert b"another app" not in refused.content
     gateway.fleet_answer = lambda _path, _body: (200, b"\xff\xff no message")
     assert tunnel.post("/v1/fleet/get-fab").status_code == 403
+
+
+def test_a_killed_node_is_taken_off_line_before_its_successor_goes_on(
+    tunnel: Running, gateway: Gateway, home: SiteHome
+) -> None:
+    """The second activation is preceded by the deactivation of the remembered node."""
+    bodies: list[tuple[str, bytes]] = []
+
+    def answer(path: str, body: bytes) -> tuple[int, bytes]:
+        bodies.append((path.rpartition("/")[2], body))
+        return 200, ActivateNodeResponse(node_id=4711).SerializeToString()
+
+    gateway.fleet_answer = answer
+    first = tunnel.post("/v1/fleet/activate-node", b"first")
+    assert ActivateNodeResponse.FromString(first.content).node_id == 4711
+    tunnel.post("/v1/fleet/activate-node", b"second")
+    assert [call for call, _ in bodies] == ["activate-node", "deactivate-node", "activate-node"]
+    assert DeactivateNodeRequest.FromString(bodies[1][1]).node_id == 4711
+    assert bodies[2][1] == b"second"
 
 
 def test_a_gateway_that_is_down_is_a_503(tunnel: Running, gateway: Gateway) -> None:

@@ -134,6 +134,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
         local_certificate=str(local_certificate),
         local_key=str(local_key),
         apps=list(config.policy.apps),
+        node_file=str(home.run / "node-id"),
     )
     return Helpers(settings, listener, plan if node.launch else None)
 

@@ -188,7 +188,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.out.exists() and any(options.out.iterdir()):
         raise ModelError(f"{options.out} holds files", fix="name a new or empty folder")
     model = load_model(options.model, options.device)
-    export_peft(model, _read_adapter(options.adapter), RunSpec.from_toml(options.spec), options.out)
+    export_peft(model, RunSpec.from_toml(options.spec), _read_adapter(options.adapter), options.out)
     _print(options, {"directory": str(options.out)})
     return 0
 

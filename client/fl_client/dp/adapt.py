@@ -56,7 +56,7 @@ class Head(nn.Linear):
         if self.scope.mode == "hooks":
             out: Tensor = self(f)
             return out
-        made: Tensor = _Head.apply(f, self.weight, self.bias, self.scope)
+        made: Tensor = _Head.apply(f, self.weight, self.bias, self.scope)  # type: ignore[no-untyped-call]  # torch's
         return made
 
 
@@ -221,7 +221,7 @@ def _inject(backbone: nn.Module, paths: list[str], lora: LoraSection) -> None:
         kinds[type(layer)] = LoraExperts
     settings = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by r, whatever the number's type
+        lora_alpha=lora.alpha,  # PEFT divides it by r, whatever its type
         target_modules="(" + "|".join(re.escape(f"model.{path}") for path in paths) + ")",
         init_lora_weights=False,
     )

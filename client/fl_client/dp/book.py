@@ -19,10 +19,11 @@ from fl_shared.errors import EngineError
 
 @dataclass(frozen=True)
 class _PerUnit:
-    """A gradient that is small per unit and kept whole: `[U, *shape]`."""
+    """A gradient that is small per unit and kept whole: `[U, p, q]` with p <= q, turned over when `turned`."""
 
     parameter: nn.Parameter
     gradient: Tensor
+    turned: bool
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,15 @@ class GradientBook:
                 f"{self.tokens} tokens: it mixes examples",
                 fix="leave this layer out of the LoRA targets",
             )
-        product = torch.bmm(a.view(self.records, self.tokens, -1).mT, b.view(self.records, self.tokens, -1)).float()
+        turned = a.shape[1] > b.shape[1]  # a narrow matrix on the left is several times faster
+        left, right = (b, a) if turned else (a, b)
+        shape = (self.records, self.tokens, -1)
+        product = torch.bmm(left.view(shape).mT, right.view(shape)).float()
         if not self._single:
             whole = product.new_zeros(self.units, *product.shape[1:])
             product = whole.index_add_(0, self.unit_of_record, product)
         self._squared += torch.linalg.vector_norm(product.flatten(1), dim=1).double().square()
-        self._entries.append(_PerUnit(parameter, product))
+        self._entries.append(_PerUnit(parameter, product, turned))
 
     def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         """A gradient with one row per record: `[B, p]` and `[B, q]`."""
@@ -106,7 +110,8 @@ class GradientBook:
         sums = []
         for entry in self._entries:
             if isinstance(entry, _PerUnit):
-                total = torch.mv(entry.gradient.flatten(1).mT, weights)
+                total = torch.mv(entry.gradient.flatten(1).mT, weights).view(entry.gradient.shape[1:])
+                total = total.mT if entry.turned else total
             else:
                 total = _weighted_outer(entry, weights)
             sums.append((entry.parameter, total.reshape(entry.parameter.shape)))
@@ -115,17 +120,24 @@ class GradientBook:
 
 def _weighted_outer(entry: _Outer, weights: Tensor) -> Tensor:
     row = weights[entry.unit_of_row].unsqueeze(-1)
-    narrow_a = entry.a.shape[1] <= entry.b.shape[1]
-    a = entry.a * row.to(entry.a.dtype) if narrow_a else entry.a
-    b = entry.b if narrow_a else entry.b * row.to(entry.b.dtype)
-    if entry.ends is None:
-        return (a.mT @ b).float()
-    return grouped_outer(a, b, entry.ends).float()
+    a, b = entry.a, entry.b
+    if a.shape[1] <= b.shape[1]:
+        a = a * row.to(a.dtype)
+    else:
+        b = b * row.to(b.dtype)
+    return (outer(a, b) if entry.ends is None else grouped_outer(a, b, entry.ends)).float()
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """`a.T @ b`: `[M, p]`, `[M, q]` to `[p, q]`."""
+    return (b.mT @ a).mT if a.shape[1] > b.shape[1] else a.mT @ b
 
 
 def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """`a[group].T @ b[group]` for every group of rows: `[M, p]`, `[M, q]` to `[E, p, q]`."""
     p, q, lane = a.shape[1], b.shape[1], 16 // a.element_size()
+    if p > q:
+        return grouped_outer(b, a, ends).mT
     if p % lane or q % lane:  # the kernel wants rows of whole 16 bytes
         a, b = F.pad(a, (0, -p % lane)), F.pad(b, (0, -q % lane))
         return F.grouped_mm(a.mT, b, offs=ends)[:, :p, :q]

@@ -111,18 +111,18 @@ def _probe(adapted: AdaptedModel, records: Records) -> float:
             f"the backward pass does not reach the plan: {missing[0] if missing else 'unplanned tensors'}",
             fix="this architecture needs its own file under fl_client/dp/architectures",
         )
-    norms = book.norms()
+    norms = book.norms().detach()
     dtype = next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
     worst = 0.0
     for unit, truth in enumerate(unit_gradients_by_loop(adapted, records, records.units)):
         one = torch.zeros(records.units, device=device)
         one[unit] = 1.0
-        got = {names[id(p)]: value for p, value in book.weighted_sums(one)}
+        got = {names[id(p)]: value.detach() for p, value in book.weighted_sums(one)}
         size = torch.sqrt(sum((value.double().square().sum() for value in truth.values()), torch.tensor(0.0)))
         apart = torch.sqrt(
             sum(((got[n] - value).double().square().sum() for n, value in truth.items()), torch.tensor(0.0))
         )
-        worst = max(worst, float(apart / size), abs(norms[unit].item() / float(size) - 1.0))
+        worst = max(worst, float(apart / size), abs(float(norms[unit]) / float(size) - 1.0))
     if not worst <= TOLERANCE[dtype]:
         raise EngineError(
             f"per-unit gradients of this {adapted.architecture.model_type} model are off by {worst:.1e}",

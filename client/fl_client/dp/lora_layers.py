@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_client.dp.book import grouped_outer
+from fl_client.dp.book import grouped_outer, outer
 from fl_client.dp.scope import BatchScope
 from fl_client.dp.segments import Segments, find_segments
 from fl_client.model.quant_layers import QuantExperts, QuantLinear, dequantise, grouped_matmul, sort_by_expert
@@ -55,8 +55,8 @@ class _LinearWithFactors(torch.autograd.Function):
             ctx.book.add_factor(b, g, scaled)
         else:
             if a.requires_grad:
-                grad_a = (low.mT @ rows).to(a.dtype)
-            grad_b = (g.mT @ scaled).to(b.dtype)
+                grad_a = outer(low, rows).to(a.dtype)
+            grad_b = outer(g, scaled).to(b.dtype)
         return gx, grad_a, grad_b, None, None
 
 
@@ -133,8 +133,8 @@ class _FrozenBase(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT ships no 
     """What both layers share: PEFT's book-keeping attributes and the scope."""
 
     base_layer: nn.Module
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
+    lora_A: nn.ModuleDict  # noqa: N815  # PEFT's name
+    lora_B: nn.ModuleDict  # noqa: N815
     scope: BatchScope
     factor: float
 
@@ -149,8 +149,9 @@ class _FrozenBase(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT ships no 
             raise EngineError(f"the adapter is called {adapter_name!r}", fix=f"call it {ADAPTER!r}")
         self._active_adapter = adapter_name
         self.scope, self.factor = BatchScope(), float(lora_alpha) / r
-        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
-        self.scaling[adapter_name] = self.factor
+        peft: Any = self
+        peft.r[adapter_name], peft.lora_alpha[adapter_name] = r, lora_alpha
+        peft.scaling[adapter_name] = self.factor
 
 
 class LoraLinear(_FrozenBase):
@@ -185,7 +186,7 @@ class LoraLinear(_FrozenBase):
             examples = x.reshape(scope.records, -1, x.shape[-1])
             added: Tensor = base(x) + self.factor * up(down(examples)).view(*x.shape[:-1], -1)
             return added
-        y: Tensor = _LinearWithFactors.apply(x, down.weight, up.weight, self, scope)
+        y: Tensor = _LinearWithFactors.apply(x, down.weight, up.weight, self, scope)  # type: ignore[no-untyped-call]
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
 
@@ -270,7 +271,9 @@ class LoraExperts(_FrozenBase):
             frozen = grouped_matmul(x, self.base_weight(name, x.dtype).mT, routing.ends)
             added: Tensor = frozen + self.factor * b(a(x, *rest), *rest)
             return added
-        y: Tensor = _ExpertsWithFactors.apply(x, a.weight, b.weight, self, name, routing, scope)
+        y: Tensor = _ExpertsWithFactors.apply(  # type: ignore[no-untyped-call]  # torch's
+            x, a.weight, b.weight, self, name, routing, scope
+        )
         return y
 
 

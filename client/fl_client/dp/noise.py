@@ -87,17 +87,28 @@ def discrete_gaussian(count: int, grid: Grid, stream: SecureStream) -> NDArray[n
 
 
 def _base(count: int, stream: SecureStream) -> NDArray[np.int32]:
-    """`count` draws of width BASE_WIDTH: pick a cell, then keep it or take its alias."""
-    threshold, alias = _alias_table()
+    """`count` draws of width BASE_WIDTH: pick a cell, then keep it or take its alias.
+
+    The upper half of the 64-bit threshold decides all but one draw in 2**32; the lower half is drawn for that one.
+    """
+    high, low, alias = _alias_table()
     cell = stream.halfwords(count)
-    keep = stream.words(count) < threshold[cell]
+    word, limit = stream.words32(count), high[cell]
+    keep = word < limit
+    tied = np.flatnonzero(word == limit)
+    if tied.size:
+        keep[tied] = stream.words32(tied.size) < low[cell[tied]]
     chosen = np.where(keep, cell, alias[cell])
     return chosen.astype(np.int32) - CELLS // 2
 
 
 @functools.cache
-def _alias_table() -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
-    """Walker's table of the discrete Gaussian: a cell is kept with probability threshold / 2**64."""
+def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint16]]:
+    """Walker's table of the discrete Gaussian: a cell is kept with probability threshold / 2**64.
+
+    Returns:
+        upper and lower 32 bits of each cell's threshold, and its alias.
+    """
     mass = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, THRESHOLD_BITS + CELLS.bit_length() - 1)
     one = 1 << THRESHOLD_BITS
     # outcome -2**15 is never drawn: symmetric support
@@ -112,8 +123,9 @@ def _alias_table() -> tuple[NDArray[np.uint64], NDArray[np.uint16]]:
         if threshold[high] < one:
             small.append(large.pop())
     # what is left has exactly weight one; it is its own alias
-    clipped = [min(value, one - 1) for value in threshold]
-    return np.array(clipped, dtype=np.uint64), np.array(alias, dtype=np.uint16)
+    clipped = np.array([min(value, one - 1) for value in threshold], dtype=np.uint64)
+    high, low = (clipped >> np.uint64(32)).astype(np.uint32), clipped.astype(np.uint32)
+    return high, low, np.array(alias, dtype=np.uint16)
 
 
 def discrete_gaussian_mass(width: int, support: int, bits: int) -> list[int]:

@@ -42,6 +42,10 @@ class SecureStream:
         """`count` independent uniform 64-bit words."""
         return np.frombuffer(self._take(8 * count), dtype="<u8").astype(np.uint64, copy=False)
 
+    def words32(self, count: int) -> NDArray[np.uint32]:
+        """`count` independent uniform 32-bit words."""
+        return np.frombuffer(self._take(4 * count), dtype="<u4").astype(np.uint32, copy=False)
+
     def halfwords(self, count: int) -> NDArray[np.uint16]:
         """`count` independent uniform 16-bit words."""
         return np.frombuffer(self._take(2 * count), dtype="<u2").astype(np.uint16, copy=False)

@@ -3,7 +3,8 @@
 The gradient of one LoRA factor for one privacy unit is `sum_i a_i (x) b_i` over the unit's rows. For a routed expert
 those rows are the unit's tokens in that expert: a *segment*. Most segments hold a few rows, and
 `|sum_i a_i (x) b_i|^2 = sum_ij <a_i, a_j> <b_i, b_j>` (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022,
-arXiv 2110.05679, Section 4) costs least; long ones are multiplied out.
+arXiv 2110.05679, Section 4) costs least; long ones are multiplied out. Segments of like length go together, padded to
+a power of two at most.
 """
 
 from __future__ import annotations
@@ -13,54 +14,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHORT = 16
 _CHUNK_FLOATS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Runs of equal keys among M sorted rows.
+class Bucket:
+    """Segments of `length / 2 + 1` to `length` rows.
 
     Attributes:
-        of_row: `[M]`, the segment of each row.
-        unit: `[S]`, the privacy unit of each segment.
-        left, right: `[P]`, all pairs of different rows inside the short segments.
-        pair: `[P]`, the segment of each pair.
-        short: `[M]` bool, rows in short segments.
-        long: start and length of each long segment.
+        rows: `[S * length]`, the rows of each segment; beyond its end any row.
+        real: float32 `[S, length, 1]`, 1 for the segment's own rows; None when all are.
     """
 
-    of_row: Tensor
+    length: int
+    rows: Tensor
+    real: Tensor | None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of equal keys among sorted rows.
+
+    Attributes:
+        unit: `[S]`, the privacy unit of each segment, in the buckets' order.
+        buckets: every segment is in exactly one.
+    """
+
     unit: Tensor
-    left: Tensor
-    right: Tensor
-    pair: Tensor
-    short: Tensor
-    long: tuple[tuple[int, int, int], ...]
+    buckets: tuple[Bucket, ...]
 
 
 def find_segments(key: Tensor, units: int) -> Segments:
     """Split rows by `key = group * units + unit`, ascending, int64 `[M]`."""
-    unique, of_row, counts = torch.unique_consecutive(key, return_inverse=True, return_counts=True)
-    is_long = counts > SHORT
-    short = ~is_long[of_row]
-    lefts, rights = [], []
-    alive = torch.nonzero(short).squeeze(-1)
-    longest = int(counts[~is_long].max()) if bool((~is_long).any()) else 0
-    for distance in range(1, longest):
-        alive = alive[alive + distance < key.shape[0]]
-        alive = alive[key[alive] == key[alive + distance]]
-        lefts.append(alive)
-        rights.append(alive + distance)
-    none = key.new_empty(0)
-    left = torch.cat(lefts) if lefts else none
-    right = torch.cat(rights) if rights else none
-    long: tuple[tuple[int, int, int], ...] = ()
-    if bool(is_long.any()):
-        starts = torch.cumsum(counts, 0) - counts
-        which = torch.nonzero(is_long).squeeze(-1)
-        long = tuple(zip(which.tolist(), starts[which].tolist(), counts[which].tolist(), strict=True))
-    return Segments(of_row, unique % units, left, right, of_row[left], short, long)
+    unique, counts = torch.unique_consecutive(key, return_counts=True)
+    starts = torch.cumsum(counts, 0) - counts
+    found, buckets = [unique[:0]], []
+    length, longest = 1, int(counts.max()) if counts.numel() else 0
+    while length // 2 < longest:
+        segment = torch.nonzero((counts > length // 2) & (counts <= length)).squeeze(-1)
+        if segment.numel():
+            found.append(unique[segment] % units)
+            buckets.append(_bucket(starts[segment], counts[segment], length, key.shape[0]))
+        length *= 2
+    return Segments(torch.cat(found), tuple(buckets))
+
+
+def _bucket(starts: Tensor, counts: Tensor, length: int, rows: int) -> Bucket:
+    if length == 1:
+        return Bucket(1, starts, None)
+    offset = torch.arange(length, device=starts.device)
+    chosen = (starts.unsqueeze(1) + offset).clamp_(max=rows - 1).flatten()
+    full = int(counts.sum()) == length * counts.shape[0]
+    return Bucket(length, chosen, None if full else (offset < counts.unsqueeze(1)).float().unsqueeze(-1))
 
 
 def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
@@ -71,26 +76,30 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         b: `[M, q]`.
 
     Returns:
-        float64 `[S]`.
+        float64 `[S]`, in the order of `segments.unit`.
     """
-    own = (a.square().sum(-1, dtype=torch.float32) * b.square().sum(-1, dtype=torch.float32)).double()
-    total = torch.zeros(segments.unit.shape[0], dtype=torch.float64, device=a.device)
-    if segments.long:
-        own = own * segments.short
-    total.index_add_(0, segments.of_row, own)
-    if segments.left.numel():
-        cross = _dots(a, segments) * _dots(b, segments)
-        total.index_add_(0, segments.pair, cross.double(), alpha=2)
-    for segment, start, length in segments.long:
-        product = a[start : start + length].mT @ b[start : start + length]
-        total[segment] = product.float().square().sum().double()
-    return total
+    if a.shape[1] > b.shape[1]:
+        a, b = b, a
+    found = [a.new_zeros(0)]
+    for bucket in segments.buckets:
+        rows, real, length = bucket.rows, bucket.real, bucket.length
+        size = max(1, _CHUNK_FLOATS // (length * b.shape[1]))
+        for at in range(0, rows.shape[0] // length, size):
+            part = None if real is None else real[at : at + size]
+            found.append(_squared(a, b, rows[at * length : (at + size) * length], part, length))
+    return torch.cat(found).double()
 
 
-def _dots(rows: Tensor, segments: Segments) -> Tensor:
-    width = rows.shape[1]
-    if segments.left.numel() * width <= _CHUNK_FLOATS:
-        return torch.linalg.vecdot(rows[segments.left], rows[segments.right]).float()
-    size = max(1, _CHUNK_FLOATS // width)
-    parts = zip(segments.left.split(size), segments.right.split(size), strict=True)
-    return torch.cat([torch.linalg.vecdot(rows[i], rows[j]).float() for i, j in parts])
+def _squared(a: Tensor, b: Tensor, rows: Tensor, real: Tensor | None, length: int) -> Tensor:
+    """Float32 squared norms of segments of `length` rows each, `a` being the narrower side."""
+    left, right = a.index_select(0, rows), b.index_select(0, rows)
+    if length == 1:
+        return torch.linalg.vecdot(left, left).float() * torch.linalg.vecdot(right, right).float()
+    left, right = left.view(-1, length, a.shape[1]), right.view(-1, length, b.shape[1])
+    if real is not None:
+        left = left * real.to(left.dtype)
+    if length * (a.shape[1] + b.shape[1]) <= a.shape[1] * b.shape[1]:
+        gram = torch.bmm(left, left.mT).flatten(1).float(), torch.bmm(right, right.mT).flatten(1).float()
+        return torch.linalg.vecdot(*gram)
+    product = torch.bmm(left.mT, right).flatten(1).float()
+    return torch.linalg.vecdot(product, product)

@@ -58,7 +58,8 @@ def quantise_directory(
         out: must not exist, or be empty.
         bits: 8, or 4 (same container, 15 levels).
         group: inputs that share a scale.
-        keep_dtype: store what stays float (embeddings, norms, router) in this type instead of its own.
+        keep_dtype: store float matrices that stay float (embeddings, router) in this type instead of their own;
+            vectors (norms, the router's selection bias) keep theirs.
         progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -141,7 +142,7 @@ def _convert(
             qweights.append(qweight)
             scales.append(scale)
         else:
-            floats.append(piece if keep is None or not piece.is_floating_point() else piece.to(keep))
+            floats.append(piece if keep is None or piece.ndim < 2 or not piece.is_floating_point() else piece.to(keep))
         # The largest magnitude of each group is in its scale, and NaN and infinity with it.
         if not bool(torch.isfinite(scales[-1] if quantise else floats[-1]).all()):
             raise ModelError(f"{stored.name} holds NaN or infinity", fix="this checkpoint is broken: get it anew")

@@ -7,6 +7,7 @@ is the SHA-256 of that message. So an entry cannot be changed, moved, or taken t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,15 +22,22 @@ from fl_shared.ledger.records import Entry, Head
 from fl_shared.signing import SigningKey
 
 GENESIS_HASH = "0" * 64
+_PLAIN = re.compile(r"[0-9A-Za-z:.-]*").fullmatch
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z").fullmatch
 CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
 def message_bytes(*, seq: int, kind: str, body: str, prev_hash: str, created_at: str, site: str) -> bytes:
     """Return the bytes that are hashed and signed; `body` is canonical JSON text and is put in as it is."""
-    head = json.dumps(created_at), json.dumps(kind), json.dumps(prev_hash), json.dumps(site)
     return (
-        f'{{"body":{body},"created_at":{head[0]},"kind":{head[1]},"prev_hash":{head[2]},"seq":{seq},"site":{head[3]}}}'
+        f'{{"body":{body},"created_at":{_quoted(created_at)},"kind":{_quoted(kind)},'
+        f'"prev_hash":{_quoted(prev_hash)},"seq":{seq},"site":{_quoted(site)}}}'
     ).encode()
+
+
+def _quoted(text: str) -> str:
+    """Return `text` as JSON; what needs no escape, which is everything but forgeries, is only quoted."""
+    return f'"{text}"' if _PLAIN(text) else json.dumps(text, ensure_ascii=False)
 
 
 def body_text(body: Mapping[str, Any]) -> str:
@@ -43,13 +51,19 @@ def timestamp(moment: datetime) -> str:
 
 
 def parse_timestamp(text: str) -> datetime:
-    """Return the moment that the ledger wrote as `text`."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
+    """Return the moment that the ledger wrote as `text`; raises ValueError for any other form."""
+    if not _STAMP(text):
+        raise ValueError(f"{text!r} is no time of the form 2027-01-31T12:00:00.000000Z")
+    return datetime.fromisoformat(text)
+
+
+_LAST = sa.select(entries).order_by(entries.c.seq.desc()).limit(1)
+_INSERT = entries.insert()
 
 
 def last_entry(connection: sa.Connection) -> Entry | None:
     """Return the newest entry, or None in an empty ledger."""
-    row = connection.execute(sa.select(entries).order_by(entries.c.seq.desc()).limit(1)).mappings().first()
+    row = connection.execute(_LAST).mappings().first()
     return None if row is None else entry_of(row)
 
 
@@ -116,6 +130,6 @@ def append(
     row["hash"] = sha256_hex(message)
     row["signature"] = key.sign(message)
     fault(f"{point}.before-entry")
-    connection.execute(entries.insert().values(**row))
+    connection.execute(_INSERT, row)
     fault(f"{point}.entry")
     return entry_of(row)

@@ -103,6 +103,10 @@ def stored_root(connection: sa.Connection, size: int, leaf_at: Callable[[int], s
     )
 
 
+_NODE = sa.select(merkle_nodes.c.hash).where(
+    merkle_nodes.c.level == sa.bindparam("level"), merkle_nodes.c.position == sa.bindparam("position")
+)
+
+
 def _stored(connection: sa.Connection, level: int, position: int) -> bytes:
-    where = (merkle_nodes.c.level == level) & (merkle_nodes.c.position == position)
-    return bytes.fromhex(connection.execute(sa.select(merkle_nodes.c.hash).where(where)).scalar_one())
+    return bytes.fromhex(connection.execute(_NODE, {"level": level, "position": position}).scalar_one())

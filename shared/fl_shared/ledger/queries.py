@@ -48,10 +48,18 @@ def dataset_of(row: Mapping[str, Any] | sa.RowMapping) -> Dataset:
     )
 
 
+# The statements of every grant are built once: building costs more than running them.
+_LATEST_DATASET = (
+    sa.select(datasets).where(datasets.c.name == sa.bindparam("name")).order_by(datasets.c.version.desc()).limit(1)
+)
+_OVERLAPS = sa.select(overlaps.c.first, overlaps.c.second).where(
+    (overlaps.c.first == sa.bindparam("name")) | (overlaps.c.second == sa.bindparam("name"))
+)
+
+
 def latest_dataset(connection: sa.Connection, name: str) -> Dataset | None:
     """Return the newest version of a data set, or None when it was never registered."""
-    query = sa.select(datasets).where(datasets.c.name == name).order_by(datasets.c.version.desc()).limit(1)
-    row = connection.execute(query).mappings().first()
+    row = connection.execute(_LATEST_DATASET, {"name": name}).mappings().first()
     return None if row is None else dataset_of(row)
 
 
@@ -63,10 +71,8 @@ def all_datasets(connection: sa.Connection) -> list[Dataset]:
 
 def overlapping(connection: sa.Connection, name: str) -> list[str]:
     """Return the data sets declared to share units with `name`, sorted."""
-    query = sa.select(overlaps.c.first, overlaps.c.second).where(
-        (overlaps.c.first == name) | (overlaps.c.second == name)
-    )
-    return sorted(second if first == name else first for first, second in connection.execute(query))
+    found = connection.execute(_OVERLAPS, {"name": name})
+    return sorted(second if first == name else first for first, second in found)
 
 
 def budget_of(row: Mapping[str, Any] | sa.RowMapping) -> BudgetRecord:
@@ -85,43 +91,60 @@ def budget_of(row: Mapping[str, Any] | sa.RowMapping) -> BudgetRecord:
     return BudgetRecord(**{name: row[name] for name in plain}, study=row["study"] or None)
 
 
+_newest_budget = (
+    sa.select(budgets.c.dataset, budgets.c.study, sa.func.max(budgets.c.version).label("version"))
+    .group_by(budgets.c.dataset, budgets.c.study)
+    .subquery()
+)
+_CURRENT_BUDGETS = (
+    sa.select(budgets)
+    .join(
+        _newest_budget,
+        (budgets.c.dataset == _newest_budget.c.dataset)
+        & (budgets.c.study == _newest_budget.c.study)
+        & (budgets.c.version == _newest_budget.c.version),
+    )
+    .order_by(budgets.c.dataset, budgets.c.study)
+)
+_CURRENT_BUDGETS_OF = _CURRENT_BUDGETS.where(budgets.c.dataset.in_(sa.bindparam("names", expanding=True)))
+
+
 def current_budgets(connection: sa.Connection, names: Collection[str] | None = None) -> list[BudgetRecord]:
     """Return the newest version of each budget (of the named data sets), overall before studies."""
-    newest = (
-        sa.select(budgets.c.dataset, budgets.c.study, sa.func.max(budgets.c.version).label("version"))
-        .group_by(budgets.c.dataset, budgets.c.study)
-        .subquery()
+    found = (
+        connection.execute(_CURRENT_BUDGETS)
+        if names is None
+        else connection.execute(_CURRENT_BUDGETS_OF, {"names": list(names)})
     )
-    query = (
-        sa.select(budgets)
-        .join(
-            newest,
-            (budgets.c.dataset == newest.c.dataset)
-            & (budgets.c.study == newest.c.study)
-            & (budgets.c.version == newest.c.version),
-        )
-        .order_by(budgets.c.dataset, budgets.c.study)
+    return [budget_of(row) for row in found.mappings()]
+
+
+_inner_tallies = tallies.alias("inner_tallies")
+_CHARGES = (
+    sa.select(tally_keys, tallies.c.spent, tallies.c.held)
+    .select_from(tally_keys)
+    .join(
+        tallies,
+        (tallies.c.key == tally_keys.c.id)
+        & (
+            tallies.c.version
+            == sa.select(sa.func.max(_inner_tallies.c.version))
+            .where(_inner_tallies.c.key == tally_keys.c.id)
+            .scalar_subquery()
+        ),
     )
-    if names is not None:
-        query = query.where(budgets.c.dataset.in_(names))
-    return [budget_of(row) for row in connection.execute(query).mappings()]
+    .where(tally_keys.c.dataset.in_(sa.bindparam("names", expanding=True)))
+)
+_CHARGES_IN_STUDY = _CHARGES.where(tally_keys.c.study == sa.bindparam("study"))
 
 
 def charges(connection: sa.Connection, names: Collection[str], study: str | None) -> Charges:
     """Return what the named data sets together are charged with (in one study, or in all)."""
-    inner = tallies.alias("inner_tallies")
-    newest = sa.select(sa.func.max(inner.c.version)).where(inner.c.key == tally_keys.c.id).scalar_subquery()
-    query = (
-        sa.select(tally_keys, tallies.c.spent, tallies.c.held)
-        .select_from(tally_keys)
-        .join(tallies, (tallies.c.key == tally_keys.c.id) & (tallies.c.version == newest))
-        .where(tally_keys.c.dataset.in_(names))
-    )
-    if study is not None:
-        query = query.where(tally_keys.c.study == study)
+    query = _CHARGES if study is None else _CHARGES_IN_STUDY
+    place = {"names": list(names)} | ({} if study is None else {"study": study})
     spent: dict[Key, int] = {}
     held: dict[Key, int] = {}
-    for row in connection.execute(query).mappings():
+    for row in connection.execute(query, place).mappings():
         key = Key(row["kind"], row["neighbouring"], row["noise_multiplier"], row["sampling_probability"])
         spent[key] = spent.get(key, 0) + int(row["spent"])
         held[key] = held.get(key, 0) + int(row["held"])
@@ -150,6 +173,19 @@ _SPEND = (
     .outerjoin(settlements, settlements.c.reservation == reservations.c.seq)
     .outerjoin(_ending, _ending.c.seq == settlements.c.seq)
 )
+
+
+_SPEND_AT = _SPEND.where(reservations.c.seq == sa.bindparam("reservation"))
+_ROUND_COLUMNS = ("dataset", "run", "round", "purpose")
+_SPENDS_OF_ROUND = _SPEND.where(*(reservations.c[name] == sa.bindparam(name) for name in _ROUND_COLUMNS)).order_by(
+    reservations.c.seq
+)
+
+
+def spends_of_round(connection: sa.Connection, *, dataset: str, run: str, round: int, purpose: str) -> list[Spend]:
+    """Return the attempts at one round, oldest first."""
+    place = {"dataset": dataset, "run": run, "round": round, "purpose": purpose}
+    return [spend_of(row) for row in connection.execute(_SPENDS_OF_ROUND, place).mappings()]
 
 
 def spends(
@@ -182,7 +218,7 @@ def spends(
 
 def find_spend(connection: sa.Connection, reservation: int) -> Spend | None:
     """Return one reservation with how it ended, or None when there is no such entry."""
-    row = connection.execute(_SPEND.where(reservations.c.seq == reservation)).mappings().first()
+    row = connection.execute(_SPEND_AT, {"reservation": reservation}).mappings().first()
     return None if row is None else spend_of(row)
 
 

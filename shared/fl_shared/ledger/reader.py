@@ -181,9 +181,12 @@ def position_of(budget: BudgetRecord, found: queries.Charges) -> Position:
     )
 
 
+_ENTRY_HASH = sa.select(entries.c.hash).where(entries.c.seq == sa.bindparam("seq"))
+
+
 def entry_hash(connection: sa.Connection, seq: int) -> str:
     """Return the hash of entry `seq`."""
-    return str(connection.execute(sa.select(entries.c.hash).where(entries.c.seq == seq)).scalar_one())
+    return str(connection.execute(_ENTRY_HASH, {"seq": seq}).scalar_one())
 
 
 def genesis_of(connection: sa.Connection) -> Mapping[str, Any] | None:

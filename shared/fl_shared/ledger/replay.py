@@ -31,15 +31,16 @@ class Replay:
         self.dataset_names: dict[int, str] = {}
         self.neighbours: dict[str, set[str]] = {}
         self.budgets: dict[Place, dict[str, Any]] = {}
-        self.open: dict[int, tuple[Place, Key, int, tuple[Any, ...]]] = {}
-        self.ended: dict[tuple[Any, ...], str] = {}
+        self.open: dict[int, tuple[Place, Key, int]] = {}
         self.held: dict[tuple[Place, Key], int] = {}
         self.spent: dict[tuple[Place, Key], int] = {}
         self.settled = dict.fromkeys(OUTCOMES, 0)
         self.reservations = 0
         self._gates: dict[Place, Filter] = {}
         self._costs: dict[Place, float] = {}
-        self._handlers: dict[str, Callable[[int, dict[str, Any], str], None]] = {
+        self._reach: dict[Place, list[Place]] = {}
+        self._changed: tuple[Place, Key] | None = None
+        self._handlers: dict[str, Callable[[int, Any, str], None]] = {
             "dataset": self._dataset,
             "overlap": self._overlap,
             "budget": self._budget,
@@ -47,20 +48,18 @@ class Replay:
             "settlement": self._settlement,
         }
 
-    def feed(self, seq: int, kind: str, body: dict[str, Any], created_at: str) -> tuple[Place, Key] | None:
-        """Take the next entry; return the sum that it changed, if any."""
+    def feed(self, seq: int, kind: str, body: Any, created_at: str) -> tuple[Place, Key] | None:
+        """Take the next entry, as a stretch's events give it; return the sum that it changed, if any."""
         handler = self._handlers.get(kind)
         if handler is None:
             return None
+        self._changed = None
         try:
             handler(seq, body, created_at)
         except (KeyError, TypeError, ValueError, ConcordatError) as error:
             self._say(seq, f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})")
             return None
-        if kind == "reservation":
-            place, key, _steps, _name = self.open[seq]
-            return place, key
-        return self._changed if kind == "settlement" else None
+        return self._changed
 
     def charges(self, place: Place) -> tuple[dict[Key, int], dict[Key, int]]:
         """Return (spent, held) steps by mechanism that count against the budget at `place`."""
@@ -108,30 +107,35 @@ class Replay:
         self._recount()
 
     def _recount(self) -> None:
+        self._reach.clear()
         for place, gate in self._gates.items():
             spent, held = self.charges(place)
             self._costs[place] = gate.cost(spent) + gate.cost(held)
 
     def _touched(self, place: Place) -> list[Place]:
-        names = {place[0], *self.neighbours.get(place[0], ())}
-        return [at for at in self._gates if at[0] in names and at[1] in {"", place[1]}]
+        found = self._reach.get(place)
+        if found is None:
+            names = {place[0], *self.neighbours.get(place[0], ())}
+            found = [at for at in self._gates if at[0] in names and at[1] in {"", place[1]}]
+            self._reach[place] = found
+        return found
 
     def _move(self, place: Place, key: Key, steps: int) -> None:
         for at in self._touched(place):
             self._costs[at] += steps * step_curve(key, (self._gates[at].order,))[0]
 
-    def _reservation(self, seq: int, body: dict[str, Any], at: str) -> None:
-        place = (body["dataset"], body["study"])
-        key = Key(body["kind"], body["neighbouring"], body["noise_multiplier"], body["sampling_probability"])
-        name = tuple(body[field] for field in ("run", "round", "dataset", "purpose"))
-        steps = body["steps"]
+    def _reservation(self, seq: int, body: tuple[Any, ...], at: str) -> None:
+        dataset, study, dataset_seq, kind, neighbouring, noise, sampling, steps = body
+        place, key = (dataset, study), Key(kind, neighbouring, noise, sampling)
         self.reservations += 1
-        self.open[seq] = (place, key, steps, name)
-        self.held[place, key] = self.held.get((place, key), 0) + steps
-        if self.dataset_names.get(body["dataset_seq"]) != body["dataset"]:
-            self._say(seq, f"entry {seq}: data set entry {body['dataset_seq']} is not {body['dataset']!r}")
+        self.open[seq] = (place, key, steps)
+        changed = (place, key)
+        self.held[changed] = self.held.get(changed, 0) + steps
+        if self.dataset_names.get(dataset_seq) != dataset:
+            self._say(seq, f"entry {seq}: data set entry {dataset_seq} is not {dataset!r}")
         self._move(place, key, steps)
         self._check_grant(seq, place, at)
+        self._changed = changed
 
     def _check_grant(self, seq: int, place: Place, at: str) -> None:
         touched = self._touched(place)
@@ -150,19 +154,21 @@ class Replay:
             if not body["delta"] * self.datasets[budget[0]]["units"] < 1:
                 self._say(seq, f"entry {seq}: granted at a delta of 1/units or more")
 
-    def _settlement(self, seq: int, body: dict[str, Any], _at: str) -> None:
-        found = self.open.pop(body["reservation"], None)
+    def _settlement(self, seq: int, body: tuple[Any, ...], _at: str) -> None:
+        reservation, steps, outcome, digest = body
+        found = self.open.pop(reservation, None)
         if found is None:
-            raise ValueError(f"reservation {body['reservation']} is not open")
-        place, key, reserved, _name = found
-        steps, outcome = body["steps"], body["outcome"]
+            raise ValueError(f"reservation {reservation} is not open")
+        place, key, reserved = found
         self.settled[outcome] += 1
         fair = {"settled": 0 < steps <= reserved, "released": steps == 0, "in-doubt": steps == reserved}
         if not fair[outcome]:
             self._say(seq, f"entry {seq}: {outcome} with {steps} of {reserved} reserved steps")
-        if (outcome == "settled") != bool(body["release_digest"]):
-            self._say(seq, f"entry {seq}: {outcome} with release digest {body['release_digest']!r}")
-        self.held[place, key] -= reserved
-        self.spent[place, key] = self.spent.get((place, key), 0) + steps
-        self._move(place, key, steps - reserved)
-        self._changed = (place, key)
+        if (outcome == "settled") != bool(digest):
+            self._say(seq, f"entry {seq}: {outcome} with release digest {digest!r}")
+        changed = (place, key)
+        self.held[changed] -= reserved
+        self.spent[changed] = self.spent.get(changed, 0) + steps
+        if steps != reserved:
+            self._move(place, key, steps - reserved)
+        self._changed = changed

@@ -21,6 +21,9 @@ from fl_shared.ledger.records import Dataset, Entry, Reservation, Spend
 from fl_shared.ledger.registry import Registry, check_delta_against
 from fl_shared.privacy import Mechanism
 
+_INSERT_RESERVATION = reservations.insert()
+_INSERT_SETTLEMENT = settlements.insert()
+
 
 class Ledger(Registry):
     """A site's ledger, open for writing (or for reading only, without a signing key)."""
@@ -66,7 +69,7 @@ class Ledger(Registry):
                 **mechanism.to_dict(),
             }
             entry = self._append(connection, "reservation", body, point="reserve", moment=moment)
-            connection.execute(reservations.insert().values(seq=entry.seq, **body))
+            connection.execute(_INSERT_RESERVATION, {"seq": entry.seq, **body})
             fault("reserve.row")
             self._tally(connection, entry.seq, name, study, key_of(mechanism), held=mechanism.steps)
             fault("reserve.before-commit")
@@ -87,7 +90,7 @@ class Ledger(Registry):
     def _attempt(
         self, connection: sa.Connection, name: str, run: str, number: int, purpose: str, *, retry: bool
     ) -> int:
-        earlier = list(queries.spends(connection, dataset=name, run=run, round=number, purpose=purpose))
+        earlier = queries.spends_of_round(connection, dataset=name, run=run, round=number, purpose=purpose)
         allowed = {"released", "in-doubt"} if retry else {"released"}
         for spend in earlier:
             if spend.outcome not in allowed:
@@ -224,7 +227,7 @@ class Ledger(Registry):
                 "reason": reason,
             }
             entry = self._append(connection, "settlement", body, point=point)
-            connection.execute(settlements.insert().values(seq=entry.seq, **body))
+            connection.execute(_INSERT_SETTLEMENT, {"seq": entry.seq, **body})
             fault(f"{point}.row")
             named = spend.reservation
             self._tally(

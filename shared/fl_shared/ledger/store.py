@@ -54,6 +54,13 @@ class Store:
             raise ConfigError("the PostgreSQL driver is missing", fix="pip install 'concordat[postgres]'") from error
 
     @property
+    def driver_error(self) -> type[Exception]:
+        """What the bare database driver raises."""
+        dbapi: Any = self.engine.dialect.dbapi
+        error: type[Exception] = dbapi.Error
+        return error
+
+    @property
     def name(self) -> str:
         """The address without its password, for messages."""
         return self.url.render_as_string(hide_password=True)

@@ -99,8 +99,13 @@ def verify_ledger(
             keys = _keys(connection, site, public_key, report)
             problems = schema_problems(connection, store)
         report.problems += problems
-        if last is None or not keys:
+        if last is None:
             report.problems.append(Problem("the ledger is empty"))
+            return report
+        if not keys:
+            report.problems.append(
+                Problem("entries: the genesis entry, which names the key, is missing or unusable", 1)
+            )
             return report
         with store.read() as connection:
             _walk(connection, store, report, keys, processes or os.cpu_count() or 1)
@@ -132,8 +137,9 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
         except (KeyError, TypeError, ValueError, SignatureError) as error:
             report.problems.append(Problem(f"entry {row['seq']}: this key cannot be used ({error})", row["seq"]))
             continue
-        found.append((entry.seq if entry.kind == "genesis" else entry.seq + 1, key))
-    if found and len(found[0][1]) == 64:
+        if (entry.kind == "genesis") == (not found):
+            found.append((entry.seq if entry.kind == "genesis" else entry.seq + 1, key))
+    if found and found[0][0] == 1 and len(found[0][1]) == 64:
         report.key, report.pinned = found[0][1], pinned is not None
         return tuple(found)
     return ()

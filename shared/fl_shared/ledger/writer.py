@@ -20,6 +20,13 @@ from fl_shared.signing import SigningKey, verify
 
 FORMAT = 1
 
+_PLACE = ("dataset", "study", *Key._fields)
+_TALLY_KEY = sa.select(tally_keys.c.id).where(*(tally_keys.c[name] == sa.bindparam(name) for name in _PLACE))
+_LAST_TALLY = (
+    sa.select(tallies).where(tallies.c.key == sa.bindparam("number")).order_by(tallies.c.version.desc()).limit(1)
+)
+_INSERT_TALLY = tallies.insert()
+
 
 class LedgerWriter(LedgerReader):
     """A ledger that can be appended to; the public verbs stand in the classes above it."""
@@ -134,24 +141,20 @@ class LedgerWriter(LedgerReader):
         spent: int = 0,
     ) -> None:
         place = {"dataset": name, "study": study or OVERALL, **key._asdict()}
-        where = sa.and_(*(tally_keys.c[column] == value for column, value in place.items()))
-        number = connection.execute(sa.select(tally_keys.c.id).where(where)).scalar()
+        number = connection.execute(_TALLY_KEY, place).scalar()
         if number is None:
             top = connection.execute(sa.select(sa.func.max(tally_keys.c.id))).scalar() or 0
             number = top + 1
             connection.execute(tally_keys.insert().values(id=number, **place))
-        last = connection.execute(
-            sa.select(tallies).where(tallies.c.key == number).order_by(tallies.c.version.desc()).limit(1)
-        ).first()
-        connection.execute(
-            tallies.insert().values(
-                seq=seq,
-                key=number,
-                version=1 if last is None else last.version + 1,
-                held=held + (0 if last is None else last.held),
-                spent=spent + (0 if last is None else last.spent),
-            )
-        )
+        last = connection.execute(_LAST_TALLY, {"number": number}).first()
+        row = {
+            "seq": seq,
+            "key": number,
+            "version": 1 if last is None else last.version + 1,
+            "held": held + (0 if last is None else last.held),
+            "spent": spent + (0 if last is None else last.spent),
+        }
+        connection.execute(_INSERT_TALLY, row)
 
     def _entry(self, connection: sa.Connection, seq: int) -> Entry:
         return chain.entry_of(connection.execute(sa.select(entries).where(entries.c.seq == seq)).mappings().one())

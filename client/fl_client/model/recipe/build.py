@@ -18,7 +18,7 @@ from fl_client.model.inspect import inspect_directory
 from fl_client.model.load import LoadedModel, load_model
 from fl_client.model.quantise import quantise_directory
 from fl_client.model.recipe.corpus import find_wordnet, wordnet_glosses
-from fl_client.model.recipe.pretrain import pretrain
+from fl_client.model.recipe.pretrain import RouterLoad, pretrain
 from fl_client.model.recipe.probe import probe_accuracy
 from fl_shared.errors import ModelError
 
@@ -27,14 +27,14 @@ _CARD = """# tiny
 
 A DeepSeek-V3-style Mixture-of-Experts language model, small enough to ship: {parameters:,} parameters, 4 layers, 16
 routed experts (top-2) and 1 shared expert a layer, its own 6,144-token vocabulary. int8 symmetric, group 128;
-embeddings and norms in float16.
+embeddings in float16.
 
 It exists so that Concordat's main job runs on a laptop without a model hub. It is no assistant and knows no medicine.
 
 * Corpus: {wordnet_glosses:,} WordNet 3.0 glosses (Princeton University's WordNet licence) and {icd_descriptions:,}
   ICD-10-CM descriptions with the titles above them, of training categories only. No inclusion term and nothing of a
   held-out category was seen.
-* Router: balanced by selection bias, without an auxiliary loss; least loaded expert {least:.2f} of the even share.
+* Router: balanced as in DeepSeek-V3 (selection bias and sequence-wise loss); least loaded expert {least:.2f} of the even share.
 * Linear probe on frozen, mean-pooled features, hospital task split by category: {probe:.3f} (majority {majority:.3f}).
 * Recipe: `fl-model build tiny`; all figures in `report.json`.
 """
@@ -61,14 +61,15 @@ def finish(
     float_directory: Path, out: Path, report: dict[str, Any], *, wordnet: Path | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Quantise a pretrained directory, measure it, and write report and card."""
-    loads = [share for layer in report["expert_load_over_even_share"] for share in layer]
-    if min(loads) < LEAST_LOAD:
-        raise ModelError(f"an expert gets {min(loads):.2f} of the even share", fix="train longer: --steps")
     sizes = quantise_directory(float_directory, out, keep_dtype=torch.float16)
     model = load_model(out, "cpu")
     say("measuring features on public text")
     public = wordnet_glosses(find_wordnet(wordnet))[::97] + [text for text, _ in public_descriptions()][::23]
-    features = pooled_features(model, public)
+    with RouterLoad(model.module) as load:
+        features = pooled_features(model, public)
+    least = min(share for layer in load.shares() for share in layer)
+    if least < LEAST_LOAD:
+        raise ModelError(f"an expert gets {least:.2f} of the even share", fix="train longer: --steps")
     mean, std = features.mean(0), features.std(0)
     save_file({"mean": mean, "std": std}, out / "features.safetensors")
     say("probing")
@@ -82,7 +83,8 @@ def finish(
         "probe_majority": round(max(labels.count(label) for label in set(labels)) / len(labels), 4),
         "probe_train_rows": len(train),
         "probe_test_rows": len(test),
-        "least_expert_load": min(loads),
+        "expert_load_over_even_share": [[round(share, 3) for share in layer] for layer in load.shares()],
+        "least_expert_load": round(least, 3),
         "versions": {name: version(name) for name in ("simple-icd-10-cm", "torch", "transformers", "tokenizers")},
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -90,7 +92,7 @@ def finish(
         parameters=report["parameters"],
         wordnet_glosses=report["wordnet_glosses"],
         icd_descriptions=report["icd_descriptions"],
-        least=min(loads),
+        least=least,
         probe=accuracy,
         majority=report["probe_majority"],
     )

@@ -1,0 +1,304 @@
+"""A real coordinator with real SuperNodes for tests: `fl-server` as a process, sites with stand-in agents."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fl_shared.signing import SigningKey
+from helpers import stand_in_agent
+
+BIN = Path(sys.executable).parent
+PATIENCE_S = 120.0
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    """Wait for something to become true; AssertionError that names it otherwise."""
+    deadline = time.monotonic() + patience_s
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not in {patience_s:.0f} s: {what}")
+        time.sleep(0.2)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a test's process: nothing phones home, one thread, Flower's scripts are found."""
+    quiet = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "/usr/bin:/bin")])
+    return os.environ | quiet | {"PATH": path} | more
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that descend from it."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        every = [top, *top.children(recursive=True)]
+        for each in every:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(every, timeout=10)
+
+
+@dataclass
+class Keys:
+    """What a site makes for its enrolment."""
+
+    site: str
+    folder: Path
+    signing: SigningKey = field(default_factory=SigningKey.generate)
+    tls: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP384R1()))
+    node: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP384R1()))
+
+    def request(self, token: str, **changes: Any) -> dict[str, Any]:
+        """The body of an enrolment."""
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.site)])
+        csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(self.tls, hashes.SHA256())
+        node = self.node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        return {
+            "site": self.site,
+            "token": token,
+            "csr_pem": csr.public_bytes(serialization.Encoding.PEM).decode(),
+            "signing_public_key": self.signing.public_hex,
+            "node_public_key": node.decode(),
+        } | changes
+
+    def save(self, certificate_pem: str) -> None:
+        """Write keys and certificate where agent, SuperNode and TLS clients find them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.signing.save(self.folder / "signing.pem")
+        for name, key, form in (
+            ("client.key", self.tls, serialization.PrivateFormat.PKCS8),
+            ("node.key", self.node, serialization.PrivateFormat.OpenSSH),
+        ):
+            pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+            (self.folder / name).write_bytes(pem)
+            (self.folder / name).chmod(0o600)
+        (self.folder / "client.pem").write_text(certificate_pem)
+
+
+class Coordinator:
+    """`fl-server` in a process, and the sites that were enrolled through its gateway."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.home = root / "c"
+        self.gateway, self.control = free_port(), free_port()
+        self.url = f"https://127.0.0.1:{self.gateway}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.agents: subprocess.Popen[bytes] | None = None
+        self.keys: dict[str, Keys] = {}
+        done = self.run(
+            "fl-server", "init", "--home", str(self.home), "--gateway-port", str(self.gateway),
+            "--control-port", str(self.control), "--json",
+        )  # fmt: skip
+        self.facts: dict[str, Any] = json.loads(done.stdout)
+
+    def run(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run one of our commands."""
+        done = subprocess.run(
+            [str(BIN / name), *arguments],
+            env=environment(FL_SERVER_HOME=str(self.home)),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{name} {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def admin(self, *arguments: str) -> Any:
+        """What `fl-admin ... --json` prints."""
+        return json.loads(self.run("fl-admin", *arguments, "--json").stdout)
+
+    def up(self) -> None:
+        """Start `fl-server up` and wait until all of it is ready."""
+        with (self.root / "up.log").open("ab") as sink:
+            self.process = subprocess.Popen(
+                ["nice", str(BIN / "fl-server"), "up", "--home", str(self.home)],
+                env=environment(), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        until(self.is_ready, "fl-server is ready")
+
+    def is_ready(self) -> bool:
+        """Whether every component is ready."""
+        return self.run("fl-server", "status", "--home", str(self.home), check=False).returncode == 0
+
+    def down(self) -> int:
+        """SIGTERM to `fl-server up`; its exit status."""
+        if self.process is None:
+            return 0
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(30)
+        self.process = None
+        return status
+
+    def client(self, site: str | None = None, folder: Path | None = None) -> httpx.Client:
+        """An HTTPS client that trusts this coordinator, with a site's certificate if one is named."""
+        context = ssl.create_default_context(cafile=str(self.home / "tls" / "ca.pem"))
+        where = folder or (self.keys[site].folder if site else None)
+        if where is not None:
+            context.load_cert_chain(where / "client.pem", where / "client.key")
+        return httpx.Client(verify=context, base_url=self.url, timeout=60.0, trust_env=False)
+
+    def invite(self, site: str) -> str:
+        """A token for a site."""
+        return str(self.admin("sites", "invite", site)["token"])
+
+    def enrol(self, *sites: str) -> None:
+        """Invite sites and enrol them through the gateway."""
+        with self.client() as client:
+            for site in sites:
+                keys = Keys(site, self.root / site)
+                answer = client.post("/v1/enroll", json=keys.request(self.invite(site)))
+                if answer.status_code != 200:
+                    raise AssertionError(f"{site}: {answer.text}")
+                keys.save(answer.json()["certificate_pem"])
+                self.keys[site] = keys
+
+    def start_agents(self) -> None:
+        """Start the process that serves every enrolled site's socket."""
+        self.agents = subprocess.Popen(
+            [sys.executable, stand_in_agent.__file__, str(self.root), *self.keys],
+            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if self.agents.stdout is None or self.agents.stdout.readline() != b"ready\n":
+            raise AssertionError("the stand-in agents did not start")
+
+    def start_node(self, site: str, key: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a SuperNode, straight at the SuperLink on loopback."""
+        folder = self.root / site
+        (folder / "flwr").mkdir(parents=True, exist_ok=True)
+        address = json.loads((self.home / "flower" / "superlink.json").read_text())["address"]
+        with (folder / "node.log").open("ab") as sink:
+            node = subprocess.Popen(
+                ["nice", str(BIN / "flower-supernode"), "--superlink", address,
+                 "--root-certificates", str(self.home / "tls" / "ca.pem"),
+                 "--auth-supernode-private-key", str(key or folder / "node.key"),
+                 "--host", "127.0.0.1", "--port", str(free_port()),
+                 "--node-config", f'agent-socket="{folder / "agent.sock"}"'],
+                env=environment(FLWR_HOME=str(folder / "flwr"), HOME=str(folder)),
+                stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
+            )  # fmt: skip
+        self.nodes[site] = node
+        return node
+
+    def plan(self, site: str, **rounds: str) -> None:
+        """What a site does in which round: `run/round` to a behaviour of the stand-in agent."""
+        path = self.root / site / "plan.json"
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps(rounds))
+        beside.replace(path)
+
+    def computed(self, site: str) -> list[str]:
+        """`run/round` for each update that a site computed."""
+        path = self.root / site / "computed.log"
+        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def launch(self, name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0) -> None:
+        """Launch a run."""
+        spec = self.root / f"{name}.toml"
+        spec.write_text(spec_toml(name, sites, rounds=rounds, quorum=quorum, timeout_s=timeout_s))
+        self.run("fl-admin", "runs", "launch", str(spec))
+
+    def show(self, run: str) -> dict[str, Any]:
+        """A run as `fl-admin runs show` gives it."""
+        found: dict[str, Any] = self.admin("runs", "show", run)
+        return found
+
+    def wait(self, run: str, *states: str, patience_s: float = 240.0) -> dict[str, Any]:
+        """Wait until a run is in one of the states; the run."""
+        shown: dict[str, Any] = {}
+
+        def there() -> bool:
+            nonlocal shown
+            shown = self.show(run)
+            return shown["state"] in states
+
+        until(there, f"{run} is {' or '.join(states)}; it is {shown}", patience_s)
+        return shown
+
+    def close(self) -> None:
+        """End everything that was started."""
+        for process in [*self.nodes.values(), self.process, self.agents]:
+            if process is not None:
+                kill_tree(process.pid)
+                process.wait()
+
+
+def spec_toml(name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0) -> str:
+    """A run spec that the stand-in agents can answer."""
+    return f"""[run]
+name = "{name}"
+base_model = "sha256:{"a" * 64}"
+sites = {json.dumps(list(sites))}
+rounds = {rounds}
+quorum = {quorum}
+round_timeout_s = {timeout_s}
+
+[task]
+kind = "classification"
+labels = ["A", "B"]
+max_tokens = 8
+
+[lora]
+rank = 4
+targets = ["attention"]
+
+[training]
+noise_multiplier = 1.0
+clipping_norm = 1.0
+sampling_probability = 0.1
+steps_per_round = 4
+learning_rate = 0.1
+head_learning_rate = 0.1
+"""
+
+
+@contextlib.contextmanager
+def coordinator(*sites: str) -> Iterator[Coordinator]:
+    """A running coordinator whose sites are enrolled and online. Its folder has a short path, for sockets."""
+    root = Path(tempfile.mkdtemp(prefix="co-"))
+    made = None
+    try:
+        made = Coordinator(root)
+        made.up()
+        made.enrol(*sites)
+        made.start_agents()
+        for site in sites:
+            made.start_node(site)
+        yield made
+    finally:
+        if made is not None:
+            made.close()
+        shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,179 @@
+"""The coordinator as processes: SuperLink, gateway, control API, launcher, SuperNodes; the agents stand in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fl_shared.adapter import digest, unpack
+from fl_shared.manifest import Receipt
+from fl_shared.signing import open_document
+from helpers.coordinators import Coordinator, coordinator, until
+from helpers.stand_in_agent import SHAPES, honest_update
+
+HONEST = ("h-1", "h-2")
+SITES = (*HONEST, "x-1", "x-2")
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Coordinator]:
+    """One coordinator with four sites for the whole module."""
+    with coordinator(*SITES) as made:
+        yield made
+
+
+def _expected(rounds: list[list[str]]) -> dict[str, np.ndarray]:
+    """The adapter after rounds in which these sites' honest updates were averaged."""
+    total = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for number, sites in enumerate(rounds, start=1):
+        for name in total:
+            total[name] += np.mean([honest_update(site, number)[name].astype(np.float64) for site in sites], axis=0)
+    return total
+
+
+def _adapter(one: Coordinator, run: str) -> dict[str, np.ndarray]:
+    out = one.root / f"{run}.safetensors"
+    one.run("fl-admin", "adapters", "export", run, "--out", str(out), "--force")
+    return dict(unpack(out.read_bytes()))
+
+
+def _require_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5)
+
+
+def test_wrong_replies_are_rejected_by_name_and_others_are_unaffected(one: Coordinator) -> None:
+    """Each way of answering wrongly leaves its name in the history; the adapter is the honest sites' mean."""
+    one.plan("x-1", **{"mixed/1": "refuse", "mixed/2": "wrong-signature", "mixed/3": "shapes", "mixed/4": "nan"})
+    one.plan("x-2", **{"mixed/1": "ok", "mixed/2": "replay", "mixed/3": "wrong-digest", "mixed/4": "garbage"})
+    one.launch("mixed", SITES, rounds=4, quorum=2)
+    shown = one.wait("mixed", "completed", "failed")
+    assert shown["state"] == "completed", shown
+    told = {
+        (reply["site"], each["round"]): (reply["status"], reply["code"])
+        for each in shown["history"]
+        for reply in each["replies"]
+    }
+    assert told["x-1", 1] == ("refused", "budget-exhausted")
+    assert told["x-1", 2] == ("invalid", "bad-signature")
+    assert told["x-1", 3] == ("invalid", "bad-update")
+    assert told["x-1", 4] == ("invalid", "bad-update")
+    assert told["x-2", 1] == ("ok", "")
+    assert told["x-2", 2] == ("invalid", "wrong-round")
+    assert told["x-2", 3] == ("invalid", "wrong-digest")
+    assert told["x-2", 4][0] == "invalid"
+    assert all(told[site, number] == ("ok", "") for site in HONEST for number in (1, 2, 3, 4))
+    refusal = next(r for r in shown["history"][0]["replies"] if r["site"] == "x-1")
+    assert refusal["message"] == "epsilon 7.9 of 8 is spent"
+    _require_equal(_adapter(one, "mixed"), _expected([[*HONEST, "x-2"], *[list(HONEST)] * 3]))
+
+
+def test_committed_rounds_have_adapters_receipts_and_events(one: Coordinator) -> None:
+    """Every committed round is on disk under its digest, and each receipt opens with its site's own key."""
+    listed = one.admin("adapters", "list", "mixed")["adapters"]
+    assert [each["round"] for each in listed] == [1, 2, 3, 4]
+    for each in listed:
+        data = (one.home / "adapters" / "mixed" / f"{each['round']}.safetensors").read_bytes()
+        assert (digest(data), len(data)) == (each["digest"], each["bytes"])
+    import sqlite3
+
+    database = sqlite3.connect(f"file:{one.home / 'coordinator.sqlite'}?mode=ro", uri=True)
+    rows = database.execute("SELECT site, document_json FROM replies WHERE run = 'mixed' AND status = 'ok'").fetchall()
+    database.close()
+    assert len(rows) == 9
+    for site, document in rows:
+        receipt = Receipt.from_dict(open_document(json.loads(document), one.keys[site].signing.public_hex))
+        assert receipt.site == site
+
+
+def test_the_first_answer_does_not_decide_what_an_adapter_is(one: Coordinator) -> None:
+    """In a first round a site that answers before the others with other tensors does not shut them out."""
+    one.plan("x-1", **{"race/1": "names"})
+    for site in HONEST:
+        one.plan(site, **{"race/1": "sleep:6"})
+    one.launch("race", (*HONEST, "x-1"), rounds=1, quorum=2)
+    shown = one.wait("race", "completed", "failed")
+    assert shown["state"] == "completed", shown["reason"]
+    told = {reply["site"]: (reply["status"], reply["code"]) for reply in shown["history"][0]["replies"]}
+    assert told == {"h-1": ("ok", ""), "h-2": ("ok", ""), "x-1": ("invalid", "bad-update")}
+    _require_equal(_adapter(one, "race"), _expected([list(HONEST)]))
+
+
+def test_a_missed_quorum_fails_by_name_and_the_run_can_be_resumed(one: Coordinator) -> None:
+    """A run that cannot reach its quorum names each site's answer; once they take part it goes on."""
+    one.plan("x-1", **{"quorum/1": "refuse"})
+    one.plan("x-2", **{"quorum/1": "refuse"})
+    one.launch("quorum", ("h-1", "x-1", "x-2"), rounds=1, quorum=2)
+    shown = one.wait("quorum", "failed", "completed")
+    assert shown["state"] == "failed"
+    assert "1 of the 2" in shown["reason"] or "0 of the 2" in shown["reason"]
+    assert "budget-exhausted" in shown["reason"]
+    assert "x-1" in shown["reason"]
+    for site in ("x-1", "x-2"):
+        one.plan(site)
+    one.run("fl-admin", "runs", "resume", "quorum")
+    shown = one.wait("quorum", "completed", "failed")
+    assert shown["state"] == "completed", shown["reason"]
+    assert one.computed("h-1").count("quorum/1") == 1
+    _require_equal(_adapter(one, "quorum"), _expected([["h-1", "x-1", "x-2"]]))
+
+
+def test_a_stopped_run_ends_and_watch_shows_its_end(one: Coordinator) -> None:
+    """`runs stop` in mid-round ends the run; a watcher comes to an end with it, and no round is committed."""
+    for site in HONEST:
+        one.plan(site, **{"long/1": "sleep:30"})
+    one.launch("long", HONEST, rounds=3, quorum=2)
+    until(lambda: any(e["state"] == "running" for e in one.admin("runs", "list")["runs"]), "the run is running")
+    one.run("fl-admin", "runs", "stop", "long")
+    done = one.run("fl-admin", "runs", "watch", "long", check=False)
+    assert "stopped" in done.stdout
+    shown = one.show("long")
+    assert (shown["state"], shown["rounds_committed"]) == ("stopped", 0)
+
+
+def test_a_node_with_a_key_of_its_own_is_not_admitted(one: Coordinator) -> None:
+    """A SuperNode whose key was never enrolled is turned away by the SuperLink."""
+    stranger = one.root / "stranger"
+    stranger.mkdir()
+    key = ec.generate_private_key(ec.SECP384R1())
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    (stranger / "node.key").write_bytes(pem)
+    (stranger / "node.key").chmod(0o600)
+    node = one.start_node("stranger", stranger / "node.key")
+    until(lambda: node.poll() is not None, "the stranger's SuperNode ends", 90.0)
+    assert node.returncode != 0
+
+
+def test_a_refused_launch_names_what_is_wrong(one: Coordinator) -> None:
+    """A taken name and a site that is not enrolled end with exit code 18 and one message."""
+    from helpers.coordinators import spec_toml
+
+    for name, sites, word in (("mixed", HONEST, "already"), ("fresh", ("h-1", "nobody"), "nobody")):
+        spec = one.root / "refused.toml"
+        spec.write_text(spec_toml(name, sites, rounds=1, quorum=1))
+        done = one.run("fl-admin", "runs", "launch", str(spec), check=False)
+        assert done.returncode == 18
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_sigterm_ends_everything(one: Coordinator) -> None:
+    """After SIGTERM `fl-server up` ends with status 0 and leaves no process of its own behind."""
+    import psutil
+
+    assert one.process is not None
+    children = psutil.Process(one.process.pid).children(recursive=True)
+    assert len(children) >= 4
+    assert one.down() == 0
+    _gone, alive = psutil.wait_procs(children, timeout=15)
+    assert alive == [], [each.cmdline() for each in alive]
