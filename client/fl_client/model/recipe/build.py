@@ -34,7 +34,8 @@ It exists so that Concordat's main job runs on a laptop without a model hub. It 
 * Corpus: {wordnet_glosses:,} WordNet 3.0 glosses (Princeton University's WordNet licence) and {icd_descriptions:,}
   ICD-10-CM descriptions with the titles above them, of training categories only. No inclusion term and nothing of a
   held-out category was seen.
-* Router: balanced as in DeepSeek-V3 (selection bias and sequence-wise loss); least loaded expert {least:.2f} of the even share.
+* Router: balanced as in DeepSeek-V3 (selection bias and sequence-wise loss); least loaded expert {least:.2f} of the
+  even share.
 * Linear probe on frozen, mean-pooled features, hospital task split by category: {probe:.3f} (majority {majority:.3f}).
 * Recipe: `fl-model build tiny`; all figures in `report.json`.
 """
@@ -63,10 +64,11 @@ def finish(
     """Quantise a pretrained directory, measure it, and write report and card."""
     sizes = quantise_directory(float_directory, out, keep_dtype=torch.float16)
     model = load_model(out, "cpu")
-    say("measuring features on public text")
-    public = wordnet_glosses(find_wordnet(wordnet))[::97] + [text for text, _ in public_descriptions()][::23]
+    say("measuring features and experts' load on public text")
+    glosses = wordnet_glosses(find_wordnet(wordnet))[::97]
+    descriptions = [text for text, _ in public_descriptions()][::23]
     with RouterLoad(model.module) as load:
-        features = pooled_features(model, public)
+        features = pooled_features(model, glosses + descriptions)
     least = min(share for layer in load.shares() for share in layer)
     if least < LEAST_LOAD:
         raise ModelError(f"an expert gets {least:.2f} of the even share", fix="train longer: --steps")
@@ -74,6 +76,8 @@ def finish(
     save_file({"mean": mean, "std": std}, out / "features.safetensors")
     say("probing")
     train, test = hospital_split()
+    with RouterLoad(model.module) as task_load:
+        pooled_features(model, [text for text, _ in train][::7])
     accuracy = _probe(model, train, test, mean, std)
     labels = [label for _, label in test]
     report |= {
@@ -85,6 +89,7 @@ def finish(
         "probe_test_rows": len(test),
         "expert_load_over_even_share": [[round(share, 3) for share in layer] for layer in load.shares()],
         "least_expert_load": round(least, 3),
+        "expert_load_on_hospital_task": [[round(share, 3) for share in layer] for layer in task_load.shares()],
         "versions": {name: version(name) for name in ("simple-icd-10-cm", "torch", "transformers", "tokenizers")},
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

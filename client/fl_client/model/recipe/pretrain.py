@@ -165,7 +165,8 @@ def pretrain(out: Path, *, steps: int, wordnet: Path | None, seed: int = 0, chec
     torch.manual_seed(seed)
     glosses, codes = wordnet_glosses(find_wordnet(wordnet)), icd_lines(seed)
     tokenizer = train_tokenizer(glosses + 4 * codes)
-    texts = glosses + 5 * codes
+    # Descriptions alone too, as a site's records are: the router has to be balanced on them as well.
+    texts = glosses + 5 * codes + 5 * [code.partition(": ")[0] for code in codes]
     sequences = [[*ids[: MAX_TOKENS - 1], tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
     model = DeepseekV3ForCausalLM(configuration())
     with torch.no_grad():
