@@ -171,6 +171,9 @@ class Site:
     root: Path
     service: Service = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.service = Service(["fl-client", "run", *self._at], self.root / "logs" / f"{self.id}.log")
+
     @property
     def home(self) -> Path:
         return self.root / "sites" / self.id
@@ -189,7 +192,6 @@ class Site:
         return command_json("fl-client", "check", *self._at)
 
     def start(self) -> None:
-        self.service = Service(["fl-client", "run", *self._at], self.root / "logs" / f"{self.id}.log")
         self.service.start()
 
     def train_alone(self, spec: Path, out: Path) -> Service:

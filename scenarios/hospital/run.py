@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fl_client.data.icd10 import chapter_titles, hospital_split
-from harness import BIN, CommandError, Coordinator, Site, command_json, environment, running
+from harness import BIN, CommandError, Coordinator, Service, Site, command_json, environment, running
 
 HERE = Path(__file__).resolve().parent
 EPILOG = """examples:
@@ -83,6 +84,29 @@ def watch(coordinator: Coordinator, run: str, *, quiet: bool) -> None:
     )  # fmt: skip
 
 
+def wait_alone(console: Console, names: Sequence[str], services: Sequence[Service], rounds: int) -> None:
+    """Wait for the `train-alone` processes: a bar for each on a terminal, a line for each round otherwise."""
+    columns = (TextColumn("{task.description} alone"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks = [bars.add_task(name, total=rounds) for name in names]
+        said = 0
+        while True:
+            ended = all(service.process is None or service.process.poll() is not None for service in services)
+            done = [service.log.read_text(encoding="utf-8").count(" done; ") for service in services]
+            for task, count in zip(tasks, done, strict=True):
+                bars.update(task, completed=count)
+            for number in range(said + 1, min(done) + 1):
+                if not console.is_terminal:
+                    console.print(f"alone: round {number} of {rounds} done at every hospital", soft_wrap=True)
+                said = number
+            if ended:
+                break
+            time.sleep(0.5)
+    for service in services:
+        if service.process is None or service.process.returncode != 0:
+            service.check_alive()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     console = Console(stderr=options.json)
@@ -96,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
 
     def say(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/]  {text}")
+        console.print(f"[dim]{time.monotonic() - began:6.1f} s[/]  {text}", soft_wrap=True)
 
     base = command_json("fl-model", "inspect", "tiny")["digest"]
     spec_path = out / "spec.toml"
@@ -132,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 alone[site.id] = out / "alone" / f"{site.id}"
                 services.append(site.train_alone(spec_path, alone[site.id]))
             with running(*services):
-                for service in services:
-                    if service.process is None or service.process.wait(timeout=900) != 0:
-                        service.check_alive()
+                wait_alone(console, names, services, spec["run"]["rounds"])
             say("each hospital alone: done")
 
         for site in sites:
@@ -174,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(console: Console, results: dict[str, Any], sites: Sequence[Site], out: Path) -> None:
     """The closing tables."""
-    table = Table(title="Held-out accuracy (chapters of unseen ICD-10 categories)", title_justify="left")
+    table = Table(title="Held-out accuracy", caption="chapters of ICD-10 categories that no site holds",
+                  title_justify="left", caption_justify="left")  # fmt: skip
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_row("majority class", f"{results['majority']:.3f}")
@@ -184,8 +207,9 @@ def report(console: Console, results: dict[str, Any], sites: Sequence[Site], out
     table.add_row("[bold]federated[/]", f"[bold]{results['federated']:.3f}[/]")
     console.print(table)
     costs = Table(title="Privacy, from each site's own ledger", title_justify="left")
-    for column in ("site", "spent alone", "spent together", "spent in all", "left", "delta", "ledger"):
-        costs.add_column(column, justify="left" if column in {"site", "ledger"} else "right")
+    costs.add_column("site")
+    for column in ("alone", "together", "in all", "left", "delta"):
+        costs.add_column(column if column == "delta" else f"epsilon {column}", justify="right")
     for site in sites:
         budget = results["budgets"][site.id]["budgets"][0]
         by_run = {row["run"]: row["epsilon"] for row in results["spends"][site.id]["runs"]}
@@ -194,11 +218,15 @@ def report(console: Console, results: dict[str, Any], sites: Sequence[Site], out
         costs.add_row(
             site.id, *(f"{values[0]:.2f}" if values else "-" for values in (alone, together)),
             f"{budget['spent']:.2f}", f"{budget['left']:.2f}", f"{budget['delta']:g}",
-            str((site.home / "ledger.sqlite").relative_to(out)),
         )  # fmt: skip
     console.print(costs)
-    console.print(f"adapter  {results['adapter']}\nledgers  {out / 'sites'}\nlogs     {out / 'logs'}")
-    console.print(f"audit    fl-audit spends --site {sites[0].id} --home {sites[0].home}")
+    for line in (
+        f"adapter  {results['adapter']}",
+        *(f"ledger   {site.home / 'ledger.sqlite'}" for site in sites),
+        f"logs     {out / 'logs'}",
+        f"audit    fl-audit spends --site {sites[0].id} --home {sites[0].home}",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":
