@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,12 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
 import numpy as np
 import torch
-from helpers.random_models import float_model, quantise_in_place, random_records
 from transformers import DeepseekV3Config
 
 from fl_client.dp.adapt import AdaptedModel, adapt
@@ -32,6 +27,9 @@ from fl_client.dp.canaries import worst_case_adapter
 from fl_client.dp.engine import DPEngine, per_record_loss
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from helpers.random_models import float_model, quantise_in_place, random_records  # noqa: E402 - made importable above
 
 CLASSES = 20
 VARIANTS = ("plain", "book", "hooks")
@@ -204,7 +202,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
-        print(json.dumps(peak_bytes(*options.peak, torch.device(options.device))))
+        name, variant = options.peak
+        print(json.dumps(peak_bytes(name, variant, torch.device(options.device))))
         return 0
     names = list(SHAPES) if options.full else list(DEFAULT)
     models = [measure(name, options.device, 60.0 if options.full else 6.0) for name in names]

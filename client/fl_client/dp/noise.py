@@ -117,15 +117,15 @@ def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.u
     small = [cell for cell, weight in enumerate(left) if weight < one]
     large = [cell for cell, weight in enumerate(left) if weight >= one]
     while small and large:
-        low, high = small.pop(), large[-1]
-        alias[low] = high
-        threshold[high] -= one - threshold[low]
-        if threshold[high] < one:
+        poor, rich = small.pop(), large[-1]
+        alias[poor] = rich
+        threshold[rich] -= one - threshold[poor]
+        if threshold[rich] < one:
             small.append(large.pop())
     # what is left has exactly weight one; it is its own alias
     clipped = np.array([min(value, one - 1) for value in threshold], dtype=np.uint64)
-    high, low = (clipped >> np.uint64(32)).astype(np.uint32), clipped.astype(np.uint32)
-    return high, low, np.array(alias, dtype=np.uint16)
+    upper, lower = (clipped >> np.uint64(32)).astype(np.uint32), clipped.astype(np.uint32)
+    return upper, lower, np.array(alias, dtype=np.uint16)
 
 
 def discrete_gaussian_mass(width: int, support: int, bits: int) -> list[int]:

@@ -72,8 +72,9 @@ def test_noise_is_independent_of_its_neighbour() -> None:
 
 def test_alias_table_holds_the_exact_mass() -> None:
     """Adding up what each cell keeps and gives away returns the discrete Gaussian's probabilities."""
-    threshold, alias = _alias_table()
-    kept = [int(value) + 1 if int(value) == (1 << 64) - 1 else int(value) for value in threshold]
+    high, low, alias = _alias_table()
+    words = [(int(upper) << 32) + int(lower) for upper, lower in zip(high, low, strict=True)]
+    kept = [value + 1 if value == (1 << 64) - 1 else value for value in words]
     mass = list(kept)
     for cell, other in enumerate(alias):
         mass[int(other)] += (1 << 64) - kept[cell]

@@ -13,12 +13,18 @@ from fl_client.dp.segments import find_segments, squared_norms
 torch.set_num_threads(1)
 
 
-def _expected(a: torch.Tensor, b: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    norms = []
-    for value in torch.unique_consecutive(key):
+def _expected(a: torch.Tensor, b: torch.Tensor, key: torch.Tensor, units: int) -> torch.Tensor:
+    """Each unit's squared norms, added over its segments, from products formed in float64."""
+    norms = torch.zeros(units, dtype=torch.float64)
+    for value in torch.unique(key).tolist():
         rows = key == value
-        norms.append((a[rows].double().mT @ b[rows].double()).square().sum())
-    return torch.stack(norms)
+        norms[value % units] += (a[rows].double().mT @ b[rows].double()).square().sum()
+    return norms
+
+
+def _found(a: torch.Tensor, b: torch.Tensor, key: torch.Tensor, units: int) -> torch.Tensor:
+    segments = find_segments(key, units)
+    return torch.zeros(units, dtype=torch.float64).index_add_(0, segments.unit, squared_norms(a, b, segments))
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,14 +37,12 @@ def _expected(a: torch.Tensor, b: torch.Tensor, key: torch.Tensor) -> torch.Tens
 def test_norms_match_formed_products(lengths: list[int], p: int, q: int, seed: int) -> None:
     """Short, long and absent segments all get the norm of their summed outer products."""
     torch.manual_seed(seed)
-    units = 5
     key = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     if key.numel() == 0:
         return
     a, b = torch.randn(len(key), p), torch.randn(len(key), q)
-    found = find_segments(key, units)
-    assert found.unit.tolist() == [value % units for value in torch.unique(key).tolist()]
-    torch.testing.assert_close(squared_norms(a, b, found), _expected(a, b, key), rtol=2e-5, atol=1e-4)
+    for units in (5, len(lengths)):  # units in several groups; one segment per unit
+        torch.testing.assert_close(_found(a, b, key, units), _expected(a, b, key, units), rtol=2e-5, atol=1e-4)
 
 
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
