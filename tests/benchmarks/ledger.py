@@ -42,6 +42,53 @@ def log(text: str) -> None:
     print(text, file=os.sys.stderr, flush=True)  # type: ignore[attr-defined]
 
 
+class Bulk:
+    """Appends signed entries with typed rows, sums and tree nodes, many in one transaction."""
+
+    def __init__(self, ledger: Ledger, key: SigningKey) -> None:
+        self._store, self._key = ledger._store, key
+        with self._store.read() as connection:
+            self._tally = int(connection.execute(sa.select(tally_keys.c.id)).scalar_one())
+            self._version, self._spent = connection.execute(
+                sa.select(tallies.c.version, tallies.c.spent).order_by(tallies.c.version.desc()).limit(1)
+            ).one()
+            hashes = connection.execute(sa.select(entries.c.hash).order_by(entries.c.seq)).scalars()
+            self._tree = Tree()
+            for digest in hashes:
+                self._tree.add(digest)
+        head = ledger.head()
+        self.seq, self._prev, self._moment = head.entries, head.hash, datetime.now(UTC)
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+
+    def put(self, kind: str, body: dict[str, Any], *, held: int, spent: int) -> None:
+        """Append one entry; the sums move by `held` and `spent`."""
+        self.seq, self._moment = self.seq + 1, self._moment + timedelta(microseconds=1)
+        stamp, text = chain.timestamp(self._moment), canonical_bytes(body).decode()
+        message = chain.message_bytes(
+            seq=self.seq, kind=kind, body=text, prev_hash=self._prev, created_at=stamp, site=SITE
+        )
+        digest = sha256_hex(message)
+        entry = {"seq": self.seq, "kind": kind, "body": text, "prev_hash": self._prev, "hash": digest}
+        self._add("entries", entry | {"signature": self._key.sign(message), "created_at": stamp})
+        self._add(f"{kind}s", {"seq": self.seq, **body})
+        self._version, self._spent = self._version + 1, self._spent + spent
+        sums = {"key": self._tally, "version": self._version, "held": held, "spent": self._spent}
+        self._add("tallies", {"seq": self.seq} | sums)
+        for level, position, node in self._tree.add(digest):
+            self._add("merkle_nodes", {"level": level, "position": position, "hash": node})
+        self._prev = digest
+
+    def _add(self, table: str, row: dict[str, Any]) -> None:
+        self._rows.setdefault(table, []).append(row)
+
+    def write(self) -> None:
+        """Write what was put since the last time."""
+        with self._store.write() as connection:
+            for table in (entries, reservations, settlements, tallies, merkle_nodes):
+                connection.execute(table.insert(), self._rows[table.name])
+        self._rows.clear()
+
+
 def grow(url: str, key: SigningKey, size: int) -> None:
     """Append settled rounds until the ledger has `size` entries (or one less)."""
     with Ledger.open(url, key, SITE) as ledger:
@@ -49,75 +96,15 @@ def grow(url: str, key: SigningKey, size: int) -> None:
         ledger.set_budget(dataset, 1000.0, 1e-6, "DPO")
         held = ledger.reserve(dataset, ROUND, run="seed", round=ledger.head().entries)
         ledger.settle(held, ROUND, "sha256:seed")
-        with ledger._store.read() as connection:
-            number = int(connection.execute(sa.select(tally_keys.c.id)).scalar_one())
-            version, spent = connection.execute(
-                sa.select(tallies.c.version, tallies.c.spent).order_by(tallies.c.version.desc()).limit(1)
-            ).one()
-            hashes = connection.execute(sa.select(entries.c.hash).order_by(entries.c.seq)).scalars().all()
-        tree = Tree()
-        for digest in hashes:
-            tree.add(digest)
-        head, moment = ledger.head(), datetime.now(UTC)
-        seq, prev = head.entries, head.hash
-        while seq + 2 <= size:
-            rows: dict[str, list[dict[str, Any]]] = {
-                table.name: [] for table in (entries, reservations, settlements, tallies, merkle_nodes)
-            }
-
-            def put(kind: str, body: dict[str, Any]) -> None:
-                nonlocal seq, prev, moment
-                seq, moment = seq + 1, moment + timedelta(microseconds=1)
-                stamp, text = chain.timestamp(moment), canonical_bytes(body).decode()
-                message = chain.message_bytes(
-                    seq=seq, kind=kind, body=text, prev_hash=prev, created_at=stamp, site=SITE
-                )
-                digest = sha256_hex(message)
-                rows["entries"].append(
-                    {
-                        "seq": seq,
-                        "kind": kind,
-                        "body": text,
-                        "prev_hash": prev,
-                        "hash": digest,
-                        "signature": key.sign(message),
-                        "created_at": stamp,
-                    }
-                )
-                rows[f"{kind}s"].append({"seq": seq, **body})
-                for level, position, node in tree.add(digest):
-                    rows["merkle_nodes"].append({"level": level, "position": position, "hash": node})
-                prev = digest
-
-            for _ in range(min(BATCH, size - seq) // 2):
-                body = {
-                    "dataset": "icd",
-                    "dataset_seq": dataset.seq,
-                    "study": "",
-                    "run": f"bulk-{seq // 1000}",
-                    "round": seq,
-                    "purpose": "training",
-                    "attempt": 1,
-                    **ROUND.to_dict(),
-                }
-                put("reservation", body)
-                version += 1
-                rows["tallies"].append({"seq": seq, "key": number, "version": version, "held": 1, "spent": spent})
-                put(
-                    "settlement",
-                    {
-                        "reservation": seq,
-                        "outcome": "settled",
-                        "steps": 1,
-                        "release_digest": f"sha256:{prev}",
-                        "reason": "",
-                    },
-                )
-                version, spent = version + 1, spent + 1
-                rows["tallies"].append({"seq": seq, "key": number, "version": version, "held": 0, "spent": spent})
-            with ledger._store.write() as connection:
-                for table in (entries, reservations, settlements, tallies, merkle_nodes):
-                    connection.execute(table.insert(), rows[table.name])
+        bulk = Bulk(ledger, key)
+        while bulk.seq + 2 <= size:
+            for _ in range(min(BATCH, size - bulk.seq) // 2):
+                place = {"dataset": "icd", "dataset_seq": dataset.seq, "study": "", "run": f"bulk-{bulk.seq // 1000}"}
+                order = place | {"round": bulk.seq, "purpose": "training", "attempt": 1} | ROUND.to_dict()
+                bulk.put("reservation", order, held=1, spent=0)
+                end = {"reservation": bulk.seq, "outcome": "settled", "steps": 1, "reason": ""}
+                bulk.put("settlement", end | {"release_digest": f"sha256:{bulk.seq}"}, held=0, spent=1)
+            bulk.write()
 
 
 def timed(act: Callable[[], object]) -> float:
