@@ -55,7 +55,7 @@ def _abort(context: grpc.ServicerContext, error: ConcordatError) -> NoReturn:
 
 def caller(context: grpc.ServicerContext) -> tuple[str, str]:
     """Role and name in the caller's certificate, which TLS has verified."""
-    pem = context.auth_context().get("x509_pem_cert", [b""])[0]
+    pem = bytes(next(iter(context.auth_context().get("x509_pem_cert", [])), b""))
     der = x509.load_pem_x509_certificate(pem).public_bytes(serialization.Encoding.DER)
     who = identity(der)
     return who.role, who.name
@@ -187,7 +187,7 @@ def _adapter_message(view: RunView, row: RoundRow) -> pb.Adapter:
     )
 
 
-class Control(ControlServicer):
+class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated without types
     """The calls of `control.proto`."""
 
     def __init__(self, home: ServerHome) -> None:

@@ -66,11 +66,13 @@ def test_what_a_request_asks_for_is_ignored_but_for_its_key(authority: Authority
 @pytest.mark.parametrize("made", ["rsa", "ed25519", "p521"])
 def test_keys_of_other_kinds_are_refused(authority: Authority, made: str) -> None:
     """Only EC P-256 and P-384 keys are certified."""
-    key = {
-        "rsa": lambda: rsa.generate_private_key(65537, 2048),
-        "ed25519": ed25519.Ed25519PrivateKey.generate,
-        "p521": lambda: ec.generate_private_key(ec.SECP521R1()),
-    }[made]()
+    key: rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
+    if made == "rsa":
+        key = rsa.generate_private_key(65537, 2048)
+    elif made == "ed25519":
+        key = ed25519.Ed25519PrivateKey.generate()
+    else:
+        key = ec.generate_private_key(ec.SECP521R1())
     with pytest.raises(EnrolmentError, match="EC P-256 or P-384"):
         authority.sign_request(_request(key), "site", "hospital-001", 30)
 

@@ -27,7 +27,6 @@ from fl_shared.errors import ConfigError, RunError
 from fl_shared.manifest import RoundManifest, RunSpec
 from fl_shared.signing import SigningKey, sign_document
 
-
 GOING = ("pending", "running")
 
 

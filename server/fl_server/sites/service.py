@@ -32,7 +32,7 @@ MAX_TTL_S = 90 * 86_400.0
 SECRET_BYTES = 24
 ONLINE_S = 90.0
 _TOKEN = re.compile(r"ct1\.([a-z0-9-]{1,63})\.([A-Za-z0-9_-]{32})\.([0-9a-f]{64})")
-_NEW_TOKEN = "ask the coordinator's administrator for a new token (`fl-admin sites invite`)"
+_NEW_INVITATION = "ask the coordinator's administrator for a new token (`fl-admin sites invite`)"
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,18 @@ class Sites:
     def _invitation(self, session: Session, site: str, token: str, ca_sha256: str) -> InvitationRow:
         match = _TOKEN.fullmatch(token)
         if match is None or match.group(1) != site or not hmac.compare_digest(match.group(3), ca_sha256):
-            raise EnrolmentError("the token is not valid for this site", fix=_NEW_TOKEN, code="bad-token")
+            raise EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
         digest = hashlib.sha256(match.group(2).encode()).digest()
         found = None
         for row in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
             if hmac.compare_digest(row.secret_hash, digest):
                 found = row
         if found is None:
-            raise EnrolmentError("the token is not valid for this site", fix=_NEW_TOKEN, code="bad-token")
+            raise EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
         if found.used_at:
-            raise EnrolmentError("the token was used already", fix=_NEW_TOKEN, code="used-token")
+            raise EnrolmentError("the token was used already", fix=_NEW_INVITATION, code="used-token")
         if found.expires_at < time.time():
-            raise EnrolmentError("the token has expired", fix=_NEW_TOKEN, code="expired-token")
+            raise EnrolmentError("the token has expired", fix=_NEW_INVITATION, code="expired-token")
         return found
 
     def enrol(
@@ -222,10 +222,10 @@ class Sites:
             or not hmac.compare_digest(row.certificate_fingerprint, who.fingerprint)
         ):
             raise EnrolmentError(
-                f"the certificate of {who.name} is not valid here", fix=_NEW_TOKEN, code="not-authorised"
+                f"the certificate of {who.name} is not valid here", fix=_NEW_INVITATION, code="not-authorised"
             )
         if who.expires_at < time.time():
-            raise EnrolmentError(f"the certificate of {who.name} has expired", fix=_NEW_TOKEN, code="expired")
+            raise EnrolmentError(f"the certificate of {who.name} has expired", fix=_NEW_INVITATION, code="expired")
         return row
 
     def seen(self, site: str) -> None:
