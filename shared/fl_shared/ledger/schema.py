@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from fl_shared.ledger.models import APPEND_ONLY, metadata
 from fl_shared.ledger.shard import Problem
-from fl_shared.ledger.store import Store, upgrade
+from fl_shared.ledger.store import Store, migrations, upgrade
 
 
 def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:
@@ -62,7 +62,11 @@ def _postgresql(connection: sa.Connection) -> dict[str, str]:
     }
     for table, name, validated in connection.execute(checks, {"tables": tables}):
         found[f"constraint {name} on {table}"] = "on" if validated else "off"
-    return found
+    functions = sa.text(
+        "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = "
+        "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
+    )
+    return found | {f"function {name}": source for name, source in connection.execute(functions)}
 
 
 def _expected() -> dict[str, str]:
@@ -75,4 +79,8 @@ def _expected() -> dict[str, str]:
                 wanted[f"constraint {constraint.name} on {table.name}"] = "on"
     wanted["trigger entries_follow on entries"] = "on"
     wanted["trigger settlements_fit on settlements"] = "on"
+    for migration in migrations():
+        wanted |= {f"function {name}": body for name, body in migration.FUNCTIONS.items()}
+        for suffix, tables in (("of_its_kind", "KINDS"), ("fit", "RULES")):
+            wanted |= {f"trigger {table}_{suffix} on {table}": "on" for table in getattr(migration, tables, ())}
     return wanted

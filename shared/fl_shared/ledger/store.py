@@ -171,9 +171,14 @@ def downgrade(connection: sa.Connection, revision: str) -> None:
 
 def known_revisions() -> set[str]:
     """Return every schema version that this program can migrate from."""
+    return {str(module.revision) for module in migrations()}
+
+
+def migrations() -> list[Any]:
+    """Return the modules below `migrations/versions`, newest first."""
     from alembic.script import ScriptDirectory
 
-    return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
+    return [script.module for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
 
 
 def alembic_config(connection: sa.Connection | None = None) -> Any:

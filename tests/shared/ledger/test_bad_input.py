@@ -11,7 +11,6 @@ import pytest
 import sqlalchemy as sa
 
 from fl_shared.errors import ConfigError, LedgerError
-from fl_shared.ledger import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, in_process, opened, with_budget
@@ -116,20 +115,3 @@ def test_postgresql_going_away_in_mid_transaction(url: str, key: SigningKey, mon
         assert ledger.head() == head
         assert ledger.open_reservations() == []
         ledger.reserve(icd, ROUND, run="a", round=1)
-
-
-def test_a_reader_role_cannot_write_on_postgresql(url: str, key: SigningKey) -> None:
-    """A role with SELECT alone can verify the ledger, and the database refuses it any change."""
-    with opened(url, key) as ledger:
-        with_budget(ledger)
-        engine = ledger._store.engine
-        schema = url.rsplit("%3D", 1)[-1]
-        with engine.begin() as connection:
-            connection.execute(sa.text("DROP ROLE IF EXISTS auditor"))
-            connection.execute(sa.text("CREATE ROLE auditor LOGIN"))
-            connection.execute(sa.text(f"GRANT USAGE ON SCHEMA {schema} TO auditor"))
-            connection.execute(sa.text(f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO auditor"))
-    as_auditor = sa.engine.make_url(url).set(username="auditor").render_as_string(hide_password=False)
-    assert verify_ledger(as_auditor, SITE, public_key=key.public_hex).problems == []
-    with Ledger.open(as_auditor, key, SITE) as ledger, pytest.raises(LedgerError, match="permission denied"):
-        ledger.register_dataset("x", "sha256:x", "record", 10, 1)

@@ -208,7 +208,12 @@ def test_a_grant_beyond_the_ceiling_is_found(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(type(ledger), "_admit", lambda *_: None)
         for number in range(20):
             ledger.reserve("icd", ROUND, run="greedy", round=number)
-        ledger.reserve(ledger.register_dataset("bare", "sha256:b", "record", 9, 1), ROUND, run="x", round=1)
+        bare = ledger.register_dataset("bare", "sha256:b", "record", 9, 1)
+        with pytest.raises(LedgerError, match="needs its data set and budgets"):
+            ledger.reserve(bare, ROUND, run="x", round=1)
+        with sqlite3.connect(path) as connection:
+            connection.execute("DROP TRIGGER reservations_fit")
+        ledger.reserve(bare, ROUND, run="x", round=1)
     problems = found(path)
     assert any("granted beyond the ceiling of 'icd'" in problem for problem in problems)
     assert any("granted without a budget for 'bare'" in problem for problem in problems)

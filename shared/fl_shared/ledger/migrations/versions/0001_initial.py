@@ -25,6 +25,22 @@ TABLES = (
 # Columns of each primary key, for the trigger against INSERT OR REPLACE.
 PRIMARY_KEYS = {"tally_keys": ("id",), "merkle_nodes": ("level", "position")}
 
+# PostgreSQL's trigger functions; `schema` holds the database's copies against them.
+FUNCTIONS = {
+    "ledger_refuse": "BEGIN RAISE EXCEPTION 'append-only: % on % refused', TG_OP, TG_TABLE_NAME; END",
+    "ledger_entry_follows": (
+        "BEGIN IF NEW.seq <> coalesce((SELECT max(seq) FROM entries), 0) + 1 OR NEW.prev_hash <> coalesce("
+        "(SELECT hash FROM entries ORDER BY seq DESC LIMIT 1), repeat('0', 64)) THEN "
+        "RAISE EXCEPTION 'an entry must follow the last one'; END IF; RETURN NEW; END"
+    ),
+    "ledger_settlement_fits": (
+        "BEGIN IF NEW.steps > (SELECT steps FROM reservations WHERE seq = NEW.reservation) "
+        "OR (NEW.outcome = 'in-doubt' AND NEW.steps <> "
+        "(SELECT steps FROM reservations WHERE seq = NEW.reservation)) THEN "
+        "RAISE EXCEPTION 'a settlement must fit its reservation'; END IF; RETURN NEW; END"
+    ),
+}
+
 
 def _seq() -> sa.Column[int]:
     return sa.Column(
@@ -208,7 +224,7 @@ def downgrade() -> None:
     for table in reversed(TABLES):
         op.drop_table(table)
     if op.get_bind().dialect.name == "postgresql":
-        for function in ("ledger_refuse", "ledger_entry_follows", "ledger_settlement_fits"):
+        for function in FUNCTIONS:
             op.execute(f"DROP FUNCTION {function}()")
 
 
@@ -242,10 +258,8 @@ def _sqlite_triggers() -> None:
 
 
 def _postgresql_triggers() -> None:
-    op.execute(
-        "CREATE FUNCTION ledger_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "RAISE EXCEPTION 'append-only: % on % refused', TG_OP, TG_TABLE_NAME; END $$"
-    )
+    for name, body in FUNCTIONS.items():
+        op.execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $${body}$$")
     for table in TABLES:
         op.execute(
             f"CREATE TRIGGER {table}_refuse_change BEFORE UPDATE OR DELETE ON {table} "
@@ -256,20 +270,7 @@ def _postgresql_triggers() -> None:
             "FOR EACH STATEMENT EXECUTE FUNCTION ledger_refuse()"
         )
     op.execute(
-        "CREATE FUNCTION ledger_entry_follows() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "IF NEW.seq <> coalesce((SELECT max(seq) FROM entries), 0) + 1 OR NEW.prev_hash <> coalesce("
-        "(SELECT hash FROM entries ORDER BY seq DESC LIMIT 1), repeat('0', 64)) THEN "
-        "RAISE EXCEPTION 'an entry must follow the last one'; END IF; RETURN NEW; END $$"
-    )
-    op.execute(
         "CREATE TRIGGER entries_follow BEFORE INSERT ON entries FOR EACH ROW EXECUTE FUNCTION ledger_entry_follows()"
-    )
-    op.execute(
-        "CREATE FUNCTION ledger_settlement_fits() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "IF NEW.steps > (SELECT steps FROM reservations WHERE seq = NEW.reservation) "
-        "OR (NEW.outcome = 'in-doubt' AND NEW.steps <> "
-        "(SELECT steps FROM reservations WHERE seq = NEW.reservation)) THEN "
-        "RAISE EXCEPTION 'a settlement must fit its reservation'; END IF; RETURN NEW; END $$"
     )
     op.execute(
         "CREATE TRIGGER settlements_fit BEFORE INSERT ON settlements "
