@@ -8,9 +8,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from fl_shared.canonical import sha256_hex
 from fl_shared.ledger import Dataset, Ledger
+from fl_shared.ledger.receipts import Kept
+from fl_shared.manifest import Receipt
 from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.signing import SigningKey, sign_document
 
 SITE = "hospital-001"
 ROUND = Mechanism(noise_multiplier=1.0, sampling_probability=0.1, steps=8, clipping_norm=1.0)
@@ -58,6 +61,44 @@ def story(ledger: Ledger) -> None:
     ledger.register_dataset("icd", "sha256:icd-2", "record", 5100, 1)
     ledger.set_budget(icd, 9.0, 1e-5, "DPO John Roe")
     ledger.reserve(icd, ROUND, run="demo", round=4, study="sepsis")
+
+
+def receipt(ledger: Ledger, key: SigningKey, seq: int, **changes: Any) -> Kept:
+    """The signed receipt that a site would send for settlement `seq` now, with `changes` to its body."""
+    (spend,) = [each for each in ledger.spends() if each.settled_seq == seq]
+    held, pinned, position = spend.reservation, ledger.checkpoint(), ledger.epsilon(spend.reservation.dataset)
+    assert spend.charged is not None
+    body = Receipt(
+        run=held.run,
+        round=held.round,
+        site=ledger.site,
+        manifest_digest=f"sha256:{'1' * 64}",
+        spec_digest=f"sha256:{'2' * 64}",
+        update_digest=str(spend.release_digest),
+        model_digest=f"sha256:{'3' * 64}",
+        mechanism=spend.charged,
+        steps_executed=spend.charged.steps,
+        epsilon_spent_total=position.spent,
+        delta=position.delta,
+        privacy_unit="record",
+        ledger_head=pinned["head"],
+        ledger_entries=pinned["entries"],
+        merkle_root=pinned["merkle_root"],
+        entry_id=ledger.entry(seq).id,
+        created_at=1.8e9,
+    )
+    return Kept(sign_document(key, body.to_dict() | changes), 1.8e9)
+
+
+def with_releases(ledger: Ledger, key: SigningKey, rounds: int = 3) -> list[Kept]:
+    """Settle `rounds` rounds of run `demo`; return the receipts that a coordinator keeps of them."""
+    icd = with_budget(ledger)
+    kept = []
+    for number in range(1, rounds + 1):
+        held = ledger.reserve(icd, ROUND, run="demo", round=number)
+        entry = ledger.settle(held, ROUND, f"sha256:{sha256_hex(str(number).encode())}")
+        kept.append(receipt(ledger, key, entry.seq))
+    return kept
 
 
 def in_process(work: Callable[[], None], environment: dict[str, str] | None = None) -> int:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from fl_shared import errors
-from fl_shared.audit import budgets, spends, verify
+from fl_shared.audit import budgets, export, reconcile, spends, verify
 
-VERBS = {"budgets": budgets, "spends": spends, "verify": verify}
+VERBS = {"budgets": budgets, "spends": spends, "verify": verify, "reconcile": reconcile, "export": export}
 
 EPILOG = """examples:
   fl-audit budgets --site hospital-001

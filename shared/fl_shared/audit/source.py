@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fl_shared.errors import ConfigError
-from fl_shared.ledger import Ledger, LedgerReader
+from fl_shared.ledger import Ledger, LedgerReader, bundle
 from fl_shared.names import site_id
 from fl_shared.settings import load_toml
 
 HOME_VARIABLE = "FL_CLIENT_HOME"
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the options that name a ledger."""
-    parser.add_argument("--site", required=True, metavar="ID", help="the site, e.g. hospital-001")
+    parser.add_argument("--site", required=required, metavar="ID", help="the site, e.g. hospital-001")
     parser.add_argument(
         "--home", metavar="DIR", help=f"the site's home (default: ${HOME_VARIABLE} or ~/.concordat/site/ID)"
     )
-    parser.add_argument("--ledger", metavar="URL", help="the ledger's database, instead of the home's")
+    parser.add_argument(
+        "--ledger", metavar="URL|BUNDLE", help="the ledger's database, or a bundle of fl-audit export; not the home's"
+    )
 
 
 def home_of(arguments: argparse.Namespace) -> Path:
@@ -51,9 +56,27 @@ def ledger_url(arguments: argparse.Namespace) -> str:
     return f"sqlite:///{home / 'ledger.sqlite'}"
 
 
-def open_ledger(arguments: argparse.Namespace) -> LedgerReader:
+@contextlib.contextmanager
+def reachable(arguments: argparse.Namespace) -> Iterator[str]:
+    """Give the address of the ledger that the options name; a bundle is unpacked for as long as this lasts."""
+    given = Path(arguments.ledger) if arguments.ledger and "://" not in arguments.ledger else None
+    if given is None:
+        yield ledger_url(arguments)
+        return
+    if not bundle.is_bundle(given):
+        raise ConfigError(
+            f"--ledger {arguments.ledger!r} is neither a bundle nor a database address",
+            fix="give a file of fl-audit export, or sqlite:////path/ledger.sqlite",
+        )
+    with tempfile.TemporaryDirectory(prefix="concordat-bundle-") as directory:
+        yield bundle.unpack(given, Path(directory))
+
+
+@contextlib.contextmanager
+def open_ledger(arguments: argparse.Namespace) -> Iterator[LedgerReader]:
     """Open the ledger for reading."""
-    return Ledger.open(ledger_url(arguments), None, site_id(arguments.site))
+    with reachable(arguments) as url, Ledger.open(url, None, site_id(arguments.site)) as ledger:
+        yield ledger
 
 
 def public_key(arguments: argparse.Namespace) -> str | None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
-from fl_shared.audit.source import add_source, ledger_url, public_key
+from fl_shared.audit.source import add_source, public_key, reachable
 from fl_shared.errors import ConfigError
+from fl_shared.ledger import Ledger, bundle, receipts
+from fl_shared.ledger.reconcile import reconcile
+from fl_shared.ledger.shard import Problem
 from fl_shared.ledger.verify import Checkpoint, Report, verify_ledger
 from fl_shared.names import site_id
 
@@ -17,12 +22,16 @@ BROKEN = 13
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
-    add_source(parser)
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a file of fl-audit export, checked offline")
+    add_source(parser, required=False)
     parser.add_argument(
         "--public-key", metavar="HEX|FILE", help="the site's key as you know it (default: HOME/keys/signing.pub)"
     )
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="N:HASH", help="a head that you noted before"
+    )
+    parser.add_argument(
+        "--receipts", metavar="FILE|URL", help="the coordinator's receipts, each of which pins the ledger"
     )
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
     add_format(parser, with_csv=False)
@@ -30,18 +39,47 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify and print; exit code 13 when something is wrong."""
-    report = verify_ledger(
-        ledger_url(arguments),
-        site_id(arguments.site),
-        public_key=public_key(arguments),
-        checkpoints=[parse_checkpoint(text) for text in arguments.checkpoint],
-        processes=arguments.processes,
-    )
+    if arguments.bundle:
+        arguments.ledger = arguments.bundle
+        arguments.site = arguments.site or bundle.about(Path(arguments.bundle))["site"]
+    if not arguments.site:
+        raise ConfigError("no ledger is named", fix="give a bundle, or --site")
+    site = site_id(arguments.site)
+    kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
+    known = [parse_checkpoint(text) for text in arguments.checkpoint]
+    if arguments.bundle:
+        kept += bundle.receipts_in(Path(arguments.bundle))
+        said = bundle.about(Path(arguments.bundle))
+        known.append(Checkpoint(int(said["entries"]), str(said["head"]), str(said["merkle_root"]), "bundle.json"))
+    with reachable(arguments) as url:
+        report = verify_ledger(
+            url,
+            site,
+            public_key=public_key(arguments),
+            checkpoints=[*known, *pins(kept)],
+            processes=arguments.processes,
+        )
+        if kept and report.intact:
+            with Ledger.open(url, None, site) as ledger:
+                found = reconcile(ledger, kept)
+            report.problems += [Problem(each.message) for each in found if each.kind != "missing"]
     if arguments.json:
-        print_json({**asdict(report), "intact": report.intact})
+        print_json({**asdict(report), "intact": report.intact, "receipts": len(kept)})
     else:
         _print(report)
     return 0 if report.intact else BROKEN
+
+
+def pins(kept: Sequence[receipts.Kept]) -> list[Checkpoint]:
+    """Return what receipts say of the ledger, without asking who signed them: a wrong one is named either way."""
+    found = []
+    for one in kept:
+        claims = one.claims
+        size, head, root = (claims.get(name) for name in ("ledger_entries", "ledger_head", "merkle_root"))
+        if isinstance(size, int) and isinstance(head, str) and isinstance(root, str):
+            source = f"receipt for run {claims.get('run')}, round {claims.get('round')}"
+            found.append(Checkpoint(size, head, root, source))
+    return found
 
 
 def parse_checkpoint(text: str) -> Checkpoint:

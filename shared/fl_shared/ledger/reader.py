@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any, Self
 
 import sqlalchemy as sa
 
 from fl_shared.accounting.gate import Filter
-from fl_shared.accounting.merge import Key
 from fl_shared.accounting.renyi import curve_epsilon
 from fl_shared.errors import LedgerError
 from fl_shared.ledger import chain, merkle, queries
@@ -51,6 +51,10 @@ class LedgerReader:
     def url(self) -> str:
         """The database address, without a password."""
         return self._store.name
+
+    def reading(self) -> AbstractContextManager[sa.Connection]:
+        """Return one read transaction, for the audit's own queries."""
+        return self._store.read()
 
     def datasets(self) -> list[Dataset]:
         """Return every version of every data set, by name and version."""
@@ -209,8 +213,3 @@ def current_key(connection: sa.Connection) -> str:
     if genesis is None:
         raise LedgerError("the ledger is empty", fix="open it once with the site's agent")
     return str(genesis["public_key"])
-
-
-def used_steps(steps: Mapping[Key, int]) -> int:
-    """Return the number of steps in merged mechanisms."""
-    return sum(steps.values())

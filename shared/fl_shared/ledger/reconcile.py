@@ -1,0 +1,173 @@
+"""Two copies that must agree: the site's ledger, which is the authority, and the coordinator's receipts.
+
+Each receipt is opened with the site's keys and held, field by field, against the entry that it names and
+against the state of the ledger at that moment; each release in the ledger must have a receipt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from fl_shared.accounting.renyi import curve_epsilon
+from fl_shared.errors import ConcordatError
+from fl_shared.ledger import chain, merkle
+from fl_shared.ledger.models import entries
+from fl_shared.ledger.reader import LedgerReader, entry_hash
+from fl_shared.ledger.receipts import Kept
+from fl_shared.ledger.records import Spend
+from fl_shared.ledger.replay import Replay
+from fl_shared.ledger.shard import EVENT_FIELDS
+from fl_shared.manifest import Receipt
+
+LOCAL = "alone:"  # runs that never leave the site have no receipts
+_TOLERANCE = 1e-6  # of epsilon; versions of the accountant may differ in the last digits
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One thing on which the copies do not agree.
+
+    Attributes:
+        kind: `missing` (the ledger has a release, the coordinator no receipt), `extra` (the coordinator has a
+            receipt, the ledger no such entry), `different` (both, and they contradict each other) or `unsigned`
+            (no key of the site signed it).
+    """
+
+    kind: str
+    message: str
+    run: str
+    round: int | None
+    entry: str
+
+
+def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
+    """Return every divergence between the ledger and the receipts, in the order of the ledger."""
+    keys = site_keys(ledger)
+    found: list[Divergence] = []
+    opened: list[Receipt] = []
+    for one in kept:
+        try:
+            receipt = one.opened(keys)
+        except ConcordatError as error:
+            claims = one.claims
+            number = claims.get("round")
+            found.append(
+                Divergence(
+                    "unsigned",
+                    f"the coordinator's receipt for run {claims.get('run')}, round {number} is not this site's: "
+                    f"{error.message}",
+                    str(claims.get("run")),
+                    number if isinstance(number, int) else None,
+                    str(claims.get("entry_id")),
+                )
+            )
+            continue
+        opened.append(receipt)
+    spends = {spend.settled_seq: spend for spend in ledger.spends() if spend.outcome == "settled"}
+    with_receipt: set[int] = set()
+    epsilons = _epsilons(ledger, opened, spends)
+    for index, receipt in sorted(enumerate(opened), key=lambda pair: pair[1].ledger_entries):
+        number = receipt.entry_id.partition(":")[0]
+        spend = spends.get(int(number)) if number.isdigit() else None
+        if spend is None or spend.settled_seq is None:
+            found.append(_named(receipt, "extra", "the ledger has no such settled entry"))
+            continue
+        with_receipt.add(spend.settled_seq)
+        found += [
+            _named(receipt, "different", f"its {name} is {is_!r}, the ledger says {should!r}")
+            for name, (is_, should) in _fields(ledger, receipt, spend, epsilons.get(index)).items()
+            if not _same(is_, should)
+        ]
+    for seq, spend in spends.items():
+        held = spend.reservation
+        if seq not in with_receipt and held.purpose == "training" and not held.run.startswith(LOCAL):
+            found.append(
+                Divergence(
+                    "missing",
+                    f"entry {seq} released run {held.run}, round {held.round}; the coordinator has no receipt for it",
+                    held.run,
+                    held.round,
+                    str(seq),
+                )
+            )
+    return found
+
+
+def site_keys(ledger: LedgerReader) -> list[str]:
+    """Return every public key that the ledger names for its site, oldest first."""
+    query = sa.select(entries).where(entries.c.kind.in_(("genesis", "key"))).order_by(entries.c.seq)
+    with ledger.reading() as connection:
+        return [str(chain.entry_of(row).body.get("public_key")) for row in connection.execute(query).mappings()]
+
+
+def _named(receipt: Receipt, kind: str, what: str) -> Divergence:
+    return Divergence(
+        kind,
+        f"the receipt for run {receipt.run}, round {receipt.round} (entry {receipt.entry_id[:24]}…): {what}",
+        receipt.run,
+        receipt.round,
+        receipt.entry_id,
+    )
+
+
+def _fields(
+    ledger: LedgerReader, receipt: Receipt, spend: Spend, epsilon: float | None
+) -> Mapping[str, tuple[Any, Any]]:
+    """Return (receipt's, ledger's) value of everything that both know."""
+    held, seq = spend.reservation, spend.settled_seq
+    with ledger.reading() as connection:
+        last = chain.last_entry(connection)
+        size = receipt.ledger_entries
+        within = last is not None and size <= last.seq
+        head = entry_hash(connection, size) if within else "fewer entries than that"
+        root = merkle.stored_root(connection, size, lambda at: entry_hash(connection, at + 1)) if within else ""
+        digest = entry_hash(connection, int(seq or 0))
+    found: dict[str, tuple[Any, Any]] = {
+        "entry_id": (receipt.entry_id, f"{seq}:{digest}"),
+        "run": (receipt.run, held.run),
+        "round": (receipt.round, held.round),
+        "update_digest": (receipt.update_digest, spend.release_digest),
+        "mechanism": (receipt.mechanism, spend.charged),
+        "steps_executed": (receipt.steps_executed, spend.charged.steps if spend.charged else 0),
+        "ledger_head": (receipt.ledger_head, head),
+    }
+    if within:
+        found["merkle_root"] = (receipt.merkle_root, root)
+    if epsilon is not None:
+        found["epsilon_spent_total"] = (receipt.epsilon_spent_total, epsilon)
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, float) and isinstance(second, float):
+        return math.isclose(first, second, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return bool(first == second)
+
+
+def _epsilons(ledger: LedgerReader, opened: list[Receipt], spends: Mapping[int | None, Spend]) -> dict[int, float]:
+    """Return what each receipt's epsilon must be: recomputed from the entries that it pins, by its index."""
+    wanted: dict[int, list[int]] = {}
+    for index, receipt in enumerate(opened):
+        wanted.setdefault(receipt.ledger_entries, []).append(index)
+    found: dict[int, float] = {}
+    state = Replay()
+    with ledger.reading() as connection:
+        query = sa.select(entries).order_by(entries.c.seq).execution_options(yield_per=1000)
+        for row in connection.execute(query).mappings():
+            entry = chain.entry_of(row)
+            short = EVENT_FIELDS.get(entry.kind)
+            body = entry.body if short is None else tuple(entry.body.get(name) for name in short)
+            state.feed(entry.seq, entry.kind, body, entry.created_at)
+            for index in wanted.get(entry.seq, ()):
+                receipt = opened[index]
+                number = receipt.entry_id.partition(":")[0]
+                spend = spends.get(int(number)) if number.isdigit() else None
+                if spend is not None and 0.0 < receipt.delta < 1.0:
+                    spent, _held = state.charges((spend.reservation.dataset, ""))
+                    found[index] = curve_epsilon(spent, receipt.delta)
+    return found
