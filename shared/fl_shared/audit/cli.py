@@ -7,9 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from fl_shared import errors
-from fl_shared.audit import budgets, export, reconcile, spends, verify
+from fl_shared.audit import budgets, export, forecast, plan, reconcile, runs, spends, verify
 
-VERBS = {"budgets": budgets, "spends": spends, "verify": verify, "reconcile": reconcile, "export": export}
+VERBS = {
+    "budgets": budgets,
+    "spends": spends,
+    "runs": runs,
+    "forecast": forecast,
+    "plan": plan,
+    "verify": verify,
+    "reconcile": reconcile,
+    "export": export,
+}
 
 EPILOG = """examples:
   fl-audit budgets --site hospital-001

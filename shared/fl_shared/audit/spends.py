@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fl_shared.accounting import pld_epsilon, rdp_epsilon
 from fl_shared.audit.output import add_format, print_csv, print_json, table
+from fl_shared.audit.runs import by_run, show
 from fl_shared.audit.source import add_source, open_ledger
-from fl_shared.ledger import LedgerReader, Spend
-from fl_shared.privacy import Mechanism
+from fl_shared.ledger import Spend
 
 HELP = "what was done to the data, round by round"
 
@@ -70,35 +69,6 @@ def spend_row(spend: Spend) -> dict[str, Any]:
     }
 
 
-def by_run(ledger: LedgerReader, found: list[Spend]) -> list[dict[str, Any]]:
-    """Return epsilon of each run by itself, at the delta of its data set's budget, in order of first use."""
-    deltas = {budget.dataset: budget.delta for budget in reversed(ledger.budgets())}
-    grouped: dict[tuple[str, str], list[Spend]] = {}
-    for spend in found:
-        if spend.charged is not None:
-            grouped.setdefault((spend.reservation.run, spend.reservation.dataset), []).append(spend)
-    rows = []
-    for (name, dataset), spends in grouped.items():
-        mechanisms: list[Mechanism] = [spend.charged for spend in spends if spend.charged is not None]
-        delta = deltas[dataset]
-        rows.append(
-            {
-                "run": name,
-                "dataset": dataset,
-                "rounds": len({spend.reservation.round for spend in spends}),
-                "steps": sum(mechanism.steps for mechanism in mechanisms),
-                "epsilon": rdp_epsilon(mechanisms, delta),
-                "epsilon_pld": pld_epsilon(mechanisms, delta),
-                "delta": delta,
-                "in_doubt": sum(spend.outcome == "in-doubt" for spend in spends),
-                "open": sum(spend.outcome == "open" for spend in spends),
-                "first": spends[0].reservation.created_at,
-                "last": spends[-1].settled_at or spends[-1].reservation.created_at,
-            }
-        )
-    return rows
-
-
 def _print(site: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
     table(
         f"Spends of {site}",
@@ -133,21 +103,4 @@ def _print(site: str, rows: list[dict[str, Any]], runs: list[dict[str, Any]]) ->
         ],
         left=("run", "purpose", "data set", "outcome", "at"),
     )
-    table(
-        "Each run by itself (the whole is less than the sum; see fl-audit budgets)",
-        ("run", "data set", "rounds", "steps", "epsilon", "PLD", "delta", "in doubt"),
-        [
-            (
-                row["run"],
-                row["dataset"],
-                str(row["rounds"]),
-                str(row["steps"]),
-                f"{row['epsilon']:.3f}",
-                f"{row['epsilon_pld']:.3f}",
-                f"{row['delta']:g}",
-                str(row["in_doubt"]),
-            )
-            for row in runs
-        ],
-        left=("run", "data set"),
-    )
+    show("Each run by itself (the whole is less than the sum; see fl-audit budgets)", runs)

@@ -92,9 +92,11 @@ def is_bundle(path: Path) -> bool:
 def about(path: Path) -> dict[str, Any]:
     """Return `bundle.json`; raises LedgerError when the file is no bundle or damaged."""
     found = parse_json(_member(path, "bundle.json"), "bundle.json")
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    wanted = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
+    table: dict[str, Any] = found if isinstance(found, dict) else {}
+    if table.get("format") != FORMAT or not all(isinstance(table.get(name), kind) for name, kind in wanted.items()):
         raise LedgerError(f"{path} is no bundle of the form {FORMAT}", fix="export it again with this program")
-    return found | {"site": site_id(found.get("site"))}
+    return table | {"site": site_id(table["site"])}
 
 
 def receipts_in(path: Path) -> list[Kept]:

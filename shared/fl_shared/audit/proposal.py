@@ -1,0 +1,131 @@
+"""What somebody means to run: a run spec, or noise, sampling and steps given one by one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fl_shared.accounting.gate import Filter
+from fl_shared.accounting.merge import Key, key_of
+from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.ledger import BudgetRecord, LedgerReader
+from fl_shared.ledger.reader import filter_of
+from fl_shared.manifest import RunSpec
+from fl_shared.privacy import Mechanism
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One round's mechanism, how many rounds, and where that came from."""
+
+    mechanism: Mechanism
+    rounds: int | None
+    source: str
+
+    def over(self, rounds: int) -> Mechanism:
+        """The mechanism of `rounds` rounds together."""
+        return dataclasses.replace(self.mechanism, steps=self.mechanism.steps * rounds)
+
+
+def add_proposal(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe a run."""
+    parser.add_argument("--dataset", metavar="NAME", help="the data set (default: the only one)")
+    parser.add_argument("--study", metavar="NAME", help="the study whose budget is asked, too")
+    parser.add_argument("--spec", metavar="FILE", type=Path, help="a run spec (TOML), as for fl-admin runs launch")
+    parser.add_argument("--noise", metavar="SIGMA", type=float, help="noise multiplier, instead of the spec's")
+    parser.add_argument("--sampling", metavar="Q", type=float, help="sampling probability, instead of the spec's")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps a round, instead of the spec's")
+    parser.add_argument("--rounds", metavar="K", type=int, help="rounds, instead of the spec's")
+
+
+def proposal_of(arguments: argparse.Namespace, ledger: LedgerReader, dataset: str) -> Proposal:
+    """Return what the options describe; without a spec, the newest training round fills what was not given.
+
+    Raises ConfigError when something is neither given nor found.
+    """
+    rounds = arguments.rounds
+    base: Mechanism | None
+    if arguments.spec is not None:
+        spec = RunSpec.from_toml(arguments.spec)
+        base, source = spec.mechanism(), str(arguments.spec)
+        rounds = spec.run.rounds if rounds is None else rounds
+    else:
+        base, source = None, "the options"
+        for spend in ledger.spends(dataset=dataset):
+            if spend.reservation.purpose == "training":
+                base, source = spend.reservation.mechanism, f"the newest round of run {spend.reservation.run}"
+    given = {"noise_multiplier": arguments.noise, "sampling_probability": arguments.sampling, "steps": arguments.steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if base is None:
+        missing = [name for name in ("noise", "sampling", "steps") if getattr(arguments, name) is None]
+        if missing:
+            raise ConfigError(
+                f"the ledger has no round of {dataset!r} to go by",
+                fix=f"give --spec FILE, or --{' and --'.join(missing)}",
+            )
+        base = Mechanism(**given, clipping_norm=1.0)
+    elif given:
+        base = dataclasses.replace(base, **given)
+        source = f"{source}, with {', '.join(sorted(given))} changed"
+    for value, name in ((base.steps, "--steps"), (1 if rounds is None else rounds, "--rounds")):
+        if value < 1:
+            raise ConfigError(f"{name} {value} is not usable", fix="use a whole number from 1")
+    return Proposal(base, rounds, source)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A budget that a run on the data set touches, with all that counts against it, open reservations included."""
+
+    budget: BudgetRecord
+    charged: Mapping[Key, int]
+
+    @property
+    def gate(self) -> Filter:
+        """The filter that guards the budget."""
+        return filter_of(self.budget)
+
+    @property
+    def name(self) -> str:
+        """The budget in words."""
+        return f"{self.budget.dataset}, {f'study {self.budget.study}' if self.budget.study else 'overall'}"
+
+    def after(self, mechanism: Mechanism) -> dict[Key, int]:
+        """Everything charged, and `mechanism`."""
+        found = dict(self.charged)
+        found[key_of(mechanism)] = found.get(key_of(mechanism), 0) + mechanism.steps
+        return found
+
+
+def dataset_name(arguments: argparse.Namespace, ledger: LedgerReader) -> str:
+    """Return the data set that `--dataset` names, or the only one; ConfigError when there are several."""
+    names = sorted({dataset.name for dataset in ledger.datasets()})
+    if arguments.dataset is not None:
+        if arguments.dataset not in names:
+            raise ConfigError(
+                f"data set {arguments.dataset!r} is not registered", fix=f"choose from {', '.join(names) or 'none'}"
+            )
+        return str(arguments.dataset)
+    if len(names) != 1:
+        raise ConfigError(f"the ledger has {len(names)} data sets", fix=f"give --dataset: {', '.join(names) or 'none'}")
+    return names[0]
+
+
+def standings(ledger: LedgerReader, dataset: str, study: str | None) -> list[Standing]:
+    """Return every budget that must agree to a run on `dataset`; LedgerError when there is none."""
+    names = {dataset, *ledger.overlapping(dataset)}
+    found = [
+        Standing(budget, ledger.charges(budget.dataset, budget.study).together)
+        for budget in ledger.budgets()
+        if budget.dataset in names and budget.study in (None, study)
+    ]
+    own = {each.budget.study for each in found if each.budget.dataset == dataset}
+    if study not in own:
+        raise LedgerError(
+            f"data set {dataset!r} has no budget {f'for study {study!r}' if study else 'overall'}",
+            fix="have the privacy officer set one",
+        )
+    return found
