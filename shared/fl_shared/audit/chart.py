@@ -55,16 +55,16 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
     return made
 
 
-def privacy_curve(title: str, deltas: Sequence[float], curves: dict[str, Sequence[float]], at: float) -> Figure:
-    """Return epsilon against delta, one line for each accountant, the budget's delta marked."""
+def privacy_curve(title: str, curves: dict[str, list[tuple[float, float]]], at: float) -> Figure:
+    """Return epsilon against delta, one line of (delta, epsilon) for each accountant, the budget's delta marked."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise _MISSING from error
     made = Figure(figsize=(7, 3.6), layout="constrained")
     axes = made.subplots()
-    for label, epsilons in curves.items():
-        axes.plot(deltas, epsilons, label=label)
+    for label, points in curves.items():
+        axes.plot([delta for delta, _ in points], [epsilon for _, epsilon in points], label=label)
     axes.axvline(at, color="black", linewidth=1, linestyle=":", label=f"delta {at:g}")
     axes.set(title=title, xlabel="delta", ylabel="epsilon", xscale="log")
     axes.legend(loc="upper right", frameon=False)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fl_shared import errors
-from fl_shared.audit import budgets, export, forecast, plan, reconcile, runs, spends, verify
+from fl_shared.audit import budgets, export, forecast, plan, reconcile, runs, spends, statement, verify
 
 VERBS = {
     "budgets": budgets,
@@ -18,6 +18,7 @@ VERBS = {
     "verify": verify,
     "reconcile": reconcile,
     "export": export,
+    "statement": statement,
 }
 
 EPILOG = """examples:

@@ -85,15 +85,17 @@ def public_key(arguments: argparse.Namespace) -> str | None:
     Raises ConfigError for a key that is not 64 hex digits.
     """
     given = getattr(arguments, "public_key", None)
-    source = "--public-key"
-    if given is None:
-        path = home_of(arguments) / "keys" / "signing.pub"
-        if not path.is_file():
-            return None
-        given, source = path.read_text(encoding="utf-8"), str(path)
-    elif Path(given).is_file():
-        given = Path(given).read_text(encoding="utf-8")
-    found = str(given).strip().lower()
+    if given is not None:
+        return key_text(str(given))
+    path = home_of(arguments) / "keys" / "signing.pub"
+    return key_text(str(path)) if path.is_file() else None
+
+
+def key_text(given: str) -> str:
+    """Return the key in 64 hex digits or in the file that holds them; ConfigError for anything else."""
+    source = f"the file {given}" if Path(given).is_file() else "--public-key"
+    text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
+    found = text.strip().lower()
     if len(found) != 64 or any(character not in "0123456789abcdef" for character in found):
         raise ConfigError(f"{source} holds no Ed25519 public key", fix="give 64 hex digits or the file with them")
     return found

@@ -1,0 +1,276 @@
+"""The statement as a page: sections of text, tables and figures, from which HTML and PDF are both made."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fl_shared.audit import chart
+from fl_shared.audit.report import words
+from fl_shared.errors import printable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column heads and rows of text; `widths` are relative."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    widths: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing as SVG text and PNG bytes, and its description."""
+
+    alt: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it; a str is a paragraph."""
+
+    title: str
+    blocks: list[str | Table | Figure] = field(default_factory=list)
+
+
+def figure_of(drawn: Any, alt: str) -> Figure:
+    """Return a matplotlib figure in both forms."""
+    svg, png = io.StringIO(), io.BytesIO()
+    drawn.savefig(svg, format="svg", metadata={"Date": None})
+    drawn.savefig(png, format="png", dpi=150)
+    text = svg.getvalue()
+    return Figure(alt, text[text.index("<svg") :], png.getvalue())
+
+
+def sections(body: dict[str, Any]) -> Iterator[Section]:
+    """Yield the page of a statement's body, in the order that a reader needs it."""
+    yield _summary(body)
+    guarantee = body["guarantee"]
+    yield Section(
+        "Guarantee",
+        [
+            guarantee["definition"],
+            f"Neighbouring data sets: {guarantee['neighbouring']}.",
+            f"Trust model. {guarantee['trust_model']}",
+            f"Composition. {guarantee['composition']}",
+        ],
+    )
+    yield _datasets(body)
+    yield _runs(body)
+    yield from _curves(body)
+    yield _mechanisms(body)
+    yield Section("Randomness", [body["randomness"]])
+    yield _failures(body)
+    rows = [(each["name"], each["library"], each["source"]) for each in body["accountants"]]
+    yield Section("Accountants and versions", [Table(("accountant", "library", "source"), rows, (3, 2, 3))])
+    yield Section("Outside the guarantee", [f"• {each}" for each in body["outside"]])
+    yield _empirical(body)
+    yield _digests(body)
+    yield Section("What NIST SP 800-226 asks for, and where it stands", [Table(("asked", "section"), words.NIST)])
+    crosswalk = [tuple(str(each[name]) for name in each) for each in body["crosswalk"]]
+    yield Section(
+        "Crosswalk to the law",
+        [
+            "What this record contributes to each provision, and what it cannot do for the site. No legal advice.",
+            Table(("provision", "asks", "served here by", "stays with the site"), crosswalk, (2, 3, 3, 3)),
+        ],
+    )
+    yield Section("What this statement does not claim", [f"• {each}" for each in body["not_claimed"]])
+    yield _ledger(body)
+
+
+def _summary(body: dict[str, Any]) -> Section:
+    made = Section("In short")
+    for dataset in body["datasets"]:
+        if not dataset["private"]:
+            made.blocks.append(f"Data set {dataset['name']}. {words.PUBLIC}")
+            continue
+        for budget in dataset["budgets"]:
+            study = f", study {budget['study']}" if budget["study"] else ""
+            made.blocks.append(
+                f"Data set {dataset['name']}{study}: everything that was and will be released under its budget is "
+                f"(epsilon {budget['epsilon']:g}, delta {budget['delta']:g})-differentially private for each "
+                f"{dataset['privacy_unit']} of {dataset['units']}, whatever later runs are chosen after seeing. This "
+                f"ceiling (version {budget['version']}) was approved by {budget['approver']}."
+            )
+            made.blocks.append(
+                f"Charged to it so far: epsilon {budget['spent']:.4g} at the same delta, {budget['spent_pld']:.4g} by "
+                "privacy loss distributions. These two hold as guarantees of their own where the runs so far would "
+                "have been the same whatever the earlier results."
+            )
+    return made
+
+
+def _datasets(body: dict[str, Any]) -> Section:
+    made = Section("Data sets")
+    for each in body["datasets"]:
+        bound = f"at most {each['bound_per_unit']} records of each are used"
+        made.blocks.append(
+            f"{each['name']}, version {each['version']}: {each['units']} units; the unit is one "
+            f"{each['privacy_unit']}, {bound}. Overlaps: {', '.join(each['overlaps']) or 'none declared'}. "
+            f"Fingerprint (keyed): {each['fingerprint']}"
+        )
+        made.blocks.append(
+            Table(
+                ("budget", "epsilon", "spent", "by PLD", "held", "gate", "delta", "delta x units", "approver"),
+                [
+                    (
+                        budget["study"] or "overall",
+                        f"{budget['epsilon']:g}",
+                        f"{budget['spent']:.4f}",
+                        f"{budget['spent_pld']:.4f}",
+                        f"{budget['reserved']:.4f}",
+                        f"{budget['gate_used']:.1%}",
+                        f"{budget['delta']:g}",
+                        f"{budget['delta_times_units']:.3g}",
+                        f"{budget['approver']} (entry {budget['entry']})",
+                    )
+                    for budget in each["budgets"]
+                ],
+                (1.6, 1.4, 1.4, 1.4, 1.4, 1.3, 1.4, 1.5, 3),
+            )
+        )
+    return made
+
+
+def _runs(body: dict[str, Any]) -> Section:
+    rows = [
+        (
+            row["run"],
+            row["dataset"],
+            str(row["rounds"]),
+            f"{row['epsilon']:.4f}",
+            f"{row['epsilon_pld']:.4f}",
+            f"{row['delta']:g}",
+            f"{row['cumulative']:.4f}",
+            row["last"][:16].replace("T", " "),
+        )
+        for row in body["runs"]
+    ]
+    head = ("run", "data set", "rounds", "epsilon", "by PLD", "delta", "in all then", "last charge")
+    return Section(
+        "Runs",
+        [
+            "Epsilon of each run by itself, and of everything charged to its data set when it ended.",
+            Table(head, rows, (3, 2, 1.2, 1.4, 1.4, 1.2, 1.7, 2.6)),
+        ],
+    )
+
+
+def _curves(body: dict[str, Any]) -> Iterator[Section]:
+    for each in body["curves"]:
+        title = f"{each['dataset']}: everything charged so far"
+        pld = [
+            (delta, value)
+            for delta, value in zip(each["deltas"], each["epsilon_pld"], strict=True)
+            if value is not None
+        ]
+        drawn = chart.privacy_curve(
+            title,
+            {
+                "Rényi": list(zip(each["deltas"], each["epsilon_rdp"], strict=True)),
+                "privacy loss distributions": pld,
+            },
+            each["delta"],
+        )
+        yield Section(
+            f"Curve of {each['dataset']}",
+            [figure_of(drawn, f"epsilon against delta for everything charged to {each['dataset']}")],
+        )
+
+
+def _mechanisms(body: dict[str, Any]) -> Section:
+    head = ("run", "purpose", "C", "sigma", "q claimed", "q executed", "steps reserved", "executed", "in doubt")
+    rows = [
+        (
+            row["run"],
+            each["purpose"],
+            f"{each['clipping_norm']:g}",
+            f"{each['noise_multiplier']:g}",
+            f"{each['sampling_probability_claimed']:g}",
+            "-" if each["sampling_probability_executed"] is None else f"{each['sampling_probability_executed']:g}",
+            str(each["steps_claimed"]),
+            str(each["steps_executed"]),
+            str(each["steps_charged_without_release"]),
+        )
+        for row in body["runs"]
+        for each in row["mechanisms"]
+    ]
+    return Section("Mechanisms", [body["mechanism"], Table(head, rows, (3, 2, 1, 1.3, 1.6, 1.7, 1.9, 1.6, 1.6))])
+
+
+def _failures(body: dict[str, Any]) -> Section:
+    rows = [
+        (
+            row["run"],
+            f"{row['round']} ({row['attempt']})",
+            row["outcome"],
+            f"{row['steps_charged']} of {row['steps_reserved']}",
+            row["meaning"],
+            row["reason"] or "-",
+        )
+        for row in body["failures"]
+    ]
+    if not rows:
+        return Section("Failures and how each was charged", ["None."])
+    head = ("run", "round (attempt)", "outcome", "steps charged", "meaning", "reason")
+    return Section("Failures and how each was charged", [Table(head, rows, (2.4, 1.4, 1.4, 1.5, 3.6, 3.4))])
+
+
+def _empirical(body: dict[str, Any]) -> Section:
+    found = body["empirical_audit"]
+    if found is None:
+        return Section("Empirical audit", ["None was run for this statement."])
+    rows = [(name, str(value)) for name, value in found["result"].items()]
+    return Section(
+        "Empirical audit",
+        [
+            f"A lower bound found by attack. Result file SHA-256 {found['file_sha256']}.",
+            Table(("figure", "value"), rows),
+        ],
+    )
+
+
+def _digests(body: dict[str, Any]) -> Section:
+    digests = body["digests"]
+    made = Section("Digests")
+    rows = [
+        (
+            f"{row['run']} {row['round']}",
+            *(str(row[name] or "not kept") for name in ("base_model", "adapter", "spec", "update")),
+        )
+        for row in digests["releases"]
+    ]
+    made.blocks.append(Table(("run, round", "base model", "global adapter", "run spec", "update sent"), rows))
+    made.blocks.append(Table(("code", "version or digest"), [tuple(pair) for pair in digests["code"].items()], (1, 4)))
+    policy = digests["policy"]
+    if policy is None:
+        made.blocks.append("Policy: the site's configuration was not at hand.")
+    else:
+        rows = [(name, str(value)) for name, value in policy["policy"].items()]
+        made.blocks.append(f"Policy (site.toml SHA-256 {policy['file_sha256']}):")
+        made.blocks.append(Table(("limit", "value"), rows))
+    return made
+
+
+def _ledger(body: dict[str, Any]) -> Section:
+    ledger = body["ledger"]
+    held = ledger["checkpoints_held_against"]
+    rows = [
+        ("entries", f"{ledger['entries']}, {ledger['first']} to {ledger['last']}"),
+        ("head", ledger["head"]),
+        ("Merkle root", ledger["merkle_root"]),
+        ("site's first key", ledger["key"]),
+        ("verified", f"{'yes' if ledger['verified'] else 'NO'}, against {held} checkpoints of the coordinator"),
+    ]
+    return Section("The ledger that this was read from", [Table(("", ""), rows, (1, 4))])
+
+
+def clean(text: str) -> str:
+    """Return text that a page may show: without control characters."""
+    return printable(text)
