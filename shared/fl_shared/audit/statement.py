@@ -15,7 +15,7 @@ from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.report import facts, html, page, pdf
 from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable
 from fl_shared.audit.verify import pins
-from fl_shared.canonical import file_sha256, parse_json
+from fl_shared.canonical import file_sha256, parse_json, sha256_hex
 from fl_shared.errors import ConfigError, LedgerError, SignatureError
 from fl_shared.ledger import Ledger, receipts
 from fl_shared.ledger.verify import verify_ledger
@@ -89,15 +89,17 @@ def write(document: dict[str, Any], key: SigningKey, directory: Path) -> list[Pa
     title = f"Privacy statement of {body['site']}" + (f", run {body['run']}" if body["run"] else "")
     subtitle = f"Made {body['made_at'][:19].replace('T', ' ')} UTC from {body['ledger']['entries']} ledger entries."
     sections = list(page.sections(body))
+    made = {
+        f"{stem}.json": (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(),
+        f"{stem}.html": html.render(title, subtitle, sections, document).encode(),
+        f"{stem}.pdf": pdf.render(title, subtitle, sections, document, f"{stem}.json"),
+    }
+    files = {"kind": "statement-files", "files": {name: sha256_hex(data) for name, data in made.items()}}
+    made[f"{stem}.signatures.json"] = (json.dumps(sign_document(key, files), indent=1) + "\n").encode()
     directory.mkdir(parents=True, exist_ok=True)
-    names = [directory / f"{stem}.{ending}" for ending in ("json", "html", "pdf")]
-    names[0].write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    names[1].write_text(html.render(title, subtitle, sections, document), encoding="utf-8")
-    names[2].write_bytes(pdf.render(title, subtitle, sections, document, names[0].name))
-    seal = directory / f"{stem}.signatures.json"
-    files = {"kind": "statement-files", "files": {name.name: file_sha256(name) for name in names}}
-    seal.write_text(json.dumps(sign_document(key, files), indent=1) + "\n", encoding="utf-8")
-    return [*names, seal]
+    for name, data in made.items():
+        (directory / name).write_bytes(data)
+    return [directory / name for name in made]
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -73,9 +73,8 @@ def _section(pdf: FPDF, section: Section) -> None:
 def _paragraph(pdf: FPDF, text: str) -> None:
 
     pdf.set_font("DejaVu", "", 9)
-    pdf.multi_cell(
-        0, 4.6, clean(text), align="L", new_x="LMARGIN", new_y="NEXT", wrapmode="CHAR" if _long(text) else "WORD"
-    )
+    wrap = WrapMode.CHAR if any(len(word) > 90 for word in text.split()) else WrapMode.WORD  # a digest has no spaces
+    pdf.multi_cell(0, 4.6, clean(text), align="L", new_x="LMARGIN", new_y="NEXT", wrapmode=wrap)
     pdf.ln(1.2)
 
 
