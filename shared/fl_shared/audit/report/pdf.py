@@ -71,6 +71,8 @@ def _section(pdf: FPDF, section: Section) -> None:
 
 
 def _paragraph(pdf: FPDF, text: str) -> None:
+    from fpdf.enums import WrapMode
+
 
     pdf.set_font("DejaVu", "", 9)
     wrap = WrapMode.CHAR if any(len(word) > 90 for word in text.split()) else WrapMode.WORD  # a digest has no spaces
