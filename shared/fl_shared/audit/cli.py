@@ -1,4 +1,4 @@
-"""The command `fl-audit`: reads privacy ledgers, never writes to one."""
+"""The command `fl-audit`: reads privacy ledgers, never writes an entry to one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fl_shared import errors
-from fl_shared.audit import budgets, export, forecast, plan, reconcile, runs, spends, statement, verify
+from fl_shared.audit import budgets, export, forecast, plan, reconcile, roles, runs, spends, statement, verify
 
 VERBS = {
     "budgets": budgets,
@@ -19,17 +19,24 @@ VERBS = {
     "reconcile": reconcile,
     "export": export,
     "statement": statement,
+    "roles": roles,
 }
 
 EPILOG = """examples:
-  fl-audit budgets --site hospital-001
-  fl-audit spends  --site hospital-001 --run demo --json
-  fl-audit spends  --site hospital-001 --csv > spends.csv
-  fl-audit verify  --site hospital-001 --public-key signing.pub
+  fl-audit budgets   --site hospital-001
+  fl-audit spends    --site hospital-001 --run demo --json
+  fl-audit runs      --site hospital-001 --csv > runs.csv
+  fl-audit plan      --site hospital-001 --spec next.toml
+  fl-audit forecast  --site hospital-001 --rounds 20 --out burn-down.svg
+  fl-audit verify    --site hospital-001 --public-key signing.pub --receipts receipts.json
+  fl-audit reconcile --site hospital-001 --receipts receipts.json
+  fl-audit export    --site hospital-001 --receipts receipts.json --out hospital-001.zip
+  fl-audit verify    hospital-001.zip --public-key signing.pub
+  fl-audit statement --site hospital-001 --out statements
 
 environment: FL_CLIENT_HOME stands in for --home.
-exit codes: 0 all is well, 2 wrong arguments, 12 a signature does not fit, 13 the ledger cannot be read or
-  trusted.
+exit codes: 0 all is well, 2 wrong arguments, 11 a plan that would be refused, 12 a signature does not fit,
+  13 the ledger cannot be read or trusted, or two copies diverge.
 """
 
 
@@ -37,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command's parser, with one subcommand per verb."""
     made = argparse.ArgumentParser(
         prog="fl-audit",
-        description="Read and check the privacy ledger of a site.",
+        description="Read, check and explain the privacy ledger of a site.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -95,8 +95,8 @@ def _summary(body: dict[str, Any]) -> Section:
             made.blocks.append(
                 f"Data set {dataset['name']}{study}: everything that was and will be released under its budget is "
                 f"(epsilon {budget['epsilon']:g}, delta {budget['delta']:g})-differentially private for each "
-                f"{dataset['privacy_unit']} of {dataset['units']}, whatever later runs are chosen after seeing. This "
-                f"ceiling (version {budget['version']}) was approved by {budget['approver']}."
+                f"{dataset['privacy_unit']} of {dataset['units']}, however later runs are chosen in the light of "
+                f"earlier results. This ceiling (version {budget['version']}) was approved by {budget['approver']}."
             )
             made.blocks.append(
                 f"Charged to it so far: epsilon {budget['spent']:.4g} at the same delta, {budget['spent_pld']:.4g} by "

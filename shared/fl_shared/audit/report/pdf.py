@@ -55,7 +55,8 @@ def render(title: str, subtitle: str, sections: Sequence[Section], document: dic
 
 
 def _section(pdf: FPDF, section: Section) -> None:
-    if pdf.will_page_break(24):
+    drawing = any(isinstance(block, Figure) for block in section.blocks)
+    if pdf.will_page_break(16 + pdf.epw * 3.6 / 7 if drawing else 24):  # a heading stays with what it heads
         pdf.add_page()
     pdf.ln(4)
     pdf.set_font("DejaVu", "B", 11)
@@ -72,7 +73,6 @@ def _section(pdf: FPDF, section: Section) -> None:
 
 def _paragraph(pdf: FPDF, text: str) -> None:
     from fpdf.enums import WrapMode
-
 
     pdf.set_font("DejaVu", "", 9)
     wrap = WrapMode.CHAR if any(len(word) > 90 for word in text.split()) else WrapMode.WORD  # a digest has no spaces
