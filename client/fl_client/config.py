@@ -110,6 +110,7 @@ class SiteConfig:
     ledger_url: str
     supernode: SupernodeConfig
     metrics: tuple[str, int] | None
+    stop_grace_s: float
     source: Path
 
     @classmethod
@@ -132,6 +133,7 @@ class SiteConfig:
             ledger_url=_ledger(top.section("ledger", optional=True), home),
             supernode=_supernode(top.section("supernode", optional=True), home),
             metrics=_metrics(top.section("metrics", optional=True)),
+            stop_grace_s=_grace(top.section("agent", optional=True)),
             source=path,
         )
         top.done()
@@ -294,6 +296,13 @@ def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
     return made
 
 
+def _grace(fields: Fields) -> float:
+    """[agent] stop_grace_s: how long a round in progress may go on after SIGTERM or Ctrl-C."""
+    grace = fields.number("stop_grace_s", low=0, high=86_400, default=15.0)
+    fields.done()
+    return grace
+
+
 def _metrics(fields: Fields) -> tuple[str, int] | None:
     """The address of the metrics, a loopback one: they are for the site's own operators."""
     text = fields.text("listen", default="", empty=True)
@@ -355,6 +364,9 @@ approver = "name of the privacy officer"
 # [supernode]                    # the untrusted half
 # confine = "auto"               # auto | require | off (Landlock)
 # user = "concordat-node"        # run it as another user (the agent must be root)
+
+# [agent]
+# stop_grace_s = 15              # after SIGTERM a round may go on for so long; then it waits for the next start
 
 # [metrics]
 # listen = "127.0.0.1:9464"      # Prometheus, for the site's own operators

@@ -59,6 +59,8 @@ socket_group = ""
 directory = "supernode"
 [metrics]
 listen = "127.0.0.1:9464"
+[agent]
+stop_grace_s = 15.0
 """
 
 # The line that replaces the field of the same name in the section, and the words that must be in the message.
@@ -106,6 +108,8 @@ WRONG = [
     ("supernode", "socket_group = []", "socket_group is []"),
     ("metrics", 'listen = "0.0.0.0:9464"', "listen is '0.0.0.0:9464'"),
     ("metrics", 'listen = "127.0.0.1:0"', "listen is '127.0.0.1:0'"),
+    ("agent", "stop_grace_s = -1", "stop_grace_s is -1"),
+    ("agent", 'stop_grace_s = "long"', "stop_grace_s is 'long'"),
     ("policy", "min_noise_multipler = 1", "min_noise_multipl"),
 ]
 

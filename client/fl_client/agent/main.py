@@ -25,8 +25,6 @@ from fl_shared.errors import ConfigError
 
 log = logging.getLogger("fl_client.agent")
 
-GRACE_S = 15.0
-
 
 def run_agent(home: SiteHome, config: SiteConfig) -> int:
     """Run the agent of one site until SIGTERM or Ctrl-C; return the exit status."""
@@ -77,7 +75,10 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         log.info("untrusted half: %s", describe_confinement(config.supernode.confine, config.supernode.user))
         ending.wait()
         log.info("stopping")
-        site.rounds.stop(GRACE_S)
+        if not site.rounds.drain(config.stop_grace_s):
+            log.warning("breaking off the round in progress; it stays held against the budget")
+            helpers.stop()  # first, so that nobody reports the round as failed: it resumes after the next start
+            site.rounds.break_off()
         server.stop(3).wait(5)
         home.socket.unlink(missing_ok=True)
     finally:

@@ -10,7 +10,7 @@ The sequence is what makes a crash harmless:
 
 A repeat of a settled (run, round) answers with the stored bytes and spends nothing.
 
-After a crash in step 3 the reservation is still open. Since nothing passes `agent.outgoing` without a
+After a crash or a stop in step 3 the reservation is still open. Since nothing passes `agent.outgoing` without a
 settlement, that proves that nothing left, so a repeat of the same order computes again under the same
 reservation (docs/decisions/0043). It stays held against the budget until then, and is charged in full
 when it is not asked for again within a day or the run has moved on.
@@ -33,6 +33,7 @@ from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.config import PolicyConfig
 from fl_shared.adapter import digest, pack, require_finite, unpack
 from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError
+from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
 from fl_shared.ledger.service import Ledger
 from fl_shared.manifest import Receipt, Refusal, RoundManifest, RunSpec, document_digest
@@ -48,7 +49,11 @@ HELD_S = 86_400.0
 
 
 class Stopping(ConcordatError):
-    """The agent is shutting down and breaks off the round in progress."""
+    """The agent is shutting down; the round gets no answer now, and the same one after the next start."""
+
+    def __init__(self) -> None:
+        """There is one message."""
+        super().__init__("the site's agent is shutting down", fix="send the order again later", code="stopping")
 
 
 class Trained(Protocol):
@@ -126,19 +131,22 @@ class Rounds:
                 self._ledger.charge_in_doubt(reservation, "found open at start, and nobody asked for it again")
                 log.warning("a round that a crash broke off was charged in full", extra=at)
 
-    def stop(self, grace_s: float) -> None:
-        """Let the round in progress end for `grace_s` seconds, then break it off; it stays charged."""
-        if self._busy.acquire(timeout=grace_s):
-            self._stopping.set()
+    def drain(self, grace_s: float) -> bool:
+        """Take no further round, wait `grace_s` seconds for the one in progress; say whether it has ended."""
+        ended = self._busy.acquire(timeout=grace_s)
+        self._stopping.set()
+        if ended:
             self._busy.release()
-            return
-        log.warning("breaking off the round in progress; it stays charged in full")
+        return ended
+
+    def break_off(self) -> None:
+        """End the round in progress at its next step. Nothing leaves; its reservation stays held, as after a crash."""
         self._stopping.set()
         with self._busy:
             return
 
     def handle(self, manifest_json: str, adapter: bytes) -> Sealed:
-        """Answer one round. Raises ConcordatError only for an order that names no usable run and round."""
+        """Answer one round. Raises RunError for an order that names no usable run and round, and Stopping."""
         body, run, round_ = self._peek(manifest_json)
         with self._busy:
             try:
@@ -149,6 +157,9 @@ class Rounds:
                 code, message = "budget-exhausted", error.message
             except PolicyRefusal as error:
                 code, message = "policy", error.message
+            except Stopping:
+                log.warning("the round gets no answer: shutting down", extra={"run": run, "round": round_})
+                raise
             except (ConcordatError, OSError):
                 # A damaged file, a full disk, a ledger that cannot be written: the details stay here.
                 log.exception("the round cannot be answered", extra={"run": run, "round": round_})
@@ -166,18 +177,21 @@ class Rounds:
         if stored is not None:
             return stored
         if self._stopping.is_set():
-            raise Refused("failed", "the site is shutting down; nothing was spent")
+            raise Stopping
         check_policy(manifest.spec, self._facts.policy)
         try:
             offset = unpack(adapter)
             require_finite(offset)
         except DataError as error:
             raise Refused("bad-manifest", error.message) from error
+        fault("round.checked")
         reservation = self._reserve(manifest)
+        fault("round.reserved")
         order, update = self._compute(manifest, reservation, offset)
         if order.executed is None or order.update_digest is None:
             raise RunError("the round has no update", fix="this is a defect of the agent")
         entry = self._ledger.settle(reservation, order.executed, order.update_digest)
+        fault("round.settled")
         self._store.prune(manifest.run, manifest.round)
         log.info("released update %s", order.update_digest[:19], extra={**_at(manifest), "entry": entry.id})
         return self._release(manifest, order, entry.id, update)
@@ -212,6 +226,7 @@ class Rounds:
             ordered_at=time.time(),
         )
         self._store.put(order)
+        fault("round.ordered")
         self._remember(order)
         return self._ledger.reserve(
             self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=PURPOSE
@@ -220,29 +235,32 @@ class Rounds:
     def _compute(
         self, manifest: RoundManifest, reservation: Reservation, offset: dict[str, Any]
     ) -> tuple[Order, bytes]:
-        """Train and keep the update on disk. Whatever goes wrong, the reservation is charged in full."""
+        """Train and keep the update on disk. Whatever goes wrong inside, the reservation is charged in full."""
         self.state = "training"
         log.info("training", extra=_at(manifest))
 
         def progress(*_: object, **__: object) -> None:
+            fault("round.step")
             if self._stopping.is_set():
-                raise Stopping("the site is shutting down")
+                raise Stopping
 
         try:
             trained = self._train(manifest.spec, reservation.mechanism, offset, manifest.round, progress)
             require_finite(trained.update)
             update = pack(trained.update)
+            fault("round.trained")
             order = self._store.find(manifest.run, manifest.round)
             if order is None:
                 raise DataError("the round's order vanished from the disk", fix="look for who deleted it")
             order = dataclasses.replace(order, update_digest=digest(update), executed=trained.executed)
             self._store.put(order, update)
+            fault("round.stored")
+        except Stopping:
+            raise  # nothing can have left: held for a repeat, like a round that a crash broke off
         except Exception as error:
             # Anything may fail in training, and the charge must not depend on what did.
             self._ledger.charge_in_doubt(reservation, f"{type(error).__name__} after private data was read")
             log.exception("the round failed; it is charged in full", extra=_at(manifest))
-            if isinstance(error, Stopping):
-                raise Refused("failed", "the site is shutting down; the round was broken off") from error
             raise Refused("failed", "training failed at the site; see the site's own log") from error
         return order, update
 
@@ -293,7 +311,9 @@ class Rounds:
             entry_id=entry_id,
             created_at=time.time(),
         )
-        return self._outgoing.release(entry_id, receipt, update)
+        sealed = self._outgoing.release(entry_id, receipt, update)
+        fault("round.sealed")
+        return sealed
 
     def _checked(self, document: Any, adapter: bytes) -> RoundManifest:
         """Return the manifest after every check that needs no private data; Refused otherwise."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 
 from fl_client.agent.outgoing import chunks
-from fl_client.agent.rounds import Rounds
+from fl_client.agent.rounds import Rounds, Stopping
 from fl_client.metrics import Metrics
 from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
@@ -52,6 +52,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
                 limit=MAX_BYTES,
             )
             sealed = self._rounds.handle(header.manifest_json, adapter)
+        except Stopping as error:
+            context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
         except ConcordatError as error:
             log.warning("a round was not answered: %s", error.message)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message[:300])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter, spec_table
 
+from fl_client.agent.rounds import Stopping
 from fl_shared.adapter import digest, pack, unpack
 from fl_shared.errors import LedgerError, RunError
 from fl_shared.manifest import Receipt, Refusal, RunSpec
@@ -310,8 +311,8 @@ def test_an_order_that_names_no_run_is_answered_with_an_error(site: Site, text: 
     assert site.outcomes() == []
 
 
-def test_stopping_breaks_off_a_round_and_charges_it(site: Site) -> None:
-    """After the grace the round ends as failed and charged; a later order is refused without a charge."""
+def test_stopping_breaks_off_a_round_and_the_next_start_resumes_it(site: Site) -> None:
+    """After the grace the round ends without an answer; started again, it is computed and charged once."""
     entered = threading.Event()
 
     def wait() -> None:
@@ -320,16 +321,28 @@ def test_stopping_breaks_off_a_round_and_charges_it(site: Site) -> None:
             time.sleep(0.01)
 
     site.trainer.before = wait
-    answers: list[Any] = []
-    worker = threading.Thread(target=lambda: answers.append(site.order(site.manifest(1))))
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            site.order(site.manifest(1))
+        except Stopping as error:
+            failures.append(error)
+
+    worker = threading.Thread(target=ask)
     worker.start()
     assert entered.wait(30)
-    site.rounds.stop(0.05)
+    assert not site.rounds.drain(0.05)
+    site.rounds.break_off()
     worker.join(30)
-    assert answers[0].status == "failed"
-    assert site.outcomes() == [(1, "in-doubt")]
-    assert "shutting down" in body(site.order(site.manifest(2)))["message"]
-    assert site.outcomes() == [(1, "in-doubt")]
+    assert len(failures) == 1
+    with pytest.raises(Stopping):
+        site.order(site.manifest(2))
+    assert site.outcomes() == [(1, "open")]
+    site.trainer.before = lambda: None
+    site.open()
+    assert site.order(site.manifest(1)).status == "ok"
+    assert site.outcomes() == [(1, "settled")]
 
 
 def test_old_updates_are_pruned_and_their_orders_stay(site: Site) -> None:

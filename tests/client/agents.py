@@ -1,0 +1,189 @@
+"""A real agent process of an enrolled site, without the untrusted half: the test itself calls its socket."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+from client_gateway import Gateway
+
+from fl_client.agent.outgoing import Sealed
+from fl_client.enrolment import enrol
+from fl_client.home import SiteHome
+from fl_client.status import agent_state
+from fl_client.supernode import free_port
+from fl_shared.adapter import digest
+from fl_shared.ledger.records import Spend
+from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import RoundManifest, RunSpec
+from fl_shared.signing import SigningKey, sign_document
+from fl_shared.wire import agent_pb2_grpc
+from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
+from fl_shared.wire.chunks import split
+
+SITE = "hospital-001"
+MARKER = "PLANTEDPATIENT4711"
+LABELS = ("lungs", "heart")
+
+TOML = """
+[site]
+id = "{site}"
+[server]
+url = "{url}"
+[data]
+name = "diagnoses"
+path = "records.csv"
+text_column = "text"
+label_column = "label"
+unit_column = "patient"
+privacy_unit = "patient"
+max_records_per_unit = 2
+[model]
+directory = "tiny"
+device = "cpu"
+[policy]
+min_noise_multiplier = 0.8
+max_clipping_norm = 1.0
+max_sampling_probability = 0.2
+max_steps_per_round = 100000
+[budget]
+epsilon = {epsilon}
+delta = 1e-5
+approver = "officer"
+[supernode]
+launch = false
+tunnel_port = {port}
+[agent]
+stop_grace_s = 0.5
+{more}
+"""
+
+
+def spec(model: str, *, steps: int = 2, rounds: int = 50) -> RunSpec:
+    """A small spec that the policy above allows."""
+    return RunSpec.from_dict(
+        {
+            "run": {"name": "demo", "base_model": model, "sites": [SITE], "rounds": rounds, "quorum": 1},
+            "task": {"kind": "classification", "labels": list(LABELS), "max_tokens": 8},
+            "lora": {"rank": 2, "targets": ["attention"]},
+            "training": {
+                "noise_multiplier": 1.0,
+                "clipping_norm": 1.0,
+                "sampling_probability": 0.05,
+                "steps_per_round": steps,
+                "learning_rate": 0.1,
+                "head_learning_rate": 1.0,
+            },
+        }
+    )
+
+
+class RealSite:
+    """An enrolled home with data, and the agent's processes started in it one after another."""
+
+    def __init__(self, root: Path, gateway: Gateway, *, epsilon: float = 50.0, more: str = "") -> None:
+        self.home = SiteHome(root)
+        self.gateway = gateway
+        enrol(self.home, site=SITE, server=gateway.url, token=gateway.token(SITE))
+        text = TOML.format(site=SITE, url=gateway.url, epsilon=epsilon, port=free_port(), more=more)
+        self.home.config.write_text(text)
+        with (root / "records.csv").open("w", newline="", encoding="utf-8") as sink:
+            writer = csv.writer(sink)
+            writer.writerow(["text", "label", "patient"])
+            for number in range(120):
+                writer.writerow([f"{MARKER} cough number {number}", LABELS[number % 2], f"{MARKER}-{number // 2}"])
+        self.process: subprocess.Popen[str] | None = None
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("FL_")}
+        return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+    def start(self, *, wait: bool = True, **extra: str) -> subprocess.Popen[str]:
+        """Start the agent and wait until its socket answers."""
+        line = [sys.executable, "-m", "fl_client.cli.client", "--site", SITE, "--home", str(self.home.root)]
+        self.process = subprocess.Popen(
+            line, env=self.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 120
+        while wait and agent_state(self.home) == "stopped":
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the agent did not start: {self.finish()}")
+            time.sleep(0.1)
+        return self.process
+
+    def kill(self) -> None:
+        """kill -9, as a power cut would."""
+        assert self.process is not None
+        self.process.kill()
+        self.finish()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask the agent to end; its exit status."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.finish()
+        return self.process.returncode
+
+    def finish(self) -> str:
+        """Wait for the process's end and return what it printed."""
+        assert self.process is not None
+        return self.process.communicate(timeout=90)[0]
+
+    def manifest(self, number: int, made_for: RunSpec, **changes: Any) -> RoundManifest:
+        """A valid manifest of the pinned coordinator."""
+        now = time.time()
+        fields: dict[str, Any] = {
+            "run": "demo-1",
+            "round": number,
+            "site": SITE,
+            "spec": made_for,
+            "adapter_digest": digest(b""),
+            "nonce": secrets.token_hex(8),
+            "issued_at": now,
+            "expires_at": now + 600,
+        }
+        return RoundManifest(**{**fields, **changes})
+
+    def order(self, manifest: RoundManifest, adapter: bytes = b"", *, key: SigningKey | None = None) -> Sealed:
+        """Send a round through the socket; grpc.RpcError when the agent dies meanwhile."""
+        header = RoundHeader(
+            manifest_json=json.dumps(sign_document(key or self.gateway.signing, manifest.to_dict())),
+            adapter_bytes=len(adapter),
+            adapter_digest=digest(adapter),
+        )
+        with grpc.insecure_channel(f"unix:{self.home.socket}") as channel:
+            sent = [Chunk(header=header), *(Chunk(data=piece) for piece in split(adapter))]
+            replies = list(agent_pb2_grpc.AgentStub(channel).Round(iter(sent), timeout=120))
+        data = b"".join(chunk.data for chunk in replies[1:])
+        return Sealed(replies[0].reply.status, replies[0].reply.document_json, data)
+
+    def spends(self) -> list[Spend]:
+        """The ledger's reservations, read while the agent runs or not."""
+        ledger = Ledger.open(f"sqlite:///{self.home.ledger}", None, SITE)
+        try:
+            return list(ledger.spends())
+        finally:
+            ledger.close()
+
+    def epsilon(self) -> float:
+        """Epsilon charged so far."""
+        ledger = Ledger.open(f"sqlite:///{self.home.ledger}", None, SITE)
+        try:
+            return ledger.epsilon("diagnoses").spent
+        finally:
+            ledger.close()
+
+
+def body(sealed: Sealed) -> dict[str, Any]:
+    """The body of a signed answer."""
+    found: dict[str, Any] = json.loads(sealed.document)["body"]
+    return found
