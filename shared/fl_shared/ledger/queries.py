@@ -177,15 +177,15 @@ _SPEND = (
 
 _SPEND_AT = _SPEND.where(reservations.c.seq == sa.bindparam("reservation"))
 _ROUND_COLUMNS = ("dataset", "run", "round", "purpose")
-_SPENDS_OF_ROUND = _SPEND.where(*(reservations.c[name] == sa.bindparam(name) for name in _ROUND_COLUMNS)).order_by(
-    reservations.c.seq
-)
+# Not ordered here: SQLite would walk the whole data set in order rather than look the round up.
+_SPENDS_OF_ROUND = _SPEND.where(*(reservations.c[name] == sa.bindparam(name) for name in _ROUND_COLUMNS))
 
 
 def spends_of_round(connection: sa.Connection, *, dataset: str, run: str, round: int, purpose: str) -> list[Spend]:
     """Return the attempts at one round, oldest first."""
     place = {"dataset": dataset, "run": run, "round": round, "purpose": purpose}
-    return [spend_of(row) for row in connection.execute(_SPENDS_OF_ROUND, place).mappings()]
+    found = [spend_of(row) for row in connection.execute(_SPENDS_OF_ROUND, place).mappings()]
+    return sorted(found, key=lambda spend: spend.reservation.seq)
 
 
 def spends(

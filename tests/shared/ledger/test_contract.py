@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -345,6 +347,24 @@ def test_the_database_itself_refuses_an_entry_that_does_not_follow(ledger: Ledge
                     created_at="2027-01-01T00:00:00.000000Z",
                 )
             )
+
+
+def test_a_round_is_looked_up_and_not_searched_for(tmp_path: Path, key: SigningKey) -> None:
+    """SQLite finds a round and a run by an index on the run: a grant does not slow down as the ledger grows."""
+    with opened(f"sqlite:///{tmp_path / 'ledger.sqlite'}", key) as ledger:
+        asked: list[tuple[str, Any]] = []
+        sa.event.listen(
+            ledger._store.engine, "before_cursor_execute", lambda *found: asked.append((found[2], found[3]))
+        )
+        story(ledger)
+        list(ledger.spends(run="demo"))
+        lookups = [each for each in asked if "LEFT OUTER JOIN settlements" in each[0] and "run = ?" in each[0]]
+        assert len({statement for statement, _values in lookups}) == 2
+        with ledger.reading() as connection:
+            for statement, values in lookups:
+                plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all()
+                first = next(row[3] for row in plan if "reservations" in row[3])
+                assert "run=?" in first, plan
 
 
 RESERVATION = {
