@@ -12,6 +12,7 @@ from fl_shared.accounting.gate import Filter, default_order
 from fl_shared.accounting.merge import key_of
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import chain, queries
+from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import OVERALL, budgets, datasets, keys, overlaps
 from fl_shared.ledger.reader import name_of
 from fl_shared.ledger.records import BudgetRecord, Dataset, Entry
@@ -58,7 +59,9 @@ class Registry(LedgerWriter):
             }
             entry = self._append(connection, "dataset", body, point="dataset")
             connection.execute(datasets.insert().values(seq=entry.seq, **body))
-            return queries.dataset_of({"seq": entry.seq, **body})
+            fault("dataset.row")
+        fault("dataset.committed")
+        return queries.dataset_of({"seq": entry.seq, **body})
 
     def declare_overlap(self, first: Dataset | str, second: Dataset | str, reason: str) -> None:
         """Declare that two data sets share privacy units: each one's mechanisms count against both.
@@ -80,6 +83,8 @@ class Registry(LedgerWriter):
             body = {"first": names[0], "second": names[1], "reason": reason}
             entry = self._append(connection, "overlap", body, point="overlap")
             connection.execute(overlaps.insert().values(seq=entry.seq, **body))
+            fault("overlap.row")
+        fault("overlap.committed")
 
     def set_budget(
         self,
@@ -130,7 +135,9 @@ class Registry(LedgerWriter):
                 return last
             entry = self._append(connection, "budget", body, point="budget")
             connection.execute(budgets.insert().values(seq=entry.seq, **body))
-            return queries.budget_of({"seq": entry.seq, **body})
+            fault("budget.row")
+        fault("budget.committed")
+        return queries.budget_of({"seq": entry.seq, **body})
 
     def _order(
         self,
@@ -162,6 +169,8 @@ class Registry(LedgerWriter):
             }
             entry = self._append(connection, "key", body, point="key")
             connection.execute(keys.insert().values(seq=entry.seq, **body))
+            fault("key.row")
+        fault("key.committed")
         self._key = new_key
         return entry
 

@@ -71,7 +71,7 @@ class Ledger(Registry):
             entry = self._append(connection, "reservation", body, point="reserve", moment=moment)
             connection.execute(_INSERT_RESERVATION, {"seq": entry.seq, **body})
             fault("reserve.row")
-            self._tally(connection, entry.seq, name, study, key_of(mechanism), held=mechanism.steps)
+            self._tally(connection, entry.seq, name, study, key_of(mechanism), point="reserve", held=mechanism.steps)
             fault("reserve.before-commit")
         fault("reserve.committed")
         return Reservation(
@@ -236,6 +236,7 @@ class Ledger(Registry):
                 named.dataset,
                 named.study,
                 key_of(held),
+                point=point,
                 held=-held.steps,
                 spent=charged,
             )

@@ -137,6 +137,7 @@ class LedgerWriter(LedgerReader):
         study: str | None,
         key: Key,
         *,
+        point: str,
         held: int = 0,
         spent: int = 0,
     ) -> None:
@@ -146,6 +147,7 @@ class LedgerWriter(LedgerReader):
             top = connection.execute(sa.select(sa.func.max(tally_keys.c.id))).scalar() or 0
             number = top + 1
             connection.execute(tally_keys.insert().values(id=number, **place))
+            fault(f"{point}.tally-key")
         last = connection.execute(_LAST_TALLY, {"number": number}).first()
         row = {
             "seq": seq,

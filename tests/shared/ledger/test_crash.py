@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from fl_shared.errors import SignatureError
 from fl_shared.ledger import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.signing import SigningKey
@@ -30,7 +31,7 @@ def killed_at(point: str, url: str, key: SigningKey, act: Callable[[Ledger], obj
     assert in_process(work, {"FL_FAULT": point}) == -signal.SIGKILL, f"{point} was never reached"
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, "tally-key"])
 def test_a_crash_while_reserving(url: str, key: SigningKey, place: str) -> None:
     """Killed around a reservation: it stands whole or not at all; if it stands, recovery charges it."""
     with opened(url, key) as ledger:
@@ -84,13 +85,60 @@ def test_a_crash_while_the_ledger_is_made(url: str, key: SigningKey) -> None:
     assert verify_ledger(url, SITE).problems == []
 
 
+REGISTRATIONS: dict[str, tuple[Callable[[Ledger], object], Callable[[Ledger], object]]] = {
+    "dataset": (
+        lambda ledger: ledger.register_dataset("new", "sha256:new", "record", 100, 1),
+        lambda ledger: [dataset.name for dataset in ledger.datasets()],
+    ),
+    "budget": (lambda ledger: ledger.set_budget("icd", 9.0, 1e-5, "DPO"), lambda ledger: ledger.budgets("icd")),
+    "overlap": (
+        lambda ledger: ledger.declare_overlap("icd", "notes", "the same wards"),
+        lambda ledger: ledger.overlapping("icd"),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["before-entry", "entry", "tree", "row", "committed"])
+@pytest.mark.parametrize("kind", REGISTRATIONS)
+def test_a_crash_while_registering(url: str, key: SigningKey, kind: str, place: str) -> None:
+    """Killed around a data set, a top-up or an overlap: it stands whole or not at all, and can be done again."""
+    act, view = REGISTRATIONS[kind]
+    with opened(url, key) as ledger:
+        with_budget(ledger)
+        with_budget(ledger, "notes")
+        before, entries = view(ledger), ledger.head().entries
+    killed_at(f"{kind}.{place}", url, key, act)
+    with opened(url, key) as ledger:
+        assert (view(ledger) == before) == (place != "committed")
+        act(ledger)
+        assert view(ledger) != before
+        assert ledger.head().entries == entries + 1
+    assert verify_ledger(url, SITE, public_key=key.public_hex).problems == []
+
+
+@pytest.mark.parametrize("place", ["before-entry", "entry", "tree", "row", "committed"])
+def test_a_crash_while_the_key_is_replaced(url: str, key: SigningKey, place: str) -> None:
+    """Killed around a rotation: one of the two keys opens the ledger, the other does not."""
+    fresh = SigningKey.generate()
+    opened(url, key).close()
+    killed_at(f"key.{place}", url, key, lambda ledger: ledger.rotate_key(fresh, "DPO", "yearly"))
+    right, wrong = (fresh, key) if place == "committed" else (key, fresh)
+    with pytest.raises(SignatureError):
+        opened(url, wrong)
+    with opened(url, right) as ledger:
+        with_budget(ledger)
+    assert verify_ledger(url, SITE, public_key=key.public_hex).problems == []
+
+
 def test_the_fault_points_are_all_of_them() -> None:
     """Each fault point in the ledger's source is driven by a test above."""
     import re
     from importlib import resources
 
     folder = resources.files("fl_shared.ledger")
-    source = "".join((folder / name).read_text() for name in ("service.py", "writer.py", "chain.py"))
-    found = set(re.findall(r"fault\(f?\"(?:\{point\}|reserve)\.([a-z-]+)\"\)", source))
-    assert found == set(PLACES)
-    assert source.count("fault(") == len(re.findall(r"fault\(f?\"(?:\{point\}|reserve)\.", source))
+    source = "".join((folder / f"{name}.py").read_text() for name in ("service", "writer", "chain", "registry"))
+    found = re.findall(r"fault\(f?\"(\{point\}|[a-z]+)\.([a-z-]+)\"\)", source)
+    assert {place for at, place in found if at in {"{point}", "reserve"}} == {*PLACES, "tally-key"}
+    assert {at for at, _place in found} == {"{point}", "reserve", *REGISTRATIONS, "key"}
+    assert {place for at, place in found if at in {*REGISTRATIONS, "key"}} == {"row", "committed"}
+    assert source.count("fault(") == len(found)
