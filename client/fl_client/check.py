@@ -9,19 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy.engine import make_url
 
 from fl_client.agent.site import load_base
 from fl_client.config import ANY_APP, SiteConfig
 from fl_client.data.load import load_unit_data
 from fl_client.data.units import UnitData
-from fl_client.enrolment import Coordinator, verified_context
+from fl_client.enrolment import Coordinator
+from fl_client.hello import say_hello
 from fl_client.home import SiteHome
+from fl_client.renewal import certificate
+from fl_client.rotation import follow
 from fl_client.supernode import describe_confinement
-from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, TransportError
+from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.ledger.service import Ledger
 from fl_shared.signing import SigningKey
 
@@ -167,43 +167,16 @@ def _server(home: SiteHome, pinned: Coordinator) -> str:
     hello = say_hello(home, pinned)
     if hello.get("site") != pinned.site:
         raise EnrolmentError(f"the coordinator knows this certificate as {hello.get('site')!r}", fix="enrol again")
-    if hello.get("coordinator_key") != pinned.coordinator_key:
+    followed = follow(pinned, hello.get("rotations", []), time.time())
+    if hello.get("coordinator_key") != followed.coordinator_key:
         raise EnrolmentError(
-            "the coordinator's signing key is not the one pinned at enrolment",
-            fix="ask the coordinator's administrator by telephone; after a rotation, use --force",
+            "the coordinator's signing key is not the one pinned at enrolment, and no rotation vouches for it",
+            fix="ask the coordinator's administrator by telephone; then get a new token and enrol with --force",
         )
     clock = hello.get("time")
     if isinstance(clock, int | float) and abs(clock - time.time()) > MAX_CLOCK_DIFFERENCE_S:
         raise ConfigError(
             f"the clocks differ by {abs(clock - time.time()):.0f} s", fix="set this machine's clock (NTP)"
         )
-    certificate = x509.load_pem_x509_certificate(home.client_certificate.read_bytes())
-    return f"{pinned.server} accepts the certificate (valid until {certificate.not_valid_after_utc:%Y-%m-%d})"
-
-
-def say_hello(home: SiteHome, pinned: Coordinator) -> dict[str, Any]:
-    """Ask `GET /v1/hello` with the site's certificate; TransportError or EnrolmentError otherwise."""
-    url = f"{pinned.server}/v1/hello"
-    try:
-        load_pem_private_key(home.client_key.read_bytes(), None)
-        context = verified_context(home.ca.read_text("ascii"), home.client_certificate, home.client_key)
-    except (OSError, ValueError) as error:
-        raise EnrolmentError(
-            f"the client certificate cannot be used: {error}", fix="enrol again with a new token and --force"
-        ) from None
-    try:
-        with httpx.Client(verify=context, timeout=10.0) as client:
-            answer = client.get(url)
-        body = answer.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise TransportError(
-            f"no answer from {url}: {error or type(error).__name__}",
-            fix="check the network and that the coordinator runs (`fl-server status`)",
-        ) from None
-    if answer.status_code != 200 or not isinstance(body, dict):
-        said = str(body.get("error", "")) if isinstance(body, dict) else ""
-        raise EnrolmentError(
-            f"the coordinator refuses this certificate: {said[:300] or answer.status_code}",
-            fix="ask the coordinator's administrator whether the site was revoked; enrol again with --force",
-        )
-    return body
+    found = certificate(home)
+    return f"{pinned.server} accepts the certificate (valid until {found.not_valid_after_utc:%Y-%m-%d})"

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,7 +63,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Coordinator:
-    """What enrolment pinned about the coordinator."""
+    """What enrolment pinned about the coordinator.
+
+    `previous_key` signed orders before the last rotation (`fl_client.rotation`), and may until `previous_until`
+    (Unix seconds).
+    """
 
     site: str
     server: str
@@ -71,13 +75,23 @@ class Coordinator:
     coordinator_key: str
     ca_sha256: str
     enrolled_at: int
+    previous_key: str = ""
+    previous_until: float = 0.0
+
+    def save(self, home: SiteHome) -> None:
+        """Write `coordinator.json` durably."""
+        write_durably(home.coordinator, (json.dumps(asdict(self), indent=2) + "\n").encode("utf-8"))
 
     @classmethod
     def load(cls, home: SiteHome) -> Coordinator:
         """Read `coordinator.json`; EnrolmentError when the site is not enrolled or it is damaged."""
         try:
             body = json.loads(home.coordinator.read_text("utf-8"))
-            return cls(**{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()})
+            return cls(
+                **{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()},
+                previous_key=str(body.get("previous_key", "")),
+                previous_until=float(body.get("previous_until", 0.0)),
+            )
         except FileNotFoundError:
             raise EnrolmentError(
                 f"this site is not enrolled: {home.coordinator} does not exist",
@@ -225,6 +239,13 @@ def _ec_key(path: Path, form: serialization.PrivateFormat) -> ec.EllipticCurvePr
     return key
 
 
+def new_ec_key() -> bytes:
+    """A new EC P-384 key, PEM PKCS8."""
+    return ec.generate_private_key(ec.SECP384R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
 def _request(
     method: str, url: str, context: ssl.SSLContext, body: dict[str, Any] | None = None
 ) -> httpx.Response:
@@ -335,6 +356,5 @@ def _put_in_place(
     write_durably(home.client_certificate, certificate_pem.encode("ascii"))
     if not home.fingerprint_key.exists():
         write_durably(home.fingerprint_key, secrets.token_hex(32).encode("ascii"))
-    document = {name: getattr(pinned, name) for name in _COORDINATOR_FIELDS}
-    write_durably(home.coordinator, (json.dumps(document, indent=2) + "\n").encode("utf-8"))
+    pinned.save(home)
     shutil.rmtree(pending.directory)

@@ -212,6 +212,13 @@ class Helpers:
         if self._plan is not None:
             self._start("supernode")
 
+    def restart_tunnel(self) -> None:
+        """Start the tunnel anew on the same port, so that it uses the certificate that lies there now."""
+        with self._lock:
+            tunnel = self._running.get("tunnel")
+        if tunnel is not None:
+            tunnel.terminate()
+
     def _start(self, name: str) -> None:
         thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
         self._threads.append(thread)

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fl_shared.signing import SigningKey
+from fl_shared.signing import SigningKey, sign_document
 
 SECRET = "s3cret-s3cret-s3cret"
 
@@ -86,6 +87,7 @@ class Authority:
     def site_certificate(self, csr_pem: str, site: str) -> str:
         """Sign the request of a site."""
         request = x509.load_pem_x509_csr(csr_pem.encode())
+        assert request.is_signature_valid
         return _pem(self._sign(_name(o="concordat", ou="site", cn=site), request.public_key()))
 
 
@@ -99,6 +101,8 @@ class Gateway:
         self.change_answer: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.fleet_answer: Callable[[str, bytes], tuple[int, bytes]] = lambda _path, body: (200, body)
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.rotations: Any = []
+        self.renewals = 0
         self.fleet_calls: list[tuple[str, str]] = []
         gateway = self
 
@@ -134,7 +138,8 @@ class Gateway:
                 if self.path == "/v1/ca":
                     self._answer(200, gateway.authority.pem.encode(), "application/x-pem-file")
                 elif self.path == "/v1/hello" and self._peer():
-                    hello = {"site": self._peer(), "coordinator_key": gateway.signing.public_hex, "time": 0}
+                    hello = {"site": self._peer(), "coordinator_key": gateway.signing.public_hex, "time": time.time()}
+                    hello["rotations"] = gateway.rotations
                     self._answer(200, json.dumps(hello).encode())
                 else:
                     self._answer(403, json.dumps({"error": "no", "code": "role", "fix": "enrol"}).encode())
@@ -155,6 +160,10 @@ class Gateway:
                         "fleet_path": "/v1/fleet",
                     }
                     self._answer(200, json.dumps(gateway.change_answer(answer)).encode())
+                elif self.path == "/v1/renew" and self._peer():
+                    made = gateway.authority.site_certificate(json.loads(body)["csr_pem"], self._peer())
+                    gateway.renewals += 1
+                    self._answer(200, json.dumps(gateway.change_answer({"certificate_pem": made})).encode())
                 elif self.path.startswith("/v1/fleet/") and self._peer():
                     gateway.fleet_calls.append((self.path, self._peer()))
                     self._answer(*gateway.fleet_answer(self.path, body))
@@ -175,6 +184,18 @@ class Gateway:
     @property
     def url(self) -> str:
         return f"https://127.0.0.1:{self.server.server_address[1]}"
+
+    def rotate(self, old_until: float) -> SigningKey:
+        """Change the signing key, vouched for by the old one; return the old key."""
+        old, self.signing = self.signing, SigningKey.generate()
+        change = {
+            "kind": "coordinator-key",
+            "new_key": self.signing.public_hex,
+            "created_at": time.time(),
+            "old_until": old_until,
+        }
+        self.rotations = [*self.rotations, sign_document(old, change)]
+        return old
 
     def token(self, site: str, *, ca: str | None = None, secret: str | None = None) -> str:
         """An enrolment token for `site`."""

@@ -18,6 +18,8 @@ from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
 from fl_client.metrics import Metrics, serve_metrics
+from fl_client.renewal import Renewer, finish
+from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
 from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
 from fl_client.tunnel import TunnelSettings, make_local_certificate
@@ -56,11 +58,14 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
 def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending: threading.Event) -> int:
     if config.policy.allow_non_private:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
+    finish(home)
     helpers = _helpers(home, config, coordinator)
+    renewer = Renewer(home, coordinator, helpers.restart_tunnel)
     site: OpenSite | None = None
     try:
         helpers.start_tunnel()
-        site = open_site(home, config, coordinator.coordinator_key)
+        renewer.start()
+        site = open_site(home, config, PinnedKeys(home, coordinator).accepts)
         site.rounds.recover()
         metrics = _metrics(site, config)
         server = serve(AgentService(config.site, site.rounds, metrics), home.socket, config.supernode.socket_group)
@@ -82,6 +87,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         server.stop(3).wait(5)
         home.socket.unlink(missing_ok=True)
     finally:
+        renewer.stop()
         helpers.stop()
         if site is not None:
             site.close()

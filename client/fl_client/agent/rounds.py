@@ -32,7 +32,7 @@ from fl_client.agent.policy import check_policy
 from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.config import PolicyConfig
 from fl_shared.adapter import digest, pack, require_finite, unpack
-from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError
+from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError, SignatureError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
 from fl_shared.ledger.service import Ledger
@@ -74,10 +74,13 @@ Train = Callable[[RunSpec, Mechanism, dict[str, Any], int, Callable[..., None]],
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What a round depends on and does not change while the agent runs."""
+    """What a round depends on and does not change while the agent runs.
+
+    `accepts_key` says whether a public key (hex) may sign orders; the coordinator may rotate its key.
+    """
 
     site: str
-    coordinator_key: str
+    accepts_key: Callable[[str], bool]
     model_digest: str
     policy: PolicyConfig
     dataset: Dataset
@@ -319,7 +322,10 @@ class Rounds:
         """Return the manifest after every check that needs no private data; Refused otherwise."""
         facts = self._facts
         try:
-            manifest = RoundManifest.from_dict(open_document(document, facts.coordinator_key))
+            key = str(document.get("key", "")) if isinstance(document, dict) else ""
+            if not facts.accepts_key(key):
+                raise SignatureError(f"signed by key {key[:16]!r}, which is not the coordinator's")
+            manifest = RoundManifest.from_dict(open_document(document, key))
         except ConcordatError as error:
             raise Refused("bad-manifest", error.message) from error
         now = time.time()

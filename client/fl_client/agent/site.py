@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,8 @@ class OpenSite:
         self.ledger.close()
 
 
-def open_site(home: SiteHome, config: SiteConfig, coordinator_key: str) -> OpenSite:
-    """Open all of it, in the order in which mistakes are cheapest to find."""
+def open_site(home: SiteHome, config: SiteConfig, accepts_key: Callable[[str], bool]) -> OpenSite:
+    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key` as in `SiteFacts`."""
     ledger, key = open_ledger(home, config)
     try:
         data = load_unit_data(config.data, home.fingerprint_key)
@@ -124,7 +125,7 @@ def open_site(home: SiteHome, config: SiteConfig, coordinator_key: str) -> OpenS
 
         facts = SiteFacts(
             site=config.site,
-            coordinator_key=coordinator_key,
+            accepts_key=accepts_key,
             model_digest=model.digest,
             policy=config.policy,
             dataset=dataset,

@@ -193,7 +193,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     order_key = SigningKey.generate()
     with sole(home.run / "agent.lock", "train-alone"):
-        site = open_site(home, config, order_key.public_hex)
+        site = open_site(home, config, lambda key: key == order_key.public_hex)
         try:
             site.rounds.recover()
             say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))

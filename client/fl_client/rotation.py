@@ -1,0 +1,100 @@
+"""Follow the coordinator's change of its signing key, with a grace period, and never by its mere word.
+
+Enrolment pins one key. A new one is believed only with a document that the pinned key signed:
+
+    {"kind": "coordinator-key", "new_key": hex, "created_at": s, "old_until": s}
+
+The gateway hands out its documents, oldest first, in `/v1/hello` under `rotations`. The site follows the chain,
+writes the new pin and the old key's last day durably, and accepts orders of the old key until then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from typing import Any
+
+from fl_client.enrolment import Coordinator
+from fl_client.hello import say_hello
+from fl_client.home import SiteHome
+from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.settings import Fields
+from fl_shared.signing import open_document
+
+log = logging.getLogger("fl_client.rotation")
+
+ASK_EVERY_S = 60.0
+MAX_GRACE_S = 90 * 86_400.0
+MAX_ROTATIONS = 1000
+_FIX = "compare the coordinator's key with its administrator by telephone; after a loss of the old key enrol anew"
+
+
+def follow(pinned: Coordinator, rotations: Any, now: float) -> Coordinator:
+    """Return what is pinned after `rotations`; the same object when none of them starts at the pinned key.
+
+    Raises EnrolmentError when a document claims the pinned key but its signature or form is wrong.
+    """
+    if not isinstance(rotations, list) or len(rotations) > MAX_ROTATIONS:
+        raise EnrolmentError("the coordinator's list of key changes is malformed", fix=_FIX)
+    for document in rotations:
+        if not isinstance(document, dict) or document.get("key") != pinned.coordinator_key:
+            continue
+        try:
+            fields = Fields(open_document(document, pinned.coordinator_key), "rotation")
+            fields.choice("kind", ["coordinator-key"])
+            new_key = fields.text("new_key")
+            created = fields.number("created_at", low=0)
+            until = fields.number("old_until", low=0)
+            fields.done()
+        except ConcordatError as error:
+            raise EnrolmentError(f"a change of the coordinator's key is not valid: {error.message}", fix=_FIX) from None
+        if len(new_key) != 64 or set(new_key) - set("0123456789abcdef"):
+            raise EnrolmentError("a change of the coordinator's key names no key", fix=_FIX)
+        pinned = dataclasses.replace(
+            pinned,
+            coordinator_key=new_key,
+            previous_key=pinned.coordinator_key,
+            previous_until=min(until, created + MAX_GRACE_S, now + MAX_GRACE_S),
+        )
+    return pinned
+
+
+class PinnedKeys:
+    """Which signing keys orders may come from, now. Safe to use from several threads."""
+
+    def __init__(self, home: SiteHome, pinned: Coordinator) -> None:
+        """Start from what enrolment (or an earlier rotation) pinned."""
+        self._home = home
+        self._pinned = pinned
+        self._lock = threading.Lock()
+        self._asked = 0.0
+
+    def accepts(self, key: str) -> bool:
+        """Whether `key` may sign orders. An unknown key makes the site ask for a rotation, once a minute at most."""
+        with self._lock:
+            if self._known(key):
+                return True
+            if self._asked and time.monotonic() - self._asked < ASK_EVERY_S:
+                return False
+            self._asked = time.monotonic()
+            self._refresh()
+            return self._known(key)
+
+    def _known(self, key: str) -> bool:
+        pinned = self._pinned
+        if key == pinned.coordinator_key:
+            return True
+        return bool(pinned.previous_key) and key == pinned.previous_key and time.time() < pinned.previous_until
+
+    def _refresh(self) -> None:
+        try:
+            changed = follow(self._pinned, say_hello(self._home, self._pinned).get("rotations", []), time.time())
+        except ConcordatError as error:
+            log.warning("cannot ask for the coordinator's keys: %s", error.message)
+            return
+        if changed is not self._pinned:
+            changed.save(self._home)
+            self._pinned = changed
+            log.warning("the coordinator's key is now %s, vouched for by the former one", changed.coordinator_key)
