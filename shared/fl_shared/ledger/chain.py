@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,12 +30,17 @@ CLOCK_TOLERANCE = timedelta(minutes=5)
 
 def message_bytes(*, seq: int, kind: str, body: str, prev_hash: str, created_at: str, site: str) -> bytes:
     """Return the bytes that are hashed and signed; `body` is canonical JSON text and is put in as it is."""
+    if _PLAIN(prev_hash + created_at):
+        prev_hash, created_at = f'"{prev_hash}"', f'"{created_at}"'
+    else:
+        prev_hash, created_at = _quoted(prev_hash), _quoted(created_at)
     return (
-        f'{{"body":{body},"created_at":{_quoted(created_at)},"kind":{_quoted(kind)},'
-        f'"prev_hash":{_quoted(prev_hash)},"seq":{seq},"site":{_quoted(site)}}}'
+        f'{{"body":{body},"created_at":{created_at},"kind":{_quoted(kind)},'
+        f'"prev_hash":{prev_hash},"seq":{seq},"site":{_quoted(site)}}}'
     ).encode()
 
 
+@lru_cache(maxsize=64)  # the same few kinds and sites, a million times
 def _quoted(text: str) -> str:
     """Return `text` as JSON; what needs no escape, which is everything but forgeries, is only quoted."""
     return f'"{text}"' if _PLAIN(text) else json.dumps(text, ensure_ascii=False)

@@ -7,7 +7,7 @@ complete subtrees never change, so they are stored; a root needs one look-up a l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import sqlalchemy as sa
 
@@ -57,6 +57,20 @@ class Tree:
     def root(self) -> str:
         """Return the root over all leaves so far, 64 hex digits."""
         return fold(node for _level, node in self._peaks)
+
+
+def whole(leaves: Sequence[bytes]) -> tuple[dict[tuple[int, int], bytes], list[tuple[int, bytes]]]:
+    """Return the inner nodes by (level, position) over `leaves`, and the peaks, largest first: a tree in one go."""
+    nodes: dict[tuple[int, int], bytes] = {}
+    peaks: list[tuple[int, bytes]] = []
+    level, row = 0, list(leaves)
+    while row:
+        if len(row) % 2:
+            peaks.append((level, row.pop()))
+        level += 1
+        row = [hashlib.sha256(b"\1" + left + right).digest() for left, right in zip(row[::2], row[1::2], strict=True)]
+        nodes.update(((level, position), node) for position, node in enumerate(row))
+    return nodes, peaks[::-1]
 
 
 def fold(peaks: Iterable[bytes]) -> str:

@@ -37,8 +37,10 @@ class Replay:
         self.settled = dict.fromkeys(OUTCOMES, 0)
         self.reservations = 0
         self._gates: dict[Place, Filter] = {}
+        self._bounds: dict[Place, float] = {}
         self._costs: dict[Place, float] = {}
         self._reach: dict[Place, list[Place]] = {}
+        self._bodies: dict[tuple[Any, ...], tuple[Place, Key, int]] = {}
         self._changed: tuple[Place, Key] | None = None
         self._handlers: dict[str, Callable[[int, Any, str], None]] = {
             "dataset": self._dataset,
@@ -102,7 +104,8 @@ class Replay:
                 self._say(seq, f"entry {seq}: the filter's order changed after data had been used")
         if not body["approver"]:
             self._say(seq, f"entry {seq}: the budget names no approver")
-        self._gates[place] = Filter(body["epsilon"], body["delta"], body["filter_order"])
+        gate = self._gates[place] = Filter(body["epsilon"], body["delta"], body["filter_order"])
+        self._bounds[place] = gate.bound
         self.budgets[place] = body
         self._recount()
 
@@ -126,9 +129,12 @@ class Replay:
 
     def _reservation(self, seq: int, body: tuple[Any, ...], at: str) -> None:
         dataset, study, dataset_seq, kind, neighbouring, noise, sampling, steps = body
-        place, key = (dataset, study), Key(kind, neighbouring, noise, sampling)
+        known = self._bodies.get(body)
+        if known is None:
+            place, key = (dataset, study), Key(kind, neighbouring, noise, sampling)
+            known = self._bodies[body] = (place, key, steps)
+        place, key, _steps = self.open[seq] = known
         self.reservations += 1
-        self.open[seq] = (place, key, steps)
         changed = (place, key)
         self.held[changed] = self.held.get(changed, 0) + steps
         if self.dataset_names.get(dataset_seq) != dataset:
@@ -142,12 +148,12 @@ class Replay:
         if not any(budget[0] == place[0] for budget in touched) or (place[1] and place not in touched):
             self._say(seq, f"entry {seq}: granted without a budget for {place[0]!r} {place[1]}".rstrip())
         for budget in touched:
-            body, gate = self.budgets[budget], self._gates[budget]
-            if not self._costs[budget] <= gate.bound * (1 + _TOLERANCE):
+            body, bound = self.budgets[budget], self._bounds[budget]
+            if not self._costs[budget] <= bound * (1 + _TOLERANCE):
                 self._say(
                     seq,
                     f"entry {seq}: granted beyond the ceiling of {budget[0]!r} {budget[1]}".rstrip()
-                    + f" ({self._costs[budget] / gate.bound:.2%} of the bound)",
+                    + f" ({self._costs[budget] / bound:.2%} of the bound)",
                 )
             if (body["valid_from"] and at < body["valid_from"]) or (body["valid_to"] and at >= body["valid_to"]):
                 self._say(seq, f"entry {seq}: granted outside the budget's period")

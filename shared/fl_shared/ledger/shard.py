@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -20,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.errors import LedgerError
 from fl_shared.ledger.chain import message_bytes, parse_timestamp
-from fl_shared.ledger.merkle import Tree
+from fl_shared.ledger.merkle import leaf_hash, whole
 from fl_shared.ledger.models import TYPED, entries
 from fl_shared.ledger.store import Store
 
-LEVEL = 13
+LEVEL = 12
 SIZE = 1 << LEVEL  # entries of one stretch
 _ENTRY = ", ".join(column.name for column in entries.columns)
 # What the replay needs of the frequent kinds, as a tuple: a ledger is mostly these, and they cross processes.
@@ -42,10 +43,12 @@ EVENT_FIELDS = {
     "settlement": ("reservation", "steps", "outcome", "release_digest"),
 }
 _HEX = re.compile(r"[0-9a-f]{64}").fullmatch
-_decode = json.JSONDecoder().decode
+_decode = json.JSONDecoder().raw_decode
 _COLUMNS = {
     kind: tuple(column.name for column in table.columns if column.name != "seq") for kind, table in TYPED.items()
 }
+_values = {kind: itemgetter(*columns) for kind, columns in _COLUMNS.items()}
+_event = {kind: itemgetter(*names) for kind, names in EVENT_FIELDS.items()}
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,8 @@ def _walk(
     """Check each entry and its typed row; return the tree's inner nodes by (level, position)."""
     job, problems = result.job, result.problems
     signers = [(start, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))) for start, key in job.keys]
-    tree, nodes = Tree(), {}
-    base = (job.first - 1) >> LEVEL << LEVEL
+    leaves: list[bytes] = []
+    seen: dict[Any, Any] = {}
     expected, prev, time = job.first, None, ""
     signer, following = _signer(signers, job.first)
     for seq, kind, body, prev_hash, digest, signature, created_at in stored:
@@ -173,17 +176,19 @@ def _walk(
         if created_at < time:
             problems.append(Problem(f"entry {seq}: created_at {created_at} is before the entry before", seq))
         _check_time(seq, created_at, problems)
-        for level, position, node in tree.add(digest) if _is_digest(digest) else ():
-            nodes[level, position + (base >> level)] = node
-        _check_typed(result, seq, kind, body, created_at, typed)
+        if _HEX(digest):
+            leaves.append(leaf_hash(digest))
+        _check_typed(result, seq, kind, body, created_at, typed, seen)
         expected, prev, time = seq + 1, digest, created_at
     if expected != job.last + 1:
         problems.append(Problem(f"entries: {expected} to {job.last} missing", expected))
-    result.last_hash, result.last_time, result.peaks = prev or "", time, tree.peaks
+    base = (job.first - 1) >> LEVEL << LEVEL
+    nodes, result.peaks = whole(leaves)
+    result.last_hash, result.last_time = prev or "", time
     for kind, left in typed.items():
         for seq in left:
             problems.append(Problem(f"{TYPED[kind].name}: row {seq} has no {kind} entry", seq))
-    return nodes
+    return {(level, at + (base >> level)): node.hex() for (level, at), node in nodes.items()}
 
 
 def _signer(signers: list[tuple[int, Ed25519PublicKey]], seq: int) -> tuple[Ed25519PublicKey, float]:
@@ -201,10 +206,6 @@ def _by_seq(result: Result, kind: str, found: list[Sequence[Any]]) -> dict[int, 
     return rows
 
 
-def _is_digest(text: object) -> bool:
-    return isinstance(text, str) and _HEX(text) is not None
-
-
 def _check_time(seq: int, created_at: str, problems: list[Problem]) -> None:
     try:
         parse_timestamp(created_at)
@@ -219,33 +220,45 @@ def _check_typed(
     body: str,
     created_at: str,
     typed: dict[str, dict[int, Sequence[Any]]],
+    seen: dict[Any, Any],
 ) -> None:
-    """Hold the typed row against the signed body, and pass the body on as an event."""
+    """Hold the typed row against the signed body, and pass the body on as an event.
+
+    `seen` makes equal events one object, which crosses to the other process once.
+    """
     try:
-        signed = _decode(body)
+        signed, end = _decode(body)
     except (TypeError, ValueError):
-        result.problems.append(Problem(f"entry {seq}: body is no JSON", seq))
-        return
-    if not isinstance(signed, dict):
-        result.problems.append(Problem(f"entry {seq}: body is no table", seq))
+        signed, end = None, 0
+    if not isinstance(signed, dict) or end != len(body):
+        result.problems.append(Problem(f"entry {seq}: body is no table in canonical JSON", seq))
         return
     columns = _COLUMNS.get(kind)
     if columns is not None:
         row = typed[kind].pop(seq, None)
         if row is None:
             result.problems.append(Problem(f"{TYPED[kind].name}: row {seq} is missing", seq))
-        else:
+        elif len(signed) != len(columns) or not _equal(kind, signed, row):
             said = dict(zip(columns, row, strict=True))
-            if said != signed:
-                result.problems.append(Problem(_difference(kind, seq, signed, said), seq))
-    short = EVENT_FIELDS.get(kind)
+            result.problems.append(Problem(_difference(kind, seq, signed, said), seq))
+    short = _event.get(kind)
     if short is None:
         result.events.append((seq, kind, signed, created_at))
         return
     try:
-        result.events.append((seq, kind, tuple([signed[name] for name in short]), created_at))
-    except KeyError as error:
+        event = short(signed)
+        if kind == "reservation":
+            event = seen.setdefault(event, event)
+        result.events.append((seq, kind, event, created_at))
+    except (KeyError, TypeError) as error:
         result.problems.append(Problem(f"entry {seq}: its body lacks {error}", seq))
+
+
+def _equal(kind: str, signed: dict[str, Any], row: Sequence[Any]) -> bool:
+    try:
+        return bool(_values[kind](signed) == row)
+    except KeyError:
+        return False
 
 
 def _difference(kind: str, seq: int, signed: dict[str, Any], said: dict[str, Any]) -> str:

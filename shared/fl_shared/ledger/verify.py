@@ -258,12 +258,20 @@ class _Sums:
             self._say(f"tallies: row {seq} is missing", seq)
             return
         number, version, held, spent = stored
+        expected = self._versions.get(number, 0) + 1
+        if (self._keys.get(number), version, held, spent) == (
+            changed,
+            expected,
+            state.held.get(changed, 0),
+            state.spent.get(changed, 0),
+        ):
+            self._versions[number] = version
+            return
         if self._keys.get(number) != changed and number not in self._versions:
             named = "is missing" if number not in self._keys else f"says {self._keys[number]}"
             self._say(f"tally_keys: row {number} {named}, entry {seq} says {changed}", seq)
         elif self._keys.get(number) != changed:
             self._say(f"tallies.key of row {seq} is {number}, which does not stand for {changed}", seq)
-        expected = self._versions.get(number, 0) + 1
         self._versions[number] = version
         sums = {
             "version": (version, expected),
