@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GraniteMoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
+from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.batches import Records
+from fl_client.dp.canaries import worst_case_adapter
 from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_shared.manifest import LoraSection
 
 
 def float_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
@@ -49,3 +63,70 @@ def random_records(units: int, *, low: int, high: int, vocabulary: int, classes:
         tuple(np.array([unit]) for unit in range(units)),
         0,
     )
+
+
+def small_config(architecture: str, *, experts: int = 8, top_k: int = 2) -> PreTrainedConfig:
+    """A two-layer config of a supported family. 136 inputs make one whole group of 128 and a shorter one."""
+    common = {"vocab_size": 96, "hidden_size": 136, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "max_position_embeddings": 64, "initializer_range": 0.15}  # fmt: skip
+    grouped = {**common, "num_key_value_heads": 2, "num_experts_per_tok": top_k}
+    latent = {
+        **common, "num_key_value_heads": 4, "intermediate_size": 40, "moe_intermediate_size": 20,
+        "n_shared_experts": 1, "n_routed_experts": experts, "num_experts_per_tok": top_k, "first_k_dense_replace": 1,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    }  # fmt: skip
+    made: dict[str, Callable[[], PreTrainedConfig]] = {
+        "deepseek_v2": lambda: DeepseekV2Config(**latent, q_lora_rank=None),
+        "deepseek_v3": lambda: DeepseekV3Config(**latent, q_lora_rank=24, n_group=2, topk_group=2),
+        "granitemoe": lambda: GraniteMoeConfig(
+            **grouped, intermediate_size=20, num_local_experts=experts, embedding_multiplier=2.0,
+            residual_multiplier=0.7, attention_multiplier=0.2,
+        ),
+        "mixtral": lambda: MixtralConfig(**grouped, intermediate_size=20, num_local_experts=experts),
+        "olmoe": lambda: OlmoeConfig(**grouped, intermediate_size=20, num_experts=experts),
+        "qwen2_moe": lambda: Qwen2MoeConfig(
+            **grouped, intermediate_size=40, moe_intermediate_size=20, shared_expert_intermediate_size=28,
+            num_experts=experts, decoder_sparse_step=1,
+        ),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **grouped, intermediate_size=40, moe_intermediate_size=20, num_experts=experts, head_dim=16,
+        ),
+    }  # fmt: skip
+    return made[architecture]()
+
+
+ARCHITECTURES = ("deepseek_v2", "deepseek_v3", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+
+
+def units_of_records(
+    sizes: Sequence[Sequence[int]], *, vocabulary: int = 96, classes: int = 5, seed: int = 0
+) -> Records:
+    """Units whose records have the given numbers of tokens; ids and labels are random."""
+    rng = np.random.default_rng(seed)
+    lengths = [length for unit in sizes for length in unit]
+    ends = np.cumsum([len(unit) for unit in sizes])
+    return Records(
+        tuple(tuple(int(i) for i in rng.integers(0, vocabulary, n)) for n in lengths),
+        rng.integers(0, classes, len(lengths)).astype(np.int64),
+        tuple(np.split(np.arange(len(lengths)), ends[:-1])),
+        0,
+    )
+
+
+def adapted_small(
+    architecture: str, *, quantised: bool, experts: int = 8, top_k: int = 2, rank: int = 3, classes: int = 5
+) -> AdaptedModel:
+    """A small model under a random adapter and random feature statistics, so that no gradient vanishes."""
+    config = small_config(architecture, experts=experts, top_k=top_k)
+    model = float_model(config)
+    if quantised:
+        quantise_in_place(model)
+    shared = architecture in ("deepseek_v2", "deepseek_v3", "qwen2_moe")
+    targets = ("attention", "shared_experts", "routed_experts") if shared else ("attention", "routed_experts")
+    rng = np.random.default_rng(1)
+    hidden = int(config.hidden_size)
+    mean = torch.from_numpy(rng.normal(0, 0.3, hidden).astype(np.float32))
+    std = torch.from_numpy(rng.uniform(0.5, 2.0, hidden).astype(np.float32))
+    made = adapt(model, LoraSection(rank=rank, alpha=6.0, targets=targets), classes, mean, std)
+    worst_case_adapter(made, rng)
+    return made

@@ -88,7 +88,13 @@ def label_rows(found: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]
 def micro_batches(
     records: Records, units: Sequence[int], device: torch.device, *, max_units: int = MAX_UNITS
 ) -> Iterator[MicroBatch]:
-    """Cut sampled units into micro-batches of units of like length.
+    """Sampled units as micro-batches of units of like length."""
+    for chosen in cut_units(records, units, max_units=max_units):
+        yield pack_units(records, chosen, device)
+
+
+def cut_units(records: Records, units: Sequence[int], *, max_units: int = MAX_UNITS) -> Iterator[list[int]]:
+    """Cut sampled units into groups of like length, at most `max_units` and about `MAX_TOKENS` padded tokens each.
 
     Units never straddle two micro-batches, so that each is clipped whole. The sum over the logical batch does not
     depend on the cut.
@@ -100,12 +106,12 @@ def micro_batches(
         count = len(records.of_unit[unit])
         longest = lengths[chosen[0]] if chosen else lengths[unit]
         if chosen and (len(chosen) >= max_units or (rows + count) * longest > MAX_TOKENS):
-            yield pack_units(records, chosen, device)
+            yield chosen
             chosen, rows = [], 0
         chosen.append(unit)
         rows += count
     if chosen:
-        yield pack_units(records, chosen, device)
+        yield chosen
 
 
 def pack_units(records: Records, units: Sequence[int], device: torch.device) -> MicroBatch:

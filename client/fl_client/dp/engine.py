@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch import Tensor
 from torch.nn import functional as F
 
 from fl_client.dp import grad_samplers
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, micro_batches
+from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, cut_units, pack_units
 from fl_client.dp.book import GradientBook
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.sampling import PoissonSampler
@@ -28,7 +29,7 @@ from fl_shared.privacy import Mechanism
 
 log = logging.getLogger("fl_client.dp")
 
-EngineName = Literal["book", "hooks"]
+EngineName = Literal["book", "hooks", "ghost"]
 
 
 class DPEngine:
@@ -41,7 +42,8 @@ class DPEngine:
         learning_rate, head_learning_rate, momentum: of SGD on the noisy gradient.
         expected_batch: constant that sums are divided by; q times the number of units when left out. The number of
             units is public by decision (docs/decisions/0023).
-        engine: `book`, or `hooks` for Opacus' own `grad_sample`.
+        engine: `book`; `hooks` for Opacus' own `grad_sample`, `ghost` for its ghost clipping with a second backward
+            pass (one record per unit only). The last two are slow and serve as oracles.
         frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
         max_units: units in a micro-batch.
         sampling, noise: random streams; only tests pass them.
@@ -86,11 +88,17 @@ class DPEngine:
         )
         self.accountant = RDPAccountant()
         self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sampler.probability))
-        self._hooked = self._wrap() if engine == "hooks" else None
+        self._hooked = None if engine == "book" else self._wrap()
 
     def _wrap(self) -> GradSampleModule:
         grad_samplers.register()
-        return GradSampleModule(self.adapted.classifier, loss_reduction="sum", strict=False)
+        if self.name == "hooks":
+            return GradSampleModule(self.adapted.classifier, loss_reduction="sum", strict=False)
+        if any(len(records) > 1 for records in self.records.of_unit):
+            raise EngineError("ghost clipping cannot clip units of several records", fix="use engine 'book'")
+        return GradSampleModuleFastGradientClipping(
+            self.adapted.classifier, loss_reduction="sum", strict=False, max_grad_norm=self.mechanism.clipping_norm
+        )
 
     def close(self) -> None:
         """Take Opacus' hooks off; put the layers back into plain mode."""
@@ -139,14 +147,45 @@ class DPEngine:
     def step(self, units: Sequence[int]) -> None:
         """One logical step on these units; an empty sample is noise alone, and counts."""
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in micro_batches(self.records, units, self.device, max_units=self.max_units):
-            self._accumulate(batch)
+        self.accumulate(units)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _accumulate(self, batch: MicroBatch) -> None:
-        self.forward_backward(batch)
-        self.optimizer.clip_and_accumulate()
+    def accumulate(self, units: Sequence[int]) -> None:
+        """Add the clipped gradients of these units, micro-batch by micro-batch.
+
+        Raises:
+            EngineError: a loss or gradient is not finite, or a single unit does not fit into memory.
+        """
+        waiting = list(cut_units(self.records, units, max_units=self.max_units))[::-1]
+        while waiting:
+            chosen = waiting.pop()
+            if len(chosen) > self.max_units:  # memory ran out since it was cut
+                waiting += [chosen[self.max_units :], chosen[: self.max_units]]
+            elif not self._fits(chosen):
+                if len(chosen) == 1 or self._hooked is not None:
+                    raise EngineError(
+                        f"{len(chosen)} privacy unit(s) in one micro-batch do not fit into memory",
+                        fix="lower [task] max_tokens, max_records_per_unit or the LoRA rank, or use a larger machine",
+                    )
+                self.max_units = (len(chosen) + 1) // 2
+                log.warning("out of memory: micro-batches of at most %d units from here on", self.max_units)
+                waiting.append(chosen)
+
+    def _fits(self, units: Sequence[int]) -> bool:
+        """Run one micro-batch; False, with nothing added, when memory ran out."""
+        try:
+            self.forward_backward(pack_units(self.records, units, self.device))
+            self.optimizer.clip_and_accumulate()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            self.optimizer.forget()
+        else:
+            return True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
 
     def forward_backward(self, batch: MicroBatch) -> None:
         """One pass; what every unit contributed then waits in the optimizer."""
@@ -155,8 +194,11 @@ class DPEngine:
             scope.mode, scope.records, scope.tokens = "hooks", batch.ids.shape[0], batch.ids.shape[1]
             scope.unit_anchor = batch.ids.new_empty(batch.ids.shape[0], 0)
             losses = per_record_loss(self._hooked(batch.ids, batch.mask), batch.labels)
-            losses.sum().backward()
-            self.optimizer.take_units(batch.unit_of_record, batch.units)
+            if self.name == "ghost":
+                self._second_pass(losses)
+            else:
+                losses.sum().backward()
+                self.optimizer.take_units(batch.unit_of_record, batch.units)
             return
         book = GradientBook(batch.unit_of_record, batch.units, batch.ids.shape[1])
         scope.mode, scope.book = "book", book
@@ -166,6 +208,27 @@ class DPEngine:
         finally:
             scope.mode, scope.book = "plain", None
         self.optimizer.take_book(book)
+
+    def _second_pass(self, losses: Tensor) -> None:
+        """Ghost clipping (Li et al. 2022, arXiv 2110.05679): norms from one pass, the weighted sum from another."""
+        hooked: Any = self._hooked
+        optimizer = self.optimizer
+        losses.sum().backward(retain_graph=True)
+        factors = optimizer.clip_factors(hooked.get_norm_sample().double()).to(losses.dtype)
+        for parameter in optimizer.params:
+            parameter.grad = None
+        hooked.disable_hooks()
+        (losses * factors).sum().backward()
+        hooked.enable_hooks()
+        optimizer.take_sums([(parameter, parameter.grad.float()) for parameter in optimizer.params])
+        for parameter in optimizer.params:
+            parameter.grad = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python says that memory ran out; the CPU allocator has no exception type of its own."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def per_record_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fl_client.dp.book import grouped_outer, outer
 from fl_client.dp.scope import BatchScope
@@ -203,7 +202,7 @@ class ExpertFactor(nn.Module):
         The last two are there for Opacus, which records all arguments: the record of each row, and `[B, 0]` that
         tells it the batch size.
         """
-        return F.grouped_mm(x, self.weight.mT, offs=ends)
+        return grouped_matmul(x, self.weight.mT, ends)
 
 
 class LoraExperts(_FrozenBase):

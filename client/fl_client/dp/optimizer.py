@@ -21,6 +21,7 @@ from fl_shared.errors import EngineError
 
 # What float32 arithmetic may add to one unit's clipped contribution, relative to C (docs/decisions/0022).
 FLOAT_SLACK = 2**-10
+Sums = Sequence[tuple[torch.nn.Parameter, Tensor]]
 
 
 class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no types
@@ -53,6 +54,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         self._stream = stream
         self._book: GradientBook | None = None
         self._units: tuple[Tensor, int] | None = None
+        self._sums: Sums | None = None
         self.grid = plan_grid(
             clipping_norm=max_grad_norm,
             noise_multiplier=noise_multiplier,
@@ -68,6 +70,14 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         """With Opacus' hooks: which records of the coming `grad_sample` belong to which unit."""
         self._units = (unit_of_record, units)
 
+    def take_sums(self, sums: Sums) -> None:
+        """Hand over a micro-batch's clipped sums, made elsewhere (ghost clipping)."""
+        self._sums = sums
+
+    def forget(self) -> None:
+        """Drop what the last micro-batch handed over; what was accumulated before it stays."""
+        self._book = self._units = self._sums = None
+
     @property
     def accumulated_iterations(self) -> int:
         """Always 1: micro-batches make up one logical step, and the accountant's q is the sampler's."""
@@ -81,13 +91,19 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         elif self._units is not None:
             sums = self._clipped_by_hooks(*self._units)
             self._units = None
+        elif self._sums is not None:
+            sums, self._sums = self._sums, None
         else:
             return
+        # All new sums first: when memory runs out here, none of this micro-batch has been added.
+        added: list[tuple[Any, Tensor]] = []
         for parameter, total in sums:
             held: Any = parameter  # Opacus keeps the sum as an attribute of the parameter
-            held.summed_grad = total if held.summed_grad is None else held.summed_grad + total
+            added.append((held, total if held.summed_grad is None else held.summed_grad + total))
+        for held, total in added:
+            held.summed_grad = total
 
-    def _clipped_by_book(self, book: GradientBook) -> Sequence[tuple[torch.nn.Parameter, Tensor]]:
+    def _clipped_by_book(self, book: GradientBook) -> Sums:
         planned, reached = {id(p) for p in self.params}, [id(p) for p in book.parameters]
         if len(reached) != len(set(reached)) or set(reached) != planned:
             raise EngineError(
@@ -96,7 +112,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
             )
         return book.weighted_sums(self.clip_factors(book.norms()))
 
-    def _clipped_by_hooks(self, unit_of_record: Tensor, units: int) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    def _clipped_by_hooks(self, unit_of_record: Tensor, units: int) -> Sums:
         by_unit = []
         for parameter in self.params:
             sample = self._get_flat_grad_sample(parameter).float()

@@ -1,0 +1,252 @@
+"""Clipped, summed gradients against stock Hugging Face, one record at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fl_client.dp import engine as engine_module
+from fl_client.dp.adapt import AdaptedModel
+from fl_client.dp.batches import Records
+from fl_client.dp.book import GradientBook
+from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.lora_layers import Routing
+from fl_shared.privacy import Mechanism
+from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
+from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config, units_of_records
+
+torch.set_num_threads(1)
+TOLERANCE = 1e-5
+# Units of one to four records, records of one to nine tokens: every micro-batch is padded.
+SIZES = [[5, 3], [9], [1], [2, 6, 4, 1], [7]]
+
+
+def clipped_sum(
+    adapted: AdaptedModel, records: Records, norm: float, *, engine: EngineName = "book", max_units: int = 64
+) -> Gradients:
+    """What the engine holds before noise when every unit is sampled."""
+    mechanism = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=norm)
+    made = DPEngine(
+        adapted, records, mechanism,
+        learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, engine=engine, max_units=max_units,
+    )  # fmt: skip
+    try:
+        made.accumulate(range(records.units))
+        total = torch.from_numpy(made.optimizer.gather_sum())
+    finally:
+        made.close()
+    names = {id(p): name for name, p in adapted.plan.items()}
+    sums, at = {}, 0
+    for p in made.optimizer.params:
+        sums[names[id(p)]] = total[at : at + p.numel()].view(p.shape)
+        at += p.numel()
+    made.optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def group_errors(adapted: AdaptedModel, found: Gradients, wanted: Gradients) -> dict[str, float]:
+    """Relative error of attention, shared experts, routed experts and head, each by itself."""
+    groups: dict[str, list[str]] = {}
+    for name, group in adapted.groups.items():
+        groups.setdefault(group, []).append(name)
+    return {group: relative_error(found, wanted, names) for group, names in groups.items()}
+
+
+def expert_counts(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Collects, for every expert layer that runs, how many rows each expert got."""
+    seen: list[np.ndarray] = []
+    first = Routing.__init__
+
+    def spy(self: Routing, top_k_index: Tensor, num_experts: int) -> None:
+        first(self, top_k_index, num_experts)
+        seen.append(np.diff(self.ends.numpy(), prepend=0))
+
+    monkeypatch.setattr(Routing, "__init__", spy)
+    return seen
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_clipped_sum_equals_the_loop(architecture: str, quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For top-k 1 to 4, every LoRA group and the head agree with the batch-size-1 loop to 1e-5, some units clipped."""
+    counts = expert_counts(monkeypatch)
+    for top_k in (1, 2, 3, 4):
+        adapted = adapted_small(architecture, quantised=quantised, top_k=top_k)
+        oracle = GradientOracle(adapted, small_config(architecture, top_k=top_k))
+        records = units_of_records(SIZES, seed=top_k)
+        _, norms = oracle.clipped_sum(records, 1.0)
+        norm = float(np.median(norms))
+        wanted, _ = oracle.clipped_sum(records, norm)
+        errors = group_errors(adapted, clipped_sum(adapted, records, norm), wanted)
+        assert {"attention", "routed_experts", "head"} <= set(errors)
+        assert max(errors.values()) < TOLERANCE, (top_k, errors)
+    assert counts
+
+
+def _forced(mixing: dict[str, int]) -> object:
+    """A hook that sends every token to expert 2, and one more expert by position: expert 0 sees only position 8."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, _, weights = args
+        position = torch.arange(hidden.shape[0]) % mixing["tokens"]
+        second = torch.where(position == 8, 0, 1 + 2 * (position % 2))  # 1 or 3; never 4 to 7
+        return hidden, torch.stack([torch.full_like(second, 2), second], 1), weights
+
+    return hook
+
+
+def test_experts_with_no_one_and_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routing by hand: an expert with every token, one with a single real token, several with none."""
+    counts = expert_counts(monkeypatch)
+    adapted = adapted_small("qwen3_moe", quantised=True)
+    oracle = GradientOracle(adapted, small_config("qwen3_moe"))
+    mixing = {"tokens": 1}
+    for model in (adapted.classifier.backbone, oracle.base):
+        for layer in model.layers:
+            layer.mlp.experts.register_forward_pre_hook(_forced(mixing))
+    records = units_of_records(SIZES)  # only the record of 9 tokens has a position 8 that is not padding
+    for alone in (True, False):
+        if alone:
+            wanted = []
+            for unit in range(records.units):
+                total: Gradients = {}
+                for record in records.of_unit[unit]:
+                    mixing["tokens"] = len(records.ids[record])
+                    one = dataclasses.replace(records, of_unit=(np.array([record]),))
+                    for name, value in oracle.unit_gradient(one, 0).items():
+                        total[name] = total.get(name, 0) + value.double()
+                wanted.append(total)
+        else:
+            mixing["tokens"] = 9
+            found = clipped_sum(adapted, records, 1e9)
+    summed = {name: sum(unit[name] for unit in wanted) for name in wanted[0]}
+    errors = group_errors(adapted, found, summed)
+    assert max(errors.values()) < TOLERANCE, errors
+    rows = counts[-1]
+    assert rows[2] == rows.sum() / 2  # all tokens
+    assert (rows[4:] == 0).all()  # none
+    assert rows[0] == len(records.ids)  # one position, and real for one record alone
+
+
+@pytest.mark.parametrize("engine", ["hooks", "ghost"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_opacus_agrees(architecture: str, engine: EngineName) -> None:
+    """Opacus' own hooks and ghost clipping, fed through our samplers, give the book's clipped sum."""
+    adapted = adapted_small(architecture, quantised=True)
+    records = units_of_records(SIZES if engine == "hooks" else [[5], [9], [1], [6], [7]])
+    norm = 2.0
+    found = clipped_sum(adapted, records, norm)
+    errors = group_errors(adapted, clipped_sum(adapted, records, norm, engine=engine), found)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+class _PerTokenBook(GradientBook):
+    """A layer that flattens tokens, in Opacus: every token is clipped as if it were an example."""
+
+    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
+        rows = unit_of_record.shape[0] * tokens
+        super().__init__(torch.arange(rows), rows, 1)
+        self._per_record = tokens
+
+    def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+        spread_a, spread_b = a.new_zeros(self.records, a.shape[1]), b.new_zeros(self.records, b.shape[1])
+        spread_a[:: self._per_record], spread_b[:: self._per_record] = a, b
+        super().add_record_outer(parameter, spread_a, spread_b)
+
+
+class _UnclippedExpertsBook(GradientBook):
+    """Experts outside the norm, as when Opacus does not see them."""
+
+    def add_expert_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor, *rest) -> None:  # type: ignore[no-untyped-def]
+        before = self._squared.clone()
+        super().add_expert_factor(parameter, a, b, *rest)
+        self._squared = before
+
+
+class _RolledBook(GradientBook):
+    """Expert rows booked to the neighbour's unit."""
+
+    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
+        super().__init__(unit_of_record, units, tokens)
+        self.unit_of_token = self.unit_of_token.roll(tokens)
+
+
+@pytest.mark.parametrize("broken", [_PerTokenBook, _UnclippedExpertsBook, _RolledBook])
+def test_the_comparison_notices_a_wrong_engine(broken: type[GradientBook], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: per-token clipping, experts left out of the norm and rolled ids are all off by more than 1e-2."""
+    adapted = adapted_small("deepseek_v3", quantised=True)
+    oracle = GradientOracle(adapted, small_config("deepseek_v3"))
+    records = units_of_records(SIZES)
+    norm = float(np.median(oracle.clipped_sum(records, 1.0)[1])) / 4
+    wanted, _ = oracle.clipped_sum(records, norm)
+    monkeypatch.setattr(engine_module, "GradientBook", broken)
+    errors = group_errors(adapted, clipped_sum(adapted, records, norm), wanted)
+    assert max(errors.values()) > 1e-2, errors
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_unit_sees_another(architecture: str) -> None:
+    """Changing one unit's texts and labels, at the same padded length, leaves every other unit's gradient alone."""
+    adapted = adapted_small(architecture, quantised=True)
+    records, other = units_of_records(SIZES), units_of_records(SIZES, seed=9)
+    mixed = Records(
+        tuple(other.ids[r] if r in records.of_unit[1] else row for r, row in enumerate(records.ids)),
+        np.where(np.isin(np.arange(len(records.ids)), records.of_unit[1]), (records.labels + 1) % 5, records.labels),
+        records.of_unit, 0,
+    )  # fmt: skip
+    for unit in (0, 2, 3, 4):
+        apart = relative_error(_one_unit(adapted, mixed, unit), _one_unit(adapted, records, unit))
+        assert apart < 1e-6, unit
+    assert relative_error(_one_unit(adapted, mixed, 1), _one_unit(adapted, records, 1)) > 1e-2
+
+
+def _one_unit(adapted: AdaptedModel, records: Records, unit: int) -> Gradients:
+    """One unit's gradient from a micro-batch that holds all units."""
+    book = _book(adapted, records)
+    weights = torch.zeros(records.units)
+    weights[unit] = 1.0
+    names = {id(p): name for name, p in adapted.plan.items()}
+    return {names[id(p)]: value for p, value in book.weighted_sums(weights)}
+
+
+def _book(adapted: AdaptedModel, records: Records) -> GradientBook:
+    from fl_client.dp.batches import pack_units
+    from fl_client.dp.checks import book_of
+
+    return book_of(adapted, pack_units(records, range(records.units), torch.device("cpu")))
+
+
+def test_a_loss_over_the_batch_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: a loss that is divided by the batch's tokens, as `labels=` does, lets units see each other."""
+    adapted = adapted_small("qwen3_moe", quantised=False)
+    records = units_of_records(SIZES)
+    longer = units_of_records([[5, 3], [9, 9, 9], [1], [2, 6, 4, 1], [7]])
+    own = dataclasses.replace(longer, ids=tuple(
+        records.ids[records.of_unit[0][i]] if i < 2 else row for i, row in enumerate(longer.ids)
+    ), labels=np.concatenate([records.labels[:2], longer.labels[2:]]))  # fmt: skip
+    assert relative_error(_one_unit(adapted, own, 0), _one_unit(adapted, records, 0)) < 1e-5
+    from fl_client.dp import checks
+
+
+    def over_batch(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none") / len(labels)
+
+    monkeypatch.setattr(checks, "per_record_loss", over_batch)
+    assert relative_error(_one_unit(adapted, own, 0), _one_unit(adapted, records, 0)) > 1e-2
+
+
+def test_the_oracle_is_the_model() -> None:
+    """With a zero factor B the oracle's merged model gives stock Hugging Face's hidden states."""
+    config = small_config("olmoe")
+    adapted = adapted_small("olmoe", quantised=False)
+    stock = float_model(config)
+    ids = torch.tensor([[3, 5, 7]])
+    oracle = GradientOracle(adapted, config)
+    wanted = stock.model(input_ids=ids).last_hidden_state
+    found = torch.func.functional_call(oracle.base, oracle._weights, kwargs={"input_ids": ids}).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
