@@ -33,6 +33,7 @@ class DataConfig:
     """[data]: where the private table lies and what one privacy unit is.
 
     `text_columns` with more than one name are written as `name: value; name: value` into one text.
+    `holdout` is the share of units that is never trained on, for `fl-client evaluate`.
     `expected_units` is a public round figure for the number of units, which scales the updates; without it
     the exact number counts as public.
     """
@@ -46,6 +47,7 @@ class DataConfig:
     max_records_per_unit: int
     expected_units: int | None
     public: bool
+    holdout: float
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def _data(fields: Fields) -> DataConfig:
         max_records_per_unit=fields.integer("max_records_per_unit", low=1, high=10_000, default=1),
         expected_units=(fields.integer("expected_units", low=1, high=10**12) if fields.has("expected_units") else None),
         public=fields.boolean("public", default=False),
+        holdout=fields.number("holdout", low=0, high=0.9, default=0.0),
     )
     fields.done()
     if unit != RECORD and made.unit_column is None:
@@ -335,6 +338,7 @@ privacy_unit = "record"          # "patient" or "customer": all rows of one of t
 # unit_column = "patient_id"     # needed unless the unit is a record
 # max_records_per_unit = 5       # further rows of one patient are not used
 # expected_units = 3000          # a public round figure for their number; without it the exact number is public
+# holdout = 0.2                  # share of units kept out of training, for `fl-client evaluate`
 public = false                   # true only for data that anyone may read
 
 [model]

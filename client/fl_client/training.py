@@ -161,21 +161,28 @@ def evaluate(
     """Accuracy of seeded start + `offset` on public labelled texts. DataError when there are none."""
     if not texts or len(texts) != len(labels):
         raise DataError(f"{len(texts)} texts and {len(labels)} labels", fix="give one label per text, at least one")
+    truth = label_rows(labels, spec.task.labels)
+    right = int((predict(model, offset, texts, spec).argmax(1) == truth).sum())
+    majority = int(np.bincount(truth).max())
+    return Evaluation(right / len(texts), majority / len(texts), len(texts))
+
+
+def predict(
+    model: LoadedModel, offset: Mapping[str, NDArray[np.float32]], texts: Sequence[str], spec: RunSpec
+) -> NDArray[np.float32]:
+    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are."""
     adapted = _adapted(model, spec)
     _load(adapted, spec, offset)
-    truth = label_rows(labels, spec.task.labels)
     ids, _ = token_ids(texts, model.tokenizer, spec.task.max_tokens)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    right = 0
+    found = np.zeros((len(ids), len(spec.task.labels)), dtype=np.float32)
     adapted.classifier.eval()
     with torch.no_grad():
         for at in range(0, len(order), _EVALUATION_BATCH):
             rows = order[at : at + _EVALUATION_BATCH]
             tokens, mask = pad_ids([ids[row] for row in rows], model.device)
-            found = adapted.classifier(tokens, mask).argmax(1).cpu().numpy()
-            right += int((found == truth[rows]).sum())
-    majority = int(np.bincount(truth).max())
-    return Evaluation(right / len(ids), majority / len(ids), len(ids))
+            found[rows] = adapted.classifier(tokens, mask).float().cpu().numpy()
+    return found
 
 
 def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], directory: Path) -> None:

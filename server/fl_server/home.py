@@ -111,6 +111,10 @@ class ServerHome:
         return self.flower / "superlink.json"
 
     @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -8,7 +8,9 @@ round that they have released already from their store.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -21,6 +23,7 @@ from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.flower_app.pack import write_app
 from fl_server.home import ServerHome
+from fl_server.runs.liveness import DEAD, carrier_pid, forget, liveness
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError, RunError
 
@@ -59,11 +62,11 @@ class Launcher:
                 self._not_before[row.run] = time.monotonic() + RETRY_S
 
     def _is_dead(self, row: RunRow) -> bool:
-        """Whether nobody carries the run: the SuperLink was restarted, or its ServerApp is silent and Flower
-        says that it ended (or it is silent for very long).
+        """Whether nobody carries the run: its ServerApp has died, the SuperLink was restarted, or the
+        ServerApp is silent and Flower says that it ended (or it is silent for very long).
         """
-        started_under = self._superlink.get(row.attempt)
-        if started_under != self._flower.started():
+        found = liveness(self._home.attempts, row.attempt)
+        if found == DEAD or self._superlink.get(row.attempt) != self._flower.started():
             return True
         silent = time.time() - row.beat_at
         if silent < SILENT_S or time.monotonic() < self._asked_at.get(row.run, 0.0) + SILENT_S / 2:
@@ -83,6 +86,7 @@ class Launcher:
         attempt = secrets.token_hex(8)
         earlier = row.flower_run
         restarts = self._runs.begin_attempt(row.run, attempt)
+        self._end(row.attempt)
         under = self._flower.started()
         if earlier:
             try:
@@ -100,6 +104,15 @@ class Launcher:
         self._superlink[attempt] = under
         self._runs.carried_by(row.run, attempt, flower_run)
         log.info("run %s is carried by Flower run %s", row.run, flower_run)
+
+
+    def _end(self, attempt: str) -> None:
+        """Kill the ServerApp of an attempt that no longer counts; it would only ask sites in vain."""
+        pid = carrier_pid(self._home.attempts, attempt)
+        if pid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        forget(self._home.attempts, attempt)
 
 
 def main() -> int:

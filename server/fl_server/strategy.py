@@ -30,6 +30,7 @@ from fl_server.aggregation import Form, MeanByForm
 from fl_server.db.store import Store
 from fl_server.home import ServerHome
 from fl_server.replies import BadReply, Expected
+from fl_server.runs.liveness import carrying
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_server.sites.service import Sites
 from fl_shared.adapter import digest, pack, shapes, unpack
@@ -281,6 +282,11 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     `attempt` is what the launcher wrote into the run's row: when another one stands there, this ServerApp
     has been given up and does nothing more.
     """
+    with carrying(home.attempts, attempt):
+        _drive(home, run, attempt, grid)
+
+
+def _drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     store = Store(home.database_url())
     runs, sites = Runs(store, home.adapters), Sites(store)
     key = SigningKey.load(home.signing_key)

@@ -1,6 +1,6 @@
 """`fl-server up`: keeps SuperLink, gateway, control API and launcher running, and says what changes.
 
-A child that dies is started again after 1 s, 2 s, … up to 30 s. Every child has its own process group and
+A child that dies is started again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait begins anew. Every child has its own process group and
 is killed by the kernel when this process is.
 """
 
@@ -33,7 +33,7 @@ TICK_S = 0.25
 PROBE_S = 2.0
 STOP_S = 8.0
 STALE_S = 15.0
-FIRST_PAUSE_S, MOST_PAUSE_S, CALM_S = 1.0, 30.0, 60.0
+FIRST_PAUSE_S, MOST_PAUSE_S, CALM_S = 0.5, 30.0, 10.0
 
 
 def free_port() -> int:

@@ -17,9 +17,7 @@ _WHOLE = range(-(1 << 63), 1 << 64)
 
 def _refuse(value: Any, where: str, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise ConfigError(
-            f"the document is nested deeper than {MAX_DEPTH} levels", fix="send a flat document"
-        )
+        raise ConfigError(f"the document is nested deeper than {MAX_DEPTH} levels", fix="send a flat document")
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, str):
@@ -63,9 +61,7 @@ def canonical_bytes(document: Any) -> bytes:
             bytes, or another type that JSON does not carry faithfully.
     """
     _refuse(document, "document", 0)
-    return json.dumps(
-        document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,9 +91,7 @@ def parse_json(text: str | bytes, what: str, *, limit: int = MAX_JSON_BYTES) -> 
     try:
         return json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{what} is not JSON: {error}", fix="send the document whole, as it was signed"
-        ) from error
+        raise ConfigError(f"{what} is not JSON: {error}", fix="send the document whole, as it was signed") from error
 
 
 def sha256_hex(data: bytes) -> str:

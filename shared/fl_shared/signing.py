@@ -44,9 +44,7 @@ class SigningKey:
                 mode = os.fstat(source.fileno()).st_mode
                 pem = source.read(_MAX_PEM_BYTES)
         except OSError as error:
-            raise SignatureError(
-                f"{path}: {error.strerror}", fix="enrol the site, or restore the key"
-            ) from error
+            raise SignatureError(f"{path}: {error.strerror}", fix="enrol the site, or restore the key") from error
         if stat.S_IMODE(mode) & 0o077:
             raise SignatureError(f"{path} can be read by others", fix=f"chmod 600 {path}")
         try:
@@ -87,11 +85,7 @@ class SigningKey:
     @property
     def public_hex(self) -> str:
         """The public key, 64 hex digits."""
-        return (
-            self._key.public_key()
-            .public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-            .hex()
-        )
+        return self._key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw).hex()
 
     def sign(self, payload: bytes) -> str:
         """The signature, 128 hex digits."""
@@ -102,9 +96,7 @@ def verify(public_hex: str, payload: bytes, signature_hex: str) -> None:
     """Check a signature; SignatureError when it does not fit or a part is malformed."""
     # bytes.fromhex also takes capitals and spaces: one signature would have many spellings.
     if _KEY.fullmatch(public_hex) is None or _SIGNATURE.fullmatch(signature_hex) is None:
-        raise SignatureError(
-            "a key or signature is malformed", fix="expected 64 and 128 lower-case hex digits"
-        )
+        raise SignatureError("a key or signature is malformed", fix="expected 64 and 128 lower-case hex digits")
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_hex))
         key.verify(bytes.fromhex(signature_hex), payload)

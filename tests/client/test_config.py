@@ -28,6 +28,7 @@ unit_column = "patient"
 privacy_unit = "patient"
 max_records_per_unit = 4
 expected_units = 1000
+holdout = 0.1
 public = false
 [model]
 directory = "tiny"
@@ -77,6 +78,7 @@ WRONG = [
     ("data", 'privacy_unit = "record"', "unit_column is 'patient', but privacy_unit is 'record'"),
     ("data", "max_records_per_unit = 0", "max_records_per_unit is 0"),
     ("data", "expected_units = 0", "expected_units is 0"),
+    ("data", "holdout = 1.0", "holdout is 1.0"),
     ("data", 'public = "no"', "public is 'no'"),
     ("model", "directory = 1", "directory is 1"),
     ("model", 'device = "gpu"', "device is 'gpu'"),

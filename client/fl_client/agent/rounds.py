@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fl_client.agent.outgoing import Outgoing, Sealed
+from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
 from fl_client.agent.policy import check_policy
 from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.config import PolicyConfig
@@ -42,7 +42,6 @@ from fl_shared.signing import open_document
 
 log = logging.getLogger("fl_client.agent")
 
-PURPOSE = "training"
 CLOCK_SKEW_S = 300.0
 MAX_MANIFEST_BYTES = 8 << 20
 HELD_S = 86_400.0
@@ -204,7 +203,7 @@ class Rounds:
         mechanism = manifest.spec.mechanism()
         for spend in list(self._ledger.spends(run=manifest.run)):
             held = spend.reservation
-            if held.purpose != PURPOSE or spend.outcome != "open":
+            if held.purpose != TRAINING or spend.outcome != "open":
                 if held.round == manifest.round and spend.outcome == "in-doubt":
                     raise Refused("failed", "this round failed here and was charged; it is not tried again")
                 continue
@@ -232,7 +231,7 @@ class Rounds:
         fault("round.ordered")
         self._remember(order)
         return self._ledger.reserve(
-            self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=PURPOSE
+            self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=TRAINING
         )
 
     def _compute(
@@ -274,7 +273,7 @@ class Rounds:
             spend
             for spend in spends
             if spend.outcome == "settled"
-            and (spend.reservation.round, spend.reservation.purpose) == (manifest.round, PURPOSE)
+            and (spend.reservation.round, spend.reservation.purpose) == (manifest.round, TRAINING)
         ]
         if not settled:
             return None

@@ -13,7 +13,7 @@ from fl_client.agent.outgoing import Outgoing
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.config import SiteConfig
-from fl_client.data.load import load_unit_data, restrict_labels
+from fl_client.data.load import load_unit_data, restrict_labels, split_holdout
 from fl_client.data.units import UnitData
 from fl_client.home import SiteHome
 from fl_shared.ledger.records import Dataset
@@ -80,12 +80,13 @@ def load_base(config: SiteConfig) -> LoadedModel:
 
 @dataclass
 class OpenSite:
-    """The trusted half, ready for rounds."""
+    """The trusted half, ready for rounds. `data` is trained on; `holdout` is for evaluation alone."""
 
     config: SiteConfig
     ledger: Ledger
-    key: SigningKey
+    outgoing: Outgoing
     data: UnitData
+    holdout: UnitData | None
     dataset: Dataset
     model: LoadedModel
     rounds: Rounds
@@ -99,8 +100,9 @@ def open_site(home: SiteHome, config: SiteConfig, accepts_key: Callable[[str], b
     """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key` as in `SiteFacts`."""
     ledger, key = open_ledger(home, config)
     try:
-        data = load_unit_data(config.data, home.fingerprint_key)
-        dataset = register(ledger, config, data)
+        everything = load_unit_data(config.data, home.fingerprint_key)
+        dataset = register(ledger, config, everything)
+        data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
         log.info("loading the model from %s", config.model.directory.name)
         model = load_base(config)
 
@@ -130,14 +132,9 @@ def open_site(home: SiteHome, config: SiteConfig, accepts_key: Callable[[str], b
             policy=config.policy,
             dataset=dataset,
         )
-        rounds = Rounds(
-            facts,
-            ledger=ledger,
-            store=ReleaseStore(home.releases),
-            outgoing=Outgoing(key, ledger),
-            train=train,
-        )
+        outgoing = Outgoing(key, ledger)
+        rounds = Rounds(facts, ledger=ledger, store=ReleaseStore(home.releases), outgoing=outgoing, train=train)
     except BaseException:
         ledger.close()
         raise
-    return OpenSite(config, ledger, key, data, dataset, model, rounds)
+    return OpenSite(config, ledger, outgoing, data, holdout, dataset, model, rounds)

@@ -17,7 +17,7 @@ from fl_client.home import SiteHome
 from fl_client.logs import set_up
 from fl_shared.errors import ConfigError, cli_main
 
-VERBS = ("run", "enroll", "check", "status", "train-alone", "supernode")
+VERBS = ("run", "enroll", "check", "status", "train-alone", "evaluate", "supernode")
 EXAMPLES = """\
 examples:
   fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....
@@ -80,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
     alone.add_argument(
         "--out", type=Path, required=True, help="directory for adapter.safetensors and receipts.json"
     )
+    judge = verb(
+        "evaluate", "evaluate an adapter on the private hold-out, with noise and an entry in the ledger", with_json=True
+    )
+    judge.add_argument("--spec", type=Path, required=True, help="the spec that the adapter was trained with")
+    judge.add_argument("--adapter", type=Path, required=True, help="from `fl-admin adapters export` or train-alone")
+    judge.add_argument("--noise", type=float, default=10.0, help="noise multiplier, default 10; less costs more")
     node = verbs.add_parser(
         "supernode", help="run only the untrusted half, as another user (see deploy/)",
         description="Run only the untrusted half. It needs its own directory alone.",
@@ -102,6 +108,7 @@ def run(argv: Sequence[str] | None) -> int:
         raise ConfigError("no site was named", fix="add --site ID, or set FL_SITE")
     home = SiteHome.locate(options.site, options.home)
     actions = {"run": _run, "enroll": _enroll, "check": _check, "status": _status, "train-alone": _alone}
+    actions["evaluate"] = _evaluate
     return actions[options.verb](home, options)
 
 
@@ -206,6 +213,39 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
         print(
             f"adapter {done['adapter']}; "
             f"epsilon spent {done['epsilon_spent_total']:.3f} at delta {done['delta']:g}"
+        )
+    return 0
+
+
+def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
+    from fl_client.agent.locks import sole
+    from fl_client.agent.site import open_site
+    from fl_client.evaluation import evaluate_privately
+    from fl_shared.manifest import RunSpec
+
+    config = SiteConfig.load(home, options.site)
+    spec = RunSpec.from_toml(options.spec)
+    try:
+        adapter = options.adapter.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{options.adapter}: {error.strerror}", fix="give the adapter's file") from None
+    home.make()
+    set_up(home.logs, options.site, "evaluate", quiet=True)
+    with sole(home.run / "agent.lock", "evaluate"):
+        site = open_site(home, config, lambda _: False)
+        try:
+            document = evaluate_privately(site, home.releases, spec, adapter, options.noise)
+        finally:
+            site.close()
+    figures = document["body"]["figures"]
+    if options.json:
+        print(json.dumps(document, indent=2))
+    elif figures["accuracy"] is None:
+        print("too few units for this noise: no accuracy can be told; the charge stands")
+    else:
+        print(
+            f"accuracy {figures['accuracy']:.3f} (noise {figures['accuracy_deviation']:.3f}), "
+            f"mean clipped loss {figures['mean_loss']:.3f}; ledger entry {document['body']['entry_id']}"
         )
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,33 @@ def restrict_labels(data: UnitData, labels: tuple[str, ...]) -> UnitData:
         return data
     if not kept:
         raise DataError("no record has a label of the run", fix="compare [data] label_column with the run's labels")
+    return _subset(data, kept)
+
+
+def split_holdout(data: UnitData, share: float, key_file: Path) -> tuple[UnitData, UnitData | None]:
+    """Return the units to train on and, if `share` is not 0, those held out for evaluation.
+
+    Which side a unit falls on is a keyed hash of its own records alone: it stays there when other units come
+    or go, and neighbouring data sets stay neighbours. Raises DataError when one side is empty.
+    """
+    if share == 0.0:
+        return data, None
+    key = _secret(key_file)
+    kept: tuple[list[int], list[int]] = ([], [])
+    for records in data.records_by_unit():
+        mac = hmac.new(key, b"holdout", hashlib.sha256)
+        _absorb(mac, (part for i in records.tolist() for part in (data.texts[i], data.labels[i])))
+        held = int.from_bytes(mac.digest()[:8], "big") < share * 2**64
+        kept[held].extend(records.tolist())
+    if not kept[0] or not kept[1]:
+        raise DataError(
+            f"[data] holdout = {share:g} leaves one side without a unit", fix="choose another share, or 0 for none"
+        )
+    return _subset(data, sorted(kept[0])), _subset(data, sorted(kept[1]))
+
+
+def _subset(data: UnitData, kept: list[int]) -> UnitData:
+    """The records `kept`, their units numbered anew."""
     owners, units = np.unique(np.asarray(data.unit_of_record)[kept], return_inverse=True)
     return UnitData(
         texts=tuple(data.texts[i] for i in kept),
@@ -112,14 +140,22 @@ def fingerprint(texts: list[str], labels: list[str], unit_of_record: NDArray[np.
 
     It stands in the ledger, which others read: without a key anyone could test guesses of small tables.
     """
+    mac = hmac.new(_secret(key_file), digestmod=hashlib.sha256)
+    rows = zip(texts, labels, unit_of_record.tolist(), strict=True)
+    _absorb(mac, (part for text, label, unit in rows for part in (text, label, str(unit))))
+    return f"hmac-sha256:{mac.hexdigest()}"
+
+
+def _secret(key_file: Path) -> bytes:
     try:
-        key = bytes.fromhex(key_file.read_text("ascii"))
+        return bytes.fromhex(key_file.read_text("ascii"))
     except (OSError, ValueError) as error:
         raise DataError(f"{key_file} cannot be used", fix="restore it from a backup of the site's keys") from error
-    mac = hmac.new(key, digestmod=hashlib.sha256)
-    for text, label, unit in zip(texts, labels, unit_of_record.tolist(), strict=True):
-        for part in (text, label, str(unit)):
-            encoded = part.encode("utf-8")
-            mac.update(len(encoded).to_bytes(8, "big"))
-            mac.update(encoded)
-    return f"hmac-sha256:{mac.hexdigest()}"
+
+
+def _absorb(mac: hmac.HMAC, parts: Iterable[str]) -> None:
+    """Feed texts into `mac`, each with its length before it."""
+    for part in parts:
+        encoded = part.encode("utf-8")
+        mac.update(len(encoded).to_bytes(8, "big"))
+        mac.update(encoded)

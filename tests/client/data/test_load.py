@@ -34,7 +34,7 @@ def key(tmp_path: Path) -> Path:
 
 def config_of(path: Path, **changes: object) -> DataConfig:
     """[data] for the table at `path`, one patient a unit."""
-    made = DataConfig("records", path, ("note",), "label", "patient", "patient", 2, None, public=False)
+    made = DataConfig("records", path, ("note",), "label", "patient", "patient", 2, None, public=False, holdout=0.0)
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,174 @@
+"""`fl-client evaluate`: how an adapter does on the site's private hold-out units, as a mechanism of its own.
+
+Each held-out unit contributes one vector (1, a, l): it is there; a is the share of its records that were answered
+right; l is its mean loss, clipped to [0, L] and divided by L = 2 ln(number of labels). Every part lies in [0, 1],
+so one unit changes the sum by at most sqrt(3) in L2, and discrete Gaussian noise of sigma sqrt(3) is added to it
+(the grid of `fl_client.dp.noise`). That is the Gaussian mechanism: sampling probability 1, one step. It is reserved
+before a private text is read and settled with the digest of the figures before they are shown; accuracy and mean
+loss are post-processing. A repeat for the same spec and adapter shows the same figures and spends nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_client.agent.outgoing import EVALUATION, Outgoing
+from fl_client.agent.site import OpenSite
+from fl_client.data.load import restrict_labels
+from fl_client.data.units import UnitData
+from fl_client.dp.batches import label_rows
+from fl_client.dp.noise import discrete_gaussian, plan_grid
+from fl_client.dp.secure_random import SecureStream
+from fl_client.files import write_durably
+from fl_shared.adapter import digest, require_finite, unpack
+from fl_shared.canonical import canonical_bytes
+from fl_shared.errors import ConfigError, DataError, LedgerError, PolicyRefusal
+from fl_shared.ledger.faults import fault
+from fl_shared.ledger.records import Dataset
+from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import RunSpec
+from fl_shared.privacy import Mechanism
+
+SENSITIVITY = math.sqrt(3.0)
+DIMENSIONS = 3
+FLOAT_SLACK = 1e-9
+
+
+def unit_vectors(logits: NDArray[np.float32], data: UnitData, labels: tuple[str, ...]) -> NDArray[np.float64]:
+    """One row (1, a, l) a unit, float64 `[units, 3]`, every value in [0, 1] whatever the logits are."""
+    truth = label_rows(data.labels, labels)
+    scores = np.asarray(logits, dtype=np.float64)
+    right = (scores.argmax(1) == truth).astype(np.float64)
+    with np.errstate(all="ignore"):
+        top = scores.max(1, keepdims=True)
+        total = top[:, 0] + np.log(np.exp(scores - top).sum(1))
+        loss = (total - scores[np.arange(len(truth)), truth]) / (2.0 * math.log(len(labels)))
+    loss = np.clip(np.nan_to_num(loss, nan=1.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+    counts = np.bincount(data.unit_of_record, minlength=data.units)
+    return np.stack(
+        [
+            np.ones(data.units),
+            np.clip(np.bincount(data.unit_of_record, right, data.units) / counts, 0.0, 1.0),
+            np.clip(np.bincount(data.unit_of_record, loss, data.units) / counts, 0.0, 1.0),
+        ],
+        axis=1,
+    )
+
+
+def noisy_sums(vectors: NDArray[np.float64], noise_multiplier: float, stream: SecureStream) -> list[float]:
+    """The sums over the units on the noise's grid, with discrete Gaussian noise, float `[3]`."""
+    grid = plan_grid(
+        clipping_norm=SENSITIVITY, noise_multiplier=noise_multiplier, dimensions=DIMENSIONS, slack=FLOAT_SLACK
+    )
+    sums = np.rint(vectors.sum(0) / grid.step).astype(np.int64)
+    return [float(value * grid.step) for value in sums + discrete_gaussian(DIMENSIONS, grid, stream)]
+
+
+def figures_of(sums: list[float], noise_multiplier: float, labels: int) -> dict[str, Any]:
+    """Accuracy and mean loss from the noisy sums, with the noise's share of their error. Post-processing."""
+    units, right, loss = sums
+    deviation = noise_multiplier * SENSITIVITY
+    usable = units > 2 * deviation
+    return {
+        "noisy_sums": {"units": units, "right": right, "clipped_loss": loss},
+        "noise_deviation": deviation,
+        "accuracy": min(1.0, max(0.0, right / units)) if usable else None,
+        "accuracy_deviation": deviation / units if usable else None,
+        "mean_loss": min(1.0, max(0.0, loss / units)) * 2.0 * math.log(labels) if usable else None,
+    }
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is evaluated; `run` names it in the ledger."""
+
+    spec: RunSpec
+    adapter: bytes
+    noise_multiplier: float
+
+    @property
+    def run(self) -> str:
+        return f"evaluation:{self.spec.digest[7:19]}:{digest(self.adapter)[7:19]}"
+
+
+def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: bytes, noise: float) -> dict[str, Any]:
+    """Evaluate `adapter` on the hold-out units; return the signed document that may be shown.
+
+    Raises ConfigError without a hold-out, PolicyRefusal for too little noise, DataError for another base model or a
+    damaged adapter, BudgetExhausted. Whatever fails after the reservation is charged in full.
+    """
+    request = _Request(spec, adapter, noise)
+    if site.holdout is None:
+        raise ConfigError("this site holds nothing out", fix="set [data] holdout, e.g. 0.2, before the first training")
+    least = site.config.policy.min_noise_multiplier
+    if not noise >= least:
+        raise PolicyRefusal(f"noise multiplier {noise:g} < {least:g}", fix=f"give --noise {least:g} or more")
+    if spec.run.base_model != site.model.digest:
+        raise DataError(
+            f"the spec is for base model {spec.run.base_model}, this site has {site.model.digest}",
+            fix="evaluate with the spec that the adapter was trained with",
+        )
+    offset = unpack(adapter)
+    require_finite(offset)
+    holdout = site.holdout
+
+    def compute(mechanism: Mechanism) -> dict[str, Any]:
+        from fl_client.training import predict  # torch
+
+        chosen = restrict_labels(holdout, spec.task.labels)
+        logits = predict(site.model, offset, chosen.texts, spec)
+        sums = noisy_sums(
+            unit_vectors(logits, chosen, spec.task.labels), mechanism.noise_multiplier, SecureStream()
+        )
+        return figures_of(sums, mechanism.noise_multiplier, len(spec.task.labels))
+
+    return _charged(site.ledger, site.outgoing, site.dataset, releases, request, site.config.site, compute)
+
+
+def _charged(
+    ledger: Ledger, outgoing: Outgoing, dataset: Dataset, releases: Path, request: _Request, site: str, compute: Any
+) -> dict[str, Any]:
+    """Reserve, compute, keep, settle, seal; or seal again what was settled before."""
+    path = releases / f"{request.run.replace(':', '_')}.figures"
+    settled = [spend for spend in ledger.spends(run=request.run) if spend.outcome == "settled"]
+    if settled:
+        entry = ledger.entry(settled[-1].settled_seq or 0)
+        try:
+            figures = path.read_bytes()
+        except OSError:
+            raise LedgerError(
+                f"this was evaluated and charged (entry {entry.seq}), but {path} is gone",
+                fix="restore it from a backup; another adapter can be evaluated",
+            ) from None
+    else:
+        mechanism = Mechanism(request.noise_multiplier, 1.0, 1, SENSITIVITY)
+        held = ledger.reserve(dataset, mechanism, run=request.run, round=0, purpose=EVALUATION, retry=True)
+        fault("evaluation.reserved")
+        try:
+            made = {
+                "run": request.spec.run.name,
+                "spec_digest": request.spec.digest,
+                "adapter_digest": digest(request.adapter),
+                "model_digest": request.spec.run.base_model,
+                "mechanism": mechanism.to_dict(),
+                "created_at": time.time(),
+                **compute(mechanism),
+            }
+            figures = canonical_bytes(made)
+            write_durably(path, figures)
+        except Exception as error:
+            # Anything may fail here, and the charge must not depend on what did.
+            ledger.charge_in_doubt(held, f"{type(error).__name__} after private data was read")
+            raise
+        fault("evaluation.stored")
+        entry = ledger.settle(held, mechanism, digest(figures))
+    document: dict[str, Any] = json.loads(outgoing.evaluation(entry.id, site, request.run, figures).document)
+    return document

@@ -1,0 +1,61 @@
+"""Does the process that carries a run still live? It holds a file lock that the kernel drops when it dies.
+
+A heartbeat says the same only after many missed beats; the lock says it within a second of a kill -9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+UNKNOWN, ALIVE, DEAD = "unknown", "alive", "dead"
+
+
+def _path(folder: Path, attempt: str) -> Path:
+    return folder / f"{attempt}.lock"
+
+
+@contextlib.contextmanager
+def carrying(folder: Path, attempt: str) -> Iterator[None]:
+    """Hold the lock of an attempt while the block runs; afterwards the attempt counts as ended."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(_path(folder, attempt), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(descriptor, str(os.getpid()).encode("ascii"))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def liveness(folder: Path, attempt: str) -> str:
+    """`alive` or `dead`; `unknown` while the attempt's process has not come so far as to take its lock."""
+    try:
+        descriptor = os.open(_path(folder, attempt), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return UNKNOWN
+    try:
+        if not os.read(descriptor, 16):
+            return UNKNOWN  # made, but not locked yet
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return ALIVE
+    finally:
+        os.close(descriptor)
+    return DEAD
+
+
+def carrier_pid(folder: Path, attempt: str) -> int:
+    """The process that carries an attempt; 0 when there is none."""
+    if not attempt or liveness(folder, attempt) != ALIVE:
+        return 0
+    return int(_path(folder, attempt).read_text("ascii"))
+
+
+def forget(folder: Path, attempt: str) -> None:
+    """Remove what an attempt left behind."""
+    if attempt:
+        _path(folder, attempt).unlink(missing_ok=True)
