@@ -110,7 +110,8 @@ class Site:
         self.ledger = Ledger.open(f"sqlite:///{self.root}/ledger.sqlite", self.key, SITE)
         dataset = self.ledger.register_dataset("records", "f" * 64, "record", 1000, 1)
         self.ledger.set_budget(dataset, self.epsilon, 1e-5, "officer")
-        facts = SiteFacts(SITE, lambda key: key == self.coordinator.public_hex, MODEL, self.policy, dataset)
+        trusted = self.coordinator.public_hex
+        facts = SiteFacts(SITE, lambda key: key == trusted, MODEL, self.policy, dataset)
         self.store = ReleaseStore(self.root / "releases")
         self.outgoing = Outgoing(self.key, self.ledger)
         self.rounds = Rounds(facts, ledger=self.ledger, store=self.store, outgoing=self.outgoing, train=self.trainer)

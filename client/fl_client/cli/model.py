@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     build = verb("build", _build, "build a base model from nothing")
     build.add_argument("name", choices=["tiny"])
     build.add_argument("--out", type=Path, default=Path("tiny"), help="new folder (default: ./tiny)")
-    build.add_argument("--steps", type=_positive, default=2200, help="pretraining steps (default: 2400)")
+    build.add_argument("--steps", type=_positive, default=2200, help="pretraining steps (default: 2200)")
     build.add_argument("--wordnet", type=Path, help="folder with WordNet's data.noun")
     quantize = verb("quantize", _quantize, "quantise a Hugging Face MoE directory, tensor by tensor")
     quantize.add_argument("directory", type=Path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -111,7 +112,11 @@ def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, 
         _replace(model, name, QuantExperts(count, hidden, intermediate, group, experts.act_fn, device="meta"))
     state: dict[str, Tensor] = {}
     for file in weight_files(path):
-        for name, tensor in load_file(file, device=str(place)).items():
+        try:
+            tensors = load_file(file, device=str(place))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: {error}", fix="copy the model directory again, whole") from error
+        for name, tensor in tensors.items():
             keep = not tensor.is_floating_point() or name.endswith(("scale", "e_score_correction_bias"))
             state[name] = tensor if keep else tensor.to(dtype)
     expected = set(model.state_dict())

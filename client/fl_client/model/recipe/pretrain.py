@@ -122,7 +122,8 @@ class RouterLoad:
             hook.remove()
 
     def _begin(self, _module: nn.Module, _inputs: Any, named: dict[str, Any]) -> None:
-        self._mask = named["attention_mask"].float()
+        mask = named.get("attention_mask")
+        self._mask = torch.ones_like(named["input_ids"]).float() if mask is None else mask.float()
         self._balance.clear()
 
     def _count(self, index: int) -> Any:

@@ -97,25 +97,43 @@ class _Gate(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = 4
+        self.num_experts, self.top_k = 4, 2
         self.register_buffer("e_score_correction_bias", torch.zeros(4))
 
-    def forward(self, chosen: torch.Tensor) -> tuple[None, None, torch.Tensor]:
-        return None, None, chosen
+    def forward(self, chosen: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        return torch.zeros(len(chosen), 4), None, chosen
+
+
+class _Backbone(torch.nn.Module):
+    """Token ids [rows, width] stand for a row of `CHOICES` each."""
+
+    CHOICES = torch.tensor([[0, 1], [0, 2], [2, 3]])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = _Gate()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        self.gate(self.CHOICES[input_ids.flatten()])
 
 
 def test_the_bias_moves_against_the_load() -> None:
-    """An overloaded expert's bias falls, an idle one's rises, one at the mean stays; counts start anew."""
-    gate = _Gate()
-    with recipe.RouterLoad(torch.nn.Sequential(gate)) as load:
-        gate(torch.tensor([[0, 1], [0, 2], [0, 1], [0, 2]]))  # loads 4, 2, 2, 0
+    """An overloaded expert's bias falls, an idle one's rises, one at the mean stays; padding is not counted."""
+    model = torch.nn.Module()
+    model.model = _Backbone()
+    bias = model.model.gate.e_score_correction_bias
+    ids, mask = torch.tensor([[0, 1], [0, 1], [2, 2]]), torch.tensor([[1, 1], [1, 1], [0, 0]])
+    with recipe.RouterLoad(model) as load:
+        model.model(input_ids=ids, attention_mask=mask)  # loads 4, 2, 2, 0
         assert load.shares() == [[2.0, 1.0, 1.0, 0.0]]
         load.rebalance(0.1)
-        torch.testing.assert_close(gate.e_score_correction_bias, torch.tensor([-0.1, 0.0, 0.0, 0.1]))
+        torch.testing.assert_close(bias, torch.tensor([-0.1, 0.0, 0.0, 0.1]))
         load.rebalance(0.1)
-        torch.testing.assert_close(gate.e_score_correction_bias, torch.tensor([-0.1, 0.0, 0.0, 0.1]))
-    gate(torch.tensor([[0, 1]]))
-    assert not any(load.loads[0]), "a closed counter counts nothing"
+        torch.testing.assert_close(bias, torch.tensor([-0.1, 0.0, 0.0, 0.1]))
+        model.model(input_ids=ids)  # no mask: every token counts
+        assert load.loads[0].tolist() == [4.0, 2.0, 4.0, 2.0]
+    model.model(input_ids=ids)
+    assert load.loads[0].sum() == 12, "a closed counter counts nothing"
 
 
 def test_batches_hold_every_sequence_once_an_epoch() -> None:
