@@ -59,3 +59,10 @@ def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_that_a_document_names_exists(document: Path) -> None:
+    """A path `tests/…` in a document is a file or folder of tests."""
+    for target in re.findall(r"`(tests/[^`\s]+)`", document.read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target

@@ -1,7 +1,7 @@
 """`fl-server up`: keeps SuperLink, gateway, control API and launcher running, and says what changes.
 
-A child that dies is started again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait begins anew. Every child has
-its own process group and is killed by the kernel when this process is.
+A child that dies is started again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait begins anew. Every child
+has its own process group and is killed by the kernel when this process is.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def write_float(directory: Path, config: PretrainedConfig, *, shard: str = "5GB"
 def test_every_architecture_survives_quantisation(name: str, tmp_path: Path) -> None:
     """int8 logits stay within 5 % of float32's; the quantised layers shrink to at most 0.28 (short groups).
 
-    Every token goes to every expert: a random router's near-ties would flip under any rounding and hide the error sought.
+    Every token goes to every expert: near-ties of a random router would flip and hide the error that is sought.
     """
     config = copy.deepcopy(CONFIGS[name])
     config.num_experts_per_tok = 4
