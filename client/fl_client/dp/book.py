@@ -38,7 +38,7 @@ class _Outer:
 
 
 class GradientBook:
-    """One micro-batch's entries.
+    """One micro-batch's entries, detached: the graph's nodes hold the book, and such a cycle would never be freed.
 
     Args:
         unit_of_record: int64 `[B]`, ascending, 0..units-1.
@@ -84,7 +84,7 @@ class GradientBook:
             self._record_segments = find_segments(self.unit_of_record, self.units)
         segments = self._record_segments
         self._squared.index_add_(0, segments.unit, squared_norms(a, b, segments))
-        self._entries.append(_Outer(parameter, a, b, self.unit_of_record, None))
+        self._entries.append(_Outer(parameter, a.detach(), b.detach(), self.unit_of_record, None))
 
     def add_expert_factor(
         self, parameter: nn.Parameter, a: Tensor, b: Tensor, unit_of_row: Tensor, segments: Segments, ends: Tensor
@@ -93,7 +93,7 @@ class GradientBook:
         if parameter.ndim != 3 or ends.shape[0] != parameter.shape[0]:
             raise EngineError(f"an expert factor has shape {tuple(parameter.shape)}", fix="report this defect")
         self._squared.index_add_(0, segments.unit, squared_norms(a, b, segments))
-        self._entries.append(_Outer(parameter, a, b, unit_of_row, ends))
+        self._entries.append(_Outer(parameter, a.detach(), b.detach(), unit_of_row, ends))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
