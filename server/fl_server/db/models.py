@@ -143,3 +143,51 @@ class EventRow(Base):
     site: Mapped[str] = mapped_column(String(63), default="")
     message: Mapped[str] = mapped_column(Text, default="")
     data_json: Mapped[str] = mapped_column(Text, default="{}")
+
+
+class AdminLogRow(Base):
+    """One link of the admin log, in the form of a site's ledger; triggers refuse every change (`fl_server.adminlog`).
+
+    `body` is canonical JSON, `created_at` ISO 8601 in UTC, as `fl_shared.ledger.chain` hashes and signs them.
+    """
+
+    __tablename__ = "admin_log"
+
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(16))
+    body: Mapped[str] = mapped_column(Text)
+    prev_hash: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64), unique=True)
+    signature: Mapped[str] = mapped_column(String(128))
+    created_at: Mapped[str] = mapped_column(String(27))
+
+
+class PromotionRow(Base):
+    """A committed adapter was released under a name; the newest row of a name counts."""
+
+    __tablename__ = "promotions"
+
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(63), index=True)
+    run: Mapped[str] = mapped_column(ForeignKey("runs.run"))
+    round: Mapped[int] = mapped_column(Integer)
+    adapter_digest: Mapped[str] = mapped_column(String(71))
+    promoted_by: Mapped[str] = mapped_column(String(80))
+    promoted_at: Mapped[float] = mapped_column(Float)
+
+
+class QuestionRow(Base):
+    """What a plan asked one site, and what it answered; empty until then."""
+
+    __tablename__ = "questions"
+
+    question: Mapped[str] = mapped_column(String(32), primary_key=True)
+    plan: Mapped[str] = mapped_column(String(32), index=True)
+    site: Mapped[str] = mapped_column(String(63))
+    document_json: Mapped[str] = mapped_column(Text)
+    issued_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float] = mapped_column(Float)
+    answer_json: Mapped[str] = mapped_column(Text, default="")
+    answered_at: Mapped[float] = mapped_column(Float, default=0.0)
+
+    __table_args__ = (Index("questions_of_site", "site", "expires_at"),)
