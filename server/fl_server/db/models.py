@@ -24,7 +24,10 @@ class Base(DeclarativeBase):
 
 
 class SiteRow(Base):
-    """One institution: what it proved at enrolment, and whether it may still speak."""
+    """One institution: what it proved at enrolment, and whether it may still speak.
+
+    `next_fingerprint` is a renewed certificate that was not used yet; until it is, both are valid.
+    """
 
     __tablename__ = "sites"
     __table_args__ = (CheckConstraint(_one_of("state", SITE_STATES), name="site_state"),)
@@ -37,10 +40,26 @@ class SiteRow(Base):
     node_id: Mapped[str] = mapped_column(String(32), default="")
     certificate_fingerprint: Mapped[str] = mapped_column(String(64), default="", index=True)
     certificate_expires_at: Mapped[float] = mapped_column(Float, default=0.0)
+    next_fingerprint: Mapped[str] = mapped_column(String(64), default="")
+    next_expires_at: Mapped[float] = mapped_column(Float, default=0.0)
     invited_at: Mapped[float] = mapped_column(Float)
     enrolled_at: Mapped[float] = mapped_column(Float, default=0.0)
     revoked_at: Mapped[float] = mapped_column(Float, default=0.0)
     last_seen_at: Mapped[float] = mapped_column(Float, default=0.0)
+
+
+class OperatorRow(Base):
+    """A certificate that this coordinator issued to an admin or an auditor; no other of these roles is accepted."""
+
+    __tablename__ = "operators"
+    __table_args__ = (CheckConstraint("role IN ('admin', 'auditor')", name="operator_role"),)
+
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    role: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(64))
+    issued_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float] = mapped_column(Float)
+    revoked_at: Mapped[float] = mapped_column(Float, default=0.0)
 
 
 class InvitationRow(Base):
