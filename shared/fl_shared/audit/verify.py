@@ -12,7 +12,7 @@ from fl_shared.audit.source import add_source, public_key, reachable
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import Ledger, bundle, receipts
 from fl_shared.ledger.reconcile import reconcile
-from fl_shared.ledger.shard import Problem
+from fl_shared.ledger.records import Problem
 from fl_shared.ledger.verify import Checkpoint, Report, verify_ledger
 from fl_shared.names import site_id
 

@@ -2,24 +2,28 @@
 
 The signed message is the canonical JSON of `{body, created_at, kind, prev_hash, seq, site}`; the entry's hash
 is the SHA-256 of that message. So an entry cannot be changed, moved, or taken to another site's ledger.
+
+The coordinator's admin log has the same form in a table of its own, so `table` names the chain where it matters.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import LedgerError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import entries
-from fl_shared.ledger.records import Entry, Head
+from fl_shared.ledger.records import Entry, Head, Problem
 from fl_shared.signing import SigningKey
 
 GENESIS_HASH = "0" * 64
@@ -63,13 +67,14 @@ def parse_timestamp(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-_LAST = sa.select(entries).order_by(entries.c.seq.desc()).limit(1)
-_INSERT = entries.insert()
+@lru_cache(maxsize=8)  # building a statement costs more than running it
+def _statements(table: sa.Table) -> tuple[sa.Select[Any], sa.Insert]:
+    return sa.select(table).order_by(table.c.seq.desc()).limit(1), table.insert()
 
 
-def last_entry(connection: sa.Connection) -> Entry | None:
+def last_entry(connection: sa.Connection, table: sa.Table = entries) -> Entry | None:
     """Return the newest entry, or None in an empty ledger."""
-    row = connection.execute(_LAST).mappings().first()
+    row = connection.execute(_statements(table)[0]).mappings().first()
     return None if row is None else entry_of(row)
 
 
@@ -100,13 +105,14 @@ def append(
     *,
     now: datetime,
     point: str,
+    table: sa.Table = entries,
 ) -> Entry:
     """Sign and write the next entry, inside the caller's write transaction.
 
     `point` names the fault points around the statement. Raises LedgerError when the clock stands before the
     last entry by more than five minutes; a smaller step back takes the last entry's time.
     """
-    last = last_entry(connection)
+    last = last_entry(connection, table)
     if last is not None:
         before = parse_timestamp(last.created_at)
         if now < before - CLOCK_TOLERANCE:
@@ -136,6 +142,52 @@ def append(
     row["hash"] = sha256_hex(message)
     row["signature"] = key.sign(message)
     fault(f"{point}.before-entry")
-    connection.execute(_INSERT, row)
+    connection.execute(_statements(table)[1], row)
     fault(f"{point}.entry")
     return entry_of(row)
+
+
+class Links:
+    """Holds entries, fed in order, against each other: numbers, hashes, signatures, times.
+
+    Args:
+        site: whose chain it is.
+        first: the number of the first entry.
+        prev: the hash of the entry before that; None when somebody else compares it.
+    """
+
+    def __init__(self, site: str, first: int = 1, prev: str | None = GENESIS_HASH) -> None:
+        self._site = site
+        self.expected, self.prev, self.time = first, prev, ""
+
+    def feed(self, row: Sequence[Any], signer: Ed25519PublicKey) -> list[Problem]:
+        """Name what is wrong with the next entry: (seq, kind, body, prev_hash, hash, signature, created_at)."""
+        seq, kind, body, prev_hash, digest, signature, created_at = row
+        problems: list[Problem] = []
+        if seq < self.expected:
+            problems.append(Problem(f"entries: {seq} stands there twice", seq))
+        elif seq > self.expected:
+            missing = f"{self.expected}" if seq == self.expected + 1 else f"{self.expected} to {seq - 1}"
+            problems.append(Problem(f"entries: {missing} missing", self.expected))
+        if self.prev is not None and prev_hash != self.prev:
+            problems.append(Problem(f"entry {seq}: prev_hash is not the hash of the entry before", seq))
+        message = message_bytes(
+            seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
+        )
+        if sha256_hex(message) != digest:
+            problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit", seq))
+        try:
+            raw = bytes.fromhex(signature)
+            if raw.hex() != signature:  # fromhex takes capitals and spaces, too
+                raise ValueError("not in lower-case hex digits")
+            signer.verify(raw, message)
+        except (InvalidSignature, ValueError):
+            problems.append(Problem(f"entry {seq}: its signature does not fit", seq))
+        if created_at < self.time:
+            problems.append(Problem(f"entry {seq}: created_at {created_at} is before the entry before", seq))
+        try:
+            parse_timestamp(created_at)
+        except (TypeError, ValueError):
+            problems.append(Problem(f"entry {seq}: created_at {created_at!r} is no time", seq))
+        self.expected, self.prev, self.time = seq + 1, digest, created_at
+        return problems

@@ -131,3 +131,11 @@ class Head:
 
     entries: int
     hash: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, in words that name the row; `seq` is the entry, where there is one."""
+
+    message: str
+    seq: int | None = None

@@ -14,7 +14,7 @@ from fl_shared.accounting.merge import Key
 from fl_shared.accounting.renyi import step_curve
 from fl_shared.errors import ConcordatError
 from fl_shared.ledger.models import OUTCOMES
-from fl_shared.ledger.shard import Problem
+from fl_shared.ledger.records import Problem
 
 # The replay adds millions of doubles one by one; the gate itself sums exactly.
 _TOLERANCE = 1e-6

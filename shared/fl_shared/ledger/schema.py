@@ -9,7 +9,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from fl_shared.ledger.models import APPEND_ONLY, metadata
-from fl_shared.ledger.shard import Problem
+from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store, migrations, upgrade
 
 

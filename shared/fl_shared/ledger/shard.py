@@ -7,7 +7,6 @@ open, what is spent) is handed to `verify` as events.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.errors import LedgerError
-from fl_shared.ledger.chain import message_bytes, parse_timestamp
+from fl_shared.ledger.chain import Links
 from fl_shared.ledger.merkle import leaf_hash, whole
 from fl_shared.ledger.models import TYPED, entries
+from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
 
 LEVEL = 12
@@ -49,14 +48,6 @@ _COLUMNS = {
 }
 _values = {kind: itemgetter(*columns) for kind, columns in _COLUMNS.items()}
 _event = {kind: itemgetter(*names) for kind, names in EVENT_FIELDS.items()}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong, in words that name the row; `seq` is the entry, where there is one."""
-
-    message: str
-    seq: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,41 +141,23 @@ def _walk(
     signers = [(start, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))) for start, key in job.keys]
     leaves: list[bytes] = []
     seen: dict[Any, Any] = {}
-    expected, prev, time = job.first, None, ""
+    links = Links(job.site, job.first, prev=None)
     signer, following = _signer(signers, job.first)
-    for seq, kind, body, prev_hash, digest, signature, created_at in stored:
-        if seq < expected:
-            problems.append(Problem(f"entries: {seq} stands there twice", seq))
-        elif seq > expected:
-            missing = f"{expected}" if seq == expected + 1 else f"{expected} to {seq - 1}"
-            problems.append(Problem(f"entries: {missing} missing", expected))
-        if prev is None:
+    for row in stored:
+        seq, kind, body, prev_hash, digest, _signature, created_at = row
+        if links.prev is None:
             result.first_prev, result.first_time = prev_hash, created_at
-        elif prev_hash != prev:
-            problems.append(Problem(f"entry {seq}: prev_hash is not the hash of the entry before", seq))
-        message = message_bytes(
-            seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=job.site
-        )
-        if hashlib.sha256(message).hexdigest() != digest:
-            problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit", seq))
         if seq >= following:
             signer, following = _signer(signers, seq)
-        try:
-            signer.verify(bytes.fromhex(signature), message)
-        except (InvalidSignature, ValueError):
-            problems.append(Problem(f"entry {seq}: its signature does not fit", seq))
-        if created_at < time:
-            problems.append(Problem(f"entry {seq}: created_at {created_at} is before the entry before", seq))
-        _check_time(seq, created_at, problems)
+        problems += links.feed(row, signer)
         if _HEX(digest):
             leaves.append(leaf_hash(digest))
         _check_typed(result, seq, kind, body, created_at, typed, seen)
-        expected, prev, time = seq + 1, digest, created_at
-    if expected != job.last + 1:
-        problems.append(Problem(f"entries: {expected} to {job.last} missing", expected))
+    if links.expected != job.last + 1:
+        problems.append(Problem(f"entries: {links.expected} to {job.last} missing", links.expected))
     base = (job.first - 1) >> LEVEL << LEVEL
     nodes, result.peaks = whole(leaves)
-    result.last_hash, result.last_time = prev or "", time
+    result.last_hash, result.last_time = links.prev or "", links.time
     for kind, left in typed.items():
         for seq in left:
             problems.append(Problem(f"{TYPED[kind].name}: row {seq} has no {kind} entry", seq))
@@ -204,13 +177,6 @@ def _by_seq(result: Result, kind: str, found: list[Sequence[Any]]) -> dict[int, 
             result.problems.append(Problem(f"{TYPED[kind].name}: row {row[0]} stands there twice", row[0]))
         rows[row[0]] = row[1:]
     return rows
-
-
-def _check_time(seq: int, created_at: str, problems: list[Problem]) -> None:
-    try:
-        parse_timestamp(created_at)
-    except (TypeError, ValueError):
-        problems.append(Problem(f"entry {seq}: created_at {created_at!r} is no time", seq))
 
 
 def _check_typed(

@@ -24,10 +24,9 @@ from fl_shared.accounting.renyi import curve_epsilon
 from fl_shared.errors import LedgerError, SignatureError
 from fl_shared.ledger import chain, merkle, shard
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
-from fl_shared.ledger.records import Entry
+from fl_shared.ledger.records import Entry, Problem
 from fl_shared.ledger.replay import Place, Replay
 from fl_shared.ledger.schema import schema_problems
-from fl_shared.ledger.shard import Problem
 from fl_shared.ledger.store import Store
 from fl_shared.signing import verify
 
