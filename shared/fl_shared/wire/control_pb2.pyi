@@ -65,13 +65,15 @@ class ListSitesReply(_message.Message):
     def __init__(self, sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ...) -> None: ...
 
 class SiteRequest(_message.Message):
-    __slots__ = ("site",)
+    __slots__ = ("site", "reason")
     SITE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     site: str
-    def __init__(self, site: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, site: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Site(_message.Message):
-    __slots__ = ("site", "state", "signing_key", "certificate_fingerprint", "node_key_fingerprint", "node_id", "invited_at", "enrolled_at", "certificate_expires_at", "last_seen_at", "online")
+    __slots__ = ("site", "state", "signing_key", "certificate_fingerprint", "node_key_fingerprint", "node_id", "invited_at", "enrolled_at", "certificate_expires_at", "last_seen_at", "online", "revoked_at", "runs", "epsilon_spent_total", "delta")
     SITE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SIGNING_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +85,10 @@ class Site(_message.Message):
     CERTIFICATE_EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_AT_FIELD_NUMBER: _ClassVar[int]
     ONLINE_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_AT_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_SPENT_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     site: str
     state: str
     signing_key: str
@@ -94,7 +100,39 @@ class Site(_message.Message):
     certificate_expires_at: float
     last_seen_at: float
     online: bool
-    def __init__(self, site: _Optional[str] = ..., state: _Optional[str] = ..., signing_key: _Optional[str] = ..., certificate_fingerprint: _Optional[str] = ..., node_key_fingerprint: _Optional[str] = ..., node_id: _Optional[str] = ..., invited_at: _Optional[float] = ..., enrolled_at: _Optional[float] = ..., certificate_expires_at: _Optional[float] = ..., last_seen_at: _Optional[float] = ..., online: _Optional[bool] = ...) -> None: ...
+    revoked_at: float
+    runs: _containers.RepeatedScalarFieldContainer[str]
+    epsilon_spent_total: float
+    delta: float
+    def __init__(self, site: _Optional[str] = ..., state: _Optional[str] = ..., signing_key: _Optional[str] = ..., certificate_fingerprint: _Optional[str] = ..., node_key_fingerprint: _Optional[str] = ..., node_id: _Optional[str] = ..., invited_at: _Optional[float] = ..., enrolled_at: _Optional[float] = ..., certificate_expires_at: _Optional[float] = ..., last_seen_at: _Optional[float] = ..., online: _Optional[bool] = ..., revoked_at: _Optional[float] = ..., runs: _Optional[_Iterable[str]] = ..., epsilon_spent_total: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
+
+class PlanRunRequest(_message.Message):
+    __slots__ = ("spec_toml", "wait_s")
+    SPEC_TOML_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    spec_toml: str
+    wait_s: float
+    def __init__(self, spec_toml: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class SitePlan(_message.Message):
+    __slots__ = ("site", "status", "rounds_asked", "rounds_affordable", "noise_that_fits", "objections", "last_seen_at", "document_json")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_ASKED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_AFFORDABLE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_THAT_FITS_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_AT_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_JSON_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    status: str
+    rounds_asked: int
+    rounds_affordable: int
+    noise_that_fits: float
+    objections: _containers.RepeatedScalarFieldContainer[str]
+    last_seen_at: float
+    document_json: str
+    def __init__(self, site: _Optional[str] = ..., status: _Optional[str] = ..., rounds_asked: _Optional[int] = ..., rounds_affordable: _Optional[int] = ..., noise_that_fits: _Optional[float] = ..., objections: _Optional[_Iterable[str]] = ..., last_seen_at: _Optional[float] = ..., document_json: _Optional[str] = ...) -> None: ...
 
 class LaunchRunRequest(_message.Message):
     __slots__ = ("spec_toml",)
@@ -179,12 +217,16 @@ class SiteReply(_message.Message):
     def __init__(self, site: _Optional[str] = ..., status: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., epsilon_spent_total: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
 
 class WatchRunRequest(_message.Message):
-    __slots__ = ("run", "after")
+    __slots__ = ("run", "after", "until_now", "site")
     RUN_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_NOW_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
     run: str
     after: int
-    def __init__(self, run: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
+    until_now: bool
+    site: str
+    def __init__(self, run: _Optional[str] = ..., after: _Optional[int] = ..., until_now: _Optional[bool] = ..., site: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("number", "run", "at", "kind", "round", "site", "message", "data_json")
@@ -235,26 +277,92 @@ class ListAdaptersReply(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("run", "round", "digest", "bytes", "committed_at")
+    __slots__ = ("run", "round", "digest", "bytes", "committed_at", "released_as")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_AT_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_AS_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     digest: str
     bytes: int
     committed_at: float
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., committed_at: _Optional[float] = ...) -> None: ...
+    released_as: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., digest: _Optional[str] = ..., bytes: _Optional[int] = ..., committed_at: _Optional[float] = ..., released_as: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
-    __slots__ = ("run", "round")
+    __slots__ = ("run", "round", "released_as")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_AS_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
+    released_as: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., released_as: _Optional[str] = ...) -> None: ...
+
+class PromoteAdapterRequest(_message.Message):
+    __slots__ = ("run", "round", "name")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    round: int
+    name: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("name", "adapter", "promoted_by", "promoted_at", "current")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_BY_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_AT_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    adapter: Adapter
+    promoted_by: str
+    promoted_at: float
+    current: bool
+    def __init__(self, name: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., promoted_by: _Optional[str] = ..., promoted_at: _Optional[float] = ..., current: _Optional[bool] = ...) -> None: ...
+
+class ListReleasesRequest(_message.Message):
+    __slots__ = ("name", "history")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    history: bool
+    def __init__(self, name: _Optional[str] = ..., history: _Optional[bool] = ...) -> None: ...
+
+class ListReleasesReply(_message.Message):
+    __slots__ = ("releases",)
+    RELEASES_FIELD_NUMBER: _ClassVar[int]
+    releases: _containers.RepeatedCompositeFieldContainer[Release]
+    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+
+class ListAdminLogRequest(_message.Message):
+    __slots__ = ("after",)
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    after: int
+    def __init__(self, after: _Optional[int] = ...) -> None: ...
+
+class AdminLogEntry(_message.Message):
+    __slots__ = ("seq", "kind", "body", "prev_hash", "hash", "signature", "created_at")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    PREV_HASH_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    kind: str
+    body: str
+    prev_hash: str
+    hash: str
+    signature: str
+    created_at: str
+    def __init__(self, seq: _Optional[int] = ..., kind: _Optional[str] = ..., body: _Optional[str] = ..., prev_hash: _Optional[str] = ..., hash: _Optional[str] = ..., signature: _Optional[str] = ..., created_at: _Optional[str] = ...) -> None: ...
 
 class AdapterChunk(_message.Message):
     __slots__ = ("data", "adapter")

@@ -59,6 +59,11 @@ class ControlStub:
                 request_serializer=fl__shared_dot_wire_dot_control__pb2.SiteRequest.SerializeToString,
                 response_deserializer=fl__shared_dot_wire_dot_control__pb2.Site.FromString,
                 _registered_method=True)
+        self.PlanRun = channel.unary_stream(
+                '/concordat.control.v1.Control/PlanRun',
+                request_serializer=fl__shared_dot_wire_dot_control__pb2.PlanRunRequest.SerializeToString,
+                response_deserializer=fl__shared_dot_wire_dot_control__pb2.SitePlan.FromString,
+                _registered_method=True)
         self.LaunchRun = channel.unary_unary(
                 '/concordat.control.v1.Control/LaunchRun',
                 request_serializer=fl__shared_dot_wire_dot_control__pb2.LaunchRunRequest.SerializeToString,
@@ -109,6 +114,21 @@ class ControlStub:
                 request_serializer=fl__shared_dot_wire_dot_control__pb2.GetAdapterRequest.SerializeToString,
                 response_deserializer=fl__shared_dot_wire_dot_control__pb2.AdapterChunk.FromString,
                 _registered_method=True)
+        self.PromoteAdapter = channel.unary_unary(
+                '/concordat.control.v1.Control/PromoteAdapter',
+                request_serializer=fl__shared_dot_wire_dot_control__pb2.PromoteAdapterRequest.SerializeToString,
+                response_deserializer=fl__shared_dot_wire_dot_control__pb2.Release.FromString,
+                _registered_method=True)
+        self.ListReleases = channel.unary_unary(
+                '/concordat.control.v1.Control/ListReleases',
+                request_serializer=fl__shared_dot_wire_dot_control__pb2.ListReleasesRequest.SerializeToString,
+                response_deserializer=fl__shared_dot_wire_dot_control__pb2.ListReleasesReply.FromString,
+                _registered_method=True)
+        self.ListAdminLog = channel.unary_stream(
+                '/concordat.control.v1.Control/ListAdminLog',
+                request_serializer=fl__shared_dot_wire_dot_control__pb2.ListAdminLogRequest.SerializeToString,
+                response_deserializer=fl__shared_dot_wire_dot_control__pb2.AdminLogEntry.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -139,6 +159,12 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RevokeSite(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,6 +230,24 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PromoteAdapter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReleases(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdminLog(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -231,6 +275,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.RevokeSite,
                     request_deserializer=fl__shared_dot_wire_dot_control__pb2.SiteRequest.FromString,
                     response_serializer=fl__shared_dot_wire_dot_control__pb2.Site.SerializeToString,
+            ),
+            'PlanRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.PlanRun,
+                    request_deserializer=fl__shared_dot_wire_dot_control__pb2.PlanRunRequest.FromString,
+                    response_serializer=fl__shared_dot_wire_dot_control__pb2.SitePlan.SerializeToString,
             ),
             'LaunchRun': grpc.unary_unary_rpc_method_handler(
                     servicer.LaunchRun,
@@ -281,6 +330,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetAdapter,
                     request_deserializer=fl__shared_dot_wire_dot_control__pb2.GetAdapterRequest.FromString,
                     response_serializer=fl__shared_dot_wire_dot_control__pb2.AdapterChunk.SerializeToString,
+            ),
+            'PromoteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteAdapter,
+                    request_deserializer=fl__shared_dot_wire_dot_control__pb2.PromoteAdapterRequest.FromString,
+                    response_serializer=fl__shared_dot_wire_dot_control__pb2.Release.SerializeToString,
+            ),
+            'ListReleases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReleases,
+                    request_deserializer=fl__shared_dot_wire_dot_control__pb2.ListReleasesRequest.FromString,
+                    response_serializer=fl__shared_dot_wire_dot_control__pb2.ListReleasesReply.SerializeToString,
+            ),
+            'ListAdminLog': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListAdminLog,
+                    request_deserializer=fl__shared_dot_wire_dot_control__pb2.ListAdminLogRequest.FromString,
+                    response_serializer=fl__shared_dot_wire_dot_control__pb2.AdminLogEntry.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -418,6 +482,33 @@ class Control:
             '/concordat.control.v1.Control/RevokeSite',
             fl__shared_dot_wire_dot_control__pb2.SiteRequest.SerializeToString,
             fl__shared_dot_wire_dot_control__pb2.Site.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/concordat.control.v1.Control/PlanRun',
+            fl__shared_dot_wire_dot_control__pb2.PlanRunRequest.SerializeToString,
+            fl__shared_dot_wire_dot_control__pb2.SitePlan.FromString,
             options,
             channel_credentials,
             insecure,
@@ -688,6 +779,87 @@ class Control:
             '/concordat.control.v1.Control/GetAdapter',
             fl__shared_dot_wire_dot_control__pb2.GetAdapterRequest.SerializeToString,
             fl__shared_dot_wire_dot_control__pb2.AdapterChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/concordat.control.v1.Control/PromoteAdapter',
+            fl__shared_dot_wire_dot_control__pb2.PromoteAdapterRequest.SerializeToString,
+            fl__shared_dot_wire_dot_control__pb2.Release.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReleases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/concordat.control.v1.Control/ListReleases',
+            fl__shared_dot_wire_dot_control__pb2.ListReleasesRequest.SerializeToString,
+            fl__shared_dot_wire_dot_control__pb2.ListReleasesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdminLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/concordat.control.v1.Control/ListAdminLog',
+            fl__shared_dot_wire_dot_control__pb2.ListAdminLogRequest.SerializeToString,
+            fl__shared_dot_wire_dot_control__pb2.AdminLogEntry.FromString,
             options,
             channel_credentials,
             insecure,
