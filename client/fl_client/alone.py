@@ -20,11 +20,20 @@ import numpy as np
 from fl_client.agent.site import OpenSite
 from fl_client.files import write_durably
 from fl_shared.adapter import digest, pack, unpack
+from fl_shared.aggregators import ROBUST
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
 from fl_shared.manifest import RoundManifest, RunSpec
 from fl_shared.signing import SigningKey, sign_document
 
 _ERRORS = {"budget-exhausted": BudgetExhausted, "policy": PolicyRefusal}
+
+
+def _for_one(spec: RunSpec, site: str) -> RunSpec:
+    """The spec for one site that it does not name; a rule that compares sites has nothing to compare there."""
+    run = dataclasses.replace(spec.run, sites=(site,), quorum=1)
+    if run.aggregation in ROBUST:
+        return dataclasses.replace(spec, run=dataclasses.replace(run, aggregation="fedavg"), aggregation=())
+    return dataclasses.replace(spec, run=run)
 
 
 def train_alone(
@@ -36,7 +45,7 @@ def train_alone(
     what was released before and spends nothing. Raises the refusal of the first round that is refused.
     """
     if site.config.site not in spec.run.sites:
-        spec = dataclasses.replace(spec, run=dataclasses.replace(spec.run, sites=(site.config.site,), quorum=1))
+        spec = _for_one(spec, site.config.site)
     run = f"alone:{spec.run.name}"
     total: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     receipts: list[dict[str, Any]] = []
@@ -64,7 +73,7 @@ def train_alone(
                 fix="change the spec, or the site's policy or budget; earlier rounds stay charged",
             )
         receipts.append(document)
-        for name, value in unpack(sealed.payload).items():
+        for name, value in unpack(sealed.payload, wire=spec.run.wire).items():
             total[name] = value if name not in total else total[name] + value
         spent = document["body"]["epsilon_spent_total"]
         say(f"round {number} of {spec.run.rounds} done; epsilon spent {spent:.3f}")

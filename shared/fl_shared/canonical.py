@@ -94,7 +94,7 @@ def parse_json(text: str | bytes, what: str, *, limit: int = MAX_JSON_BYTES) -> 
         raise ConfigError(f"{what} is not JSON: {error}", fix="send the document whole, as it was signed") from error
 
 
-def sha256_hex(data: bytes) -> str:
+def sha256_hex(data: bytes | memoryview) -> str:
     """SHA-256, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 

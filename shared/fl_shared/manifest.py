@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_shared.adapter import WIRES
+from fl_shared.aggregators import AGGREGATIONS, Parameters, check_quorum, read_parameters
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConfigError, printable, shown
 from fl_shared.names import run_id, run_name, site_id
 from fl_shared.privacy import Mechanism
 from fl_shared.settings import Fields, load_toml, parse_toml
 
-AGGREGATIONS = ("fedavg", "ffa")
 LORA_TARGETS = ("attention", "shared_experts", "routed_experts")
 REFUSAL_CODES = ("budget-exhausted", "policy", "unknown-base-model", "bad-manifest", "failed")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -49,7 +50,7 @@ def document_digest(body: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunSection:
-    """[run]: who takes part, and how replies become one adapter."""
+    """[run]: who takes part, how replies become one adapter, and in what form (`wire`) updates travel."""
 
     name: str
     base_model: str
@@ -58,6 +59,7 @@ class RunSection:
     quorum: int
     round_timeout_s: float
     aggregation: str
+    wire: str = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +96,13 @@ class TrainingSection:
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """One federated training, as an admin asks for it."""
+    """One federated training, as an admin asks for it. `aggregation`: the aggregator's parameters, by name."""
 
     run: RunSection
     task: TaskSection
     lora: LoraSection
     training: TrainingSection
+    aggregation: Parameters = ()
 
     @classmethod
     def from_toml(cls, path: Path) -> RunSpec:
@@ -130,8 +133,15 @@ class RunSpec:
             quorum=f.integer("quorum", low=1, high=len(sites)),
             round_timeout_s=f.number("round_timeout_s", low=1, high=7 * 86_400, default=600.0),
             aggregation=f.choice("aggregation", AGGREGATIONS, default="fedavg"),
+            wire=f.choice("wire", WIRES, default="float32"),
         )
         f.done()
+        f = top.section("aggregation", optional=True)
+        parameters = read_parameters(run.aggregation, f)
+        try:
+            check_quorum(run.aggregation, parameters, run.quorum)
+        except ConfigError as error:
+            raise ConfigError(f"{where} [aggregation]: {error.message}", fix=error.fix) from error
         f = top.section("task")
         task = TaskSection(
             kind=f.choice("kind", ["classification"]),
@@ -163,12 +173,12 @@ class RunSpec:
         )
         f.done()
         top.done()
-        return cls(run=run, task=task, lora=lora, training=training)
+        return cls(run=run, task=task, lora=lora, training=training, aggregation=parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back to an equal spec."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return plain
+        return plain | {"aggregation": dict(self.aggregation)}
 
     @property
     def digest(self) -> str:

@@ -249,7 +249,7 @@ class Rounds:
         try:
             trained = self._train(manifest.spec, reservation.mechanism, offset, manifest.round, progress)
             require_finite(trained.update)
-            update = pack(trained.update)
+            update = pack(trained.update, wire=manifest.spec.run.wire)
             fault("round.trained")
             order = self._store.find(manifest.run, manifest.round)
             if order is None:
