@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -65,8 +66,17 @@ class Flower:
         return self._state("address")
 
     def started(self) -> str:
-        """A word that is another one after every start of the SuperLink."""
+        """16 hex digits that are others after every start of the SuperLink."""
         return self._state("started")
+
+    def answers(self) -> bool:
+        """Whether the SuperLink's port takes connections; TransportError when none was started."""
+        host, _, port = self.address().partition(":")
+        try:
+            with socket.create_connection((host, int(port)), timeout=1.0):
+                return True
+        except OSError:
+            return False
 
     def configure(self, port: int) -> None:
         """Point `flwr` and the gateway at the SuperLink on this loopback port."""

@@ -2,7 +2,8 @@
 
 A run's truth is in our SQL, so a dead ServerApp, SuperLink or coordinator costs the round that was under
 way and nothing else: the next ServerApp begins after the last committed round, and the sites answer a
-round that they have released already from their store.
+round that they have released already from their store. The launcher itself knows nothing that is not in SQL
+or in files, so its own death costs nothing at all: an attempt's name begins with the SuperLink's start.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.flower_app.pack import write_app
 from fl_server.home import ServerHome
-from fl_server.runs.liveness import DEAD, carrier_pid, forget, liveness
+from fl_server.runs.liveness import ALIVE, DEAD, carrier_pid, forget, liveness
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError, RunError
 
@@ -45,12 +46,13 @@ class Launcher:
         self._flower = flower
         self._app = write_app(home.flower / "app")
         self._limit = home.settings().max_restarts
-        self._superlink: dict[str, str] = {}
         self._not_before: dict[str, float] = {}
         self._asked_at: dict[str, float] = {}
 
     def tick(self) -> None:
-        """Start what is pending, start again what has died."""
+        """Start what is pending, start again what has died; nothing while the SuperLink is not there."""
+        if not self._flower.answers():
+            return
         for row in self._runs.active():
             if time.monotonic() < self._not_before.get(row.run, 0.0):
                 continue
@@ -66,8 +68,10 @@ class Launcher:
         ServerApp is silent and Flower says that it ended (or it is silent for very long).
         """
         found = liveness(self._home.attempts, row.attempt)
-        if found == DEAD or self._superlink.get(row.attempt) != self._flower.started():
+        if found == DEAD or not row.attempt.startswith(self._flower.started()):
             return True
+        if not row.flower_run and found != ALIVE:
+            return True  # Flower did not take it, or an earlier launcher died before it could know
         silent = time.time() - row.beat_at
         if silent < SILENT_S or time.monotonic() < self._asked_at.get(row.run, 0.0) + SILENT_S / 2:
             return False
@@ -83,11 +87,10 @@ class Launcher:
                 row.run, f"given up after {row.restarts} restarts without a committed round; see logs/superlink.log"
             )
             return
-        attempt = secrets.token_hex(8)
+        attempt = self._flower.started() + secrets.token_hex(8)
         earlier = row.flower_run
         restarts = self._runs.begin_attempt(row.run, attempt)
         self._end(row.attempt)
-        under = self._flower.started()
         if earlier:
             try:
                 self._flower.stop_run(earlier)
@@ -101,10 +104,8 @@ class Launcher:
         except RunError as error:
             self._runs.note(row.run, "not-started", error.message)
             raise
-        self._superlink[attempt] = under
         self._runs.carried_by(row.run, attempt, flower_run)
         log.info("run %s is carried by Flower run %s", row.run, flower_run)
-
 
     def _end(self, attempt: str) -> None:
         """Kill the ServerApp of an attempt that no longer counts; it would only ask sites in vain."""
@@ -127,6 +128,8 @@ def main() -> int:
     while not over.wait(TICK_S):
         try:
             launcher.tick()
+        except ConcordatError as error:
+            log.warning("%s", error.message)
         except Exception:  # whatever one turn meets, the next one must still carry the runs
             log.exception("a turn failed")
     return 0

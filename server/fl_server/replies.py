@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from flwr.app import RecordDict
+
 from fl_server.runs.service import Reply
 from fl_shared.adapter import Tensors, digest, unpack
 from fl_shared.errors import ConcordatError, SignatureError
@@ -22,6 +25,27 @@ class BadReply(ConcordatError):
     """A reply that is not what it should be; only its sender is affected."""
 
     default_code = "bad-reply"
+
+
+def parts(content: object) -> tuple[str, str, bytes]:
+    """Status, document and update bytes of a Flower reply; the update is empty unless the status is `ok`.
+
+    Raises:
+        BadReply: it has another form than agreed.
+    """
+    try:
+        if not isinstance(content, RecordDict):
+            raise TypeError("no records")
+        config = content.config_records["config"]
+        status, document = str(config["status"]), str(config["document"])
+        if status != "ok":
+            return status, document, b""
+        values = content.array_records["arrays"]["adapter"].numpy()
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadReply("the reply has another form than agreed", code="bad-form") from error
+    if values.dtype != np.uint8 or values.ndim != 1:
+        raise BadReply("the update is not a row of bytes", code="bad-update")
+    return status, document, values.tobytes()
 
 
 class Expected:

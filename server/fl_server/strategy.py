@@ -1,8 +1,9 @@
-"""Drives a run: sends every site its signed order, collects replies, commits rounds. Runs in the ServerApp.
+"""One round of a run: sends every site its signed order, collects the replies, hands over their average.
 
-The rule of a round, in full. Every site is asked once it is online. A reply counts when its signature,
-digests, shapes and values are right. An order that was lost on the way (a killed SuperNode, an agent that
-is being restarted) is sent again until the deadline; the site answers a repeat from its store. The round ends
+The rule of a round, in full (docs/rounds.md tells it to admins). Every site is asked once it is online and
+has answered earlier rounds. A reply counts when its signature, digests, shapes and values are right. An order
+that was lost on the way (a killed SuperNode, an agent that is being restarted) is sent again until the
+deadline; the site answers a repeat from its store. A site that is revoked is no longer waited for. The round ends
 
 * when every site has answered;
 * at once when too many have refused for the quorum to be reached;
@@ -10,13 +11,12 @@ is being restarted) is sent again until the deadline; the site answers a repeat 
 * `OFFLINE_GRACE_S` after the quorum is reached, if every site that is still missing is offline.
 
 With a quorum of good replies the round is committed, otherwise the run fails, naming each site's answer.
-Replies that come later are not used: the site has them stored and charged, and they are in no average.
+What comes later is kept as `late` (`fl_server.late`), and is in no average.
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,14 +27,13 @@ from flwr.common import Array
 from flwr.serverapp import Grid
 
 from fl_server.aggregation import Form, MeanByForm
-from fl_server.db.store import Store
-from fl_server.home import ServerHome
-from fl_server.replies import BadReply, Expected
-from fl_server.runs.liveness import carrying
+from fl_server.db.models import SiteRow
+from fl_server.late import Straggler, Stragglers
+from fl_server.replies import BadReply, Expected, parts
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_server.sites.service import Sites
 from fl_shared.adapter import digest, pack, shapes, unpack
-from fl_shared.errors import ConcordatError, DataError, RunError
+from fl_shared.errors import DataError, RunError
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 
@@ -43,7 +42,6 @@ RESEND_S = 3.0
 OFFLINE_GRACE_S = 30.0
 PULL_BYTES = 16 << 20
 EXPIRY_MARGIN_S = 300.0
-BEAT_S = 3.0
 
 
 class QuorumMissed(RunError):
@@ -85,8 +83,11 @@ class Round:
         attempt: str,
         number: int,
         base: bytes,
+        late: Stragglers,
     ) -> None:
         self._runs = runs
+        self._sites = sites
+        self._late = late
         self._attempt = attempt
         self._grid = grid
         self._spec = spec
@@ -97,25 +98,34 @@ class Round:
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
-        self._asked = [self._ask(runs, sites, key, site) for site in spec.run.sites]
+        self._asked = [self._ask(key, sites.get(site)) for site in spec.run.sites]
 
-    def _ask(self, runs: Runs, sites: Sites, key: SigningKey, site: str) -> _Asked:
-        row = sites.get(site)
-        run, number, adapter = self._spec.run.name, self._number, digest(self._base_bytes)
+    def _ask(self, key: SigningKey, row: SiteRow) -> _Asked:
         ttl = self._spec.run.round_timeout_s + EXPIRY_MARGIN_S
-        manifest, _ = runs.issue_manifest(
-            self._spec, number, site, adapter, key, secrets.token_hex(16), ttl
+        manifest, _ = self._runs.issue_manifest(
+            self._spec, self._number, row.site, digest(self._base_bytes), key, secrets.token_hex(16), ttl
         )
+        return _Asked(row.site, int(row.node_id or 0), self._expected(row), manifest)
+
+    def _expected(self, row: SiteRow) -> Expected:
+        run, number, site, adapter = self._spec.run.name, self._number, row.site, digest(self._base_bytes)
 
         def issued(found: str) -> bool:
-            return runs.issued(found, run, number, site, adapter)
+            return self._runs.issued(found, run, number, site, adapter)
 
-        asked = _Asked(
-            site, int(row.node_id or 0), Expected(self._spec, number, site, row.signing_key, issued), manifest
-        )
-        if row.state != "enrolled":
-            asked.reply = Reply(site, "missing", "not-enrolled", f"the site is {row.state}")
-        return asked
+        return Expected(self._spec, number, site, row.signing_key, issued)
+
+    def _look_at_sites(self) -> None:
+        """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled anew."""
+        rows = {row.site: row for row in self._sites.all()}
+        for each in self._open():
+            row = rows[each.site]
+            node = int(row.node_id or 0)
+            if row.state != "enrolled":
+                each.reply = Reply(each.site, "missing", "not-enrolled", f"the site is {row.state}")
+                self._note(each)
+            elif node != each.node:
+                each.node, each.expected, each.message = node, self._expected(row), ""
 
     def _good(self) -> int:
         """How many right replies can be averaged with one another."""
@@ -137,7 +147,9 @@ class Round:
         while self._open():
             if not still_wanted():
                 raise Interrupted(f"round {self._number} was interrupted")
+            self._look_at_sites()
             online = set(self._grid.get_node_ids())
+            self._late.pull()
             self._send(online, deadline)
             self._pull()
             now = time.monotonic()
@@ -153,6 +165,9 @@ class Round:
             time.sleep(POLL_S)
         for each in self._open():
             each.reply = Reply(each.site, "missing", "no-answer", f"no answer in time: {each.problem}")
+            if each.message:
+                until = deadline + EXPIRY_MARGIN_S
+                self._late.add(Straggler(each.site, self._number, each.message, each.expected, until))
         self._reject_other_forms()
         replies = [each.reply for each in self._asked if each.reply is not None]
         good = sum(1 for reply in replies if reply.status == "ok")
@@ -200,7 +215,11 @@ class Round:
             now = time.monotonic()
             if each.message or each.node not in online or now < each.earliest:
                 continue
-            left = max(deadline - now, 1.0)
+            busy = self._late.busy_with(each.site)
+            if busy:
+                each.problem = f"it is still at work on round {busy}"
+                continue
+            left = max(deadline - now, 1.0) + EXPIRY_MARGIN_S
             content = RecordDict(
                 {
                     "arrays": ArrayRecord(
@@ -246,18 +265,7 @@ class Round:
         self._note(each)
 
     def _judge(self, each: _Asked, content: RecordDict) -> Reply | None:
-        try:
-            config = content.config_records["config"]
-            status, document = str(config["status"]), str(config["document"])
-            update = b""
-            if status == "ok":
-                array = content.array_records["arrays"]["adapter"]
-                values = array.numpy()
-                if values.dtype != np.uint8 or values.ndim != 1:
-                    raise BadReply("the update is not a row of bytes", code="bad-update")
-                update = values.tobytes()
-        except (KeyError, ValueError, TypeError) as error:
-            raise BadReply("the reply has another form than agreed", code="bad-form") from error
+        status, document, update = parts(content)
         self._received += len(update)
         self._largest = max(self._largest, len(update))
         if status != "ok":
@@ -268,50 +276,3 @@ class Round:
         except DataError as error:
             raise BadReply(error.message, code="bad-update") from error
         return reply
-
-
-def _keep_beating(runs: Runs, run: str, attempt: str, over: threading.Event) -> None:
-    while not over.wait(BEAT_S):
-        if not runs.beat(run, attempt):
-            return
-
-
-def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
-    """Carry a run from its last committed round to its end, a stop, a pause or a failure.
-
-    `attempt` is what the launcher wrote into the run's row: when another one stands there, this ServerApp
-    has been given up and does nothing more.
-    """
-    with carrying(home.attempts, attempt):
-        _drive(home, run, attempt, grid)
-
-
-def _drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
-    store = Store(home.database_url())
-    runs, sites = Runs(store, home.adapters), Sites(store)
-    key = SigningKey.load(home.signing_key)
-    spec = runs.show(run).spec
-    over = threading.Event()
-    threading.Thread(target=_keep_beating, args=(runs, run, attempt, over), daemon=True).start()
-
-    def still_wanted() -> bool:
-        return runs.wanted(run, attempt)
-
-    try:
-        number, adapter = runs.last_adapter(run)
-        while number < spec.run.rounds and still_wanted():
-            number += 1
-            runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
-            one = Round(runs, sites, key, grid, spec, attempt=attempt, number=number, base=adapter)
-            done = one.collect(still_wanted)
-            runs.commit(done)
-            adapter = done.adapter
-    except Interrupted as error:
-        runs.note(run, "interrupted", error.message)
-    except ConcordatError as error:
-        # A missed quorum, a damaged adapter file: nothing that another ServerApp would do better.
-        if still_wanted():
-            runs.fail(run, error.message)
-    finally:
-        over.set()
-        store.close()

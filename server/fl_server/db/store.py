@@ -12,9 +12,15 @@ from alembic.config import Config
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, TransportError
 
 BUSY_MS = 30_000
+
+
+class DatabaseAway(TransportError):
+    """The database cannot be used just now. Nothing of the transaction counts, unless it ended in its commit."""
+
+    default_code = "no-database"
 
 
 class Store:
@@ -23,7 +29,8 @@ class Store:
     def __init__(self, url: str) -> None:
         """Connect; nothing is created before `migrate`."""
         try:
-            self._engine = sa.create_engine(url)
+            # A connection that a restart of the database has cut off is noticed before it is used.
+            self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         except (sa.exc.ArgumentError, ImportError) as error:
             raise ConfigError(
                 f"[server] database = {url!r} cannot be used: {error}", fix="write sqlite:///PATH or postgresql+psycopg://…"
@@ -33,18 +40,18 @@ class Store:
             event.listen(self._engine, "begin", _sqlite_begin)
 
     def migrate(self) -> None:
-        """Bring the schema up to date; does nothing when it is."""
+        """Bring the schema up to date; does nothing when it is. DatabaseAway when nobody answers."""
         config = Config()
         config.set_main_option("script_location", str(resources.files("fl_server.db") / "migrations"))
         config.attributes["configure_logger"] = False
-        with self._engine.begin() as connection:
+        with _reached(), self._engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
-        """A transaction that may write; commits at the end, rolls back on an exception."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        """A transaction that may write; commits at the end, rolls back on an exception. May raise DatabaseAway."""
+        with _reached(), Session(self._engine, expire_on_commit=False) as session:
             if self._engine.dialect.name == "sqlite":
                 session.connection(execution_options={"concordat_immediate": True})
             with session.begin() if not session.in_transaction() else contextlib.nullcontext():
@@ -53,13 +60,25 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only reads."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        """A transaction that only reads. May raise DatabaseAway."""
+        with _reached(), Session(self._engine, expire_on_commit=False) as session:
             yield session
 
     def close(self) -> None:
         """Give the connections back."""
         self._engine.dispose()
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[None]:
+    """Turn what a driver raises when the database is gone, restarting or full into DatabaseAway."""
+    try:
+        yield
+    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+        first = str(error.orig).strip().partition("\n")[0]
+        raise DatabaseAway(
+            f"the coordinator's database cannot be used: {first}", fix="see that it runs; the coordinator waits for it"
+        ) from error
 
 
 def _sqlite_connect(connection: object, _record: object) -> None:

@@ -1,4 +1,4 @@
-"""The ServerApp: hands Flower's Grid to the round driver of `fl_server.strategy`."""
+"""The ServerApp: hands Flower's Grid to the driver of `fl_server.driver`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server.home import ServerHome
-from fl_server.strategy import drive
+from fl_server.driver import drive
 
 app = ServerApp()
 

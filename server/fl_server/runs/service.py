@@ -73,6 +73,11 @@ class RunView:
         return sum(1 for each in self.rounds if each.state == "committed")
 
 
+def _held(session: Session, run: str) -> RunRow | None:
+    """The run's row, locked until the transaction ends: of two changes at once the second sees the first."""
+    return session.get(RunRow, run, with_for_update=True)
+
+
 def _event(session: Session, run: str, kind: str, message: str = "", **more: Any) -> None:
     session.add(EventRow(run=run, at=time.time(), kind=kind, message=message, **more))
 
@@ -87,23 +92,34 @@ class Runs:
     def launch(self, spec: RunSpec) -> RunView:
         """Store a new run as pending.
 
+        A site that is invited, but not enrolled yet, may be named: it takes part from the first round that
+        begins after its enrolment (docs/rounds.md).
+
         Raises:
-            RunError: the name is taken, or a site of it is unknown, not enrolled or revoked.
+            RunError: the name is taken, a site of it is unknown or revoked, or fewer than the quorum are enrolled.
         """
         name = spec.run.name
         now = time.time()
         with self._store.write() as session:
             if session.get(RunRow, name) is not None:
                 raise RunError(f"there is a run {name!r} already", fix="choose another [run] name", code="name-taken")
+            enrolled = 0
             for site in spec.run.sites:
                 row = session.get(SiteRow, site)
-                if row is None or row.state != "enrolled":
-                    state = "unknown" if row is None else row.state
+                state = "unknown" if row is None else row.state
+                enrolled += state == "enrolled"
+                if state not in ("enrolled", "invited"):
                     raise RunError(
                         f"[run] sites names {site!r}, which is {state}",
-                        fix=f"enrol it first (`fl-admin sites invite {site}`), or take it out of the spec",
+                        fix=f"invite it first (`fl-admin sites invite {site}`), or take it out of the spec",
                         code="site-not-enrolled",
                     )
+            if enrolled < spec.run.quorum:
+                raise RunError(
+                    f"{enrolled} of the run's {len(spec.run.sites)} sites are enrolled, its quorum is {spec.run.quorum}",
+                    fix="wait until more have enrolled (`fl-admin sites list`), or lower the quorum",
+                    code="site-not-enrolled",
+                )
             session.add(
                 RunRow(
                     run=name,
@@ -150,7 +166,7 @@ class Runs:
     def change(self, run: str, wanted: str, allowed: tuple[str, ...], reason: str = "") -> RunView:
         """Move a run to another state; RunError when it is not in one of the allowed states."""
         with self._store.write() as session:
-            row = session.get(RunRow, run)
+            row = _held(session, run)
             if row is None:
                 raise RunError(f"there is no run {run!r}", fix="see `fl-admin runs list`", code="unknown-run")
             if row.state not in allowed:
@@ -176,15 +192,16 @@ class Runs:
         return self.change(run, "pending", ("paused", "stopped", "failed"), "resumed by an admin")
 
     def begin_attempt(self, run: str, attempt: str) -> int:
-        """Give the run to a new ServerApp, before it is started; the number of attempts since the last commit.
+        """Give the run to a new ServerApp, before it is started; the number of restarts since the last commit.
 
-        Whatever an earlier ServerApp of the run still does no longer counts.
+        Whatever an earlier ServerApp of the run still does no longer counts. An attempt that Flower never
+        took (`carried_by` was not called) is no restart: it says nothing against the run.
         """
         with self._store.write() as session:
-            row = session.get_one(RunRow, run)
-            if row.state not in GOING:
-                raise RunError(f"run {run} is {row.state}", fix="nothing to do")
-            again = bool(row.attempt)
+            row = _held(session, run)
+            if row is None or row.state not in GOING:
+                raise RunError(f"run {run} is {row.state if row else 'gone'}", fix="nothing to do")
+            again = bool(row.flower_run)
             row.state, row.attempt, row.updated_at = "running", attempt, time.time()
             row.beat_at, row.flower_run = time.time(), ""
             row.restarts += int(again)
@@ -216,8 +233,8 @@ class Runs:
     def fail(self, run: str, reason: str) -> None:
         """End a run as failed, with its reason; nothing happens to one that has ended."""
         with self._store.write() as session:
-            row = session.get_one(RunRow, run)
-            if row.state in ENDED:
+            row = _held(session, run)
+            if row is None or row.state in ENDED:
                 return
             row.state, row.reason, row.updated_at = "failed", reason, time.time()
             _event(session, run, "failed", reason)
@@ -282,6 +299,16 @@ class Runs:
         """Keep what came in a round that was not committed, so that an admin sees it."""
         with self._store.write() as session:
             self._put_replies(session, run, round, replies)
+
+    def record_late(self, run: str, round: int, reply: Reply) -> bool:
+        """Keep a reply to a round that has been closed without it; False when the round holds another one of it."""
+        with self._store.write() as session:
+            found = session.get(ReplyRow, (run, round, reply.site))
+            if found is None or found.status != "missing":
+                return False
+            self._put_replies(session, run, round, [reply])
+            _event(session, run, f"reply-{reply.status}", reply.message, round=round, site=reply.site)
+            return True
 
     @staticmethod
     def _put_replies(session: Session, run: str, round: int, replies: list[Reply]) -> None:
@@ -375,8 +402,8 @@ class Runs:
         return data
 
     def receipts(self, site: str, run: str) -> list[ReplyRow]:
-        """Signed receipts, oldest first; empty `site` or `run` means every one."""
-        query = select(ReplyRow).where(ReplyRow.status == "ok").order_by(ReplyRow.received_at)
+        """Signed receipts, oldest first, late ones among them; empty `site` or `run` means every one."""
+        query = select(ReplyRow).where(ReplyRow.status.in_(("ok", "late"))).order_by(ReplyRow.received_at)
         if site:
             query = query.where(ReplyRow.site == site)
         if run:

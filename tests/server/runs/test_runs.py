@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -132,13 +133,41 @@ def test_a_name_is_taken_once(runs: Runs) -> None:
     assert caught.value.code == "name-taken"
 
 
-@pytest.mark.parametrize(("site", "word"), [("h-3", "invited"), ("h-4", "revoked"), ("h-9", "unknown")])
-def test_only_enrolled_sites_take_part(runs: Runs, site: str, word: str) -> None:
+@pytest.mark.parametrize(("site", "word"), [("h-4", "revoked"), ("h-9", "unknown")])
+def test_revoked_and_unknown_sites_take_no_part(runs: Runs, site: str, word: str) -> None:
     """The site that cannot take part is named, with its state; nothing is stored."""
     with pytest.raises(RunError, match=word) as caught:
         runs.launch(_spec(sites=("h-1", site)))
     assert site in caught.value.message
     assert runs.all() == []
+
+
+def test_an_invited_site_may_be_named_if_the_others_reach_the_quorum(runs: Runs) -> None:
+    """It joins when it has enrolled; a run that could not commit its first round is refused."""
+    table = _spec(sites=("h-1", "h-2", "h-3")).to_dict()
+    table["run"]["quorum"] = 3
+    with pytest.raises(RunError, match="quorum is 3") as caught:
+        runs.launch(RunSpec.from_dict(table))
+    assert "2 of the run's 3 sites" in caught.value.message
+    assert runs.all() == []
+    table["run"]["quorum"] = 2
+    assert runs.launch(RunSpec.from_dict(table)).row.state == "pending"
+
+
+def test_a_late_reply_is_kept_with_its_receipt_once(runs: Runs) -> None:
+    """It replaces "missing" and nothing else; the receipt is among the receipts, the round stays as it was."""
+    runs.launch(_spec(sites=("h-1", "h-2")))
+    runs.begin_attempt("demo", "a1")
+    done = _done(1)
+    runs.commit(dataclasses.replace(done, replies=[done.replies[0], Reply("h-2", "missing", "no-answer", "slow")]))
+    late = Reply("h-2", "late", "late", "after its round", epsilon_spent_total=0.5, delta=1e-5, document_json="{}")
+    assert runs.record_late("demo", 1, late)
+    assert not runs.record_late("demo", 1, late)
+    assert not runs.record_late("demo", 1, dataclasses.replace(late, site="h-1"))
+    assert not runs.record_late("demo", 2, late)
+    assert [(each.site, each.status) for each in runs.show("demo").replies] == [("h-1", "ok"), ("h-2", "late")]
+    assert [each.site for each in runs.receipts("", "demo")] == ["h-1", "h-2"]
+    assert [each.kind for each in runs.events("demo", 0)].count("reply-late") == 1
 
 
 def test_rounds_are_committed_with_their_replies_and_complete_the_run(runs: Runs) -> None:
@@ -250,7 +279,9 @@ def test_a_failure_after_the_end_changes_nothing(runs: Runs) -> None:
 def test_only_the_latest_attempt_counts(runs: Runs) -> None:
     """A ServerApp that lives on after it was replaced has no say: no sign of life, no commit, no file."""
     runs.launch(_spec())
-    assert runs.begin_attempt("demo", "a1") == 0
+    assert runs.begin_attempt("demo", "a0") == 0
+    assert runs.begin_attempt("demo", "a1") == 0  # Flower never took a0
+    runs.carried_by("demo", "a1", "7")
     assert runs.beat("demo", "a1")
     assert runs.begin_attempt("demo", "a2") == 1
     assert not runs.beat("demo", "a1")
@@ -259,6 +290,9 @@ def test_only_the_latest_attempt_counts(runs: Runs) -> None:
         runs.commit(_done(1))
     assert caught.value.code == "superseded"
     assert not runs.adapter_path("demo", 1).exists()
+    runs.carried_by("demo", "a1", "8")
+    assert runs.show("demo").row.flower_run == ""
+    runs.carried_by("demo", "a2", "8")
     runs.commit(_done(1, attempt="a2"))
     assert runs.begin_attempt("demo", "a3") == 1  # a committed round starts the count anew
 

@@ -1,0 +1,93 @@
+"""Carries a run from its last committed round to its end. Runs in the ServerApp."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from fl_server.db.store import DatabaseAway, Store
+from fl_server.home import ServerHome
+from fl_server.late import Stragglers
+from fl_server.runs.liveness import carrying
+from fl_server.runs.service import Runs
+from fl_server.sites.service import Sites
+from fl_server.strategy import Interrupted, Round
+from fl_shared.errors import ConcordatError
+from fl_shared.signing import SigningKey
+
+log = logging.getLogger("fl_server.driver")
+
+BEAT_S = 3.0
+RETRY_S = 2.0
+
+
+def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
+    """Carry a run from its last committed round to its end, a stop, a pause or a failure.
+
+    `attempt` is what the launcher wrote into the run's row: when another one stands there, this ServerApp
+    has been given up and does nothing more.
+    """
+    store = Store(home.database_url())
+    runs, sites = Runs(store, home.adapters), Sites(store)
+    key = SigningKey.load(home.signing_key)
+    late = Stragglers(runs, run, grid)
+    over = threading.Event()
+
+    def one_round() -> bool:
+        """Whether there may be another round."""
+        if not runs.wanted(run, attempt):
+            return False
+        number, adapter = runs.last_adapter(run)
+        spec = runs.show(run).spec
+        number += 1
+        runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
+        made = Round(runs, sites, key, grid, spec, attempt=attempt, number=number, base=adapter, late=late)
+        runs.commit(made.collect(lambda: runs.wanted(run, attempt)))
+        return number < spec.run.rounds
+
+    with carrying(home.attempts, attempt):
+        threading.Thread(target=_keep_beating, args=(runs, run, attempt, over), daemon=True).start()
+        try:
+            going = True
+            while going:
+                going = _outcome(runs, run, attempt, one_round)
+        finally:
+            over.set()
+            store.close()
+
+
+def _outcome(runs: Runs, run: str, attempt: str, one_round: Callable[[], bool]) -> bool:
+    """Do one round, and write down what ended it; whether to go on.
+
+    While the database is away nothing is known for certain, not even whether the commit went through. So
+    the round is begun again from what the database says when it is back: nobody trains twice for that.
+    """
+    try:
+        try:
+            return one_round()
+        except DatabaseAway:
+            raise
+        except Interrupted as error:
+            runs.note(run, "interrupted", error.message)
+        except ConcordatError as error:
+            # A missed quorum, a damaged adapter file: nothing that another ServerApp would do better.
+            if runs.wanted(run, attempt):
+                runs.fail(run, error.message)
+        return False
+    except DatabaseAway as error:
+        log.warning("run %s: %s", run, error.message)
+        time.sleep(RETRY_S)
+        return True
+
+
+def _keep_beating(runs: Runs, run: str, attempt: str, over: threading.Event) -> None:
+    while not over.wait(BEAT_S):
+        try:
+            if not runs.beat(run, attempt):
+                return
+        except DatabaseAway:
+            log.warning("run %s: no sign of life could be written", run)
