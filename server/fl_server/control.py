@@ -25,13 +25,14 @@ from fl_server.db.models import ENDED, EventRow, RoundRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome
-from fl_server.pki import Authority, identity
+from fl_server.operators import Operators
+from fl_server.pki import Authority, Identity, identity
+from fl_server.rotation import coordinator_key
 from fl_server.runs.service import Runs, RunView
 from fl_server.sites.service import ONLINE_S, Sites
 from fl_server.supervisor import read_state
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.manifest import RunSpec
-from fl_shared.signing import SigningKey
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.chunks import split
 from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
@@ -42,41 +43,44 @@ MAX_REQUEST_BYTES = 4 << 20
 WORKERS = 32
 MAX_WATCHERS = 16
 WATCH_POLL_S = 0.5
+_NOT_ALLOWED = ("wrong-role", "not-authorised", "expired")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _abort(context: grpc.ServicerContext, error: ConcordatError) -> NoReturn:
     """End the call with the error as JSON in the details; `fl_server.cli.connection` reads it back."""
     detail = {"message": error.message, "fix": error.fix, "code": error.code, "exit_code": error.exit_code}
-    code = grpc.StatusCode.PERMISSION_DENIED if error.code == "wrong-role" else grpc.StatusCode.FAILED_PRECONDITION
+    code = grpc.StatusCode.PERMISSION_DENIED if error.code in _NOT_ALLOWED else grpc.StatusCode.FAILED_PRECONDITION
     context.abort(code, json.dumps(detail))
     raise error  # abort raises; this line is for the type checker
 
 
-def caller(context: grpc.ServicerContext) -> tuple[str, str]:
-    """Role and name in the caller's certificate, which TLS has verified."""
+def caller(context: grpc.ServicerContext) -> Identity:
+    """Whose certificate the caller has shown; TLS has verified it."""
     pem = bytes(next(iter(context.auth_context().get("x509_pem_cert", [])), b""))
     der = x509.load_pem_x509_certificate(pem).public_bytes(serialization.Encoding.DER)
-    who = identity(der)
-    return who.role, who.name
+    return identity(der)
 
 
 def allow(*roles: str) -> Callable[[F], F]:
     """Answer only callers of these roles; turn our errors into typed answers."""
 
     def wrap(call: F) -> F:
-        def check(context: grpc.ServicerContext) -> None:
-            role, name = caller(context)
-            log.info("%s by %s %s", call.__name__, role, name)
-            if role not in roles:
+        def check(operators: Operators, context: grpc.ServicerContext) -> None:
+            who = caller(context)
+            log.info("%s by %s %s", call.__name__, who.role, who.name)
+            if who.role not in roles:
                 raise ConcordatError(
-                    f"the role {role} may not do this", fix=f"use a certificate of role {roles[0]}", code="wrong-role"
+                    f"the role {who.role} may not do this",
+                    fix=f"use a certificate of role {roles[0]}",
+                    code="wrong-role",
                 )
+            operators.authorise(who)
 
         @functools.wraps(call)
         def plain(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
             try:
-                check(context)
+                check(self.operators, context)
                 return call(self, request, context)
             except ConcordatError as error:
                 _abort(context, error)
@@ -84,7 +88,7 @@ def allow(*roles: str) -> Callable[[F], F]:
         @functools.wraps(call)
         def streamed(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             try:
-                check(context)
+                check(self.operators, context)
                 yield from call(self, request, context)
             except ConcordatError as error:
                 _abort(context, error)
@@ -193,10 +197,10 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
     def __init__(self, home: ServerHome) -> None:
         store = Store(home.database_url())
         self._home = home
+        self.operators = Operators.of(home, store)
         self._sites = Sites(store)
         self._runs = Runs(store, home.adapters)
         self._ca_sha256 = Authority.load(home.ca_key, home.ca).sha256
-        self._key = SigningKey.load(home.signing_key).public_hex
         self._started_at = time.time()
         self._watchers = threading.BoundedSemaphore(MAX_WATCHERS)
 
@@ -205,7 +209,7 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         state = read_state(self._home)
         return pb.StatusReply(
             version=__version__,
-            coordinator_key=self._key,
+            coordinator_key=coordinator_key(self._home),
             started_at=self._started_at,
             components=[
                 pb.ComponentState(name=each["name"], state=each["state"], address=each["address"])
@@ -319,7 +323,7 @@ def serve(home: ServerHome) -> grpc.Server:
         root_certificates=home.ca.read_bytes(),
         require_client_auth=True,
     )
-    address = f"{settings.host}:{settings.control_port}"
+    address = f"{settings.control_host}:{settings.control_port}"
     try:
         server.add_secure_port(address, credentials)
     except RuntimeError as error:

@@ -16,16 +16,28 @@ def default_home() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".concordat" / "server"
 
 
+def reachable(address: str) -> str:
+    """An address at which this machine reaches what listens on `address`."""
+    return "127.0.0.1" if address in ("0.0.0.0", "::") else address  # noqa: S104  # a comparison
+
+
 @dataclass(frozen=True)
 class ServerSettings:
-    """What `server.toml` holds. Ports on `host`; Flower's own ports are chosen at every start."""
+    """What `server.toml` holds. Flower's own ports are chosen at every start, on loopback.
+
+    Sites know the gateway as `host:gateway_port`; it listens on the address `listen`. The control API listens on
+    `control_host`, loopback unless an administrator opens it.
+    """
 
     host: str
+    listen: str
     gateway_port: int
+    control_host: str
     control_port: int
     database: str
     max_message_bytes: int
     certificate_days: int
+    site_requests_per_s: int
     max_restarts: int
 
     @classmethod
@@ -33,13 +45,17 @@ class ServerSettings:
         """Read `server.toml`; ConfigError names the field, the value and the fix."""
         top = Fields(load_toml(path), str(path), base=path.parent)
         server = top.section("server")
+        host = server.text("host")
         made = cls(
-            host=server.text("host"),
+            host=host,
+            listen=server.text("listen", default=host),
             gateway_port=server.integer("gateway_port", low=1, high=65535),
+            control_host=server.text("control_host", default="127.0.0.1"),
             control_port=server.integer("control_port", low=1, high=65535),
             database=server.text("database", default=""),
             max_message_bytes=server.integer("max_message_bytes", low=1 << 20, high=1 << 40, default=1 << 30),
             certificate_days=server.integer("certificate_days", low=1, high=3650, default=365),
+            site_requests_per_s=server.integer("site_requests_per_s", low=1, high=100_000, default=50),
             max_restarts=server.integer("max_restarts", low=0, high=1_000_000, default=20),
         )
         server.done()
@@ -73,6 +89,14 @@ class ServerHome:
     @property
     def signing_key(self) -> Path:
         return self.root / "keys" / "signing.pem"
+
+    @property
+    def next_signing_key(self) -> Path:
+        return self.root / "keys" / "next.pem"
+
+    @property
+    def rotations(self) -> Path:
+        return self.root / "keys" / "rotations.json"
 
     @property
     def ca_key(self) -> Path:

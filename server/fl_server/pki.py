@@ -194,17 +194,20 @@ class Authority:
         write_durably(key_file, _pem_key(key))
         write_durably(certificate_file, _pem(certificate), mode=0o644)
 
-    def issue_client(self, key_file: Path, certificate_file: Path, role: str, name: str, days: float) -> None:
-        """Make a key and a client certificate here (the first admin; sites make their keys themselves)."""
+    def issue_client(
+        self, key_file: Path, certificate_file: Path, role: str, name: str, days: float
+    ) -> x509.Certificate:
+        """Make a key and a client certificate here (admins, auditors; sites make their keys themselves)."""
         key = ec.generate_private_key(ec.SECP384R1())
         certificate = self._issue(
             key.public_key(), subject(role, name), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH
         )
         write_durably(key_file, _pem_key(key))
         write_durably(certificate_file, _pem(certificate), mode=0o644)
+        return certificate
 
     def sign_request(self, csr_pem: str, role: str, name: str, days: float) -> x509.Certificate:
-        """Certify a site's key. Subject and usages are ours; the request proves possession of the key.
+        """Certify a key that its owner made. Subject and usages are ours; the request proves possession of the key.
 
         Raises:
             EnrolmentError: not a request, a bad self-signature, or a key other than EC P-256/P-384.

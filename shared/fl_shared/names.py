@@ -23,6 +23,11 @@ def site_id(value: object) -> str:
     return _check(value, "site")
 
 
+def operator_name(value: object) -> str:
+    """The name of an admin or auditor; ConfigError otherwise."""
+    return _check(value, "admin or auditor")
+
+
 def run_name(value: object) -> str:
     """A run's name such as `hospital-demo`; ConfigError otherwise."""
     return _check(value, "run")
