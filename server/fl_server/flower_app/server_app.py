@@ -7,8 +7,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_server.home import ServerHome
 from fl_server.driver import drive
+from fl_server.home import ServerHome
 
 app = ServerApp()
 

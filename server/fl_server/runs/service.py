@@ -116,7 +116,7 @@ class Runs:
                     )
             if enrolled < spec.run.quorum:
                 raise RunError(
-                    f"{enrolled} of the run's {len(spec.run.sites)} sites are enrolled, its quorum is {spec.run.quorum}",
+                    f"{enrolled} of {len(spec.run.sites)} sites are enrolled, and the quorum is {spec.run.quorum}",
                     fix="wait until more have enrolled (`fl-admin sites list`), or lower the quorum",
                     code="site-not-enrolled",
                 )

@@ -146,9 +146,9 @@ def test_an_invited_site_may_be_named_if_the_others_reach_the_quorum(runs: Runs)
     """It joins when it has enrolled; a run that could not commit its first round is refused."""
     table = _spec(sites=("h-1", "h-2", "h-3")).to_dict()
     table["run"]["quorum"] = 3
-    with pytest.raises(RunError, match="quorum is 3") as caught:
+    with pytest.raises(RunError, match="the quorum is 3") as caught:
         runs.launch(RunSpec.from_dict(table))
-    assert "2 of the run's 3 sites" in caught.value.message
+    assert "2 of 3 sites" in caught.value.message
     assert runs.all() == []
     table["run"]["quorum"] = 2
     assert runs.launch(RunSpec.from_dict(table)).row.state == "pending"
