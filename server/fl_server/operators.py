@@ -34,7 +34,7 @@ class Operators:
 
     @classmethod
     def of(cls, home: ServerHome, store: Store) -> Operators:
-        """The operators in a database. One that knows no admin learns of the first, who has a certificate in the home."""
+        """The operators in a database. One that knows no admin learns of the first: the home has the certificate."""
         made = cls(store)
         first = home.admin / "admin.pem"
         if first.exists() and not any(row.role == "admin" for row in made.all()):

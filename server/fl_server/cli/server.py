@@ -1,4 +1,4 @@
-"""`fl-server`: make a coordinator, run it, look at it."""
+"""`fl-server`: make a coordinator, run it, look at it, issue certificates, change its key."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fl_server import __version__
+from fl_server.cli import keys
 from fl_server.home import ServerHome, default_home
 from fl_server.pki import Authority
 from fl_server.setup import initialise
 from fl_server.supervisor import Supervisor, is_ready, read_state
 from fl_shared.errors import cli_main
+from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.signing import SigningKey
 
 EXAMPLES = """examples:
   fl-server init --home ~/coordinator --host coordinator.example.org
   fl-server up --home ~/coordinator
   fl-server status --home ~/coordinator --json
+  fl-server issue --role auditor --name anna-smith --out anna/
+  fl-server rotate-key --grace-days 14
 
 $FL_SERVER_HOME stands for --home; without both it is ~/.concordat/server.
 """
@@ -36,11 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object")
     init = verbs.add_parser("init", parents=[common], help="make keys, certificates, database and server.toml")
     init.add_argument("--host", default="127.0.0.1", help="name or address that sites and admins use")
+    init.add_argument("--listen", default="", help="address the gateway listens on, e.g. 0.0.0.0; default: the host")
     init.add_argument("--gateway-port", type=int, default=9443)
     init.add_argument("--control-port", type=int, default=9444)
     init.add_argument("--admin", default="admin", help="name in the first admin's certificate")
     verbs.add_parser("up", parents=[common], help="run the coordinator until SIGTERM")
     verbs.add_parser("status", parents=[common], help="exit code 0 when everything is ready, 1 otherwise")
+    keys.add_verbs(verbs, common)
     return parser
 
 
@@ -51,6 +57,7 @@ def _init(arguments: argparse.Namespace) -> int:
         gateway_port=arguments.gateway_port,
         control_port=arguments.control_port,
         admin=arguments.admin,
+        listen=arguments.listen,
     )
     facts = {
         "home": str(home.root),
@@ -65,8 +72,8 @@ def _init(arguments: argparse.Namespace) -> int:
     print(f"made a coordinator at {facts['home']}")
     print(f"  gateway          {facts['gateway']}")
     print(f"  admin profile    {facts['profile']}")
-    print(f"  CA fingerprint   {facts['ca_sha256']}")
-    print(f"  signing key      {facts['coordinator_key']}")
+    print(f"  CA               {spoken(facts['ca_sha256'])}")
+    print(f"  signing key      {spoken_key(facts['coordinator_key'])}")
     print(f"next: fl-server up --home {facts['home']}")
     return 0
 
@@ -88,6 +95,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return _init(arguments)
     if arguments.verb == "status":
         return _status(arguments)
+    if arguments.verb in keys.ACTIONS:
+        return keys.ACTIONS[arguments.verb](arguments)
     return Supervisor(ServerHome.open(arguments.home)).run()
 
 
