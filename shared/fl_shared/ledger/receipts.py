@@ -29,7 +29,8 @@ _LARGEST_FILE = 1 << 30
 
 # `replies` is the coordinator's table; the audit's install has no fl_server to ask.
 _REPLIES = sa.text(
-    "SELECT document_json, received_at FROM replies WHERE status IN ('ok', 'late') AND site = :site ORDER BY received_at"
+    "SELECT document_json, received_at FROM replies"
+    " WHERE status IN ('ok', 'late') AND site = :site ORDER BY received_at"
 )
 
 
