@@ -10,14 +10,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fl_shared.accounting.calibrate import noise_that_fits, steps_that_fit
 from fl_shared.accounting.renyi import curve_epsilon
 from fl_shared.audit import chart
 from fl_shared.audit.history import Point, history
 from fl_shared.audit.output import add_format, print_csv, print_json
-from fl_shared.audit.proposal import Standing, add_proposal, dataset_name, proposal_of, standings
+from fl_shared.audit.proposal import Proposal, Standing, add_proposal, dataset_name, proposal_of, standings
 from fl_shared.audit.source import add_source, open_ledger
-from fl_shared.errors import ConfigError
 
 HELP = "rounds left, noise that fits, burn-down curve"
 MOST_AHEAD = 60
@@ -37,11 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         name = dataset_name(arguments, ledger)
         found = standings(ledger, name, arguments.study)
         proposal = proposal_of(arguments, ledger, name)
-        each = proposal.mechanism.steps
-        left = {one.name: steps_that_fit(one.gate, one.charged, proposal.mechanism) // each for one in found}
+        left = {one.name: one.rounds_that_fit(proposal.mechanism) for one in found}
         tightest = min(found, key=lambda one: left[one.name])
         past = history(ledger, tightest.budget)
-    rows = [_row(one, left[one.name], proposal.rounds, proposal.mechanism.sampling_probability, each) for one in found]
+    rows = [_row(one, left[one.name], proposal) for one in found]
     rounds = left[tightest.name]
     ahead = _ahead(tightest, proposal.over, rounds)
     if arguments.out is not None:
@@ -70,13 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(one: Standing, left: int, rounds: int | None, sampling: float, steps: int) -> dict[str, Any]:
-    fits: float | None = None
-    if rounds is not None:
-        try:
-            fits = noise_that_fits(one.gate, one.charged, sampling, steps * rounds)
-        except ConfigError:  # no noise is enough: the budget is full
-            fits = None
+def _row(one: Standing, left: int, proposal: Proposal) -> dict[str, Any]:
+    fits = None if proposal.rounds is None else one.noise_for(proposal.over(proposal.rounds))
     return {
         "budget": one.name,
         "epsilon": one.budget.epsilon,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fl_shared.accounting.calibrate import noise_that_fits, steps_that_fit
 from fl_shared.accounting.pld import pld_epsilon, steps_epsilon
 from fl_shared.accounting.renyi import curve_epsilon, rdp_epsilon
 from fl_shared.audit.output import add_format, print_csv, print_json
@@ -65,20 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _row(one: Standing, proposal: Proposal, rounds: int) -> dict[str, Any]:
     whole, delta = proposal.over(rounds), one.budget.delta
     after = one.after(whole)
-    fits = min(rounds, steps_that_fit(one.gate, one.charged, proposal.mechanism) // proposal.mechanism.steps)
-    noise: float | None = None
-    if fits < rounds:
-        try:
-            noise = noise_that_fits(one.gate, one.charged, whole.sampling_probability, whole.steps)
-        except ConfigError:  # no noise is enough: the budget is full
-            noise = None
+    fits = min(rounds, one.rounds_that_fit(proposal.mechanism))
     return {
         "budget": one.name,
         "epsilon": one.budget.epsilon,
         "delta": delta,
         "granted": one.gate.admits(after),
         "rounds_granted": fits,
-        "noise_that_fits": noise,
+        "noise_that_fits": one.noise_for(whole) if fits < rounds else None,
         "before": curve_epsilon(one.charged, delta),
         "after": curve_epsilon(after, delta),
         "after_pld": steps_epsilon(after, delta),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_shared.accounting.calibrate import noise_that_fits, steps_that_fit
 from fl_shared.accounting.gate import Filter
 from fl_shared.accounting.merge import Key, key_of
 from fl_shared.errors import ConfigError, LedgerError
@@ -98,6 +99,22 @@ class Standing:
         found = dict(self.charged)
         found[key_of(mechanism)] = found.get(key_of(mechanism), 0) + mechanism.steps
         return found
+
+    def rounds_that_fit(self, mechanism: Mechanism) -> int:
+        """How many more rounds of `mechanism` the budget's gate would grant."""
+        return steps_that_fit(self.gate, self.charged, mechanism) // mechanism.steps
+
+    def noise_for(self, whole: Mechanism) -> float | None:
+        """The least noise multiplier with which all of `whole` would be granted; None when no noise is enough."""
+        try:
+            return noise_that_fits(self.gate, self.charged, whole.sampling_probability, whole.steps)
+        except ConfigError:  # the budget is full
+            return None
+
+    def is_valid(self, stamp: str) -> bool:
+        """Whether grants may be made at this time (as the ledger writes it)."""
+        valid_from, valid_to = self.budget.valid_from, self.budget.valid_to
+        return not ((valid_from and stamp < valid_from) or (valid_to and stamp >= valid_to))
 
 
 def dataset_name(arguments: argparse.Namespace, ledger: LedgerReader) -> str:

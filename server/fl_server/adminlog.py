@@ -1,0 +1,231 @@
+"""The admin log: who asked this coordinator for what, in the form of a site's ledger.
+
+    genesis   {public_key}: the first entry names the key that signs
+    key       {public_key, replaces, rotation}: the coordinator's key changed; the former key vouches in `rotation`
+    action    {action, arguments, role, name, fingerprint}: written before the action takes effect
+    outcome   {of, result, code, message}: what became of action `of`: done, refused or failed
+
+An action without an outcome was broken off, by a crash or because the log could not be written any more: it may
+have taken effect. Entries are hashed, signed and chained by `fl_shared.ledger.chain`; the database refuses to
+change or delete one, and whoever can change the database all the same cannot sign.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import sqlalchemy as sa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fl_server.db.models import AdminLogRow
+from fl_server.db.store import Store
+from fl_server.pki import Identity
+from fl_shared.errors import ConcordatError, SignatureError
+from fl_shared.ledger import chain
+from fl_shared.ledger.records import Entry, Problem
+from fl_shared.signing import SigningKey, open_document
+
+log = logging.getLogger("fl_server.adminlog")
+
+CHAIN = "coordinator:admin"
+"""Stands where a ledger has its site's name; no site can be called so."""
+_TABLE = cast(sa.Table, AdminLogRow.__table__)
+_COLUMNS = ("seq", "kind", "body", "prev_hash", "hash", "signature", "created_at")
+_ADVISORY_LOCK = 0xAD314
+_MAX_MESSAGE = 500
+_PAGE = 1000
+
+Rotations = Callable[[], Sequence[Mapping[str, Any]]]
+"""The changes of the coordinator's signing key, oldest first, each signed by the key that it replaces."""
+
+
+def _none() -> Sequence[Mapping[str, Any]]:
+    return ()
+
+
+class AdminLog:
+    """Appends to the log and reads it. Several processes may append at once; the database queues them."""
+
+    def __init__(self, store: Store, key: SigningKey, rotations: Rotations = _none) -> None:
+        self._store = store
+        self._key = key
+        self._rotations = rotations
+
+    @contextlib.contextmanager
+    def recorded(self, who: Identity, action: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Log the action, let the block do it, log the outcome. When the first cannot be written, nothing is done."""
+        number = self.begin(who, action, arguments)
+        try:
+            yield
+        except ConcordatError as error:
+            self._end(number, "refused", error.code, error.message)
+            raise
+        except BaseException as error:
+            # The type alone: what a defect says is for the coordinator's own log.
+            self._end(number, "failed", "defect", type(error).__name__)
+            raise
+        self._end(number, "done")
+
+    def begin(self, who: Identity, action: str, arguments: Mapping[str, Any]) -> int:
+        """Write an action; its number."""
+        body = {
+            "action": action,
+            "arguments": dict(arguments),
+            "role": who.role,
+            "name": who.name,
+            "fingerprint": who.fingerprint,
+        }
+        return self._append("action", body).seq
+
+    def _end(self, of: int, result: str, code: str = "", message: str = "") -> None:
+        """Write an outcome. What happened has happened: a log that cannot be written now leaves it open."""
+        body = {"of": of, "result": result, "code": code, "message": message[:_MAX_MESSAGE]}
+        try:
+            self._append("outcome", body)
+        except (ConcordatError, sa.exc.SQLAlchemyError):
+            log.exception("the outcome of action %d could not be written", of)
+
+    def _append(self, kind: str, body: Mapping[str, Any]) -> Entry:
+        with self._store.write() as session:
+            connection = session.connection()
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+            self._follow_key(connection)
+            return self._put(connection, kind, body)
+
+    def _put(self, connection: sa.Connection, kind: str, body: Mapping[str, Any]) -> Entry:
+        now = datetime.now(UTC)
+        return chain.append(connection, self._key, CHAIN, kind, body, now=now, point="adminlog", table=_TABLE)
+
+    def _follow_key(self, connection: sa.Connection) -> None:
+        """Begin the log, or enter a change of the coordinator's key, before an entry that is signed by it."""
+        query = sa.select(_TABLE).where(_TABLE.c.kind.in_(("genesis", "key"))).order_by(_TABLE.c.seq.desc()).limit(1)
+        row = connection.execute(query).mappings().first()
+        ours = self._key.public_hex
+        if row is None:
+            self._put(connection, "genesis", {"public_key": ours})
+            return
+        current = str(chain.entry_of(row).body["public_key"])
+        # Several changes may lie between two entries; each is entered. A change that nobody vouches for is, too,
+        # and `check` names it: better a mark in the log than a coordinator that can no longer be stopped.
+        while current != ours:
+            found = next((each for each in self._rotations() if each.get("key") == current), None)
+            following = str(found["body"]["new_key"]) if found is not None else ours
+            body = {"public_key": following, "replaces": current, "rotation": dict(found) if found else None}
+            self._put(connection, "key", body)
+            current = following
+
+    def entries(self, after: int = 0) -> Iterator[AdminLogRow]:
+        """Every entry with a larger number than `after`, in order, a page at a time."""
+        while True:
+            query = sa.select(AdminLogRow).where(AdminLogRow.seq > after).order_by(AdminLogRow.seq).limit(_PAGE)
+            with self._store.read() as session:
+                rows = list(session.scalars(query))
+            yield from rows
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1].seq
+
+
+@dataclass
+class Report:
+    """What checking a log found; `problems` is empty when all is well. `open`: actions without an outcome."""
+
+    entries: int = 0
+    head: str = chain.GENESIS_HASH
+    first: str = ""
+    last: str = ""
+    keys: list[str] = field(default_factory=list)
+    pinned: bool = False
+    open: list[int] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def check(
+    rows: Iterable[Any], *, public_key: str | None = None, checkpoints: Mapping[int, str] | None = None
+) -> Report:
+    """Check a log without trusting it; each problem is named, none is raised.
+
+    `rows` have the table's columns as attributes, in the order of their numbers. `public_key` is the coordinator's
+    key (64 hex digits) as the auditor knows it; without it the log's own word is taken. `checkpoints` are heads
+    noted before, by number: a log that was cut off, or an old copy, is intact in itself, and only they show it.
+    """
+    report = Report()
+    links = chain.Links(CHAIN)
+    signer: Ed25519PublicKey | None = None
+    noted = dict(checkpoints or {})
+    actions: dict[int, bool] = {}
+    for each in rows:
+        row = tuple(getattr(each, column) for column in _COLUMNS)
+        seq, kind, digest = int(row[0]), str(row[1]), str(row[4])
+        body = _body(row[2], seq, report)
+        if kind in ("genesis", "key"):
+            signer = _next_signer(seq, kind, body, report) or signer
+        if signer is None:
+            report.problems.append(Problem("the first entry, which names the key, is missing or unusable", 1))
+            return report
+        report.problems += links.feed(row, signer)
+        if kind == "action":
+            actions[seq] = False
+        elif kind == "outcome":
+            of = body.get("of")
+            if not isinstance(of, int) or actions.get(of, True):  # unknown, or it has an outcome already
+                message = f"entry {seq}: it is the outcome of {of!r}, which is no open action"
+                report.problems.append(Problem(message, seq))
+            else:
+                actions[of] = True
+        if noted.get(seq, digest) != digest:
+            report.problems.append(Problem(f"entry {seq}: it is not the one noted before: the past was rewritten", seq))
+        report.entries, report.head, report.last = report.entries + 1, digest, str(row[6])
+        report.first = report.first or report.last
+    for seq in noted:
+        if seq >= links.expected:
+            report.problems.append(
+                Problem(f"entries: {seq} was noted before, the log ends at {links.expected - 1}: it was cut off", seq)
+            )
+    report.open = [seq for seq, ended in actions.items() if not ended]
+    report.pinned = public_key is not None
+    if public_key is not None and public_key not in report.keys:
+        report.problems.append(Problem(f"nothing is signed by key {public_key[:16]}…, the one that you know"))
+    return report
+
+
+def _body(text: str, seq: int, report: Report) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        body = None
+    if isinstance(body, dict):
+        return body
+    report.problems.append(Problem(f"entry {seq}: its body is no table", seq))
+    return {}
+
+
+def _next_signer(seq: int, kind: str, body: dict[str, Any], report: Report) -> Ed25519PublicKey | None:
+    """The key that signs from this entry on, after checking that the key before vouches for it."""
+    key = body.get("public_key")
+    try:
+        signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(str(key)))
+    except ValueError:
+        report.problems.append(Problem(f"entry {seq}: it names no key", seq))
+        return None
+    if kind == "genesis":
+        if seq != 1 or report.keys:
+            report.problems.append(Problem(f"entry {seq}: a second beginning", seq))
+            return None
+    else:
+        try:
+            vouched = open_document(body.get("rotation"), report.keys[-1] if report.keys else "")
+            if vouched.get("kind") != "coordinator-key" or vouched.get("new_key") != key:
+                raise SignatureError("it vouches for another key")
+        except SignatureError as error:
+            message = f"entry {seq}: the coordinator's key changed without the former key's word ({error.message})"
+            report.problems.append(Problem(message, seq))
+    report.keys.append(str(key))
+    return signer
