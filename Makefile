@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or say make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[server,client,postgres,report,demo,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[server,client,gpu,postgres,report,demo,dev]"
 	@touch $@
 
 demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minutes)

@@ -1,93 +1,117 @@
-"""Prometheus metrics of a site's agent, on a loopback port that `[metrics] listen` names.
+"""Prometheus metrics of a site's agent, on the loopback port that `[metrics] listen` names.
 
-Text format 0.0.4 (prometheus.io/docs/instrumenting/exposition_formats). For the site's own operators: the
-duration of a round may depend on the data, so nothing here is offered to the coordinator.
+For the site's own operators: the duration of a round or a step may depend on the data, so nothing here is
+offered to the coordinator.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from fl_shared.errors import ConcordatError, ConfigError
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
-_HELP = {
-    "concordat_rounds_total": "Rounds answered, by outcome (ok, failed, or a refusal's code).",
-    "concordat_round_seconds_total": "Seconds spent on answered rounds.",
-    "concordat_bytes_total": "Adapter bytes received and released.",
-    "concordat_training": "1 while a round is being trained.",
-    "concordat_epsilon": "The data set's budget: spent, reserved, left, ceiling.",
-    "concordat_delta": "The delta at which epsilon is stated.",
-}
+from fl_client.gpu import Gpus
+from fl_shared.ledger.records import Position
+
+ROUND_BUCKETS_S = (1, 5, 15, 60, 300, 900, 3600, 14400)
+STEP_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+class SiteState(Collector):
+    """What is asked for only when somebody looks: the budget, the helpers, whether a round is trained."""
+
+    def __init__(self) -> None:
+        """Know nothing yet; the agent fills this in as it starts."""
+        self.position: tuple[str, Callable[[], Position]] | None = None
+        self.training: Callable[[], bool] = lambda: False
+        self.helpers: Callable[[], dict[str, bool]] = dict
+        self.certificate_ends: Callable[[], float | None] = lambda: None
+
+    def describe(self) -> list[Metric]:
+        """The families without values, in the order of `collect`."""
+        return [
+            GaugeMetricFamily(
+                "concordat_epsilon", "The budget: spent, reserved, left, ceiling.", labels=["dataset", "part"]
+            ),
+            GaugeMetricFamily("concordat_delta", "The delta at which epsilon is stated.", labels=["dataset"]),
+            GaugeMetricFamily("concordat_training", "1 while a round is being trained.", labels=[]),
+            GaugeMetricFamily("concordat_helper_up", "1 while tunnel or SuperNode runs.", labels=["helper"]),
+            GaugeMetricFamily(
+                "concordat_certificate_expiry_timestamp_seconds", "When the client certificate ends.", labels=[]
+            ),
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        """The values of now. Raises LedgerError when the ledger cannot be read."""
+        epsilon, delta, training, helpers, certificate = (_gauge(each) for each in self.describe())
+        if self.position is not None:
+            dataset, ask = self.position
+            now = ask()
+            for part in ("spent", "reserved", "left"):
+                epsilon.add_metric([dataset, part], getattr(now, part))
+            epsilon.add_metric([dataset, "ceiling"], now.epsilon)
+            delta.add_metric([dataset], now.delta)
+        training.add_metric([], float(self.training()))
+        for name, up in self.helpers().items():
+            helpers.add_metric([name], float(up))
+        ends = self.certificate_ends()
+        if ends is not None:
+            certificate.add_metric([], ends)
+        yield from (epsilon, delta, training, helpers, certificate)
+
+
+def _gauge(metric: Metric) -> GaugeMetricFamily:
+    if not isinstance(metric, GaugeMetricFamily):
+        raise TypeError(f"{metric.name} is no gauge")
+    return metric
 
 
 class Metrics:
-    """Counters of the agent; gauges are asked for when somebody looks."""
+    """The counters of one agent and the registry that shows them."""
 
     def __init__(self) -> None:
         """Start with nothing counted."""
-        self._lock = threading.Lock()
-        self._counters: dict[tuple[str, str], float] = {}
-        self.gauges: Callable[[], dict[tuple[str, str], float]] = dict
-
-    def count(self, name: str, labels: str = "", amount: float = 1.0) -> None:
-        """Add to a counter; `labels` is written as `key="value"`."""
-        with self._lock:
-            self._counters[name, labels] = self._counters.get((name, labels), 0.0) + amount
+        self.registry = CollectorRegistry()
+        self.state = SiteState()
+        self.registry.register(self.state)
+        self.registry.register(Gpus())
+        ProcessCollector(registry=self.registry)
+        self._rounds = Counter(
+            "concordat_rounds", "Rounds answered, by outcome (ok, or the refusal's code).", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._round_seconds = Histogram(
+            "concordat_round_seconds", "Seconds from an order to its answer.", buckets=ROUND_BUCKETS_S,
+            registry=self.registry,
+        )  # fmt: skip
+        self._step_seconds = Histogram(
+            "concordat_step_seconds", "Seconds for one DP-SGD step.", buckets=STEP_BUCKETS_S, registry=self.registry
+        )
+        self._bytes = Counter(
+            "concordat_bytes", "Adapter bytes received (in) and released (out).", ["direction"], registry=self.registry
+        )
 
     def round(self, outcome: str, seconds: float, received: int, released: int) -> None:
         """Count one answered round."""
-        self.count("concordat_rounds_total", f'outcome="{outcome}"')
-        self.count("concordat_round_seconds_total", amount=seconds)
-        self.count("concordat_bytes_total", 'direction="in"', received)
-        self.count("concordat_bytes_total", 'direction="out"', released)
+        self._rounds.labels(outcome).inc()
+        self._round_seconds.observe(seconds)
+        self._bytes.labels("in").inc(received)
+        self._bytes.labels("out").inc(released)
 
-    def render(self) -> str:
-        """Return everything in Prometheus' text format."""
-        with self._lock:
-            found = dict(self._counters)
-        found.update(self.gauges())
-        lines: list[str] = []
-        last = ""
-        for (name, labels), value in sorted(found.items()):
-            if name != last:
-                kind = "counter" if name.endswith("_total") else "gauge"
-                lines += [f"# HELP {name} {_HELP.get(name, name)}", f"# TYPE {name} {kind}"]
-                last = name
-            lines.append(f"{name}{{{labels}}} {value:.17g}" if labels else f"{name} {value:.17g}")
-        return "\n".join(lines) + "\n"
+    def timed(self, progress: Callable[..., None]) -> Callable[..., None]:
+        """`progress`, called after every step, and the time between two calls observed; made before the first step."""
+        last = time.monotonic()
 
+        def after_step(*arguments: Any, **named: Any) -> None:
+            nonlocal last
+            now = time.monotonic()
+            self._step_seconds.observe(now - last)
+            last = now
+            progress(*arguments, **named)
 
-def serve_metrics(metrics: Metrics, address: tuple[str, int]) -> ThreadingHTTPServer:
-    """Serve `/metrics` and `/healthz` on `address` and return the server; ConfigError when it is taken."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = 200, "ok\n"
-            if self.path == "/metrics":
-                try:
-                    body = metrics.render()
-                except ConcordatError:
-                    status, body = 503, "the ledger cannot be read\n"
-            elif self.path != "/healthz":
-                status, body = 404, "there is nothing here\n"
-            data = body.encode("utf-8")
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            """Requests are not logged."""
-
-    try:
-        server = ThreadingHTTPServer(address, Handler)
-    except OSError as error:
-        raise ConfigError(
-            f"[metrics] listen: {address[0]}:{address[1]} cannot be used ({error.strerror})",
-            fix="choose another port, or leave [metrics] out",
-        ) from None
-    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-    return server
+        return after_step

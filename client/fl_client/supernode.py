@@ -27,6 +27,7 @@ from fl_client.files import write_durably
 from fl_client.sandbox import Confinement, landlock_abi
 from fl_client.tunnel import READY, TunnelSettings
 from fl_shared.errors import ConfigError
+from fl_shared.offline import OFFLINE
 
 log = logging.getLogger("fl_client.supernode")
 
@@ -95,8 +96,7 @@ def node_environment(directory: Path) -> dict[str, str]:
         "HOME": str(directory),
         "TMPDIR": str(directory / "tmp"),
         "FLWR_HOME": str(directory / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        **OFFLINE,
         "PYTHONUNBUFFERED": "1",
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",
@@ -229,6 +229,11 @@ class Helpers:
         with self._lock:
             return {name: process.pid for name, process in self._running.items()}
 
+    def states(self) -> dict[str, bool]:
+        """Return for each process that should run whether it does."""
+        running = self.pids()
+        return {name: name in running for name in (["tunnel"] + (["supernode"] if self._plan else []))}
+
     def stop(self) -> None:
         """End both processes and everything that they started."""
         self._stopping.set()
@@ -285,7 +290,7 @@ class Helpers:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**kept, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env={**kept, **OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 pass_fds=[self._listener.fileno()],
                 start_new_session=True,
             )

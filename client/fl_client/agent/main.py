@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from cryptography import x509
+
 from fl_client.agent.locks import sole
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
@@ -17,13 +19,14 @@ from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
-from fl_client.metrics import Metrics, serve_metrics
+from fl_client.metrics import Metrics
 from fl_client.renewal import Renewer, finish
 from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
 from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 from fl_shared.errors import ConfigError
+from fl_shared.monitoring import serve_monitoring
 
 log = logging.getLogger("fl_client.agent")
 
@@ -62,16 +65,28 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
     helpers = _helpers(home, config, coordinator)
     renewer = Renewer(home, coordinator, helpers.restart_tunnel)
     site: OpenSite | None = None
+    metrics, serving = Metrics(), threading.Event()
+    metrics.state.helpers = helpers.states
+    metrics.state.certificate_ends = lambda: _certificate_ends(home)
+
+    def missing() -> list[str]:
+        lacking = [] if serving.is_set() else ["the agent is starting"]
+        lacking += ["the agent is stopping"] if ending.is_set() else []
+        return lacking + [f"the {name} does not run" for name, up in helpers.states().items() if not up]
+
     try:
+        if config.metrics is not None:
+            serve_monitoring(config.metrics, metrics.registry, missing)
         helpers.start_tunnel()
         renewer.start()
-        site = open_site(home, config, PinnedKeys(home, coordinator).accepts)
+        site = open_site(home, config, PinnedKeys(home, coordinator).accepts, metrics.timed)
         site.rounds.recover()
-        metrics = _metrics(site, config)
+        _watch(metrics, site)
         server = serve(AgentService(config.site, site.rounds, metrics), home.socket, config.supernode.socket_group)
         if config.supernode.user:
             _hand_to(home, config.supernode.directory, config.supernode.user)
         helpers.start_node()
+        serving.set()
         position = site.ledger.epsilon(site.dataset)
         log.info(
             "agent of %s is ready; epsilon spent %.3f, left %.3f at delta %g",
@@ -95,24 +110,18 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
     return 0
 
 
-def _metrics(site: OpenSite, config: SiteConfig) -> Metrics:
-    """Counters of the agent; served when the configuration names an address."""
-    metrics = Metrics()
-    name = f'dataset="{site.dataset.name}"'
+def _watch(metrics: Metrics, site: OpenSite) -> None:
+    """Let the metrics ask the open site what they cannot count themselves."""
+    metrics.state.position = (site.dataset.name, lambda: site.ledger.epsilon(site.dataset))
+    metrics.state.training = lambda: site.rounds.state == "training"
 
-    def gauges() -> dict[tuple[str, str], float]:
-        position = site.ledger.epsilon(site.dataset)
-        parts = {"spent": position.spent, "reserved": position.reserved, "left": position.left}
-        found = {("concordat_epsilon", f'{name},part="{part}"'): value for part, value in parts.items()}
-        found["concordat_epsilon", f'{name},part="ceiling"'] = position.epsilon
-        found["concordat_delta", name] = position.delta
-        found["concordat_training", ""] = float(site.rounds.state == "training")
-        return found
 
-    metrics.gauges = gauges
-    if config.metrics is not None:
-        serve_metrics(metrics, config.metrics)
-    return metrics
+def _certificate_ends(home: SiteHome) -> float | None:
+    """When the client certificate that lies there now ends; None while it is being replaced."""
+    try:
+        return x509.load_pem_x509_certificate(home.client_certificate.read_bytes()).not_valid_after_utc.timestamp()
+    except (OSError, ValueError):
+        return None
 
 
 def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> Helpers:

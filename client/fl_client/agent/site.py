@@ -96,8 +96,16 @@ class OpenSite:
         self.ledger.close()
 
 
-def open_site(home: SiteHome, config: SiteConfig, accepts_key: Callable[[str], bool]) -> OpenSite:
-    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key` as in `SiteFacts`."""
+def open_site(
+    home: SiteHome,
+    config: SiteConfig,
+    accepts_key: Callable[[str], bool],
+    timed: Callable[[Callable[..., None]], Callable[..., None]] = lambda progress: progress,
+) -> OpenSite:
+    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key` as in `SiteFacts`.
+
+    `timed` wraps the training's progress callback, for whoever measures the steps.
+    """
     ledger, key = open_ledger(home, config)
     try:
         everything = load_unit_data(config.data, home.fingerprint_key)
@@ -120,7 +128,7 @@ def open_site(home: SiteHome, config: SiteConfig, accepts_key: Callable[[str], b
                 mechanism,
                 offset,
                 round=round_,
-                progress=progress,
+                progress=timed(progress),
                 expected_batch=mechanism.sampling_probability * units if units else None,
                 private=not config.policy.allow_non_private,
             )

@@ -14,8 +14,9 @@ from fl_client.config import SiteConfig, template
 from fl_client.enrolment import Coordinator, enrol, server_url
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
-from fl_client.logs import set_up
 from fl_shared.errors import ConfigError, cli_main
+from fl_shared.logs import FORMATS, default_format, set_up
+from fl_shared.offline import stay_offline
 
 VERBS = ("run", "enroll", "check", "status", "train-alone", "evaluate", "supernode")
 EXAMPLES = """\
@@ -26,7 +27,8 @@ examples:
   fl-client status --site hospital-001 --json
   fl-client train-alone --site hospital-001 --spec spec.toml --out alone/
 
-environment: FL_SITE, FL_SERVER, FL_TOKEN and FL_CLIENT_HOME stand in for --site, --server, --token, --home
+environment: FL_SITE, FL_SERVER, FL_TOKEN and FL_CLIENT_HOME stand in for --site, --server, --token, --home;
+  FL_LOG_FORMAT=json makes the agent's output JSON lines, as in its log file
 exit codes: 0 success, 2 wrong configuration, 10 policy, 11 budget, 12 signature, 13 ledger, 14 model,
   15 data, 16 transport, 17 enrolment, 18 run, 19 engine, 70 a defect, 130 Ctrl-C
 """
@@ -54,7 +56,11 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("--json", action="store_true", help="print one JSON object")
         return made
 
-    verb("run", "run the agent and the SuperNode (the default)")
+    agent = verb("run", "run the agent and the SuperNode (the default)")
+    agent.add_argument(
+        "--log-format", choices=FORMATS, default=default_format(),
+        help="of the output; the log file is always JSON lines [FL_LOG_FORMAT]",
+    )
     enroll = verb(
         "enroll", "make the site's keys and get its certificate with a one-time token", with_json=True
     )
@@ -116,7 +122,10 @@ def _run(home: SiteHome, options: argparse.Namespace) -> int:
     config = SiteConfig.load(home, options.site)
     Coordinator.load(home)
     home.make()
-    set_up(home.logs, options.site, "agent")
+    set_up(
+        "agent", site=options.site, file=home.logs / "agent.jsonl", terminal=options.log_format, stream=sys.stdout,
+        withhold=True, rotate=True,
+    )  # fmt: skip
     from fl_client.agent.main import run_agent
 
     return run_agent(home, config)
@@ -186,6 +195,10 @@ def _status(home: SiteHome, options: argparse.Namespace) -> int:
     return 0
 
 
+def _log_to_file(home: SiteHome, site: str, verb: str) -> None:
+    set_up(verb, site=site, file=home.logs / f"{verb}.jsonl", terminal=None, withhold=True, rotate=True)
+
+
 def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
@@ -196,7 +209,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)
     home.make()
-    set_up(home.logs, options.site, "train-alone", quiet=True)
+    _log_to_file(home, options.site, "train-alone")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     order_key = SigningKey.generate()
     with sole(home.run / "agent.lock", "train-alone"):
@@ -230,7 +243,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"{options.adapter}: {error.strerror}", fix="give the adapter's file") from None
     home.make()
-    set_up(home.logs, options.site, "evaluate", quiet=True)
+    _log_to_file(home, options.site, "evaluate")
     with sole(home.run / "agent.lock", "evaluate"):
         site = open_site(home, config, lambda _: False)
         try:
@@ -252,6 +265,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
+    stay_offline()
     return cli_main(run, argv)
 
 

@@ -15,12 +15,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fl_shared.errors import DataError, ModelError, cli_main
+from fl_shared.offline import stay_offline
 
 EXAMPLES = """\
 examples:
   fl-model inspect tiny                         the base that ships with the package
   fl-model inspect ./OLMoE-1B-7B --json
   fl-model quantize ./OLMoE-1B-7B ./olmoe-int8
+  fl-model quantize ./OLMoE-1B-7B ./olmoe-int4 --bits 4
   fl-model build tiny --out ./tiny --wordnet /usr/share/wordnet
   fl-model evaluate --model tiny --spec spec.toml --data held-out.csv --adapter run.safetensors
   fl-model export-adapter --model tiny --spec spec.toml --adapter run.safetensors ./peft
@@ -50,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     quantize = verb("quantize", _quantize, "quantise a Hugging Face MoE directory, tensor by tensor")
     quantize.add_argument("directory", type=Path)
     quantize.add_argument("out", type=Path, help="new folder")
-    quantize.add_argument("--bits", type=int, choices=[4, 8], default=8)
+    quantize.add_argument(
+        "--bits", type=int, choices=[4, 8], default=8, help="8 (default), or 4: half the memory, larger errors"
+    )
     inspect = verb("inspect", _inspect, "parameters, active parameters a token, bytes, digest")
     inspect.add_argument("directory", help="a model directory, or tiny")
     evaluate = verb("evaluate", _evaluate, "accuracy on public data (nothing is accounted: never name private data)")
@@ -201,6 +205,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def main() -> None:
     """The console script."""
+    stay_offline()
     sys.exit(cli_main(_run))
 
 

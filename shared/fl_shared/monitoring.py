@@ -1,0 +1,72 @@
+"""`/metrics`, `/healthz` and `/readyz` of one process, for Prometheus, load balancers and service managers.
+
+Plain HTTP without a login, so it belongs on loopback. Needs prometheus_client (extras `server` and `client`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from fl_shared.errors import ConcordatError, ConfigError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIEnvironment
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the library leaves it untyped
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Requests are not logged."""
+
+
+def serve_monitoring(
+    address: tuple[str, int], registry: CollectorRegistry, missing: Callable[[], list[str]]
+) -> WSGIServer:
+    """Serve on `address` in a thread and return the server.
+
+    `missing` names what is not ready yet; `/readyz` answers 503 with these lines until it names nothing.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    metrics = make_wsgi_app(registry)
+
+    def answer(start: StartResponse, status: str, text: str) -> Iterable[bytes]:
+        body = text.encode("utf-8")
+        start(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    def app(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/healthz":
+            return answer(start, "200 OK", "ok\n")
+        try:
+            if path == "/metrics":
+                shown: Iterable[bytes] = metrics(environ, start)
+                return shown
+            if path == "/readyz":
+                lacking = missing()
+                if not lacking:
+                    return answer(start, "200 OK", "ready\n")
+                return answer(start, "503 Service Unavailable", "".join(f"not ready: {each}\n" for each in lacking))
+        except ConcordatError as error:
+            return answer(start, "503 Service Unavailable", f"{error.code}\n")
+        return answer(start, "404 Not Found", "there is nothing here\n")
+
+    host, port = address
+    try:
+        server = make_server(host, port, app, ThreadingWSGIServer, _Silent)
+    except OSError as error:
+        raise ConfigError(
+            f"[metrics] listen: {host}:{port} cannot be used ({error.strerror})",
+            fix="choose another port, or leave [metrics] out",
+        ) from None
+    threading.Thread(target=server.serve_forever, name="monitoring", daemon=True).start()
+    return server
