@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ BASE_WIDTH = 1 << 11
 SCALE = 1 << 10
 CELLS = 1 << 16  # outcomes -2**15 .. 2**15-1: 16 widths on either side
 THRESHOLD_BITS = 64
+BLOCK = 1 << 13
 MAX_ROUNDING = 2**-10  # of the clipping norm; decides between two and three tables
 _PRECISION = 320
 
@@ -78,36 +80,80 @@ def plan_grid(*, clipping_norm: float, noise_multiplier: float, dimensions: int,
     )
 
 
+def noisy_sum(total: NDArray[np.floating[Any]], grid: Grid, stream: SecureStream) -> NDArray[np.float32]:
+    """Round `[d]` to the grid, add the noise as integers, and only then return to floats: float32 `[d]`."""
+    out = np.empty(total.shape[0], np.float32)
+    draws = _Draws(grid.tables, stream)
+    for at in range(0, len(out), BLOCK):
+        block = total[at : at + BLOCK].astype(np.float64)
+        block /= grid.step
+        integers = np.rint(block, out=block).astype(np.int64)
+        integers += draws.next(len(integers))
+        out[at : at + BLOCK] = integers * grid.step
+    return out
+
+
 def discrete_gaussian(count: int, grid: Grid, stream: SecureStream) -> NDArray[np.int64]:
     """`count` independent integers of width `grid.width`."""
-    total = _base(count, stream).astype(np.int64)
-    for level in range(1, grid.tables):
-        total += _base(count, stream).astype(np.int64) * SCALE**level
-    return total
+    draws = _Draws(grid.tables, stream)
+    found = [draws.next(min(BLOCK, count - at)).copy() for at in range(0, count, BLOCK)]
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
-def _base(count: int, stream: SecureStream) -> NDArray[np.int32]:
-    """`count` draws of width BASE_WIDTH: pick a cell, then keep it or take its alias.
+class _Draws:
+    """Discrete Gaussian integers, at most `BLOCK` at a time, so that every array stays in the cache.
 
-    The upper half of the 64-bit threshold decides all but one draw in 2**32; the lower half is drawn for that one.
+    Of each 32-bit word the lower half picks a cell of the alias table, and the upper half keeps it or takes its
+    alias; one word in 2**16 is tied with the threshold's upper 16 bits, and 48 more bits decide.
     """
-    high, low, alias = _alias_table()
-    cell = stream.halfwords(count)
-    word, limit = stream.words32(count), high[cell]
-    keep = word < limit
-    tied = np.flatnonzero(word == limit)
-    if tied.size:
-        keep[tied] = stream.words32(tied.size) < low[cell[tied]]
-    chosen = np.where(keep, cell, alias[cell])
-    return chosen.astype(np.int32) - CELLS // 2
+
+    def __init__(self, tables: int, stream: SecureStream) -> None:
+        size = tables * BLOCK
+        self._tables, self._stream = tables, stream
+        self._word, self._entry, self._limit = (np.empty(size, "<u4") for _ in range(3))
+        self._value, self._alias = (np.empty(size, np.int32) for _ in range(2))
+        self._index, self._keep = np.empty(size, np.intp), np.empty(size, np.bool_)
+        self._total = np.empty(BLOCK, np.int64)
+
+    def next(self, count: int) -> NDArray[np.int64]:
+        """`count <= BLOCK` draws, valid until the next call."""
+        value = self._base(self._tables * count)
+        total = self._total[:count]
+        np.copyto(total, value[-count:])
+        for level in range(self._tables - 2, -1, -1):
+            total *= SCALE
+            total += value[level * count : (level + 1) * count]
+        total -= CELLS // 2 * sum(SCALE**level for level in range(self._tables))
+        return total
+
+    def _base(self, count: int) -> NDArray[np.int32]:
+        """Cells 0..CELLS-1 drawn from the alias table: outcomes of width BASE_WIDTH, plus CELLS / 2."""
+        packed, rest = _alias_table()
+        arrays = (self._word, self._entry, self._limit, self._value, self._alias, self._index, self._keep)
+        word, entry, limit, value, alias, index, keep = (array[:count] for array in arrays)
+        self._stream.fill(word)
+        np.bitwise_and(word, 0xFFFF, out=value, casting="unsafe")
+        np.copyto(index, value)
+        packed.take(index, out=entry, mode="wrap")  # 16 bits are always inside: no bounds to check
+        np.right_shift(entry, 16, out=limit)
+        word >>= 16
+        np.less(word, limit, out=keep)
+        tied = np.flatnonzero(word == limit)
+        if tied.size:
+            keep[tied] = self._stream.words(tied.size) >> np.uint64(16) < rest[index[tied]]
+        np.bitwise_and(entry, 0xFFFF, out=alias, casting="unsafe")
+        value -= alias  # arithmetic is several times faster here than a choice by mask
+        value *= keep.view(np.int8)
+        value += alias
+        return value
 
 
 @functools.cache
-def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint16]]:
+def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
     """Walker's table of the discrete Gaussian: a cell is kept with probability threshold / 2**64.
 
     Returns:
-        upper and lower 32 bits of each cell's threshold, and its alias.
+        of each cell, the threshold's upper 16 bits above its alias (16 bits); and the threshold's lower 48 bits.
     """
     mass = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, THRESHOLD_BITS + CELLS.bit_length() - 1)
     one = 1 << THRESHOLD_BITS
@@ -124,8 +170,8 @@ def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.u
             small.append(large.pop())
     # what is left has exactly weight one; it is its own alias
     clipped = np.array([min(value, one - 1) for value in threshold], dtype=np.uint64)
-    upper, lower = (clipped >> np.uint64(32)).astype(np.uint32), clipped.astype(np.uint32)
-    return upper, lower, np.array(alias, dtype=np.uint16)
+    packed = (clipped >> np.uint64(48) << np.uint64(16)) | np.array(alias, dtype=np.uint64)
+    return packed.astype(np.uint32), clipped & np.uint64(2**48 - 1)
 
 
 def discrete_gaussian_mass(width: int, support: int, bits: int) -> list[int]:

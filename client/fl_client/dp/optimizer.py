@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
 from fl_client.dp.book import GradientBook
-from fl_client.dp.noise import discrete_gaussian, plan_grid
+from fl_client.dp.noise import noisy_sum, plan_grid
 from fl_client.dp.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
@@ -139,23 +138,19 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
 
     def add_noise(self) -> None:
         """Round the sum to the grid, add integer noise, and only then return to floats."""
-        total = self.gather_sum()
-        grid = self.grid
-        integers = np.rint(total / grid.step).astype(np.int64)
-        integers += discrete_gaussian(integers.shape[0], grid, self._stream)
-        noisy = torch.from_numpy((integers * grid.step).astype(np.float32))
+        noisy = torch.from_numpy(noisy_sum(self.gather_sum(), self.grid, self._stream))
         at = 0
         for p in self.params:
             p.grad = noisy[at : at + p.numel()].view_as(p).to(p.device)
             at += p.numel()
 
     def gather_sum(self) -> Any:
-        """The clipped sum over the logical batch, all coordinates in the order of `params`: float64 `[d]`."""
+        """The clipped sum over the logical batch, all coordinates in the order of `params`: float32 `[d]`."""
         parts = [
             torch.zeros(p.numel()) if p.summed_grad is None else p.summed_grad.detach().reshape(-1).cpu()
             for p in self.params
         ]
-        return torch.cat(parts).double().numpy()
+        return torch.cat(parts).numpy()
 
     def scale_grad(self) -> None:
         """Divide by the expected batch size."""

@@ -6,6 +6,7 @@ torch's and numpy's default generators are predictable from their output; whoeve
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fl_shared.errors import EngineError
 
 _KEY_BYTES = 32
+_ZEROS = memoryview(bytes(1 << 18))
 _REKEY_BYTES = 1 << 36  # a quarter of what ChaCha20's 32-bit block counter can give under one nonce
 
 
@@ -40,18 +42,18 @@ class SecureStream:
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """`count` independent uniform 64-bit words."""
-        return np.frombuffer(self._take(8 * count), dtype="<u8").astype(np.uint64, copy=False)
+        out = np.empty(count, dtype="<u8")
+        self.fill(out)
+        return out.astype(np.uint64, copy=False)
 
-    def words32(self, count: int) -> NDArray[np.uint32]:
-        """`count` independent uniform 32-bit words."""
-        return np.frombuffer(self._take(4 * count), dtype="<u4").astype(np.uint32, copy=False)
+    def fill(self, out: NDArray[Any]) -> None:
+        """Overwrite a contiguous array of integers with keystream, `<u4` or `<u8` words for instance."""
+        target = memoryview(out).cast("B")
+        for at in range(0, len(target), len(_ZEROS)):
+            self._fill(target[at : at + len(_ZEROS)])
 
-    def halfwords(self, count: int) -> NDArray[np.uint16]:
-        """`count` independent uniform 16-bit words."""
-        return np.frombuffer(self._take(2 * count), dtype="<u2").astype(np.uint16, copy=False)
-
-    def _take(self, size: int) -> bytes:
-        if size > self._left:
+    def _fill(self, target: memoryview) -> None:
+        if len(target) > self._left:
             self._start()
-        self._left -= size
-        return self._cipher.update(bytes(size))
+        self._left -= len(target)
+        self._cipher.update_into(_ZEROS[: len(target)], target)

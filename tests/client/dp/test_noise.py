@@ -72,8 +72,9 @@ def test_noise_is_independent_of_its_neighbour() -> None:
 
 def test_alias_table_holds_the_exact_mass() -> None:
     """Adding up what each cell keeps and gives away returns the discrete Gaussian's probabilities."""
-    high, low, alias = _alias_table()
-    words = [(int(upper) << 32) + int(lower) for upper, lower in zip(high, low, strict=True)]
+    packed, rest = _alias_table()
+    words = [(int(upper) >> 16 << 48) + int(lower) for upper, lower in zip(packed, rest, strict=True)]
+    alias = packed & 0xFFFF
     kept = [value + 1 if value == (1 << 64) - 1 else value for value in words]
     mass = list(kept)
     for cell, other in enumerate(alias):
@@ -116,3 +117,24 @@ def test_grid_refuses_what_it_cannot_hold() -> None:
     """So much noise over so many coordinates that rounding would count is refused."""
     with pytest.raises(EngineError, match="too coarse"):
         plan_grid(clipping_norm=1.0, noise_multiplier=1e6, dimensions=10**9, slack=0.0)
+
+
+class _Scripted(SecureStream):
+    """A stream that hands out chosen words: what a tie would need 2**16 draws to meet."""
+
+    def __init__(self, word: int, tiebreak: int) -> None:
+        super().__init__()
+        self.word, self.tiebreak = word, tiebreak
+
+    def fill(self, out: np.ndarray) -> None:
+        out[:] = self.word if out.dtype.itemsize == 4 else self.tiebreak << 16
+
+
+@pytest.mark.parametrize(("below", "kept"), [(1, True), (0, False)])
+def test_ties_are_broken_by_the_lower_48_bits(below: int, kept: bool) -> None:
+    """A word that equals the threshold's upper 16 bits keeps its cell exactly below the threshold's lower 48."""
+    packed, rest = _alias_table()
+    cell = next(c for c in range(CELLS // 2 + 10, CELLS) if 0 < rest[c] and packed[c] & 0xFFFF != c)
+    stream = _Scripted((int(packed[cell]) >> 16 << 16) + cell, int(rest[cell]) - below)
+    outcome = (cell if kept else int(packed[cell]) & 0xFFFF) - CELLS // 2
+    assert discrete_gaussian(3, _grid(2), stream).tolist() == [outcome * (1 + SCALE)] * 3
