@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
             return text + public
 
         yield _checked("data", table)
-        yield _checked("model", lambda: f"{found.model.directory.name}, digest {load_base(found).digest}")
+        yield _checked("model", lambda: _model(found))
         yield _checked("policy", lambda: _policy(found))
         yield _checked("budget", lambda: _budget(home, found, data))
         yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
@@ -112,6 +113,32 @@ def _mode(path: Path) -> int:
             f"{path}: {error.strerror}",
             fix="restore it from a backup, or enrol again with a new token and --force",
         ) from None
+
+
+def _model(config: SiteConfig) -> str:
+    """The model loads, and there is a GPU for each process that wants one."""
+    model = load_base(config)
+    text = f"{config.model.directory.name}, digest {model.digest}"
+    processes = config.model.processes
+    if processes == 1:
+        return text
+    if model.device.type == "cuda":
+        import torch
+
+        if processes > torch.cuda.device_count():
+            raise ConfigError(
+                f"{config.source} [model]: processes is {processes}, and this machine has "
+                f"{torch.cuda.device_count()} GPUs",
+                fix=f"write processes = {torch.cuda.device_count()}, or less",
+            )
+        return f"{text}, on {processes} GPUs"
+    cores = os.cpu_count() or 1
+    if processes * config.model.threads > cores:
+        raise ConfigError(
+            f"{config.source} [model]: {processes} processes with {config.model.threads} threads each on {cores} CPUs",
+            fix="write processes = 1: several processes are for several GPUs",
+        )
+    return f"{text}, in {processes} processes on the CPU"
 
 
 def _policy(config: SiteConfig) -> str:

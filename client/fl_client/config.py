@@ -52,11 +52,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """[model]: the quantised base model's directory and the device."""
+    """[model]: the quantised base model's directory, the device, and how many processes train together on it.
+
+    With more than one process, each holds the model (one per GPU) and has `threads` threads.
+    """
 
     directory: Path
     device: str
     threads: int
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def _model(fields: Fields) -> ModelConfig:
         directory=directory,
         device=fields.choice("device", DEVICES, default="auto"),
         threads=fields.integer("threads", low=1, high=1024, default=1),
+        processes=fields.integer("processes", low=1, high=64, default=1),
     )
     fields.done()
     return made
@@ -345,6 +350,7 @@ public = false                   # true only for data that anyone may read
 directory = "tiny"               # a directory made by `fl-model quantize`, or the shipped "tiny"
 device = "auto"                  # auto | cpu | cuda
 threads = 1
+# processes = 2                  # train on so many GPUs of this machine together
 
 [policy]                         # the last word on what a round may ask of this site
 min_noise_multiplier = 0.8

@@ -26,6 +26,7 @@ from fl_client.dp.engine import DPEngine, EngineName
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.public import train_public
+from fl_client.dp.shard import Shard
 from fl_client.model.load import LoadedModel
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.manifest import RunSpec
@@ -85,6 +86,7 @@ def train_round(
     expected_batch: float | None = None,
     max_units: int = MAX_UNITS,
     private: bool = True,
+    shard: Shard | None = None,
 ) -> TrainingResult:
     """Train `mechanism.steps` private steps from seeded start + `offset`.
 
@@ -100,6 +102,7 @@ def train_round(
         expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out.
         max_units: units in a micro-batch; halved when memory runs out.
         private: False trains without clipping and noise. Only for data that the site's policy declares public.
+        shard: this process's share, when several processes of the site train together (private training only).
 
     Raises:
         DataError: a label outside the set. EngineError: anything that would make the result differ from what is
@@ -124,6 +127,7 @@ def train_round(
             engine=engine,
             frozen=frozen,
             max_units=max_units,
+            shard=shard,
         )
         check = StepCheck(adapted, frozen)
 

@@ -81,6 +81,8 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         renewer.start()
         site = open_site(home, config, PinnedKeys(home, coordinator).accepts, metrics.timed)
         site.rounds.recover()
+        if site.ranks is not None:
+            site.ranks.start()
         _watch(metrics, site)
         server = serve(AgentService(config.site, site.rounds, metrics), home.socket, config.supernode.socket_group)
         if config.supernode.user:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fl_client.config import SiteConfig
 from fl_client.data.load import load_unit_data, restrict_labels, split_holdout
 from fl_client.data.units import UnitData
 from fl_client.home import SiteHome
+from fl_client.ranks.group import RankGroup
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger
 from fl_shared.manifest import RunSpec
@@ -78,9 +80,20 @@ def load_base(config: SiteConfig) -> LoadedModel:
     return load_model(config.model.directory, device=config.model.device)
 
 
+def base_digest(config: SiteConfig) -> str:
+    """The base model's digest, from its files alone."""
+    from fl_client.model.layout import directory_digest  # torch
+    from fl_client.model.load import resolve
+
+    return directory_digest(resolve(config.model.directory))
+
+
 @dataclass
 class OpenSite:
-    """The trusted half, ready for rounds. `data` is trained on; `holdout` is for evaluation alone."""
+    """The trusted half, ready for rounds. `data` is trained on; `holdout` is for evaluation alone.
+
+    With more than one process `ranks` holds the model for training, and this process only when something asks for it.
+    """
 
     config: SiteConfig
     ledger: Ledger
@@ -88,11 +101,19 @@ class OpenSite:
     data: UnitData
     holdout: UnitData | None
     dataset: Dataset
-    model: LoadedModel
     rounds: Rounds
+    base: Callable[[], LoadedModel]
+    ranks: RankGroup | None
+
+    @property
+    def model(self) -> LoadedModel:
+        """The base model in this process."""
+        return self.base()
 
     def close(self) -> None:
-        """Give the ledger's connections back."""
+        """End the ranks, and give the ledger's connections back."""
+        if self.ranks is not None:
+            self.ranks.stop()
         self.ledger.close()
 
 
@@ -112,18 +133,25 @@ def open_site(
         dataset = register(ledger, config, everything)
         data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
         log.info("loading the model from %s", config.model.directory.name)
-        model = load_base(config)
+        base = functools.cache(lambda: load_base(config))
+        ranks: RankGroup | None = None
+        if config.model.processes > 1:
+            model_digest = base_digest(config)
+            ranks = RankGroup(
+                config.model, digest=model_digest, directory=home.run / "ranks", log_file=home.logs / "ranks.log"
+            )
+        else:
+            model_digest = base().digest
 
         def train(
             spec: RunSpec, mechanism: Mechanism, offset: dict[str, Any], round_: int, progress: Any
         ) -> TrainingResult:
             from fl_client.training import train_round
 
-            chosen = restrict_labels(data, spec.task.labels)
+            on = functools.partial(train_round, base()) if ranks is None else ranks.train
             units = config.data.expected_units
-            return train_round(
-                model,
-                chosen,
+            return on(
+                restrict_labels(data, spec.task.labels),
                 spec,
                 mechanism,
                 offset,
@@ -136,7 +164,7 @@ def open_site(
         facts = SiteFacts(
             site=config.site,
             accepts_key=accepts_key,
-            model_digest=model.digest,
+            model_digest=model_digest,
             policy=config.policy,
             dataset=dataset,
         )
@@ -145,4 +173,4 @@ def open_site(
     except BaseException:
         ledger.close()
         raise
-    return OpenSite(config, ledger, outgoing, data, holdout, dataset, model, rounds)
+    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks)

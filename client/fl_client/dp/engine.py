@@ -24,6 +24,7 @@ from fl_client.dp.book import GradientBook
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.sampling import PoissonSampler
 from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.shard import Shard
 from fl_shared.errors import EngineError
 from fl_shared.privacy import Mechanism
 
@@ -46,6 +47,7 @@ class DPEngine:
             pass (one record per unit only). The last two are slow and serve as oracles.
         frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
         max_units: units in a micro-batch.
+        shard: this process's share, when several processes of the site train together.
         sampling, noise: random streams; only tests pass them.
     """
 
@@ -62,11 +64,12 @@ class DPEngine:
         engine: EngineName = "book",
         frozen: frozenset[str] = frozenset(),
         max_units: int = MAX_UNITS,
+        shard: Shard | None = None,
         sampling: SecureStream | None = None,
         noise: SecureStream | None = None,
     ) -> None:
         self.adapted, self.records, self.mechanism, self.name = adapted, records, mechanism, engine
-        self.max_units = max_units
+        self.max_units, self.shard = max_units, shard
         self.device = next(iter(adapted.plan.values())).device
         for name, parameter in adapted.plan.items():
             parameter.requires_grad_(name not in frozen)
@@ -111,8 +114,9 @@ class DPEngine:
     def run(self, after_step: Callable[[int], None] | None = None) -> None:
         """All steps of the mechanism. `after_step` hears the number of steps taken."""
         self.adapted.classifier.train()
+        samples = self.sampler if self.shard is None else self.shard.samples(self.sampler)
         try:
-            for number, units in enumerate(self.sampler, start=1):
+            for number, units in enumerate(samples, start=1):
                 self.step(units)
                 if after_step is not None:
                     after_step(number)
@@ -124,6 +128,8 @@ class DPEngine:
         """The mechanism as the accountant heard of it; EngineError when that is not what was ordered."""
         history = self.accountant.history
         wanted = self.mechanism
+        if self.shard is not None and not self.shard.first:
+            return wanted  # the first process takes the steps, and counts them
         expected = [(wanted.noise_multiplier, wanted.sampling_probability, wanted.steps)] if wanted.steps else []
         if [tuple(entry) for entry in history] != expected:
             raise EngineError(
@@ -145,10 +151,13 @@ class DPEngine:
         }
 
     def step(self, units: Sequence[int]) -> None:
-        """One logical step on these units; an empty sample is noise alone, and counts."""
+        """One logical step on these units, or this process's share; an empty sample is noise alone, and counts."""
         self.optimizer.zero_grad(set_to_none=True)
         self.accumulate(units)
-        self.optimizer.step()
+        if self.shard is None:
+            self.optimizer.step()
+        else:
+            self.shard.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, units: Sequence[int]) -> None:

@@ -1,0 +1,1 @@
+"""Several processes of one site that train together, one per GPU, under torchrun."""
