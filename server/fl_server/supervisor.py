@@ -22,10 +22,10 @@ from typing import Any
 
 import httpx
 
-from fl_server.db.store import Store
+from fl_server.db.store import DatabaseAway, Store
 from fl_server.files import write_durably
 from fl_server.flower import Flower, environment
-from fl_server.home import ServerHome, ServerSettings
+from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.process import end_group, spawn
 from fl_shared.errors import ConfigError
 
@@ -83,8 +83,6 @@ class Supervisor:
         self._written_at = 0.0
 
     def _plan(self, settings: ServerSettings) -> list[Component]:
-        host = settings.host
-        probe_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104  # a comparison
         superlink = Component("superlink", "127.0.0.1", self._superlink, self._superlink_ready)
 
         def module(name: str) -> Callable[[], list[str]]:
@@ -94,15 +92,15 @@ class Supervisor:
             superlink,
             Component(
                 "gateway",
-                f"https://{host}:{settings.gateway_port}",
+                f"https://{settings.listen}:{settings.gateway_port}",
                 module("gateway"),
-                lambda: self._healthy(probe_host, settings.gateway_port),
+                lambda: self._healthy(reachable(settings.listen), settings.gateway_port),
             ),
             Component(
                 "control",
-                f"{host}:{settings.control_port}",
+                f"{settings.control_host}:{settings.control_port}",
                 module("control"),
-                lambda: _listens(probe_host, settings.control_port),
+                lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
             Component("launcher", "", module("launcher"), lambda: True, needs=("superlink",)),
         ]
@@ -135,11 +133,11 @@ class Supervisor:
             ConfigError: another `fl-server up` works on this home.
         """
         self._take_lock()
-        Store(self._home.database_url()).migrate()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         print(f"coordinator at {self._home.root}", flush=True)
         try:
+            self._migrate()
             while not self._stopping:
                 for component in self._components:
                     self._turn(component)
@@ -148,6 +146,20 @@ class Supervisor:
         finally:
             self._stop()
         return 0
+
+    def _migrate(self) -> None:
+        """Bring the database up to date, as soon as it is there: after a power cut it may come up after us."""
+        store, said = Store(self._home.database_url()), ""
+        while not self._stopping:
+            try:
+                store.migrate()
+                break
+            except DatabaseAway as error:
+                if error.message != said:
+                    print(f"waiting: {error.message}", flush=True)
+                said = error.message
+                time.sleep(PROBE_S)
+        store.close()
 
     def _take_lock(self) -> None:
         self._lock = os.open(self._home.root / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
