@@ -1,7 +1,7 @@
 """The admin log: who asked this coordinator for what, in the form of a site's ledger.
 
     genesis   {public_key}: the first entry names the key that signs
-    key       {public_key, replaces, rotation}: the coordinator's key changed; the former key vouches in `rotation`
+    key       {public_key, replaces, rotations}: the key changed; the former key vouches for it in `rotations`
     action    {action, arguments, role, name, fingerprint}: written before the action takes effect
     outcome   {of, result, code, message}: what became of action `of`: done, refused or failed
 
@@ -25,7 +25,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_server.db.models import AdminLogRow
 from fl_server.db.store import Store
+from fl_server.home import ServerHome
 from fl_server.pki import Identity
+from fl_server.rotation import rotations
 from fl_shared.errors import ConcordatError, SignatureError
 from fl_shared.ledger import chain
 from fl_shared.ledger.records import Entry, Problem
@@ -41,21 +43,22 @@ _ADVISORY_LOCK = 0xAD314
 _MAX_MESSAGE = 500
 _PAGE = 1000
 
-Rotations = Callable[[], Sequence[Mapping[str, Any]]]
-"""The changes of the coordinator's signing key, oldest first, each signed by the key that it replaces."""
-
-
-def _none() -> Sequence[Mapping[str, Any]]:
-    return ()
+Keys = Callable[[], tuple[SigningKey, Sequence[Mapping[str, Any]]]]
+"""The coordinator's signing key as it is now, and the changes that led to it, oldest first, each signed by the key
+that it replaced."""
 
 
 class AdminLog:
     """Appends to the log and reads it. Several processes may append at once; the database queues them."""
 
-    def __init__(self, store: Store, key: SigningKey, rotations: Rotations = _none) -> None:
+    def __init__(self, store: Store, keys: Keys) -> None:
         self._store = store
-        self._key = key
-        self._rotations = rotations
+        self._keys = keys
+
+    @classmethod
+    def of(cls, home: ServerHome, store: Store) -> AdminLog:
+        """The log of the coordinator at `home`."""
+        return cls(store, lambda: (SigningKey.load(home.signing_key), rotations(home)[1]))
 
     @contextlib.contextmanager
     def recorded(self, who: Identity, action: str, arguments: Mapping[str, Any]) -> Iterator[None]:
@@ -65,6 +68,9 @@ class AdminLog:
             yield
         except ConcordatError as error:
             self._end(number, "refused", error.code, error.message)
+            raise
+        except GeneratorExit:
+            self._end(number, "failed", "cancelled", "the caller went away before the end")
             raise
         except BaseException as error:
             # The type alone: what a defect says is for the coordinator's own log.
@@ -96,30 +102,29 @@ class AdminLog:
             connection = session.connection()
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
-            self._follow_key(connection)
-            return self._put(connection, kind, body)
+            # Read under the lock: another process may have followed a change of the key just now.
+            key, changes = self._keys()
+            self._follow_key(connection, key, changes)
+            return _put(connection, key, kind, body)
 
-    def _put(self, connection: sa.Connection, kind: str, body: Mapping[str, Any]) -> Entry:
-        now = datetime.now(UTC)
-        return chain.append(connection, self._key, CHAIN, kind, body, now=now, point="adminlog", table=_TABLE)
-
-    def _follow_key(self, connection: sa.Connection) -> None:
+    @staticmethod
+    def _follow_key(connection: sa.Connection, key: SigningKey, changes: Sequence[Mapping[str, Any]]) -> None:
         """Begin the log, or enter a change of the coordinator's key, before an entry that is signed by it."""
         query = sa.select(_TABLE).where(_TABLE.c.kind.in_(("genesis", "key"))).order_by(_TABLE.c.seq.desc()).limit(1)
         row = connection.execute(query).mappings().first()
-        ours = self._key.public_hex
         if row is None:
-            self._put(connection, "genesis", {"public_key": ours})
+            _put(connection, key, "genesis", {"public_key": key.public_hex})
             return
         current = str(chain.entry_of(row).body["public_key"])
-        # Several changes may lie between two entries; each is entered. A change that nobody vouches for is, too,
-        # and `check` names it: better a mark in the log than a coordinator that can no longer be stopped.
-        while current != ours:
-            found = next((each for each in self._rotations() if each.get("key") == current), None)
-            following = str(found["body"]["new_key"]) if found is not None else ours
-            body = {"public_key": following, "replaces": current, "rotation": dict(found) if found else None}
-            self._put(connection, "key", body)
-            current = following
+        if current == key.public_hex:
+            return
+        # Several changes may lie between two entries. A change that nobody vouches for is entered, too, and `check`
+        # names it: better a mark in the log than a coordinator that can no longer be stopped.
+        ends = [current, *(each["body"]["new_key"] for each in changes)]
+        start = next((number for number, each in enumerate(changes) if each["key"] == current), len(changes))
+        stop = max((number for number, each in enumerate(ends) if each == key.public_hex), default=0)
+        vouched = [dict(each) for each in changes[start:stop]]
+        _put(connection, key, "key", {"public_key": key.public_hex, "replaces": current, "rotations": vouched})
 
     def entries(self, after: int = 0) -> Iterator[AdminLogRow]:
         """Every entry with a larger number than `after`, in order, a page at a time."""
@@ -131,6 +136,11 @@ class AdminLog:
             if len(rows) < _PAGE:
                 return
             after = rows[-1].seq
+
+
+def _put(connection: sa.Connection, key: SigningKey, kind: str, body: Mapping[str, Any]) -> Entry:
+    now = datetime.now(UTC)
+    return chain.append(connection, key, CHAIN, kind, body, now=now, point="adminlog", table=_TABLE)
 
 
 @dataclass
@@ -221,11 +231,20 @@ def _next_signer(seq: int, kind: str, body: dict[str, Any], report: Report) -> E
             return None
     else:
         try:
-            vouched = open_document(body.get("rotation"), report.keys[-1] if report.keys else "")
-            if vouched.get("kind") != "coordinator-key" or vouched.get("new_key") != key:
-                raise SignatureError("it vouches for another key")
+            _follow(body.get("rotations"), report.keys[-1] if report.keys else "", str(key))
         except SignatureError as error:
             message = f"entry {seq}: the coordinator's key changed without the former key's word ({error.message})"
             report.problems.append(Problem(message, seq))
     report.keys.append(str(key))
     return signer
+
+
+def _follow(changes: Any, current: str, wanted: str) -> None:
+    """Follow signed changes of the key (`fl_server.rotation`) from one key to another; SignatureError otherwise."""
+    for document in changes if isinstance(changes, list) else ():
+        vouched = open_document(document, current)
+        if vouched.get("kind") != "coordinator-key":
+            raise SignatureError("what it signed is no change of the key")
+        current = str(vouched.get("new_key"))
+    if current != wanted:
+        raise SignatureError(f"nobody vouches for {wanted[:16]}…")

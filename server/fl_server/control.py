@@ -1,8 +1,12 @@
-"""The control API: gRPC with mutual TLS. Admins may do everything here, auditors may read."""
+"""The control API: gRPC with mutual TLS. Admins may do everything here, auditors may read.
+
+Whatever an admin does, other than look, stands in the admin log before it takes effect (`fl_server.adminlog`).
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -10,8 +14,7 @@ import signal
 import sys
 import threading
 import time
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,20 +22,27 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 
 from fl_server import __version__
-from fl_server.db.models import ENDED, EventRow, RoundRow, SiteRow
+from fl_server.adminlog import AdminLog
+from fl_server.db.models import ENDED, EventRow, PromotionRow, RoundRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome
 from fl_server.operators import Operators
 from fl_server.pki import Authority, Identity, identity
+from fl_server.plans import Plans, SiteView
 from fl_server.rotation import coordinator_key
+from fl_server.runs.releases import Releases
 from fl_server.runs.service import Runs, RunView
 from fl_server.sites.service import ONLINE_S, Sites
 from fl_server.supervisor import read_state
+from fl_shared.canonical import sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.manifest import RunSpec
+from fl_shared.signing import SigningKey
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.chunks import split
 from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
@@ -43,6 +53,7 @@ MAX_REQUEST_BYTES = 4 << 20
 WORKERS = 32
 MAX_WATCHERS = 16
 WATCH_POLL_S = 0.5
+PLAN_POLL_S = 0.25
 _NOT_ALLOWED = ("wrong-role", "not-authorised", "expired")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,43 +73,57 @@ def caller(context: grpc.ServicerContext) -> Identity:
     return identity(der)
 
 
-def allow(*roles: str) -> Callable[[F], F]:
-    """Answer only callers of these roles; turn our errors into typed answers."""
+def allow(*roles: str, action: str = "") -> Callable[[F], F]:
+    """Answer only callers of these roles; turn our errors into typed answers; log an `action` before it is done."""
 
     def wrap(call: F) -> F:
-        def check(operators: Operators, context: grpc.ServicerContext) -> None:
-            who = caller(context)
-            log.info("%s by %s %s", call.__name__, who.role, who.name)
-            if who.role not in roles:
-                raise ConcordatError(
-                    f"the role {who.role} may not do this",
-                    fix=f"use a certificate of role {roles[0]}",
-                    code="wrong-role",
-                )
-            operators.authorise(who)
+        @contextlib.contextmanager
+        def allowed(control: Control, request: Message, context: grpc.ServicerContext) -> Iterator[None]:
+            try:
+                who = caller(context)
+                log.info("%s by %s %s", call.__name__, who.role, who.name)
+                if who.role not in roles:
+                    raise ConcordatError(
+                        f"the role {who.role} may not do this",
+                        fix=f"use a certificate of role {roles[0]}",
+                        code="wrong-role",
+                    )
+                control.operators.authorise(who)
+                if action:
+                    with control.log.recorded(who, action, _arguments(request)):
+                        yield
+                else:
+                    yield
+            except ConcordatError as error:
+                _abort(context, error)
 
         @functools.wraps(call)
-        def plain(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
-            try:
-                check(self.operators, context)
+        def plain(self: Control, request: Message, context: grpc.ServicerContext) -> Any:
+            with allowed(self, request, context):
                 return call(self, request, context)
-            except ConcordatError as error:
-                _abort(context, error)
 
         @functools.wraps(call)
-        def streamed(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            try:
-                check(self.operators, context)
+        def streamed(self: Control, request: Message, context: grpc.ServicerContext) -> Iterator[Any]:
+            with allowed(self, request, context):
                 yield from call(self, request, context)
-            except ConcordatError as error:
-                _abort(context, error)
 
         return streamed if call.__name__ in _STREAMS else plain  # type: ignore[return-value]  # same signature
 
     return wrap
 
 
-_STREAMS = frozenset({"WatchRun", "ListReceipts", "GetAdapter"})
+def _arguments(request: Message) -> dict[str, Any]:
+    """What was asked, for the admin log: the fields as they came, a spec by its name and hash."""
+    table: dict[str, Any] = MessageToDict(request, preserving_proto_field_name=True)
+    text = table.pop("spec_toml", None)
+    if text is not None:
+        table["spec_sha256"] = sha256_hex(text.encode("utf-8"))
+        with contextlib.suppress(ConcordatError):  # a spec that cannot be read is refused below, with its reason
+            table["run"] = RunSpec.from_text(text, where="the run spec").run.name
+    return table
+
+
+_STREAMS = frozenset({"WatchRun", "ListReceipts", "GetAdapter", "PlanRun", "ListAdminLog"})
 
 
 def site_message(row: SiteRow) -> pb.Site:
@@ -114,6 +139,7 @@ def site_message(row: SiteRow) -> pb.Site:
         enrolled_at=row.enrolled_at,
         certificate_expires_at=row.certificate_expires_at,
         last_seen_at=row.last_seen_at,
+        revoked_at=row.revoked_at,
         online=row.state == "enrolled" and time.time() - row.last_seen_at < ONLINE_S,
     )
 
@@ -162,10 +188,21 @@ def run_message(view: RunView, *, history: bool = True) -> pb.Run:
 
 
 def _spec(text: str) -> RunSpec:
-    try:
-        return RunSpec.from_dict(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"the run spec: {error}", fix="mend the TOML at that place") from error
+    return RunSpec.from_text(text, where="the run spec")
+
+
+def _plan_message(view: SiteView, spec: RunSpec) -> pb.SitePlan:
+    answer = view.answer
+    return pb.SitePlan(
+        site=view.site,
+        status=view.status,
+        rounds_asked=spec.run.rounds,
+        rounds_affordable=answer.rounds_affordable if answer else 0,
+        noise_that_fits=answer.noise_that_fits if answer else 0.0,
+        objections=[str(each) for each in answer.objections] if answer else [],
+        last_seen_at=view.last_seen_at,
+        document_json=view.answer_json,
+    )
 
 
 def _event_message(row: EventRow) -> pb.Event:
@@ -181,13 +218,14 @@ def _event_message(row: EventRow) -> pb.Event:
     )
 
 
-def _adapter_message(view: RunView, row: RoundRow) -> pb.Adapter:
+def _adapter_message(view: RunView, row: RoundRow, released_as: Iterable[str] = ()) -> pb.Adapter:
     return pb.Adapter(
         run=view.row.run,
         round=row.round,
         digest=row.adapter_digest,
         bytes=row.adapter_bytes,
         committed_at=row.committed_at,
+        released_as=sorted(released_as),
     )
 
 
@@ -198,8 +236,11 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         store = Store(home.database_url())
         self._home = home
         self.operators = Operators.of(home, store)
+        self.log = AdminLog.of(home, store)
+        self._plans = Plans(store)
         self._sites = Sites(store)
         self._runs = Runs(store, home.adapters)
+        self._releases = Releases(store, self._runs)
         self._ca_sha256 = Authority.load(home.ca_key, home.ca).sha256
         self._started_at = time.time()
         self._watchers = threading.BoundedSemaphore(MAX_WATCHERS)
@@ -219,7 +260,7 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
             running_runs=len(self._runs.active()),
         )
 
-    @allow("admin")
+    @allow("admin", action="sites invite")
     def InviteSite(self, request: pb.InviteSiteRequest, _context: grpc.ServicerContext) -> pb.InviteSiteReply:  # noqa: N802
         made = self._sites.invite(request.site, ca_sha256=self._ca_sha256, ttl_s=request.ttl_s)
         return pb.InviteSiteReply(site=made.site, token=made.token, expires_at=made.expires_at)
@@ -230,13 +271,39 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
 
     @allow("admin", "auditor")
     def ShowSite(self, request: pb.SiteRequest, _context: grpc.ServicerContext) -> pb.Site:  # noqa: N802
-        return site_message(self._sites.get(request.site))
+        found = site_message(self._sites.get(request.site))
+        going = [view for view in self._runs.all() if view.row.state not in ENDED]
+        found.runs.extend(view.row.run for view in going if request.site in view.spec.run.sites)
+        receipts = self._runs.receipts(request.site, "")
+        if receipts:
+            found.epsilon_spent_total, found.delta = receipts[-1].epsilon_spent_total, receipts[-1].delta
+        return found
 
-    @allow("admin")
+    @allow("admin", action="sites revoke")
     def RevokeSite(self, request: pb.SiteRequest, _context: grpc.ServicerContext) -> pb.Site:  # noqa: N802
         return site_message(self._sites.revoke(request.site, Flower(self._home)))
 
-    @allow("admin")
+    @allow("admin", action="runs plan")
+    def PlanRun(self, request: pb.PlanRunRequest, context: grpc.ServicerContext) -> Iterator[pb.SitePlan]:  # noqa: N802
+        spec = _spec(request.spec_toml)
+        plan = self._plans.ask(spec, SigningKey.load(self._home.signing_key), request.wait_s)
+        for view in plan.not_enrolled:
+            yield _plan_message(view, spec)
+        told: set[str] = set()
+        while context.is_active():
+            over = time.time() > plan.expires_at
+            for site, view in self._plans.answers(plan).items():
+                if site not in told:
+                    told.add(site)
+                    yield _plan_message(view, spec)
+            if over or len(told) == len(plan.asked):
+                break
+            time.sleep(PLAN_POLL_S)
+        for site in plan.asked:
+            if site not in told:
+                yield _plan_message(self._plans.silent(site), spec)
+
+    @allow("admin", action="runs launch")
     def LaunchRun(self, request: pb.LaunchRunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
         return run_message(self._runs.launch(_spec(request.spec_toml)))
 
@@ -255,26 +322,27 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         try:
             after = request.after
             while context.is_active():
-                ended = self._runs.show(request.run).row.state in ENDED
+                ended = self._runs.show(request.run).row.state in ENDED or request.until_now
                 events = self._runs.events(request.run, after)
                 for event in events:
                     after = event.number
-                    yield _event_message(event)
+                    if request.site in ("", event.site):
+                        yield _event_message(event)
                 if ended and not events:
                     return
                 time.sleep(WATCH_POLL_S)
         finally:
             self._watchers.release()
 
-    @allow("admin")
+    @allow("admin", action="runs stop")
     def StopRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
         return run_message(self._runs.stop(request.run))
 
-    @allow("admin")
+    @allow("admin", action="runs pause")
     def PauseRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
         return run_message(self._runs.pause(request.run))
 
-    @allow("admin")
+    @allow("admin", action="runs resume")
     def ResumeRun(self, request: pb.RunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
         return run_message(self._runs.resume(request.run))
 
@@ -288,21 +356,79 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
     @allow("admin", "auditor")
     def ListAdapters(self, request: pb.ListAdaptersRequest, _context: grpc.ServicerContext) -> pb.ListAdaptersReply:  # noqa: N802
         view = self._runs.show(request.run)
+        names = self._released_as(request.run)
         return pb.ListAdaptersReply(
-            adapters=[_adapter_message(view, row) for row in view.rounds if row.state == "committed"]
+            adapters=[
+                _adapter_message(view, row, names.get(row.round, ())) for row in view.rounds if row.state == "committed"
+            ]
         )
 
-    @allow("admin")
+    def _released_as(self, run: str) -> dict[int, list[str]]:
+        """The names under which rounds of a run are current, by round."""
+        found: dict[int, list[str]] = {}
+        for name, row in self._releases.current().items():
+            if row.run == run:
+                found.setdefault(row.round, []).append(name)
+        return found
+
+    @allow("admin", action="adapters export")
     def GetAdapter(self, request: pb.GetAdapterRequest, _context: grpc.ServicerContext) -> Iterator[pb.AdapterChunk]:  # noqa: N802
-        view = self._runs.show(request.run)
-        number = request.round or max((row.round for row in view.rounds if row.state == "committed"), default=0)
+        run, number = request.run, request.round
+        if request.released_as:
+            released = self._releases.find(request.released_as)
+            run, number = released.run, released.round
+        view = self._runs.show(run)
+        number = number or max((row.round for row in view.rounds if row.state == "committed"), default=0)
         if number == 0:
-            raise ConfigError(f"run {request.run} has no committed round yet", fix="wait for its first round")
-        data = self._runs.adapter(request.run, number)
+            raise ConfigError(f"run {run} has no committed round yet", fix="wait for its first round")
+        data = self._runs.adapter(run, number)
         row = next(each for each in view.rounds if each.round == number)
-        yield pb.AdapterChunk(adapter=_adapter_message(view, row))
+        yield pb.AdapterChunk(adapter=_adapter_message(view, row, self._released_as(run).get(number, ())))
         for piece in split(data):
             yield pb.AdapterChunk(data=piece)
+
+    @allow("admin", action="adapters promote")
+    def PromoteAdapter(self, request: pb.PromoteAdapterRequest, context: grpc.ServicerContext) -> pb.Release:  # noqa: N802
+        row = self._releases.promote(request.run, request.round, request.name, caller(context).name)
+        return self._release_message(row, current=True)
+
+    @allow("admin", "auditor")
+    def ListReleases(  # noqa: N802
+        self, request: pb.ListReleasesRequest, _context: grpc.ServicerContext
+    ) -> pb.ListReleasesReply:
+        seen: set[str] = set()
+        reply = pb.ListReleasesReply()
+        for row in self._releases.all(request.name):
+            if row.name not in seen or request.history:
+                reply.releases.append(self._release_message(row, current=row.name not in seen))
+            seen.add(row.name)
+        return reply
+
+    def _release_message(self, row: PromotionRow, *, current: bool) -> pb.Release:
+        view = self._runs.show(row.run)
+        committed = next(each for each in view.rounds if each.round == row.round)
+        return pb.Release(
+            name=row.name,
+            adapter=_adapter_message(view, committed, self._released_as(row.run).get(row.round, ())),
+            promoted_by=row.promoted_by,
+            promoted_at=row.promoted_at,
+            current=current,
+        )
+
+    @allow("admin", "auditor")
+    def ListAdminLog(  # noqa: N802
+        self, request: pb.ListAdminLogRequest, _context: grpc.ServicerContext
+    ) -> Iterator[pb.AdminLogEntry]:
+        for row in self.log.entries(request.after):
+            yield pb.AdminLogEntry(
+                seq=row.seq,
+                kind=row.kind,
+                body=row.body,
+                prev_hash=row.prev_hash,
+                hash=row.hash,
+                signature=row.signature,
+                created_at=row.created_at,
+            )
 
 
 def serve(home: ServerHome) -> grpc.Server:

@@ -33,6 +33,11 @@ def run_name(value: object) -> str:
     return _check(value, "run")
 
 
+def release_name(value: object) -> str:
+    """What an adapter is released as, such as `production`; ConfigError otherwise."""
+    return _check(value, "release")
+
+
 def run_id(value: object) -> str:
     """A run as the ledger knows it: a run's name, or `alone:NAME` for a site's own baseline."""
     if isinstance(value, str) and value.startswith("alone:"):

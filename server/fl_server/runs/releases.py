@@ -1,0 +1,75 @@
+"""Adapters released under a name, such as `production`: a promotion is a row, the adapter stays where it is.
+
+The newest promotion of a name counts; the earlier ones stay, so that one can see what was in use when.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import select
+
+from fl_server.db.models import PromotionRow
+from fl_server.db.store import Store
+from fl_server.runs.service import Runs
+from fl_shared.errors import ConfigError
+from fl_shared.names import release_name
+
+
+class Releases:
+    """The released adapters of one coordinator."""
+
+    def __init__(self, store: Store, runs: Runs) -> None:
+        self._store = store
+        self._runs = runs
+
+    def promote(self, run: str, round: int, name: str, by: str) -> PromotionRow:
+        """Release a committed adapter under a name; repeating the current promotion changes nothing.
+
+        Raises:
+            ConfigError: a name of another form, or a round that is not committed.
+            RunError: no such run, or its adapter is missing or is not the one that was committed.
+        """
+        release_name(name)
+        number = round or self._last_committed(run)
+        self._runs.adapter(run, number)  # its bytes are there and are the committed ones
+        digest = next(each.adapter_digest for each in self._runs.show(run).rounds if each.round == number)
+        with self._store.write() as session:
+            newest = select(PromotionRow).where(PromotionRow.name == name).order_by(PromotionRow.number.desc())
+            current = session.scalars(newest.limit(1)).first()
+            if current is not None and (current.run, current.round) == (run, number):
+                return current
+            row = PromotionRow(
+                name=name, run=run, round=number, adapter_digest=digest, promoted_by=by, promoted_at=time.time()
+            )
+            session.add(row)
+            session.flush()
+            return row
+
+    def _last_committed(self, run: str) -> int:
+        rounds = [each.round for each in self._runs.show(run).rounds if each.state == "committed"]
+        if not rounds:
+            raise ConfigError(f"run {run} has no committed round yet", fix="wait for its first round")
+        return max(rounds)
+
+    def all(self, name: str = "") -> list[PromotionRow]:
+        """Every promotion (of one name), the newest first."""
+        query = select(PromotionRow).order_by(PromotionRow.number.desc())
+        if name:
+            query = query.where(PromotionRow.name == name)
+        with self._store.read() as session:
+            return list(session.scalars(query))
+
+    def current(self) -> dict[str, PromotionRow]:
+        """What each name stands for now."""
+        found: dict[str, PromotionRow] = {}
+        for row in self.all():
+            found.setdefault(row.name, row)
+        return found
+
+    def find(self, name: str) -> PromotionRow:
+        """What a name stands for now; ConfigError when nothing was released under it."""
+        found = self.all(name)
+        if not found:
+            raise ConfigError(f"nothing was released as {name!r}", fix="see `fl-admin adapters list`")
+        return found[0]
