@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 
 from fl_server.runs.service import Reply
-from fl_shared.adapter import Tensors, digest, unpack
+from fl_shared.adapter import Buffer, Tensors, digest, unpack
 from fl_shared.errors import ConcordatError, SignatureError
 from fl_shared.manifest import Receipt, Refusal, RunSpec
 from fl_shared.signing import open_document
@@ -19,6 +21,7 @@ from fl_shared.signing import open_document
 MAX_DOCUMENT_CHARACTERS = 1 << 20
 CLOCK_SKEW_S = 600.0
 UNREACHABLE = "unreachable"
+_NO_ARRAY = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError)  # numpy lets all of them out
 
 
 class BadReply(ConcordatError):
@@ -27,7 +30,7 @@ class BadReply(ConcordatError):
     default_code = "bad-reply"
 
 
-def parts(content: object) -> tuple[str, str, bytes]:
+def parts(content: object) -> tuple[str, str, Buffer]:
     """Status, document and update bytes of a Flower reply; the update is empty unless the status is `ok`.
 
     Raises:
@@ -40,12 +43,28 @@ def parts(content: object) -> tuple[str, str, bytes]:
         status, document = str(config["status"]), str(config["document"])
         if status != "ok":
             return status, document, b""
-        values = content.array_records["arrays"]["adapter"].numpy()
+        return status, document, octets(content.array_records["arrays"]["adapter"])
     except (KeyError, ValueError, TypeError) as error:
         raise BadReply("the reply has another form than agreed", code="bad-form") from error
-    if values.dtype != np.uint8 or values.ndim != 1:
+
+
+def octets(array: Array) -> memoryview:
+    """A row of bytes that travels as a Flower array, where it lies: Flower's own way out copies it.
+
+    Raises:
+        BadReply: it is no row of bytes.
+    """
+    source = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(source)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(source)
+    except _NO_ARRAY as error:
+        raise BadReply("the update is no array", code="bad-update") from error
+    row = memoryview(array.data)[source.tell() :]
+    if dtype != np.uint8 or shape != (len(row),):
         raise BadReply("the update is not a row of bytes", code="bad-update")
-    return status, document, values.tobytes()
+    return row
 
 
 class Expected:
@@ -87,7 +106,7 @@ class Expected:
         if found.created_at > time.time() + CLOCK_SKEW_S:
             raise BadReply("the document is from the future; check the clocks", code="wrong-time")
 
-    def receipt(self, text: str, update: bytes) -> tuple[Reply, Tensors]:
+    def receipt(self, text: str, update: Buffer) -> tuple[Reply, Tensors]:
         """The reply to store and the update's tensors, after every check but shapes and finiteness.
 
         Raises:
@@ -104,7 +123,7 @@ class Expected:
                     raise BadReply(f"the receipt's {name} is {value}, not {wanted}", code="wrong-spec")
             if receipt.update_digest != digest(update):
                 raise BadReply("the update is not the one that the receipt names", code="wrong-digest")
-            tensors = unpack(update)
+            tensors = unpack(update, wire=self._spec.run.wire)
         except BadReply:
             raise
         except ConcordatError as error:

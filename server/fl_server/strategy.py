@@ -26,13 +26,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common import Array
 from flwr.serverapp import Grid
 
-from fl_server.aggregation import Form, MeanByForm
+from fl_server.aggregation import Form, RoundAggregate
 from fl_server.db.models import SiteRow
 from fl_server.late import Straggler, Stragglers
 from fl_server.replies import BadReply, Expected, parts
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_server.sites.service import Sites
-from fl_shared.adapter import digest, pack, shapes, unpack
+from fl_shared.adapter import digest
 from fl_shared.errors import DataError, RunError
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
@@ -93,8 +93,8 @@ class Round:
         self._spec = spec
         self._number = number
         self._base_bytes = base
-        self._base = unpack(base)
-        self._means = MeanByForm(shapes(self._base) if self._base else None)
+        run = spec.run.name
+        self._updates = RoundAggregate(spec, base, runs.server_state(run, number - 1, base), runs.adapter_folder(run))
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
@@ -129,7 +129,7 @@ class Round:
 
     def _good(self) -> int:
         """How many right replies can be averaged with one another."""
-        return self._means.most
+        return self._updates.most
 
     def _open(self) -> list[_Asked]:
         return [each for each in self._asked if each.reply is None]
@@ -182,11 +182,13 @@ class Round:
                 f"round {self._number} has {good} of the {quorum} replies it needs ({said})",
                 fix="see `fl-admin runs show`; mend the cause, then `fl-admin runs resume`",
             )
+        adapter, state = self._updates.finish()
         return CommittedRound(
             run=self._spec.run.name,
             attempt=self._attempt,
             round=self._number,
-            adapter=pack(self._means.winner()[1].onto(self._base)),
+            adapter=adapter,
+            state=state,
             replies=replies,
             received_bytes=self._received,
             seconds=time.monotonic() - self._began,
@@ -195,7 +197,7 @@ class Round:
     def _reject_other_forms(self) -> None:
         """In the first round: the replies whose tensors are not those of most sites count as invalid."""
         try:
-            right, problem = self._means.winner()[0], "its tensors are not those of most sites"
+            right, problem = self._updates.winner(), "its tensors are not those of most sites"
         except DataError as error:
             right, problem = (), error.message
         for each in self._asked:
@@ -272,7 +274,7 @@ class Round:
             return each.expected.refusal(status, document)
         reply, tensors = each.expected.receipt(document, update)
         try:
-            each.form = self._means.add(tensors)
+            each.form = self._updates.add(tensors)
         except DataError as error:
             raise BadReply(error.message, code="bad-update") from error
         return reply

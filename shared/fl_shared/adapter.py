@@ -25,6 +25,7 @@ Buffer = bytes | memoryview
 
 WIRES = ("float32", "bfloat16", "int8")
 SCALE = "#scale"
+SERVER_STATE = "server-state"  # metadata of a global adapter: digest of the optimizer state committed with it
 MAX_BYTES = 4 << 30
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from fl_server.db.models import ENDED, EventRow, ManifestRow, ReplyRow, RoundRow, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.files import write_durably
-from fl_shared.adapter import digest
+from fl_shared.adapter import SERVER_STATE, digest, metadata
 from fl_shared.errors import ConfigError, RunError
 from fl_shared.manifest import RoundManifest, RunSpec
 from fl_shared.signing import SigningKey, sign_document
@@ -45,7 +45,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class CommittedRound:
-    """The outcome of one aggregation, ready to be stored. `attempt`: who computed it."""
+    """The outcome of one aggregation, ready to be stored.
+
+    `attempt`: who computed it. `state`: the server optimizer's, whose digest the adapter's metadata name.
+    """
 
     run: str
     attempt: str
@@ -54,6 +57,7 @@ class CommittedRound:
     replies: list[Reply]
     received_bytes: int
     seconds: float
+    state: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -331,7 +335,32 @@ class Runs:
 
     def adapter_path(self, run: str, round: int) -> Path:
         """Where a committed round's adapter lies."""
-        return self._adapters / run / f"{round}.safetensors"
+        return self.adapter_folder(run) / f"{round}.safetensors"
+
+    def adapter_folder(self, run: str) -> Path:
+        """Where a run's adapters lie."""
+        return self._adapters / run
+
+    def server_state(self, run: str, round: int, adapter: bytes) -> bytes:
+        """The server optimizer's state that was committed with this adapter; none without one.
+
+        Raises:
+            RunError: the file is missing or is not the one that was committed.
+        """
+        wanted = metadata(adapter).get(SERVER_STATE)
+        if wanted is None:
+            return b""
+        path = self._state_path(run, round)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}", fix="restore adapters/ from the backup") from error
+        if digest(data) != wanted:
+            raise RunError(f"{path} is not the state that was committed", fix="restore it from the backup")
+        return data
+
+    def _state_path(self, run: str, round: int) -> Path:
+        return self.adapter_folder(run) / f"{round}.state.safetensors"
 
     def commit(self, done: CommittedRound) -> None:
         """Store a round: the file first (fsynced), then round, receipts, event and, after the last
@@ -350,6 +379,8 @@ class Runs:
             if found is not None and found.state == "committed":
                 raise RunError(f"round {done.round} of {done.run} is committed already", fix="nothing to do")
             # Inside the transaction, so that a second ServerApp cannot replace a committed file.
+            if done.state:
+                write_durably(self._state_path(done.run, done.round), done.state)
             write_durably(self.adapter_path(done.run, done.round), done.adapter)
             session.merge(
                 RoundRow(
