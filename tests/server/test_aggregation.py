@@ -71,7 +71,9 @@ def _spec(name: str, sites: int = 5, **parameters: Any) -> RunSpec:
     )
 
 
-def _round(spec: RunSpec, updates: list[Tensors], folder: Path, base: bytes = b"", state: bytes = b"") -> tuple[bytes, bytes]:  # fmt: skip
+def _round(
+    spec: RunSpec, updates: list[Tensors], folder: Path, base: bytes = b"", state: bytes = b""
+) -> tuple[bytes, bytes]:
     made = RoundAggregate(spec, base, state, folder)
     for update in updates:
         made.add(update)
@@ -79,7 +81,9 @@ def _round(spec: RunSpec, updates: list[Tensors], folder: Path, base: bytes = b"
     return made.finish()
 
 
-def _run(spec: RunSpec, folder: Path, rounds: int, begin: tuple[bytes, bytes] = (b"", b""), first: int = 1) -> tuple[bytes, bytes]:  # fmt: skip
+def _run(
+    spec: RunSpec, folder: Path, rounds: int, begin: tuple[bytes, bytes] = (b"", b""), first: int = 1
+) -> tuple[bytes, bytes]:
     """Several rounds; the updates of a round follow from its number."""
     base, state = begin
     for number in range(first, rounds + 1):

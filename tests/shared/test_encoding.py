@@ -62,7 +62,11 @@ def test_what_was_decoded_is_sent_again_unchanged(wire: str, tensors: dict[str, 
         assert digest(pack(unpack(data, wire=wire), {"k": "v"}, wire=wire)) == digest(data)
 
 
-@given(values=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))  # fmt: skip
+@given(
+    values=hnp.arrays(
+        np.float32, st.integers(1, 300), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+    )
+)
 def test_bfloat16_is_what_torch_makes(values: NDArray[np.float32]) -> None:
     """Bit for bit torch's rounding to bfloat16, and a file that torch writes and reads in the same bytes."""
     theirs = torch.from_numpy(values).to(torch.bfloat16)
@@ -88,7 +92,7 @@ def test_int8_is_readable_without_us() -> None:
 
 
 def test_the_error_on_noise_is_small_against_the_noise() -> None:
-    """On Gaussian values, which is what a private update looks like: root mean square 0.2 % (bfloat16), 0.8 % (int8)."""
+    """On Gaussian values, as private updates are, root mean square: 0.2 % in bfloat16, 0.8 % in int8."""
     value = np.random.default_rng(1).normal(0, 1e-3, (400, 1000)).astype(np.float32)
     found = {}
     for wire in WIRES:
@@ -152,7 +156,9 @@ HOSTILE = {
     "a scale of a scale": raw({"w#scale": ("F32", [1], scale(1)), "w#scale#scale": ("F32", [1], scale(1))}),
     "two scales for one block": raw({"w#scale": ("F32", [2], scale(1, 1)), "w": ("I8", [2], b"\1\2")}),
     "no scale for the second block": raw({"w#scale": ("F32", [1], scale(1)), "w": ("I8", [129], b"\1" * 129)}),
-    "a scale that is int8": raw({"w": ("I8", [1], b"\1"), "w#scale": ("I8", [1], b"\1"), "w#scale#scale": ("F32", [1], scale(1))}),  # fmt: skip
+    "a scale that is int8": raw(
+        {"w": ("I8", [1], b"\1"), "w#scale": ("I8", [1], b"\1"), "w#scale#scale": ("F32", [1], scale(1))}
+    ),
     "a negative scale": raw({"w#scale": ("F32", [1], scale(-1)), "w": ("I8", [1], b"\1")}),
     "a scale that is no number": raw({"w#scale": ("F32", [1], scale(np.nan)), "w": ("I8", [1], b"\1")}),
     "an infinite scale": raw({"w#scale": ("F32", [1], scale(np.inf)), "w": ("I8", [1], b"\1")}),
