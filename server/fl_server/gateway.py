@@ -1,87 +1,140 @@
 """The one open port: TLS 1.3, Flower's Fleet paths for enrolled sites, enrolment for holders of a token.
 
-A client certificate is optional in the handshake, because a site that enrols has none yet; `/v1/fleet/*`
-and `/v1/hello` demand one that is valid, of role `site` and unrevoked, on every request.
+A client certificate is optional in the handshake, because a site that enrols has none yet; `/v1/fleet/*`,
+`/v1/hello` and `/v1/renew` demand one that is valid, of role `site` and unrevoked, on every request.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fl_server import doorman, fleet
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome, ServerSettings
-from fl_server.pki import Authority, identity
+from fl_server.limits import Places, Rates, network
+from fl_server.pki import Authority, Identity
+from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
 from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
 from fl_shared.names import site_id
-from fl_shared.signing import SigningKey
 
 log = logging.getLogger("fl_server.gateway")
 
-FLEET_PATH = "/v1/fleet"
-FLEET_CALLS = frozenset(
-    {
-        "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages",
-        "pull-object", "push-object", "confirm-message-received", "get-run", "get-fab",
-    }
-)  # fmt: skip
 MAX_ENROL_BYTES = 64 << 10
-MAX_PER_SITE = 16
+MAX_PER_SITE = 16  # requests at once
+BURST_S = 4.0
+ANONYMOUS_PER_S, ANONYMOUS_BURST = 5.0, 40.0
+BODY_IDLE_S, SEND_IDLE_S = 20.0, 60.0
+LEAST_BYTES_PER_S, PATIENCE_S = 1024.0, 30.0
 SEEN_EVERY_S = 10.0
-_HOP_HEADERS = frozenset(
-    {"host", "connection", "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
-)
+_HOP_HEADERS = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
-class PeerCertificateProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol that puts the verified client certificate (DER) into the scope's state."""
+class Refused(Exception):
+    """Ends a request with a typed answer."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        tls = transport.get_extra_info("ssl_object")
-        der = tls.getpeercert(True) if tls is not None else None
-        # One copy for each connection: the state that uvicorn hands over is shared by all of them.
-        self.app_state = {**self.app_state, "peer_certificate": der}
+    def __init__(self, error: ConcordatError, status: int) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.status = status
 
 
 def _refusal(error: ConcordatError, status: int) -> JSONResponse:
-    return JSONResponse({"error": error.message, "code": error.code, "fix": error.fix}, status_code=status)
+    headers = {"retry-after": "1"} if status in (429, 503) else None
+    return JSONResponse(
+        {"error": error.message, "code": error.code, "fix": error.fix}, status_code=status, headers=headers
+    )
 
 
 def _not_found() -> JSONResponse:
     return JSONResponse({"error": "there is nothing here", "code": "not-found", "fix": ""}, status_code=404)
 
 
-class TooLarge(Exception):
-    """The body passed its limit while it was streamed."""
+def _too_many() -> TransportError:
+    return TransportError("too many requests", fix="wait a second", code="too-many")
 
 
 async def _limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    seen = 0
-    async for block in request.stream():
+    """The body as it comes. Refused: more than `limit` bytes, a pause of `BODY_IDLE_S`, or a trickle."""
+    too_slow = Refused(TransportError("the request comes too slowly", fix="send it again", code="too-slow"), 408)
+    too_large = Refused(
+        TransportError(f"the request is larger than {limit} bytes", fix="send less", code="too-large"), 413
+    )
+    if int(request.headers.get("content-length", "0")) > limit:
+        raise too_large
+    stream = aiter(request.stream())
+    seen, waited = 0, 0.0
+    while True:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(BODY_IDLE_S):
+                block = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise too_slow from None
+        # Only what the client makes us wait for counts: the SuperLink may be slow, too.
+        waited += time.monotonic() - began
         seen += len(block)
         if seen > limit:
-            raise TooLarge
+            raise too_large
+        if waited > PATIENCE_S and seen < waited * LEAST_BYTES_PER_S:
+            raise too_slow
         yield block
+
+
+async def _whole(request: Request, limit: int) -> bytes:
+    return b"".join([block async for block in _limited(request, limit)])
+
+
+class Requests:
+    """Watches over whole requests: what was taken for one is given back at its end, and no answer waits for ever.
+
+    `request.state.at_end` is the stack of what to give back; it ends after the answer's last byte.
+    """
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass every part of an answer on within `SEND_IDLE_S`."""
+
+        async def timely(message: Message) -> None:
+            try:
+                async with asyncio.timeout(SEND_IDLE_S):
+                    await send(message)
+            except TimeoutError:
+                log.warning("a client did not take its answer")
+                scope["state"]["abort"]()
+                raise ClientDisconnect from None
+
+        with contextlib.suppress(ClientDisconnect):
+            async with contextlib.AsyncExitStack() as at_end:
+                scope["state"]["at_end"] = at_end
+                await self._app(scope, receive, timely)
 
 
 class Gateway:
@@ -92,49 +145,65 @@ class Gateway:
         self._settings = settings
         self._client = client
         self._authority = Authority.load(home.ca_key, home.ca)
-        self._key = SigningKey.load(home.signing_key).public_hex
         self._sites = Sites(Store(home.database_url()))
         self._flower = Flower(home)
         self._enrolling = asyncio.Lock()
-        self._busy: dict[str, int] = {}
+        per_second = float(settings.site_requests_per_s)
+        self._rates = Rates(per_second, per_second * BURST_S)
+        self._strangers = Rates(ANONYMOUS_PER_S, ANONYMOUS_BURST)
+        self._under_way = Places(MAX_PER_SITE)
         self._seen: dict[str, float] = {}
 
-    def app(self) -> Starlette:
+    def app(self) -> Requests:
         """The application."""
-        return Starlette(
-            routes=[
-                Route("/healthz", self.healthz, methods=["GET"]),
-                Route("/v1/ca", self.ca, methods=["GET"]),
-                Route("/v1/enroll", self.enroll, methods=["POST"]),
-                Route("/v1/hello", self.hello, methods=["GET"]),
-                Route(FLEET_PATH + "/{call}", self.fleet, methods=["POST"]),
-            ],
-            exception_handlers={404: self._lost, 405: self._lost},
+        return Requests(
+            Starlette(
+                routes=[
+                    Route("/healthz", self.healthz, methods=["GET"]),
+                    Route("/v1/ca", self.ca, methods=["GET"]),
+                    Route("/v1/enroll", self.enroll, methods=["POST"]),
+                    Route("/v1/hello", self.hello, methods=["GET"]),
+                    Route("/v1/renew", self.renew, methods=["POST"]),
+                    Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
+                ],
+                exception_handlers={404: self._lost, 405: self._lost, Refused: self._refused},
+            )
         )
 
     @staticmethod
     async def _lost(_request: Request, _error: Exception) -> Response:
         return _not_found()
 
+    @staticmethod
+    async def _refused(_request: Request, error: Exception) -> Response:
+        if not isinstance(error, Refused):
+            raise error
+        return _refusal(error.error, error.status)
+
+    def _stranger(self, request: Request) -> None:
+        """One more request of an address without a (valid) certificate; Refused when there are too many."""
+        if not self._strangers.take(network(request.client.host if request.client else "")):
+            raise Refused(_too_many(), 429)
+
     async def healthz(self, _request: Request) -> Response:
         """The gateway lives."""
         return PlainTextResponse("ok\n")
 
-    async def ca(self, _request: Request) -> Response:
+    async def ca(self, request: Request) -> Response:
         """The CA certificate; whoever fetches it compares its hash with the token's."""
+        self._stranger(request)
         return PlainTextResponse(self._authority.pem, media_type="application/x-pem-file")
 
     async def enroll(self, request: Request) -> Response:
         """Certify a site that proves a token and its keys."""
+        self._stranger(request)
+        raw = await _whole(request, MAX_ENROL_BYTES)
         try:
-            raw = b"".join([block async for block in _limited(request, MAX_ENROL_BYTES)])
             body = json.loads(raw)
             site, token = site_id(body["site"]), str(body["token"])
             csr, signing, node = (
                 str(body[name]) for name in ("csr_pem", "signing_public_key", "node_public_key")
             )
-        except TooLarge:
-            return _refusal(EnrolmentError("the request is too large", code="too-large"), 413)
         except ConcordatError as error:
             return _refusal(error, 400)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -160,110 +229,139 @@ class Gateway:
             {
                 "certificate_pem": enrolled.certificate_pem,
                 "ca_pem": self._authority.pem,
-                "coordinator_key": self._key,
-                "fleet_path": FLEET_PATH,
+                "coordinator_key": coordinator_key(self._home),
+                "fleet_path": fleet.PATH,
             }
         )
 
-    async def _site(self, request: Request) -> SiteRow:
-        der = getattr(request.state, "peer_certificate", None)
-        if not der:
-            raise EnrolmentError(
-                "a client certificate is needed here", fix="enrol with `fl-client enroll`", code="no-certificate"
-            )
-        row = await asyncio.to_thread(self._sites.authorise, identity(der))
+    async def _site(self, request: Request) -> tuple[Identity, SiteRow]:
+        """Who speaks, read from the database for every request; Refused when the certificate does not count."""
+        who: Identity | None = request.state.who
+        try:
+            if who is None:
+                raise EnrolmentError(
+                    "a client certificate is needed here", fix="enrol with `fl-client enroll`", code="no-certificate"
+                )
+            row = await asyncio.to_thread(self._sites.authorise, who)
+        except EnrolmentError as error:
+            self._stranger(request)
+            raise Refused(error, 403) from error
+        if not self._rates.take(row.site):
+            # Not 429: Flower's SuperNode comes again after a 503 and gives up after anything else.
+            raise Refused(_too_many(), 503)
         now = time.monotonic()
         if now - self._seen.get(row.site, 0.0) > SEEN_EVERY_S:
             self._seen[row.site] = now
             await asyncio.to_thread(self._sites.seen, row.site)
-        return row
+        return who, row
+
+    def _take_place(self, request: Request, site: str) -> None:
+        """Count one of the requests that a site may have under way, to its end; Refused when there are too many."""
+        if not self._under_way.take(site):
+            raise Refused(_too_many(), 503)
+        request.state.at_end.callback(self._under_way.give_back, site)
 
     async def hello(self, request: Request) -> Response:
-        """Who the caller is, for `fl-client check`."""
+        """Who the caller is, and the coordinator's key with every change of it."""
+        _, row = await self._site(request)
+        current, changes = await asyncio.to_thread(rotations, self._home)
+        return JSONResponse(
+            {"site": row.site, "coordinator_key": current, "time": time.time(), "rotations": changes}
+        )
+
+    async def renew(self, request: Request) -> Response:
+        """Certify a new key of the site that speaks; its present certificate counts until the new one is used."""
+        who, row = await self._site(request)
+        self._take_place(request, row.site)
+        raw = await _whole(request, MAX_ENROL_BYTES)
         try:
-            row = await self._site(request)
+            csr = str(json.loads(raw)["csr_pem"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _refusal(
+                EnrolmentError("the request is not of the agreed form", fix="the site's agent renews by itself"), 400
+            )
+        try:
+            made = await asyncio.to_thread(
+                self._sites.renew, who, csr, self._authority, self._settings.certificate_days
+            )
         except EnrolmentError as error:
             return _refusal(error, 403)
-        return JSONResponse({"site": row.site, "coordinator_key": self._key, "time": time.time()})
+        log.info("renewed the certificate of %s", row.site)
+        return JSONResponse({"certificate_pem": made})
 
     async def fleet(self, request: Request) -> Response:
-        """Pass one Fleet call of an enrolled site on to the SuperLink."""
+        """Pass one Fleet call of an enrolled site's own node on to the SuperLink."""
+        _, row = await self._site(request)
         call = str(request.path_params["call"])
-        try:
-            row = await self._site(request)
-        except EnrolmentError as error:
-            return _refusal(error, 403)
-        if call not in FLEET_CALLS:
+        if call not in fleet.CALLS:
             return _not_found()
-        if self._busy.get(row.site, 0) >= MAX_PER_SITE:
-            return _refusal(TransportError("too many requests at once", fix="wait", code="too-many"), 429)
-        self._busy[row.site] = self._busy.get(row.site, 0) + 1
         try:
-            return await self._forward(request, call)
-        finally:
-            self._busy[row.site] -= 1
+            fleet.require_own_node(request.headers, row)
+            self._take_place(request, row.site)
+            return await self._forward(request, row, call)
+        except EnrolmentError as error:
+            log.warning("%s: %s", row.site, error.message)
+            return _refusal(error, 403)
+        except TransportError as error:
+            return _refusal(error, 400)
 
-    async def _forward(self, request: Request, call: str) -> Response:
-        limit = self._settings.max_message_bytes
-        if int(request.headers.get("content-length", "0")) > limit:
-            return _refusal(TransportError("the message is too large", code="too-large"), 413)
-        headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_HEADERS]
+    async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
+        content: bytes | AsyncIterator[bytes]
+        if call == fleet.PUSH_MESSAGES:
+            content = await _whole(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
+            fleet.require_own_messages(content, row)
+        else:
+            content = _limited(request, self._settings.max_message_bytes)
         try:
             outgoing = self._client.build_request(
                 "POST",
-                f"https://{self._flower.address()}{FLEET_PATH}/{call}",
-                headers=headers,
-                content=_limited(request, limit),
+                f"https://{self._flower.address()}{fleet.PATH}/{call}",
+                headers=fleet.passed_headers(request.headers),
+                content=content,
             )
             answer = await self._client.send(outgoing, stream=True)
-        except TooLarge:
-            return _refusal(TransportError("the message is too large", code="too-large"), 413)
+            request.state.at_end.push_async_callback(answer.aclose)
         except (httpx.HTTPError, TransportError) as error:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return _refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_HEADERS}
-        return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=kept)
+        return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
 
 
-async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for block in answer.aiter_raw():
-            yield block
-    finally:
-        await answer.aclose()
+def tls_context(home: ServerHome) -> ssl.SSLContext:
+    """TLS 1.3 alone, with a client certificate of our CA or none; nothing is resumed without a full handshake."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.minimum_version = ssl.TLSVersion.TLSv1_3
+    made.num_tickets = 0
+    made.load_cert_chain(home.server_certificate, home.server_key)
+    made.load_verify_locations(home.ca)
+    made.verify_mode = ssl.CERT_OPTIONAL
+    return made
 
 
 async def serve(home: ServerHome) -> None:
     """Serve until SIGTERM."""
     settings = home.settings()
     inner = ssl.create_default_context(cafile=str(home.ca))
-    limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+    limits = httpx.Limits(max_connections=doorman.MAX_CONNECTIONS, max_keepalive_connections=64)
     async with httpx.AsyncClient(
         verify=inner, timeout=httpx.Timeout(300.0, connect=5.0), limits=limits, trust_env=False
     ) as client:
-        options: dict[str, Any] = {
-            "host": settings.host,
-            "port": settings.gateway_port,
-            "http": PeerCertificateProtocol,
-            "ws": "none",
-            "ssl_certfile": str(home.server_certificate),
-            "ssl_keyfile": str(home.server_key),
-            "ssl_ca_certs": str(home.ca),
-            "ssl_cert_reqs": ssl.CERT_OPTIONAL,
-            "log_level": "warning",
-            "access_log": False,
-            "server_header": False,
-            "lifespan": "off",
-            "timeout_keep_alive": 75,
-            "timeout_graceful_shutdown": 5,
-            "limit_concurrency": 2048,
-        }
-        config = uvicorn.Config(Gateway(home, settings, client).app(), **options)
+        config = uvicorn.Config(
+            Gateway(home, settings, client).app(),
+            http="h11",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=5,
+        )
         config.load()
-        if config.ssl is None:
-            raise TransportError("the gateway has no TLS", fix="restore tls/ from the backup")
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-        await uvicorn.Server(config).serve()
+        await doorman.serve(
+            uvicorn.Server(config), tls_context(home), doorman.listener(settings.listen, settings.gateway_port)
+        )
 
 
 def main() -> int:
@@ -273,6 +371,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    doorman.raise_file_limit()
     asyncio.run(serve(ServerHome.open(arguments.home)))
     return 0
 

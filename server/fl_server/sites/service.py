@@ -1,7 +1,10 @@
-"""Who may speak: one-time invitations, enrolment with a proof of three keys, revocation.
+"""Who may speak: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
 
 A token is `ct1.<site>.<secret>.<sha256 of the CA certificate>`; the secret is kept as its SHA-256 only,
 counts once and until it expires.
+
+A renewed certificate stands beside the one that asked for it until it is used for the first time; from then on
+it is the only one. So an answer that is lost on the way costs a site nothing.
 """
 
 from __future__ import annotations
@@ -64,6 +67,13 @@ def _node_key(text: str) -> str:
             "the node key is not EC P-384", fix="enrol with `fl-client enroll`", code="bad-node-key"
         )
     return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode("ascii")
+
+
+def _valid(row: SiteRow) -> tuple[str, ...]:
+    """The fingerprints of a site's certificates that count."""
+    if row.state != "enrolled":
+        return ()
+    return tuple(each for each in (row.certificate_fingerprint, row.next_fingerprint) if each)
 
 
 def node_key_fingerprint(openssh: str) -> str:
@@ -171,6 +181,7 @@ class Sites:
             row.node_key_fingerprint, row.node_id = node_key_fingerprint(node_key), node_id
             row.certificate_fingerprint = fingerprint(certificate)
             row.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
+            row.next_fingerprint, row.next_expires_at = "", 0.0
             row.enrolled_at, row.revoked_at = now, 0.0
             session.add(EventRow(at=now, kind="site-enrolled", site=site))
         if replaced and replaced != node_id:
@@ -215,18 +226,42 @@ class Sites:
         """
         with self._store.read() as session:
             row = session.get(SiteRow, who.name)
-        if (
-            who.role != "site"
-            or row is None
-            or row.state != "enrolled"
-            or not hmac.compare_digest(row.certificate_fingerprint, who.fingerprint)
-        ):
+        if who.role != "site" or row is None or who.fingerprint not in _valid(row):
             raise EnrolmentError(
                 f"the certificate of {who.name} is not valid here", fix=_NEW_INVITATION, code="not-authorised"
             )
         if who.expires_at < time.time():
             raise EnrolmentError(f"the certificate of {who.name} has expired", fix=_NEW_INVITATION, code="expired")
+        return self._take_up(who) if who.fingerprint == row.next_fingerprint else row
+
+    def _take_up(self, who: Identity) -> SiteRow:
+        """The first use of a renewed certificate: the one before it ends."""
+        with self._store.write() as session:
+            row = session.get_one(SiteRow, who.name)
+            if who.fingerprint == row.next_fingerprint:
+                row.certificate_fingerprint, row.certificate_expires_at = row.next_fingerprint, row.next_expires_at
+                row.next_fingerprint, row.next_expires_at = "", 0.0
+                session.add(EventRow(at=time.time(), kind="certificate-taken-up", site=who.name))
         return row
+
+    def renew(self, who: Identity, csr_pem: str, authority: Authority, days: float) -> str:
+        """Certify a new key of an enrolled site; PEM. A second request before the first answer's use replaces it.
+
+        Raises:
+            EnrolmentError: the certificate that asks is not valid (any more), or the request is not.
+        """
+        self.authorise(who)
+        certificate = authority.sign_request(csr_pem, "site", who.name, days)
+        with self._store.write() as session:
+            row = session.get_one(SiteRow, who.name)
+            if who.fingerprint not in _valid(row):
+                raise EnrolmentError(
+                    f"the certificate of {who.name} is not valid here", fix=_NEW_INVITATION, code="not-authorised"
+                )
+            row.next_fingerprint = fingerprint(certificate)
+            row.next_expires_at = certificate.not_valid_after_utc.timestamp()
+            session.add(EventRow(at=time.time(), kind="certificate-renewed", site=who.name))
+        return certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
     def seen(self, site: str) -> None:
         """Note that the site spoke just now."""
@@ -253,6 +288,7 @@ class Sites:
             row = session.get_one(SiteRow, site)
             if row.state != "revoked":
                 row.state, row.revoked_at = "revoked", time.time()
+                row.next_fingerprint, row.next_expires_at = "", 0.0
                 session.add(EventRow(at=row.revoked_at, kind="site-revoked", site=site))
             for invitation in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
                 if not invitation.used_at:
