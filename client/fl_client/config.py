@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """[policy]: what a round may at most ask of this site."""
+    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come."""
 
     min_noise_multiplier: float
     max_clipping_norm: float
@@ -75,6 +75,7 @@ class PolicyConfig:
     targets: tuple[str, ...]
     allow_non_private: bool
     apps: tuple[str, ...]
+    answer_plans: bool = True
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ def _policy(fields: Fields) -> PolicyConfig:
         targets=targets,
         allow_non_private=fields.boolean("allow_non_private", default=False),
         apps=apps,
+        answer_plans=fields.boolean("answer_plans", default=True),
     )
     fields.done()
     return made
@@ -359,6 +361,7 @@ max_sampling_probability = 0.2
 max_steps_per_round = 20
 # targets = ["attention", "shared_experts", "routed_experts"]
 # apps = ["sha256:..."]          # allow-list of the apps that the coordinator may ship; default ["any"]
+# answer_plans = true            # tell `fl-admin runs plan` how many rounds the budget holds, and what is refused
 # allow_non_private = false      # training without noise; only with [data] public = true
 
 [budget]                         # the ceiling for this data set, for all runs together

@@ -112,6 +112,7 @@ class Site:
         self.ledger.set_budget(dataset, self.epsilon, 1e-5, "officer")
         trusted = self.coordinator.public_hex
         facts = SiteFacts(SITE, lambda key: key == trusted, MODEL, self.policy, dataset)
+        self.facts = facts
         self.store = ReleaseStore(self.root / "releases")
         self.outgoing = Outgoing(self.key, self.ledger)
         self.rounds = Rounds(facts, ledger=self.ledger, store=self.store, outgoing=self.outgoing, train=self.trainer)

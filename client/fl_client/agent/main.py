@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -13,11 +14,13 @@ from types import FrameType
 from cryptography import x509
 
 from fl_client.agent.locks import sole
+from fl_client.agent.questions import Answerer
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
 from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
+from fl_client.hello import call
 from fl_client.home import SiteHome
 from fl_client.metrics import Metrics
 from fl_client.renewal import Renewer, finish
@@ -88,6 +91,8 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         if config.supernode.user:
             _hand_to(home, config.supernode.directory, config.supernode.user)
         helpers.start_node()
+        answerer = Answerer(functools.partial(call, home, coordinator), site.facts, site.outgoing)
+        answerer.start()
         serving.set()
         position = site.ledger.epsilon(site.dataset)
         log.info(
@@ -97,6 +102,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         log.info("untrusted half: %s", describe_confinement(config.supernode.confine, config.supernode.user))
         ending.wait()
         log.info("stopping")
+        answerer.stop()
         if not site.rounds.drain(config.stop_grace_s):
             log.warning("breaking off the round in progress; it stays held against the budget")
             helpers.stop()  # first, so that nobody reports the round as failed: it resumes after the next start

@@ -1,20 +1,25 @@
 """The choke point: the one place through which bytes leave the trusted half.
 
-There are three ways out and no fourth. An update, and the figures of an evaluation, need the id of a ledger
+There are four ways out and no fifth. An update, and the figures of an evaluation, need the id of a ledger
 entry whose recorded digest is the digest of exactly these bytes. A refusal carries no array and no free text
-from training: a typed code and a message made of public values.
+from training: a typed code and a message made of public values. Nor does the answer to a plan, whose numbers
+are computed here from the mechanisms in the ledger.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fl_shared.adapter import digest
+from fl_shared.audit.proposal import Standing, standings
 from fl_shared.errors import LedgerError
-from fl_shared.ledger.reader import LedgerReader
+from fl_shared.ledger.chain import timestamp
+from fl_shared.ledger.reader import LedgerReader, now
 from fl_shared.manifest import Receipt, Refusal
+from fl_shared.questions import MAX_OBJECTIONS, MAX_ROUNDS, Objection, PlanAnswer, PlanQuestion
 from fl_shared.signing import SigningKey, sign_document
 from fl_shared.wire.agent_pb2 import Chunk, ReplyHeader
 from fl_shared.wire.chunks import split
@@ -90,12 +95,48 @@ class Outgoing:
             return f"ledger entry {number} belongs to {order['purpose']} of run {order['run']}, round {order['round']}"
         return ""
 
+    def plan(self, question: PlanQuestion, dataset: str, objections: Sequence[Objection]) -> Sealed:
+        """Seal the answer to a plan: `objections` of the policy, and what the ledger says of the budgets.
+
+        It depends on mechanisms, ceilings and what was asked alone, and neither reserves nor promises anything.
+        """
+        asked, rounds = question.spec.mechanism(), question.spec.run.rounds
+        stamp = timestamp(now())
+        found = standings(self._ledger, dataset, None)
+        fits = {one.name: one.rounds_that_fit(asked) if one.is_valid(stamp) else 0 for one in found}
+        full = [text for one in found if (text := _refused(one, rounds, fits[one.name], stamp))]
+        every = [*objections, *(Objection("budget-exhausted", text) for text in full)]
+        noise = [one.noise_for(asked.sampling_probability, asked.steps * rounds) for one in found if full]
+        answer = PlanAnswer(
+            question=question.question,
+            question_digest=question.digest,
+            site=question.site,
+            rounds_asked=rounds,
+            rounds_affordable=min(MAX_ROUNDS, *fits.values()),
+            noise_that_fits=0.0 if None in noise else max((each for each in noise if each), default=0.0),
+            objections=tuple({str(each): each for each in every}.values())[:MAX_OBJECTIONS],
+            created_at=time.time(),
+        )
+        return Sealed("ok", json.dumps(sign_document(self._key, answer.to_dict()), sort_keys=True), b"")
+
     def refuse(self, refusal: Refusal) -> Sealed:
         """Seal a refusal: no array, a bounded message."""
         body = refusal.to_dict()
         body["message"] = refusal.message[:MAX_MESSAGE_CHARACTERS]
         status = "failed" if refusal.code == "failed" else "refused"
         return Sealed(status, json.dumps(sign_document(self._key, body), sort_keys=True), b"", refusal.code)
+
+
+def _refused(one: Standing, rounds: int, fits: int, stamp: str) -> str:
+    """Why a budget would refuse, in the same public values as a refusal of a round; "" when it would not."""
+    ceiling = f"{one.name} (epsilon {one.budget.epsilon:g} at delta {one.budget.delta:g})"
+    if not one.is_valid(stamp):
+        valid_from, valid_to = one.budget.valid_from or "ever", one.budget.valid_to or "ever"
+        return f"the budget {ceiling} is valid from {valid_from} to {valid_to}, and now is {stamp}"
+    if fits < rounds:
+        used = one.gate.used(one.charged)
+        return f"{fits} of {rounds} rounds fit into the budget {ceiling}, of which {used:.1%} is used"
+    return ""
 
 
 def chunks(sealed: Sealed) -> Iterator[Chunk]:

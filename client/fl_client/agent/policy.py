@@ -6,13 +6,21 @@ the coordinator, the other from a configuration that holds no data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fl_client.config import PolicyConfig
 from fl_shared.errors import PolicyRefusal
 from fl_shared.manifest import RunSpec
 
 
 def check_policy(spec: RunSpec, policy: PolicyConfig) -> None:
-    """Raise PolicyRefusal when the spec asks for more than the policy allows.
+    """Raise PolicyRefusal when the spec asks for more than the policy allows."""
+    for refusal in refusals(spec, policy):
+        raise refusal
+
+
+def refusals(spec: RunSpec, policy: PolicyConfig) -> Iterator[PolicyRefusal]:
+    """Yield everything in the spec that the policy does not allow.
 
     `allow_non_private` (only accepted for data declared public) waives the four bounds of privacy; the
     ledger still records and gates the round.
@@ -20,7 +28,7 @@ def check_policy(spec: RunSpec, policy: PolicyConfig) -> None:
     asked = spec.training
     private = not policy.allow_non_private
     if private and asked.noise_multiplier < policy.min_noise_multiplier:
-        raise _refusal("noise_multiplier", asked.noise_multiplier, "<", policy.min_noise_multiplier)
+        yield _refusal("noise_multiplier", asked.noise_multiplier, "<", policy.min_noise_multiplier)
     for name, value, limit, applies in (
         ("clipping_norm", asked.clipping_norm, policy.max_clipping_norm, private),
         ("sampling_probability", asked.sampling_probability, policy.max_sampling_probability, private),
@@ -28,10 +36,10 @@ def check_policy(spec: RunSpec, policy: PolicyConfig) -> None:
         ("lora rank", spec.lora.rank, policy.max_rank, True),
     ):
         if applies and value > limit:
-            raise _refusal(name, value, ">", limit)
+            yield _refusal(name, value, ">", limit)
     for target in spec.lora.targets:
         if target not in policy.targets:
-            raise PolicyRefusal(
+            yield PolicyRefusal(
                 f"lora target {target} is not among the site's targets ({', '.join(policy.targets)})",
                 fix="launch the run with these targets, or ask the site to widen [policy] targets",
             )
@@ -42,3 +50,9 @@ def _refusal(name: str, asked: float, relation: str, limit: float) -> PolicyRefu
         f"{name} {asked:g} {relation} {limit:g}",
         fix=f"launch the run with {name} {'at least' if relation == '<' else 'at most'} {limit:g}",
     )
+
+
+def other_base(spec: RunSpec, model_digest: str) -> str:
+    """Say that the run is for another base model than the site's; "" when it is not."""
+    asked = spec.run.base_model
+    return "" if asked == model_digest else f"the run is for base model {asked}, this site has {model_digest}"

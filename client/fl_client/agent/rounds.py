@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
-from fl_client.agent.policy import check_policy
+from fl_client.agent.policy import check_policy, other_base
 from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.config import PolicyConfig
 from fl_shared.adapter import digest, pack, require_finite, unpack
@@ -350,11 +350,8 @@ class Rounds:
         ):
             if wrong:
                 raise Refused("bad-manifest", message)
-        if manifest.spec.run.base_model != facts.model_digest:
-            raise Refused(
-                "unknown-base-model",
-                f"the run is for base model {manifest.spec.run.base_model}, this site has {facts.model_digest}",
-            )
+        if other := other_base(manifest.spec, facts.model_digest):
+            raise Refused("unknown-base-model", other)
         return manifest
 
     def _peek(self, manifest_json: str) -> tuple[dict[str, Any], str, int]:

@@ -104,6 +104,7 @@ class OpenSite:
     rounds: Rounds
     base: Callable[[], LoadedModel]
     ranks: RankGroup | None
+    facts: SiteFacts
 
     @property
     def model(self) -> LoadedModel:
@@ -173,4 +174,4 @@ def open_site(
     except BaseException:
         ledger.close()
         raise
-    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks)
+    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts)

@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _row(one: Standing, left: int, proposal: Proposal) -> dict[str, Any]:
-    fits = None if proposal.rounds is None else one.noise_for(proposal.over(proposal.rounds))
+    asked, rounds = proposal.mechanism, proposal.rounds
+    fits = None if rounds is None else one.noise_for(asked.sampling_probability, asked.steps * rounds)
     return {
         "budget": one.name,
         "epsilon": one.budget.epsilon,

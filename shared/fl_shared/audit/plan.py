@@ -71,7 +71,7 @@ def _row(one: Standing, proposal: Proposal, rounds: int) -> dict[str, Any]:
         "delta": delta,
         "granted": one.gate.admits(after),
         "rounds_granted": fits,
-        "noise_that_fits": one.noise_for(whole) if fits < rounds else None,
+        "noise_that_fits": one.noise_for(whole.sampling_probability, whole.steps) if fits < rounds else None,
         "before": curve_epsilon(one.charged, delta),
         "after": curve_epsilon(after, delta),
         "after_pld": steps_epsilon(after, delta),

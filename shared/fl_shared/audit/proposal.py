@@ -104,10 +104,10 @@ class Standing:
         """How many more rounds of `mechanism` the budget's gate would grant."""
         return steps_that_fit(self.gate, self.charged, mechanism) // mechanism.steps
 
-    def noise_for(self, whole: Mechanism) -> float | None:
-        """The least noise multiplier with which all of `whole` would be granted; None when no noise is enough."""
+    def noise_for(self, sampling_probability: float, steps: int) -> float | None:
+        """The least noise multiplier with which all these steps would be granted; None when no noise is enough."""
         try:
-            return noise_that_fits(self.gate, self.charged, whole.sampling_probability, whole.steps)
+            return noise_that_fits(self.gate, self.charged, sampling_probability, steps)
         except ConfigError:  # the budget is full
             return None
 
