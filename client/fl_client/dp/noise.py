@@ -129,8 +129,9 @@ class _Draws:
     def _base(self, count: int) -> NDArray[np.int32]:
         """Cells 0..CELLS-1 drawn from the alias table: outcomes of width BASE_WIDTH, plus CELLS / 2."""
         packed, rest = _alias_table()
-        arrays = (self._word, self._entry, self._limit, self._value, self._alias, self._index, self._keep)
-        word, entry, limit, value, alias, index, keep = (array[:count] for array in arrays)
+        word, entry, limit = self._word[:count], self._entry[:count], self._limit[:count]
+        value, alias = self._value[:count], self._alias[:count]
+        index, keep = self._index[:count], self._keep[:count]
         self._stream.fill(word)
         np.bitwise_and(word, 0xFFFF, out=value, casting="unsafe")
         np.copyto(index, value)

@@ -48,7 +48,7 @@ class SecureStream:
 
     def fill(self, out: NDArray[Any]) -> None:
         """Overwrite a contiguous array of integers with keystream, `<u4` or `<u8` words for instance."""
-        target = memoryview(out).cast("B")
+        target = memoryview(out.data).cast("B")
         for at in range(0, len(target), len(_ZEROS)):
             self._fill(target[at : at + len(_ZEROS)])
 

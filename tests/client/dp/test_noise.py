@@ -134,7 +134,7 @@ class _Scripted(SecureStream):
 def test_ties_are_broken_by_the_lower_48_bits(below: int, kept: bool) -> None:
     """A word that equals the threshold's upper 16 bits keeps its cell exactly below the threshold's lower 48."""
     packed, rest = _alias_table()
-    cell = next(c for c in range(CELLS // 2 + 10, CELLS) if 0 < rest[c] and packed[c] & 0xFFFF != c)
+    cell = next(c for c in range(CELLS // 2 + 10, CELLS) if rest[c] > 0 and packed[c] & 0xFFFF != c)
     stream = _Scripted((int(packed[cell]) >> 16 << 16) + cell, int(rest[cell]) - below)
     outcome = (cell if kept else int(packed[cell]) & 0xFFFF) - CELLS // 2
     assert discrete_gaussian(3, _grid(2), stream).tolist() == [outcome * (1 + SCALE)] * 3
