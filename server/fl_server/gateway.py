@@ -1,7 +1,7 @@
 """The one open port: TLS 1.3, Flower's Fleet paths for enrolled sites, enrolment for holders of a token.
 
 A client certificate is optional in the handshake, because a site that enrols has none yet; `/v1/fleet/*`,
-`/v1/hello` and `/v1/renew` demand one that is valid, of role `site` and unrevoked, on every request.
+`/v1/hello`, `/v1/renew`, `/v1/questions` and `/v1/answers` demand one that is valid, of role `site` and unrevoked, on every request.
 """
 
 from __future__ import annotations
@@ -32,14 +32,16 @@ from fl_server.flower import Flower
 from fl_server.home import ServerHome, ServerSettings
 from fl_server.limits import Places, Rates, network
 from fl_server.pki import Authority, Identity
+from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
-from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
+from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.names import site_id
 
 log = logging.getLogger("fl_server.gateway")
 
 MAX_ENROL_BYTES = 64 << 10
+MAX_ANSWER_BYTES = 64 << 10
 MAX_PER_SITE = 16  # requests at once
 BURST_S = 4.0
 ANONYMOUS_PER_S, ANONYMOUS_BURST = 5.0, 40.0
@@ -145,7 +147,9 @@ class Gateway:
         self._settings = settings
         self._client = client
         self._authority = Authority.load(home.ca_key, home.ca)
-        self._sites = Sites(Store(home.database_url()))
+        store = Store(home.database_url())
+        self._sites = Sites(store)
+        self._plans = Plans(store)
         self._flower = Flower(home)
         self._enrolling = asyncio.Lock()
         per_second = float(settings.site_requests_per_s)
@@ -164,6 +168,8 @@ class Gateway:
                     Route("/v1/enroll", self.enroll, methods=["POST"]),
                     Route("/v1/hello", self.hello, methods=["GET"]),
                     Route("/v1/renew", self.renew, methods=["POST"]),
+                    Route("/v1/questions", self.questions, methods=["GET"]),
+                    Route("/v1/answers", self.answers, methods=["POST"]),
                     Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
                 ],
                 exception_handlers={404: self._lost, 405: self._lost, Refused: self._refused},
@@ -288,6 +294,25 @@ class Gateway:
             return _refusal(error, 403)
         log.info("renewed the certificate of %s", row.site)
         return JSONResponse({"certificate_pem": made})
+
+    async def questions(self, request: Request) -> Response:
+        """What plans ask the site that speaks."""
+        _, row = await self._site(request)
+        return JSONResponse({"questions": await asyncio.to_thread(self._plans.pending, row.site)})
+
+    async def answers(self, request: Request) -> Response:
+        """Take the site's signed answer to one of them."""
+        _, row = await self._site(request)
+        self._take_place(request, row.site)
+        raw = await _whole(request, MAX_ANSWER_BYTES)
+        try:
+            await asyncio.to_thread(self._plans.take, row.site, json.loads(raw)["answer"])
+        except (SignatureError, ConfigError) as error:
+            log.warning("%s: an answer was not taken: %s", row.site, error.message)
+            return _refusal(error, 400)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _refusal(ConfigError("the answer is not of the agreed form", fix="the site's agent answers"), 400)
+        return JSONResponse({"taken": True})
 
     async def fleet(self, request: Request) -> Response:
         """Pass one Fleet call of an enrolled site's own node on to the SuperLink."""
