@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fl_client.dp.book import grouped_outer, outer
 from fl_client.dp.scope import BatchScope
 from fl_client.dp.segments import Segments, find_segments
-from fl_client.model.quant_layers import QuantExperts, QuantLinear, dequantise, grouped_matmul, sort_by_expert
+from fl_client.model.quant_layers import QuantExperts, QuantLinear, grouped_matmul, sort_by_expert
 from fl_shared.errors import EngineError
 
 ADAPTER = "default"
@@ -29,7 +29,7 @@ class _LinearWithFactors(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: nn.Parameter, b: nn.Parameter, layer: LoraLinear, scope: BatchScope) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ a.to(rows.dtype).mT
-        y = rows @ layer.base_weight(rows.dtype).mT
+        y = layer.base_matmul(rows)
         y.addmm_(h, b.to(rows.dtype).mT, alpha=layer.factor)
         ctx.save_for_backward(rows, h)
         ctx.parameters, ctx.layer, ctx.book, ctx.shape = (a, b), layer, scope.book, x.shape
@@ -44,7 +44,7 @@ class _LinearWithFactors(torch.autograd.Function):
         low *= factor
         gx = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            gx = g @ ctx.layer.base_weight(g.dtype)
+            gx = ctx.layer.base_matmul_transposed(g)
             gx.addmm_(low, a.to(g.dtype))
             gx = gx.view(ctx.shape)
         scaled = h * factor
@@ -74,7 +74,7 @@ class _ExpertsWithFactors(torch.autograd.Function):
         scope: BatchScope,
     ) -> Tensor:
         h = grouped_matmul(x, a.to(x.dtype).mT, routing.ends)
-        y = grouped_matmul(x, layer.base_weight(name, x.dtype).mT, routing.ends)
+        y = layer.base_matmul(name, x, routing.ends)
         y.add_(grouped_matmul(h, b.to(x.dtype).mT, routing.ends), alpha=layer.factor)
         ctx.save_for_backward(x, h)
         ctx.parameters, ctx.layer, ctx.name = (a, b), layer, name
@@ -90,7 +90,7 @@ class _ExpertsWithFactors(torch.autograd.Function):
         low *= factor
         gx = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            gx = grouped_matmul(g, ctx.layer.base_weight(ctx.name, g.dtype), routing.ends)
+            gx = ctx.layer.base_matmul_transposed(ctx.name, g, routing.ends)
             gx.add_(grouped_matmul(low, a.to(g.dtype), routing.ends))
         scaled = h * factor
         if ctx.book is not None:
@@ -169,13 +169,19 @@ class LoraLinear(_FrozenBase):
             raise EngineError(f"LoRA cannot adapt a {type(module).__name__}", fix="report this defect")
         return module.in_features, module.out_features
 
-    def base_weight(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight `[out, in]`."""
+    def base_matmul(self, x: Tensor) -> Tensor:
+        """`x W^T` of the frozen weight, outside autograd: `[M, in]` to `[M, out]`."""
+        base: Any = self.base_layer
+        y: Tensor = base.matmul(x) if isinstance(base, QuantLinear) else x @ base.weight.detach().to(x.dtype).mT
+        return y
+
+    def base_matmul_transposed(self, g: Tensor) -> Tensor:
+        """`g W` of the frozen weight, outside autograd: `[M, out]` to `[M, in]`."""
         base: Any = self.base_layer
         if isinstance(base, QuantLinear):
-            return dequantise(base.qweight, base.scale, base.group, dtype)
-        weight: Tensor = base.weight
-        return weight.detach().to(dtype)
+            return base.matmul_transposed(g)
+        gx: Tensor = g @ base.weight.detach().to(g.dtype)
+        return gx
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
@@ -212,7 +218,7 @@ class LoraExperts(_FrozenBase):
     No token is dropped, and no expert sees which tokens share its batch.
     """
 
-    adapter_layer_names = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
+    adapter_layer_names: tuple[str, ...] = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, r: int = 8, lora_alpha: float = 16, **_: Any
@@ -232,15 +238,19 @@ class LoraExperts(_FrozenBase):
     def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:  # noqa: ARG002  # PEFT's signature
         return None, None
 
-    def base_weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The frozen weight of `gate_up` `[E, 2I, H]` or `down` `[E, H, I]`."""
+    def base_matmul(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """`x_e W_e^T` of `gate_up` `[E, 2I, H]` or `down` `[E, H, I]`, outside autograd, for rows sorted by expert."""
         base: Any = self.base_layer
         if isinstance(base, QuantExperts):
-            return dequantise(
-                getattr(base, f"{name}_proj_qweight"), getattr(base, f"{name}_proj_scale"), base.group, dtype
-            )
-        weight: Tensor = getattr(base, f"{name}_proj")
-        return weight.detach().to(dtype)
+            return base.matmul(f"{name}_proj", x, ends)
+        return grouped_matmul(x, getattr(base, f"{name}_proj").detach().to(x.dtype).mT, ends)
+
+    def base_matmul_transposed(self, name: str, g: Tensor, ends: Tensor) -> Tensor:
+        """`g_e W_e` of the same weights."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantExperts):
+            return base.matmul_transposed(f"{name}_proj", g, ends)
+        return grouped_matmul(g, getattr(base, f"{name}_proj").detach().to(g.dtype), ends)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`[T, H]` with the router's choice `[T, K]` and weights `[T, K]` to `[T, H]`."""
@@ -259,6 +269,13 @@ class LoraExperts(_FrozenBase):
         pairs = pairs.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1).to(out.dtype)
         return pairs.sum(1).to(hidden_states.dtype)
 
+    def _frozen(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """The frozen product inside autograd."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantExperts):
+            return base.project(f"{name}_proj", x, ends)
+        return self.base_matmul(name, x, ends)
+
     def _project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
         a, b = getattr(self, f"lora_A_{name}")[ADAPTER], getattr(self, f"lora_B_{name}")[ADAPTER]
         scope = self.scope
@@ -267,7 +284,7 @@ class LoraExperts(_FrozenBase):
                 raise EngineError("hooks need the micro-batch's anchor", fix="report this defect")
             record = routing.tokens // scope.tokens
             rest = (routing.ends, record, scope.unit_anchor)
-            frozen = grouped_matmul(x, self.base_weight(name, x.dtype).mT, routing.ends)
+            frozen = self._frozen(name, x, routing.ends)
             added: Tensor = frozen + self.factor * b(a(x, *rest), *rest)
             return added
         y: Tensor = _ExpertsWithFactors.apply(  # type: ignore[no-untyped-call]  # torch's

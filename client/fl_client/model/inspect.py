@@ -26,8 +26,8 @@ _FLOAT32_BYTES = 4
 class Inspection:
     """Facts of a model directory. Bytes count tensors, not file headers.
 
-    `float32_bytes` and `quantised_bytes` are of the layers that are (or would be) int8; embeddings, norms, router and
-    output head stay float.
+    `quantised_layers_*` are of the layers that are (or would be) quantised; embeddings, norms, router and output head
+    stay float.
     """
 
     directory: str
@@ -84,7 +84,7 @@ def inspect_directory(directory: Path) -> Inspection:
 
 
 def _bytes_on_disk(directory: Path) -> tuple[int, int]:
-    """(bytes of all tensors, bytes of int8 values and their scales)."""
+    """(bytes of all tensors, bytes of quantised values and their scales)."""
     total = quantised = 0
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as source:
@@ -100,4 +100,3 @@ def _bytes_on_disk(directory: Path) -> tuple[int, int]:
 
 
 _ELEMENT_BYTES = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
-

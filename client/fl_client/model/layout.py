@@ -59,6 +59,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory / 'config.json'}: {QUANTISATION_KEY} is {settings!r}",
             fix='it reads {"bits": 8, "group": 128}; quantise the model anew',
         )
+    if settings["bits"] == 4 and settings["group"] % 2:
+        raise ModelError(f"int4 groups of {settings['group']} cannot be packed", fix="quantise the model anew")
     return config  # type: ignore[no-any-return]  # checked to be a dict above
 
 
@@ -68,7 +70,8 @@ def skeleton(directory: Path) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            # SDPA takes the fastest kernel that fits: on CUDA FlashAttention, cuDNN or the memory-efficient one.
+            model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{directory / 'config.json'}: {error}", fix="repair the configuration") from error
     return model
@@ -171,7 +174,7 @@ def _rename(name: str) -> str:
 
 
 def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are stored as int8, by name."""
+    """The linear layers that are stored quantised, by name."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Load a quantised (or plain) model directory; a quantised one never has a float copy of its int8 weights."""
+"""Load a quantised (or plain) model directory; a quantised one never has a float copy of its int8 or int4 weights."""
 
 from __future__ import annotations
 
@@ -61,19 +61,25 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device 'cuda' is wanted, and this machine has none", fix="write device = \"cpu\" or \"auto\"")
+        raise ModelError("device 'cuda' is wanted, and this machine has none", fix='write device = "cpu" or "auto"')
     return torch.device(wanted)
 
 
-def load_model(directory: str | Path, device: str = "auto") -> LoadedModel:
+def load_model(directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> LoadedModel:
     """Load config, tokenizer and weights; the model is frozen.
+
+    Args:
+        directory: a model directory, or `tiny`.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: what is computed in, and what stays float is kept in; by default bfloat16 on CUDA and float32 on CPU.
 
     Raises:
         ModelError: missing files, an unsupported architecture, or weights that do not fit the config.
     """
     path, place = resolve(directory), choose_device(device)
     config = read_config(path)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     tokenizer = _load_tokenizer(path)
     if QUANTISATION_KEY in config:
         module = _load_quantised(path, config, place, dtype)
@@ -101,15 +107,22 @@ def _load_plain(path: Path, place: torch.device, dtype: torch.dtype) -> nn.Modul
     return module.to(place)
 
 
-def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, dtype: torch.dtype) -> nn.Module:
-    group = int(config[QUANTISATION_KEY]["group"])
+def quantised_skeleton(path: Path) -> nn.Module:
+    """The model of a quantised directory's config on the meta device, its quantised layers in place, no value in it."""
+    settings = read_config(path)[QUANTISATION_KEY]
+    bits, group = int(settings["bits"]), int(settings["group"])
     model = skeleton(path)
     for name, linear in quantised_linears(model).items():
-        made = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, group, device="meta")
+        made = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, group, bits, device="meta")
         _replace(model, name, made)
     for name, experts in expert_modules(model).items():
         count, hidden, intermediate = experts.down_proj.shape  # type: ignore[misc]  # a tensor [E, H, I]
-        _replace(model, name, QuantExperts(count, hidden, intermediate, group, experts.act_fn, device="meta"))
+        _replace(model, name, QuantExperts(count, hidden, intermediate, group, experts.act_fn, bits, device="meta"))
+    return model
+
+
+def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, dtype: torch.dtype) -> nn.Module:
+    model = quantised_skeleton(path)
     state: dict[str, Tensor] = {}
     for file in weight_files(path):
         try:
@@ -131,7 +144,7 @@ def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, 
         raise ModelError(f"{path}: {error}", fix="quantise the model anew") from error
     if _ties_head(config):
         model.tie_weights()  # type: ignore[operator]  # a method of PreTrainedModel
-    _make_rotary(model, place)
+    make_rotary(model, place)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise ModelError(f"{path}: no value for {left[0]} ({len(left)} in all)", fix="quantise the model anew")
@@ -142,7 +155,7 @@ def _ties_head(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", False))
 
 
-def _make_rotary(model: nn.Module, place: torch.device) -> None:
+def make_rotary(model: nn.Module, place: torch.device) -> None:
     """Rotary frequencies are computed from the config, not stored: build them anew off the meta device."""
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):

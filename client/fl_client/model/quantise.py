@@ -1,4 +1,4 @@
-"""Quantise a Hugging Face MoE directory to int8 symmetric group-128, tensor by tensor."""
+"""Quantise a Hugging Face MoE directory to int8 or int4, symmetric, group 128, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fl_client.model.layout import (
     skeleton,
     stored_tensors,
 )
-from fl_client.model.quant_layers import GROUP, quantise_tensor
+from fl_client.model.quant_tensor import GROUP, quantise_tensor
 from fl_shared.errors import ModelError
 
 SHARD_BYTES = 1 << 30
@@ -56,8 +56,8 @@ def quantise_directory(
     Args:
         src: a Hugging Face directory with safetensors weights.
         out: must not exist, or be empty.
-        bits: 8, or 4 (same container, 15 levels).
-        group: inputs that share a scale.
+        bits: 8, or 4 (two to a byte).
+        group: inputs that share a scale; even for 4 bits.
         keep_dtype: store float matrices that stay float (embeddings, router) in this type instead of their own;
             vectors (norms, the router's selection bias) keep theirs.
         progress: called with (tensors done, tensors in all).
@@ -70,6 +70,8 @@ def quantise_directory(
         raise ModelError(f"{src} is already quantised", fix="name the original directory")
     if bits not in (4, 8):
         raise ModelError(f"{bits} bits are not supported", fix="use 8 or 4")
+    if group < 1 or (bits == 4 and group % 2):
+        raise ModelError(f"groups of {group} do not fit {bits} bits", fix="use the default, 128")
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out} holds files", fix="name a new or empty folder")
     model = skeleton(src)
@@ -137,6 +139,9 @@ def _convert(
     stacked = stored.experts > 0 or (quantise and len(shape) == 3)
     for piece in stored.read(by_expert=stacked):
         size += piece.numel() * piece.element_size()
+        if tuple(piece.shape) != (shape[1:] if stacked else shape):
+            found = (shape[0], *piece.shape) if stacked else tuple(piece.shape)
+            raise _misshapen(stored.name, found, shape)
         if quantise:
             qweight, scale = quantise_tensor(piece, group, bits)
             qweights.append(qweight)
@@ -148,12 +153,14 @@ def _convert(
             raise ModelError(f"{stored.name} holds NaN or infinity", fix="this checkpoint is broken: get it anew")
     whole = torch.stack if stacked else (lambda parts: parts[0])
     value = whole(qweights if quantise else floats)
-    if tuple(value.shape) != shape:
-        raise ModelError(
-            f"{stored.name} has shape {tuple(value.shape)}, config.json says {shape}", fix="copy the model again, whole"
-        )
+    if stacked and value.shape[0] != shape[0]:
+        raise _misshapen(stored.name, (value.shape[0], *shape[1:]), shape)
     if not quantise:
         return size, {stored.name: value}
     base = stored.name.removesuffix(".weight")
     join = "." if stored.name.endswith(".weight") else "_"
     return size, {f"{base}{join}qweight": value, f"{base}{join}scale": whole(scales)}
+
+
+def _misshapen(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelError:
+    return ModelError(f"{name} has shape {found}, config.json says {wanted}", fix="copy the model again, whole")

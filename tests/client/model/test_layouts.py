@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import GraniteMoeConfig, PreTrainedModel
 
+from fl_client.model.inspect import inspect_directory
 from fl_client.model.layout import expert_modules, quantised_linears, skeleton, stored_tensors
 from fl_client.model.load import load_model
 from fl_client.model.quant_layers import dequantise, quantise_tensor
@@ -24,13 +27,13 @@ Make = Callable[[str], tuple[PreTrainedModel, Path]]
 IDS = torch.tensor([[5, 300, 17, 4, 260, 99], [31, 2, 7, 7, 280, 11]])
 
 
-def rounded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The float model's own state with each quantised tensor replaced by what its int8 form stands for."""
+def rounded(model: PreTrainedModel, bits: int = 8) -> dict[str, torch.Tensor]:
+    """The float model's own state with each quantised tensor replaced by what its quantised form stands for."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = [f"{name}.weight" for name in quantised_linears(model)]
     names += [f"{name}.{part}" for name in expert_modules(model) for part in ("gate_up_proj", "down_proj")]
     for name in names:
-        state[name] = dequantise(*quantise_tensor(state[name]), 128, torch.float32)
+        state[name] = dequantise(*quantise_tensor(state[name], 128, bits), 128, torch.float32)
     return state
 
 
@@ -118,19 +121,54 @@ def test_expert_ten_comes_after_expert_two(tmp_path: Path) -> None:
         assert [int(piece[0, 0]) for piece in stored.read(by_expert=True)] == list(range(12))
 
 
-def test_four_bits_use_fifteen_levels(float_model: Make, tmp_path: Path) -> None:
-    """With bits = 4 every value lies in -7..7, the config says so, and the logits' error grows."""
-    model, directory = float_model("deepseek_v3")
-    quantise_directory(directory, tmp_path / "q4", bits=4)
+def test_four_bits_are_packed_and_compute_what_they_stand_for(
+    architecture: str, float_model: Make, tmp_path: Path
+) -> None:
+    """With bits = 4 files and memory hold two weights a byte; logits are those of the rounded weights; errors grow."""
+    model, directory = float_model(architecture)
+    report = quantise_directory(directory, tmp_path / "q4", bits=4)
     quantise_directory(directory, tmp_path / "q8", bits=8)
     config = json.loads((tmp_path / "q4/config.json").read_text(encoding="utf-8"))
     assert config["concordat_quantisation"] == {"bits": 4, "group": 128}
-    four, eight = load_model(tmp_path / "q4", "cpu").module, load_model(tmp_path / "q8", "cpu").module
-    tops = [int(t.abs().max()) for name, t in four.state_dict().items() if name.endswith("qweight")]
-    assert set(tops) == {7}
+    facts, wide = inspect_directory(tmp_path / "q4"), inspect_directory(tmp_path / "q8")
+    assert (facts.bits, wide.bits) == (4, 8)
+    assert facts.quantised_layers_bytes == report.quantised_after
+    assert facts.digest != wide.digest
+    four, eight = load_model(tmp_path / "q4", "cpu"), load_model(tmp_path / "q8", "cpu")
+    assert four.digest == facts.digest
+    for name, tensor in four.module.state_dict().items():
+        if name.endswith("qweight"):
+            assert tensor.dtype == torch.uint8
+            assert tensor.numel() < 0.6 * eight.module.state_dict()[name].numel()
     with torch.no_grad():
-        exact = model(IDS).logits
-        assert (four(IDS).logits - exact).norm() > 4 * (eight(IDS).logits - exact).norm()
+        twin = torch.func.functional_call(model, rounded(model, 4), (IDS,), {"use_cache": False}, tie_weights=False)
+        found, exact = four.module(IDS).logits, model(IDS).logits
+        torch.testing.assert_close(found, twin.logits, rtol=1e-4, atol=1e-5)
+        assert (found - exact).norm() > 4 * (eight.module(IDS).logits - exact).norm()
+
+
+def test_computing_in_bfloat16_stays_close(float_model: Make, tmp_path: Path) -> None:
+    """dtype=bfloat16 computes in it, keeps scales in float32, and its hidden states stay within 5 %."""
+    _, directory = float_model("mixtral")
+    quantise_directory(directory, tmp_path / "q")
+    exact, half = load_model(tmp_path / "q", "cpu"), load_model(tmp_path / "q", "cpu", torch.bfloat16)
+    kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in half.module.state_dict().items()}
+    assert (kinds["scale"], kinds["qweight"], kinds["weight"]) == (torch.float32, torch.int8, torch.bfloat16)
+    with torch.no_grad():
+        wanted = exact.module.model(IDS).last_hidden_state
+        found = half.module.model(IDS).last_hidden_state
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_attention_runs_through_sdpa(architecture: str, float_model: Make, tmp_path: Path) -> None:
+    """Every architecture's attention goes to scaled_dot_product_attention, which has FlashAttention on CUDA."""
+    _, directory = float_model(architecture)
+    quantise_directory(directory, tmp_path / "q")
+    module = load_model(tmp_path / "q", "cpu").module
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as spy:
+        module(IDS)
+    assert spy.call_count == module.config.num_hidden_layers
 
 
 def _damaged(good: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:

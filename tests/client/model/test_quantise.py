@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from fl_client.model import quant_matmul
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY, load_model
@@ -120,45 +121,90 @@ def test_sharded_checkpoints_are_read(tmp_path: Path) -> None:
     assert directory_digest(tmp_path / "q1") == directory_digest(tmp_path / "q2")
 
 
-@given(
-    rows=st.integers(1, 5), columns=st.integers(1, 300), bits=st.sampled_from([4, 8]), seed=st.integers(0, 2**31 - 1)
-)
-def test_rounding_error_is_at_most_half_a_step(rows: int, columns: int, bits: int, seed: int) -> None:
+@given(rows=st.integers(1, 5), columns=st.integers(1, 300), seed=st.integers(0, 2**31 - 1))
+def test_rounding_error_of_int8_is_at_most_half_a_step(rows: int, columns: int, seed: int) -> None:
     """Every weight comes back within half a quantisation step, whatever the width; zeros stay zeros."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     weight[0] = 0
-    qweight, scale = quantise_tensor(weight, 128, bits)
+    qweight, scale = quantise_tensor(weight, 128)
     back = dequantise(qweight, scale, 128, torch.float32)
     step = scale.repeat_interleave(128, dim=-1)[..., :columns]
     assert ((back - weight).abs() <= step / 2 + 1e-6).all()
     assert (back[0] == 0).all()
 
 
-def test_backward_is_the_gradient_of_the_dequantised_layer() -> None:
-    """The input gradients of both int8 layers equal those of float layers with the dequantised weights."""
+@given(rows=st.integers(1, 5), columns=st.integers(1, 300), seed=st.integers(0, 2**31 - 1))
+def test_int4_is_packed_and_no_worse_than_its_first_scale(rows: int, columns: int, seed: int) -> None:
+    """Half a byte a weight; every group's error is at most that of the scale max/8; zeros stay zeros."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0
+    qweight, scale = quantise_tensor(weight, 128, 4)
+    whole, rest = divmod(columns, 128)
+    assert qweight.dtype == torch.uint8
+    assert qweight.shape == (rows, 64 * whole + (rest + 1) // 2)
+    back = dequantise(qweight, scale, 128, torch.float32, columns)
+    assert back.shape == weight.shape
+    assert (back[0] == 0).all()
+    for row in range(1, rows):
+        for group, part in enumerate(weight[row].split(128)):
+            step = -part[part.abs().argmax()] / 8
+            simple = torch.round(part / step).clamp(-8, 7) * step
+            found = back[row, 128 * group : 128 * group + len(part)]
+            assert (found - part).square().sum() <= (simple - part).square().sum() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 3000], ids=["one block", "many blocks"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("inputs", [1, 65, 128, 200, 576, 577])
+def test_products_equal_those_of_the_dequantised_weight(
+    bits: int, inputs: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x W^T and g W of a matrix and of experts, two of them without rows, whatever the width and the block."""
+    monkeypatch.setattr(quant_matmul, "BLOCK", block)
     torch.manual_seed(0)
-    linear = QuantLinear.from_linear(torch.nn.Linear(200, 30))
-    x = torch.randn(7, 200, dtype=torch.float32, requires_grad=True)
+    qweight, scale = quantise_tensor(torch.randn(5, 33, inputs), 128, bits)
+    weight = dequantise(qweight, scale, 128, torch.float32, inputs)
+    x, g, ends = torch.randn(11, inputs), torch.randn(11, 33), torch.tensor([4, 4, 9, 9, 11], dtype=torch.int32)
+    rows = ((0, slice(0, 4)), (2, slice(4, 9)), (4, slice(9, 11)))
+
+    def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+    one = (qweight[1], scale[1], 128, inputs)
+    assert same(quant_matmul.matmul(x, *one), x @ weight[1].mT)
+    assert same(quant_matmul.matmul_transposed(g, *one), g @ weight[1])
+    all_five = (qweight, scale, ends, 128, inputs)
+    assert same(quant_matmul.grouped(x, *all_five), torch.cat([x[r] @ weight[e].mT for e, r in rows]))
+    assert same(quant_matmul.grouped_transposed(g, *all_five), torch.cat([g[r] @ weight[e] for e, r in rows]))
+    nothing = torch.zeros(5, dtype=torch.int32)
+    assert quant_matmul.grouped(x[:0], qweight, scale, nothing, 128, inputs).shape == (0, 33)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_backward_is_the_gradient_of_the_dequantised_layer(bits: int) -> None:
+    """The input gradients of both quantised layers equal those of float layers with the dequantised weights."""
+    torch.manual_seed(0)
+    linear = QuantLinear.from_linear(torch.nn.Linear(201, 30), bits=bits)
+    x = torch.randn(7, 201, requires_grad=True)
     linear(x).square().sum().backward()
     y = x.detach().clone().requires_grad_()
-    weight = dequantise(linear.qweight, linear.scale, 128, torch.float32)
-    torch.nn.functional.linear(y, weight, linear.bias).square().sum().backward()
+    torch.nn.functional.linear(y, linear.weight_as(torch.float32), linear.bias).square().sum().backward()
     assert torch.allclose(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
-    experts = QuantExperts.from_fused(torch.randn(4, 24, 40), torch.randn(4, 40, 12), torch.nn.functional.silu)
+    act = torch.nn.functional.silu
+    experts = QuantExperts.from_fused(torch.randn(4, 26, 41), torch.randn(4, 41, 13), act, bits=bits)
     index = torch.tensor([[0, 1], [0, 3], [0, 1]])  # expert 2 gets nothing
     weights = torch.rand(3, 2)
-    x = torch.randn(3, 40, requires_grad=True)
+    x = torch.randn(3, 41, requires_grad=True)
     experts(x, index, weights).square().sum().backward()
     y = x.detach().clone().requires_grad_()
-    gate_up = dequantise(experts.gate_up_proj_qweight, experts.gate_up_proj_scale, 128, torch.float32)
-    down = dequantise(experts.down_proj_qweight, experts.down_proj_scale, 128, torch.float32)
+    gate_up, down = (experts.weight_as(name, torch.float32) for name in ("gate_up_proj", "down_proj"))
     rows = []
     for token in range(3):
-        total = torch.zeros(40)
+        total = torch.zeros(41)
         for slot in range(2):
             gate, up = (gate_up[index[token, slot]] @ y[token]).chunk(2)
-            total = total + weights[token, slot] * (down[index[token, slot]] @ (torch.nn.functional.silu(gate) * up))
+            total = total + weights[token, slot] * (down[index[token, slot]] @ (act(gate) * up))
         rows.append(total)
     torch.stack(rows).square().sum().backward()
     assert torch.allclose(x.grad, y.grad, rtol=1e-4, atol=1e-4)
