@@ -1,7 +1,7 @@
 """The one open port: TLS 1.3, Flower's Fleet paths for enrolled sites, enrolment for holders of a token.
 
-A client certificate is optional in the handshake, because a site that enrols has none yet; `/v1/fleet/*`,
-`/v1/hello`, `/v1/renew`, `/v1/questions` and `/v1/answers` demand one that is valid, of role `site` and unrevoked, on every request.
+A client certificate is optional in the handshake, because a site that enrols has none yet. All but `/healthz`,
+`/v1/ca` and `/v1/enroll` demands one that is valid, of role `site` and unrevoked, on every request.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ class Gateway:
                     Route("/v1/answers", self.answers, methods=["POST"]),
                     Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
                 ],
-                exception_handlers={404: self._lost, 405: self._lost, Refused: self._refused},
+                exception_handlers={
+                    404: self._lost, 405: self._lost, Refused: self._refused, DatabaseAway: self._away
+                },  # fmt: skip
             )
         )
 
@@ -190,6 +192,13 @@ class Gateway:
         """One more request of an address without a (valid) certificate; Refused when there are too many."""
         if not self._strangers.take(network(request.client.host if request.client else "")):
             raise Refused(_too_many(), 429)
+
+    @staticmethod
+    async def _away(_request: Request, error: Exception) -> Response:
+        """The database is being restarted: a 503, after which sites and their SuperNodes come again."""
+        log.warning("%s", error)
+        away = TransportError("the coordinator is not ready", fix="try again", code="no-database")
+        return _refusal(away, 503)
 
     async def healthz(self, _request: Request) -> Response:
         """The gateway lives."""
