@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from fl_server import doorman, fleet
 from fl_server.db.models import SiteRow
-from fl_server.db.store import Store
+from fl_server.db.store import DatabaseAway, Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome, ServerSettings
 from fl_server.limits import Places, Rates, network
@@ -173,8 +173,11 @@ class Gateway:
                     Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
                 ],
                 exception_handlers={
-                    404: self._lost, 405: self._lost, Refused: self._refused, DatabaseAway: self._away
-                },  # fmt: skip
+                    404: self._lost,
+                    405: self._lost,
+                    Refused: self._refused,
+                    DatabaseAway: self._away,
+                },
             )
         )
 
