@@ -111,7 +111,7 @@ def train_round(
     started = time.perf_counter()
     adapted = _adapted(model, spec)
     start = _load(adapted, spec, offset)
-    frozen = frozenset(n for n in adapted.plan if ".lora_A" in n) if spec.run.aggregation == "ffa" else frozenset()
+    frozen = frozen_tensors(adapted, spec)
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
@@ -198,7 +198,14 @@ def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[
 
 
 def _adapted(model: LoadedModel, spec: RunSpec) -> AdaptedModel:
-    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std)
+    core = spec.run.aggregation == "fed-sb"
+    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std, core=core)
+
+
+def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:
+    """Planned tensors that the run's aggregator keeps at their seeded start; they are in no update."""
+    factors = {"ffa": (".lora_A",), "fed-sb": (".lora_A", ".lora_B")}.get(spec.run.aggregation, ())
+    return frozenset(name for name in adapted.plan if any(factor in name for factor in factors))
 
 
 def _load(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:

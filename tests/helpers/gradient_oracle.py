@@ -25,7 +25,7 @@ class GradientOracle:
     """Gradients of an adapted model by the slow way.
 
     Args:
-        adapted: read for its weights only; its forward pass is never called.
+        adapted: read for its weights, and for which of them are trained; its forward pass is never called.
         config: of the base, to build the stock model.
     """
 
@@ -38,6 +38,7 @@ class GradientOracle:
         self._scale = adapted.lora.alpha / adapted.lora.rank
         self._mean, self._std = adapted.classifier.feature_mean, adapted.classifier.feature_std
         self._plan = {name: value.detach().clone() for name, value in adapted.plan.items()}
+        self._trained = [name for name, value in adapted.plan.items() if value.requires_grad]
 
     @property
     def base(self) -> nn.Module:
@@ -47,7 +48,9 @@ class GradientOracle:
 
     def unit_gradient(self, records: Records, unit: int) -> Gradients:
         """Sum of the gradients of one unit's records, each by itself."""
-        leaves = {name: value.clone().requires_grad_() for name, value in self._plan.items()}
+        leaves = {name: value.clone() for name, value in self._plan.items()}
+        for name in self._trained:
+            leaves[name].requires_grad_()
         merged = {**self._weights, **self._merged(leaves)}
         total = torch.zeros(())
         for record in records.of_unit[unit]:
@@ -56,12 +59,12 @@ class GradientOracle:
             features = (hidden.mean(1) - self._mean) / self._std
             logits = F.linear(features, leaves[f"{HEAD}weight"], leaves[f"{HEAD}bias"])
             total = total + F.cross_entropy(logits, torch.tensor([int(records.labels[record])]))
-        found = torch.autograd.grad(total, list(leaves.values()))
-        return dict(zip(leaves, found, strict=True))
+        found = torch.autograd.grad(total, [leaves[name] for name in self._trained])
+        return dict(zip(self._trained, found, strict=True))
 
     def clipped_sum(self, records: Records, norm: float) -> tuple[Gradients, list[float]]:
         """Sum over all units of gradients scaled to at most `norm`, and every unit's norm before that."""
-        total: Gradients = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self._plan.items()}
+        total: Gradients = {name: torch.zeros_like(self._plan[name], dtype=torch.float64) for name in self._trained}
         norms = []
         for unit in range(records.units):
             gradient = {name: value.double() for name, value in self.unit_gradient(records, unit).items()}
@@ -72,12 +75,14 @@ class GradientOracle:
         return total, norms
 
     def _merged(self, leaves: Gradients) -> Gradients:
-        """Adapted weight's name in the base to `W + alpha/r B A`."""
+        """Adapted weight's name in the base to `W + alpha/r B A`, with a core to `W + alpha/r B R A`."""
         merged = {}
         for name, a in leaves.items():
             for part, weight in (("", ".weight"), ("_gate_up", ".gate_up_proj"), ("_down", ".down_proj")):
                 if name.endswith(f".lora_A{part}.weight"):
                     b = leaves[name.replace(".lora_A", ".lora_B")]
+                    core = leaves.get(name.replace(".lora_A", ".lora_R"))
+                    b = b if core is None else b @ core
                     path = name.removeprefix(PREFIX).removesuffix(f".lora_A{part}.weight") + weight
                     merged[path] = self._weights[path] + self._scale * (b @ a)
         return merged

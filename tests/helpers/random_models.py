@@ -114,7 +114,14 @@ def units_of_records(
 
 
 def adapted_small(
-    architecture: str, *, quantised: bool, experts: int = 8, top_k: int = 2, rank: int = 3, classes: int = 5
+    architecture: str,
+    *,
+    quantised: bool,
+    experts: int = 8,
+    top_k: int = 2,
+    rank: int = 3,
+    classes: int = 5,
+    core: bool = False,
 ) -> AdaptedModel:
     """A small model under a random adapter and random feature statistics, so that no gradient vanishes."""
     config = small_config(architecture, experts=experts, top_k=top_k)
@@ -127,6 +134,6 @@ def adapted_small(
     hidden = int(config.hidden_size)
     mean = torch.from_numpy(rng.normal(0, 0.3, hidden).astype(np.float32))
     std = torch.from_numpy(rng.uniform(0.5, 2.0, hidden).astype(np.float32))
-    made = adapt(model, LoraSection(rank=rank, alpha=6.0, targets=targets), classes, mean, std)
+    made = adapt(model, LoraSection(rank=rank, alpha=6.0, targets=targets), classes, mean, std, core=core)
     worst_case_adapter(made, rng)
     return made

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_client.dp.architectures import Architecture, architecture_of
+from fl_client.dp.core_layers import CoreExperts, CoreLinear
 from fl_client.dp.lora_layers import ADAPTER, LoraExperts, LoraLinear
 from fl_client.dp.scope import BatchScope
 from fl_client.model.quant_layers import QuantExperts, QuantLinear
@@ -86,13 +87,14 @@ class Classifier(nn.Module):
 
 @dataclass
 class AdaptedModel:
-    """A classifier and the plan of what may move in it.
+    """A classifier and the plan of what may move in it. With cores (Fed-SB) the plan's factors A and B stay frozen.
 
     Attributes:
         classifier: the model.
         plan: tensor name on the wire to parameter, in a fixed order. Nothing else is trainable.
         groups: tensor name to `attention`, `shared_experts`, `routed_experts` or `head`.
         layers: path to adapted layer.
+        core: whether an r x r core lies between the factors.
         probe_error: set by `checks.check_layers` once the layers have passed.
     """
 
@@ -102,6 +104,7 @@ class AdaptedModel:
     plan: dict[str, nn.Parameter]
     groups: dict[str, str]
     layers: dict[str, nn.Module] = field(repr=False)
+    core: bool = False
     probe_error: float | None = None
 
     @property
@@ -119,7 +122,9 @@ def backbone_of(module: nn.Module) -> nn.Module:
 _MARK = "_concordat_adapted"
 
 
-def adapt(module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std: Tensor) -> AdaptedModel:
+def adapt(
+    module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std: Tensor, *, core: bool = False
+) -> AdaptedModel:
     """LoRA layers and a head on `module`, reused when it already carries the same ones.
 
     Args:
@@ -127,11 +132,12 @@ def adapt(module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std:
         lora: rank, alpha and target groups.
         classes: number of labels.
         mean, std: `[H]`, the public feature statistics.
+        core: put an r x r core between the factors, and train it instead of them.
 
     Raises:
         EngineError: unsupported architecture, a target group that the model does not have, an unsupported layer.
     """
-    key = (lora, classes)
+    key = (lora, classes, core)
     known: tuple[Any, AdaptedModel] | None = getattr(module, _MARK, None)
     if known is not None and known[0] == key:
         return known[1]
@@ -141,7 +147,7 @@ def adapt(module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std:
     config: Any = getattr(module, "config", None)
     architecture = architecture_of(str(getattr(config, "model_type", type(module).__name__)))
     targets = _targets(backbone, architecture, lora)
-    _inject(backbone, list(targets), lora)
+    _inject(backbone, list(targets), lora, core=core)
     scope = BatchScope()
     classifier = Classifier(backbone, classes, mean, std, scope)
     for parameter in backbone.parameters():
@@ -162,10 +168,10 @@ def adapt(module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std:
     for name, parameter in classifier.head.named_parameters():
         plan[HEAD + name], groups[HEAD + name] = parameter, "head"
     device = mean.device
-    for parameter in plan.values():
+    for name, parameter in plan.items():
         parameter.data = parameter.data.to(device=device, dtype=torch.float32)
-        parameter.requires_grad_(True)
-    made = AdaptedModel(classifier, architecture, lora, plan, groups, layers)
+        parameter.requires_grad_(not core or groups[name] == "head" or ".lora_R" in name)
+    made = AdaptedModel(classifier, architecture, lora, plan, groups, layers, core)
     setattr(module, _MARK, (key, made))  # lives and dies with the module
     return made
 
@@ -205,20 +211,21 @@ def _targets(backbone: nn.Module, architecture: Architecture, lora: LoraSection)
     return chosen
 
 
-def _inject(backbone: nn.Module, paths: list[str], lora: LoraSection) -> None:
+def _inject(backbone: nn.Module, paths: list[str], lora: LoraSection, *, core: bool) -> None:
     """Let PEFT replace the layers, and nothing but them.
 
     The backbone is handed over inside a module without `config`: with a Hugging Face config PEFT rewrites targets
     (on DeepseekV3 the shared experts vanish without a word).
     """
-    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LoraLinear, QuantLinear: LoraLinear}
+    linear = CoreLinear if core else LoraLinear
+    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: linear, QuantLinear: linear}
     for path in paths:
         layer = backbone.get_submodule(path)
         if isinstance(layer, nn.Linear | QuantLinear):
             continue
         if not isinstance(layer, QuantExperts) and getattr(layer, "down_proj", None) is None:
             raise EngineError(f"{path} is a {type(layer).__name__}, which LoRA cannot adapt", fix="drop the target")
-        kinds[type(layer)] = LoraExperts
+        kinds[type(layer)] = CoreExperts if core else LoraExperts
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # PEFT divides it by r, whatever its type

@@ -2,7 +2,8 @@
 
 Routed experts become PEFT's `target_parameters`: factor A `[E r, in]` with experts outermost, factor B `[out, r E]`
 with experts innermost (`peft.tuners.lora.layer.ParamWrapper`). Two parameters of one module are nested wrappers, so
-the first one's factors lie under `base_layer`. The classification head is ours and lies in `head.safetensors`.
+the first one's factors lie under `base_layer`. A core (Fed-SB) is multiplied into its factor B. The classification
+head is ours and lies in `head.safetensors`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def write_peft(
 ) -> None:
     """Write `values` (every planned tensor) into `directory`, which is made when it is not there."""
     directory.mkdir(parents=True, exist_ok=True)
+    values = _without_cores(values)
     factors: dict[str, NDArray[np.float32]] = {}
     modules: list[str] = []
     parameters: list[str] = []
@@ -60,6 +62,16 @@ def write_peft(
     facts = {"labels": list(labels), "base_model": digest, "pooling": "mean over real tokens, standardised"}
     save_file(head, directory / "head.safetensors")
     (directory / "head.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_cores(values: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """The same model without cores: `B (R A) = (B R) A`."""
+    found = {name: value for name, value in values.items() if ".lora_R" not in name}
+    for name, core in values.items():
+        if ".lora_R" in name:
+            up = name.replace(".lora_R", ".lora_B")
+            found[up] = values[up] @ core
+    return found
 
 
 def _stock(name: str, value: NDArray[np.float32]) -> tuple[str, NDArray[np.float32]]:
