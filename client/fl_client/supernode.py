@@ -25,7 +25,7 @@ from types import FrameType
 import fl_shared
 from fl_client.files import write_durably
 from fl_client.sandbox import Confinement, landlock_abi
-from fl_client.tunnel import READY, TunnelSettings
+from fl_client.tunnel import NODE_LEFT, READY, TunnelSettings
 from fl_shared.errors import ConfigError
 from fl_shared.offline import OFFLINE
 
@@ -186,14 +186,21 @@ class Helpers:
     """Keeps the tunnel and, if a plan is given, the SuperNode running until `stop`.
 
     A process that dies is started again after 1 s, then 2 s, up to 30 s; the wait starts over after
-    a minute of life.
+    a minute of life. So is a SuperNode that has taken leave of the coordinator: after an answer that it
+    does not understand it does so and then lives on without ever asking for work again.
     """
 
-    def __init__(self, settings: TunnelSettings, listener: socket.socket, plan: NodePlan | None) -> None:
-        """Take what the processes need; nothing is started before `start`."""
+    def __init__(
+        self, settings: TunnelSettings, listener: socket.socket, plan: NodePlan | None, *, launch: bool = True
+    ) -> None:
+        """Take what the processes need; nothing is started before `start`.
+
+        Without `launch` another service runs the SuperNode by the saved plan (`run_alone`).
+        """
         self._settings = settings
         self._listener = listener
         self._plan = plan
+        self._launch_node = launch and plan is not None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._tunnel_ready = threading.Event()
@@ -209,7 +216,7 @@ class Helpers:
 
         A SuperNode that finds nobody backs off for many seconds, so it is worth waiting.
         """
-        if self._plan is not None:
+        if self._launch_node:
             self._start("supernode")
 
     def restart_tunnel(self) -> None:
@@ -218,6 +225,18 @@ class Helpers:
             tunnel = self._running.get("tunnel")
         if tunnel is not None:
             tunnel.terminate()
+
+    def _node_left(self) -> None:
+        """End the SuperNode that has taken leave; whoever keeps it starts the next one."""
+        if self._stopping.is_set() or self._plan is None:
+            return
+        if not self._launch_node:
+            self._plan.save()
+            return
+        with self._lock:
+            node = self._running.get("supernode")
+        if node is not None:
+            node.terminate()
 
     def _start(self, name: str) -> None:
         thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
@@ -267,6 +286,8 @@ class Helpers:
                     line = raw.decode("utf-8", "replace").strip()
                     if line == READY:
                         self._tunnel_ready.set()
+                    elif line == NODE_LEFT:
+                        self._node_left()
                     else:
                         logging.getLogger("fl_client.tunnel").info(line)
             status = process.wait()
@@ -333,16 +354,26 @@ def _hand_over(process: subprocess.Popen[bytes], line: bytes) -> None:
 def run_alone(directory: Path) -> int:
     """Run the untrusted half by itself until SIGTERM or Ctrl-C; for a service of another user.
 
-    The exit status is the SuperNode's; the service manager starts it again.
+    It also ends when the agent writes its plan anew, after its own restart (the tunnel has another
+    certificate then) or because the SuperNode has taken leave. The exit status is the SuperNode's; the service
+    manager starts it again.
     """
-    process = start_node(NodePlan.load(directory.absolute()))
+    directory = directory.absolute()
+    written = (directory / PLAN_FILE).stat().st_mtime_ns if (directory / PLAN_FILE).exists() else 0
+    process = start_node(NodePlan.load(directory))
 
     def end(_number: int, _frame: FrameType | None) -> None:
         process.terminate()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    status = process.wait()
+    status: int | None = None
+    while status is None:
+        try:
+            status = process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            if (directory / PLAN_FILE).stat().st_mtime_ns != written:
+                process.terminate()
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()

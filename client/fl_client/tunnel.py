@@ -61,6 +61,7 @@ FLEET_CALLS = frozenset(
 MAX_APP_BYTES = 16 << 20
 OFF_LINE_S = 6.0
 READY = "tunnel ready"
+NODE_LEFT = "the SuperNode has left"
 _HANDLED = ("get-fab", "activate-node")
 _MAX_SMALL_BYTES = 1 << 20
 
@@ -192,6 +193,8 @@ class Tunnel:
         if call not in FLEET_CALLS:
             log.warning("refused to forward %r: not a Fleet call of a site", call[:80])
             return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
+        if call == "deactivate-node":
+            print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.supernode`
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_HEADERS]
         try:
             if call in _HANDLED:

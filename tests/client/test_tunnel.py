@@ -22,7 +22,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 
 from fl_client.enrolment import enrol
 from fl_client.home import SiteHome
-from fl_client.supernode import Helpers, listen_loopback
+from fl_client.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 
 APP = b"the shipped app"
@@ -56,10 +56,12 @@ def settings_of(home: SiteHome, gateway: Gateway, listener: socket.socket, apps:
 class Running:
     """A tunnel process and a client that trusts its local certificate."""
 
-    def __init__(self, home: SiteHome, gateway: Gateway, apps: list[str]) -> None:
+    def __init__(self, home: SiteHome, gateway: Gateway, apps: list[str], *, launch: bool = False) -> None:
         listener = listen_loopback()
-        self.url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, None)
+        port = listener.getsockname()[1]
+        self.url = f"https://127.0.0.1:{port}"
+        plan = NodePlan(home.supernode, home.socket, home.node_key, home.supernode / "tunnel-ca.pem", port)
+        self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, plan, launch=launch)
         self.helpers.start_tunnel()
         context = ssl.create_default_context(cafile=str(home.supernode / "tunnel-ca.pem"))
         self.client = httpx.Client(verify=context, timeout=30, trust_env=False)
@@ -235,3 +237,41 @@ def test_the_tunnel_goes_through_an_https_proxy(
         proxy.close()
     assert proxy.targets == [gateway.url.removeprefix("https://")]
     assert gateway.fleet_calls == [("/v1/fleet/push-object", "hospital-001")]
+
+
+def test_a_supernode_that_takes_leave_is_replaced(home: SiteHome, gateway: Gateway) -> None:
+    """After an answer that Flower does not understand its SuperNode lives on without working; it is started anew."""
+    asked = {"activate-node": 0, "pull-messages": 0}
+
+    def answer(path: str, _body: bytes) -> tuple[int, bytes]:
+        call = path.rpartition("/")[2]
+        asked[call] = asked.get(call, 0) + 1
+        if call == "activate-node":
+            return 200, ActivateNodeResponse(node_id=7).SerializeToString()
+        return (500, b"") if call == "pull-messages" else (200, b"")
+
+    gateway.fleet_answer = answer
+    running = Running(home, gateway, ["any"], launch=True)
+    try:
+        running.helpers.start_node()
+        deadline = time.monotonic() + 120
+        while asked["activate-node"] < 2 or asked["pull-messages"] < 2:
+            assert time.monotonic() < deadline, asked
+            time.sleep(0.2)
+    finally:
+        running.close()
+
+
+def test_a_plan_is_written_anew_for_a_supernode_of_another_service(home: SiteHome, gateway: Gateway) -> None:
+    """Where another user's service runs the SuperNode, a changed plan is what makes it start the next one."""
+    running = Running(home, gateway, ["any"])
+    try:
+        plan = home.supernode / PLAN_FILE
+        assert not plan.exists()
+        running.post("/v1/fleet/deactivate-node")
+        deadline = time.monotonic() + 30
+        while not plan.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        running.close()

@@ -160,7 +160,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
         apps=list(config.policy.apps),
         node_file=str(home.run / "node-id"),
     )
-    return Helpers(settings, listener, plan if node.launch else None)
+    return Helpers(settings, listener, plan, launch=node.launch)
 
 
 def _prepare(home: SiteHome, directory: Path) -> None:
