@@ -358,3 +358,18 @@ def _put_in_place(
         write_durably(home.fingerprint_key, secrets.token_hex(32).encode("ascii"))
     pinned.save(home)
     shutil.rmtree(pending.directory)
+
+
+@dataclass(frozen=True)
+class OwnFingerprints:
+    """What the coordinator's administrator sees of this site."""
+
+    signing_key: str
+    certificate: str
+
+
+def own_fingerprints(home: SiteHome) -> OwnFingerprints:
+    """The site's public signing key (hex) and its certificate's SHA-256 (hex), as they lie in its home."""
+    certificate = x509.load_pem_x509_certificate(home.client_certificate.read_bytes())
+    der = certificate.public_bytes(serialization.Encoding.DER)
+    return OwnFingerprints(SigningKey.load(home.signing_key).public_hex, hashlib.sha256(der).hexdigest())

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fl_client.config import SiteConfig, template
-from fl_client.enrolment import Coordinator, enrol, server_url
+from fl_client.enrolment import Coordinator, enrol, own_fingerprints, server_url
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
 from fl_shared.errors import ConfigError, cli_main
+from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
 
@@ -140,6 +141,7 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
     if made:
         text = template(options.site, server_url(options.server))
         write_durably(home.config, text.encode("utf-8"))
+    ours = own_fingerprints(home)
     if options.json:
         facts = {
             "site": pinned.site,
@@ -147,13 +149,18 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
             "home": str(home.root),
             "coordinator_key": pinned.coordinator_key,
             "ca_sha256": pinned.ca_sha256,
+            "signing_key": ours.signing_key,
+            "certificate_fingerprint": ours.certificate,
             "template_written": made,
         }
         print(json.dumps(facts, indent=2))
         return 0
     print(f"{pinned.site} is enrolled at {pinned.server}; its keys were made here and stay in {home.root}")
-    print(f"compare by telephone: coordinator's key {pinned.coordinator_key}")
-    print(f"                      CA certificate    sha256 {pinned.ca_sha256}")
+    print("compare by telephone with what `fl-admin sites show` prints there:")
+    print(f"  coordinator's key   {spoken_key(pinned.coordinator_key)}")
+    print(f"  CA certificate      {spoken(pinned.ca_sha256)}")
+    print(f"  site's key          {spoken_key(ours.signing_key)}")
+    print(f"  site's certificate  {spoken(ours.certificate)}")
     if made:
         print(f"next: edit {home.config}")
     print(f"then: fl-client check --site {pinned.site}" + (f" --home {home.root}" if options.home else ""))
