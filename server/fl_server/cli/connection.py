@@ -21,6 +21,7 @@ _BY_EXIT_CODE: dict[int, type[ConcordatError]] = {
     kind.exit_code: kind
     for kind in (
         ConfigError, errors.RunError, TransportError, errors.EnrolmentError, errors.SignatureError, errors.DataError,
+        errors.LedgerError,
     )
 }  # fmt: skip
 

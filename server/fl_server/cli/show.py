@@ -12,9 +12,10 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
+from fl_shared.errors import printable
 from fl_shared.wire import control_pb2 as pb
 
-_INTEGERS = {"bytes", "number"}
+_INTEGERS = {"bytes", "number", "seq"}
 
 
 def plain(message: Message) -> dict[str, Any]:
@@ -38,6 +39,19 @@ def run_plain(run: pb.Run) -> dict[str, Any]:
     table = plain(run)
     table["spec"] = json.loads(table.pop("spec_json") or "{}")
     return table
+
+
+def event_json(event: pb.Event) -> str:
+    """An event as one line of JSON."""
+    table = plain(event)
+    table["data"] = json.loads(table.pop("data_json") or "{}")
+    return json.dumps(table, sort_keys=True)
+
+
+def event_text(event: pb.Event) -> str:
+    """An event as one line for people."""
+    where = " ".join(each for each in (f"round {event.round}" if event.round else "", event.site) if each)
+    return printable(f"{moment(event.at)}  {event.kind:<16} {where:<24} {event.message}".rstrip().replace("\n", " "))
 
 
 def print_json(value: Any) -> None:

@@ -20,12 +20,15 @@ def _line(event: pb.Event) -> str:
     return f"{event.run}:{where} {event.kind.removeprefix('reply-')}: {what}" if where else f"{event.run}: {what}"
 
 
-def watch(stub: ControlStub, run: str) -> pb.Run:
-    """Print events until the run has ended; the run as it is then. Ctrl-C leaves the run going."""
+def watch(stub: ControlStub, run: str, *, quiet: bool = False) -> pb.Run:
+    """Print events (unless `quiet`) until the run has ended; the run as it is then. Ctrl-C leaves the run going."""
     shown: pb.Run = stub.ShowRun(pb.RunRequest(run=run))
     events: Iterator[pb.Event] = stub.WatchRun(pb.WatchRunRequest(run=run, after=0))
     try:
-        if sys.stdout.isatty():
+        if quiet:
+            for _event in events:
+                pass
+        elif sys.stdout.isatty():
             _live(events, shown)
         else:
             for event in events:
