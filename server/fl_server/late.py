@@ -51,8 +51,9 @@ class Stragglers:
         for each in list(self._out.values()):
             for message in self._grid.pull_messages([each.message]):
                 del self._out[each.site]
-                if not message.has_error():
-                    self._keep(each, self._judged(each, message.content))
+                reply = None if message.has_error() else self._judged(each, message.content)
+                if reply is not None:
+                    self._runs.record_late(self._run, each.round, reply)
                 break
             else:
                 if time.monotonic() > each.until:
@@ -69,7 +70,3 @@ class Stragglers:
             return Reply(each.site, "invalid", error.code, error.message)
         message = f"arrived after round {each.round} was closed; it is in no average"
         return replace(reply, status="late", code="late", message=message)
-
-    def _keep(self, each: Straggler, reply: Reply | None) -> None:
-        if reply is not None:
-            self._runs.record_late(self._run, each.round, reply)

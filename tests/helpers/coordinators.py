@@ -115,7 +115,7 @@ class Coordinator:
         self.url = f"https://127.0.0.1:{self.gateway}"
         self.process: subprocess.Popen[bytes] | None = None
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.agents: subprocess.Popen[bytes] | None = None
+        self.agents: list[subprocess.Popen[bytes]] = []
         self.keys: dict[str, Keys] = {}
         done = self.run(
             "fl-server", "init", "--home", str(self.home), "--gateway-port", str(self.gateway),
@@ -186,13 +186,14 @@ class Coordinator:
                 keys.save(answer.json()["certificate_pem"])
                 self.keys[site] = keys
 
-    def start_agents(self) -> None:
-        """Start the process that serves every enrolled site's socket."""
-        self.agents = subprocess.Popen(
-            [sys.executable, stand_in_agent.__file__, str(self.root), *self.keys],
+    def start_agents(self, *sites: str) -> None:
+        """Start a process that serves the sockets of enrolled sites."""
+        agents = subprocess.Popen(
+            [sys.executable, stand_in_agent.__file__, str(self.root), *sites],
             env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        if self.agents.stdout is None or self.agents.stdout.readline() != b"ready\n":
+        self.agents.append(agents)
+        if agents.stdout is None or agents.stdout.readline() != b"ready\n":
             raise AssertionError("the stand-in agents did not start")
 
     def start_node(self, site: str, key: Path | None = None) -> subprocess.Popen[bytes]:
@@ -219,16 +220,27 @@ class Coordinator:
         beside = path.with_suffix(".new")
         beside.write_text(json.dumps(rounds))
         beside.replace(path)
+        (self.root / site / "go").unlink(missing_ok=True)
+
+    def let_go(self, *sites: str) -> None:
+        """Let sites answer that were told to wait."""
+        for site in sites:
+            (self.root / site / "go").touch()
 
     def computed(self, site: str) -> list[str]:
         """`run/round` for each update that a site computed."""
         path = self.root / site / "computed.log"
         return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
-    def launch(self, name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0) -> None:
+    def reached(self, site: str, order: str) -> bool:
+        """Whether the order `run/round` has come to a site's agent, answered or not."""
+        path = self.root / site / "orders.log"
+        return path.exists() and order in path.read_text().splitlines()
+
+    def launch(self, name: str, sites: Iterable[str], *, rounds: int, quorum: int, **more: Any) -> None:
         """Launch a run."""
         spec = self.root / f"{name}.toml"
-        spec.write_text(spec_toml(name, sites, rounds=rounds, quorum=quorum, timeout_s=timeout_s))
+        spec.write_text(spec_toml(name, sites, rounds=rounds, quorum=quorum, **more))
         self.run("fl-admin", "runs", "launch", str(spec))
 
     def show(self, run: str) -> dict[str, Any]:
@@ -250,17 +262,19 @@ class Coordinator:
 
     def close(self) -> None:
         """End everything that was started."""
-        for process in [*self.nodes.values(), self.process, self.agents]:
+        for process in [*self.nodes.values(), self.process, *self.agents]:
             if process is not None:
                 kill_tree(process.pid)
                 process.wait()
 
 
-def spec_toml(name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0) -> str:
+def spec_toml(
+    name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0, base: str = "a" * 64
+) -> str:
     """A run spec that the stand-in agents can answer."""
     return f"""[run]
 name = "{name}"
-base_model = "sha256:{"a" * 64}"
+base_model = "sha256:{base}"
 sites = {json.dumps(list(sites))}
 rounds = {rounds}
 quorum = {quorum}
@@ -294,7 +308,7 @@ def coordinator(*sites: str) -> Iterator[Coordinator]:
         made = Coordinator(root)
         made.up()
         made.enrol(*sites)
-        made.start_agents()
+        made.start_agents(*sites)
         for site in sites:
             made.start_node(site)
         yield made

@@ -3,7 +3,8 @@
 One process serves the sockets of several sites: `python stand_in_agent.py DIRECTORY SITE...`. Each site's
 folder holds its `signing.pem` and `plan.json`, which names for each round what the site does; a round that
 is not named is answered honestly. A round is computed once and answered from the store afterwards, as the
-real agent does; `computed.log` counts.
+real agent does; `computed.log` counts, `orders.log` tells what was asked. Who is told to `wait` answers when
+the file `go` is there.
 """
 
 from __future__ import annotations
@@ -67,9 +68,15 @@ class StandIn(AgentServicer):
         header = next(request_iterator).header
         base = b"".join(chunk.data for chunk in request_iterator)
         manifest = RoundManifest.from_dict(json.loads(header.manifest_json)["body"])
+        with (self._folder / "orders.log").open("a") as log:
+            log.write(f"{manifest.run}/{manifest.round}\n")
         how = self._plan(manifest)
         if how.startswith("sleep:"):
             time.sleep(float(how.removeprefix("sleep:")))
+            how = "ok"
+        if how == "wait":
+            while not (self._folder / "go").exists() and context.is_active():
+                time.sleep(0.1)
             how = "ok"
         if how == "crash":
             context.abort(grpc.StatusCode.INTERNAL, "")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fl_server.flower import Flower
+from fl_server.home import ServerHome
 from fl_shared.adapter import digest, unpack
 from fl_shared.manifest import Receipt
 from fl_shared.signing import open_document
@@ -73,6 +77,8 @@ def test_wrong_replies_are_rejected_by_name_and_others_are_unaffected(one: Coord
     assert all(told[site, number] == ("ok", "") for site in HONEST for number in (1, 2, 3, 4))
     refusal = next(r for r in shown["history"][0]["replies"] if r["site"] == "x-1")
     assert refusal["message"] == "epsilon 7.9 of 8 is spent"
+    printed = one.run("fl-admin", "runs", "show", "mixed").stdout
+    assert "x-1: refused: budget-exhausted: epsilon 7.9 of 8 is spent" in printed
     _require_equal(_adapter(one, "mixed"), _expected([[*HONEST, "x-2"], *[list(HONEST)] * 3]))
 
 
@@ -83,8 +89,6 @@ def test_committed_rounds_have_adapters_receipts_and_events(one: Coordinator) ->
     for each in listed:
         data = (one.home / "adapters" / "mixed" / f"{each['round']}.safetensors").read_bytes()
         assert (digest(data), len(data)) == (each["digest"], each["bytes"])
-    import sqlite3
-
     database = sqlite3.connect(f"file:{one.home / 'coordinator.sqlite'}?mode=ro", uri=True)
     rows = database.execute("SELECT site, document_json FROM replies WHERE run = 'mixed' AND status = 'ok'").fetchall()
     database.close()
@@ -124,6 +128,96 @@ def test_a_missed_quorum_fails_by_name_and_the_run_can_be_resumed(one: Coordinat
     assert shown["state"] == "completed", shown["reason"]
     assert one.computed("h-1").count("quorum/1") == 1
     _require_equal(_adapter(one, "quorum"), _expected([["h-1", "x-1", "x-2"]]))
+
+
+def _told(shown: dict[str, Any], round: int) -> dict[str, tuple[str, str]]:
+    """Site to status and code of one round."""
+    history = next((each for each in shown["history"] if each["round"] == round), {"replies": []})
+    return {reply["site"]: (reply["status"], reply["code"]) for reply in history["replies"]}
+
+
+def test_a_straggler_is_late_in_its_round_and_takes_part_again_afterwards(one: Coordinator) -> None:
+    """At the deadline the quorum is enough; the late reply is kept with its receipt, averaged by nobody.
+
+    The straggler is asked for the next round when its late reply is in, and trains no round twice.
+    """
+    one.plan("x-1", **{"slow/1": "wait"})
+    for site in HONEST:
+        one.plan(site, **{"slow/2": "wait"})
+    one.launch("slow", (*HONEST, "x-1"), rounds=2, quorum=2, timeout_s=30.0)
+    until(lambda: one.show("slow")["rounds_committed"] == 1, "round 1 is committed without the straggler")
+    assert _told(one.show("slow"), 1) == {
+        "h-1": ("ok", ""), "h-2": ("ok", ""), "x-1": ("missing", "no-answer")
+    }  # fmt: skip
+    one.let_go("x-1")
+    until(lambda: "slow/2" in one.computed("x-1"), "the straggler is asked for round 2")
+    one.let_go(*HONEST)
+    shown = one.wait("slow", "completed", "failed")
+    assert shown["state"] == "completed", shown["reason"]
+    assert _told(shown, 1)["x-1"] == ("late", "late")
+    assert _told(shown, 2) == dict.fromkeys((*HONEST, "x-1"), ("ok", ""))
+    assert [each for each in one.computed("x-1") if each.startswith("slow/")] == ["slow/1", "slow/2"]
+    kept = sqlite3.connect(f"file:{one.home / 'coordinator.sqlite'}?mode=ro", uri=True)
+    (document,) = kept.execute("SELECT document_json FROM replies WHERE run = 'slow' AND status = 'late'").fetchone()
+    kept.close()
+    receipt = Receipt.from_dict(open_document(json.loads(document), one.keys["x-1"].signing.public_hex))
+    assert (receipt.run, receipt.round) == ("slow", 1)
+    _require_equal(_adapter(one, "slow"), _expected([list(HONEST), [*HONEST, "x-1"]]))
+
+
+def test_runs_at_once_on_other_sites_and_models_do_not_wait_for_each_other_and_shared_sites_take_turns(
+    one: Coordinator,
+) -> None:
+    """A run that waits for its site holds up no other run; a second run on that site waits in line."""
+    one.plan("h-1", **{"left/1": "wait"})
+    one.launch("left", ("h-1",), rounds=2, quorum=1)
+    until(lambda: one.reached("h-1", "left/1"), "the order of the first run is at the shared site")
+    one.launch("right", ("h-2",), rounds=2, quorum=1, base="b" * 64)
+    one.launch("both", ("h-1", "h-2"), rounds=1, quorum=2)
+    assert one.wait("right", "completed", "failed")["state"] == "completed"
+    until(lambda: "both/1" in one.computed("h-2"), "the third run has one of its two answers")
+    assert one.show("left")["state"] == "running"
+    assert "both/1" not in one.computed("h-1")
+    one.let_go("h-1")
+    for run in ("left", "both"):
+        shown = one.wait(run, "completed", "failed")
+        assert shown["state"] == "completed", shown["reason"]
+    for site, run, rounds in (("h-1", "left", 2), ("h-2", "right", 2), ("h-1", "both", 1), ("h-2", "both", 1)):
+        own = [each for each in one.computed(site) if each.startswith(f"{run}/")]
+        assert own == [f"{run}/{number}" for number in range(1, rounds + 1)]
+    _require_equal(_adapter(one, "left"), _expected([["h-1"]] * 2))
+    _require_equal(_adapter(one, "right"), _expected([["h-2"]] * 2))
+    _require_equal(_adapter(one, "both"), _expected([["h-1", "h-2"]]))
+
+
+def test_a_site_joins_in_mid_run_and_another_leaves(one: Coordinator) -> None:
+    """A site that enrols after the launch takes part from the next round on; nobody waits for a revoked one."""
+    one.invite("j-1")
+    one.plan("h-1", **{"moving/1": "wait"})
+    one.plan("x-2", **{"moving/3": "wait"})
+    one.launch("moving", ("h-1", "j-1", "x-2"), rounds=3, quorum=1)
+    until(lambda: "moving/1" in one.computed("x-2"), "round 1 is under way")
+    one.enrol("j-1")
+    one.start_agents("j-1")
+    one.start_node("j-1")
+    until(lambda: _told(one.show("moving"), 1) == {} and _is_online(one, "j-1"), "the joiner is online")
+    one.let_go("h-1")
+    until(lambda: {"moving/3"} <= set(one.computed("h-1")) & set(one.computed("j-1")), "two of three have answered")
+    one.run("fl-admin", "sites", "revoke", "x-2")
+    shown = one.wait("moving", "completed", "failed")
+    assert shown["state"] == "completed", shown["reason"]
+    assert _told(shown, 1) == {"h-1": ("ok", ""), "j-1": ("missing", "not-enrolled"), "x-2": ("ok", "")}
+    assert _told(shown, 2) == {"h-1": ("ok", ""), "j-1": ("ok", ""), "x-2": ("ok", "")}
+    assert _told(shown, 3) == {"h-1": ("ok", ""), "j-1": ("ok", ""), "x-2": ("missing", "not-enrolled")}
+    left = next(reply for reply in shown["history"][2]["replies"] if reply["site"] == "x-2")
+    assert left["message"] == "the site is revoked"
+    _require_equal(_adapter(one, "moving"), _expected([["h-1", "x-2"], ["h-1", "j-1", "x-2"], ["h-1", "j-1"]]))
+
+
+def _is_online(one: Coordinator, site: str) -> bool:
+    """Whether Flower holds the site's node on line."""
+    node = one.admin("sites", "show", site)["node_id"]
+    return Flower(ServerHome.open(one.home)).nodes().get(node) == "online"
 
 
 def test_a_stopped_run_ends_and_watch_shows_its_end(one: Coordinator) -> None:

@@ -345,6 +345,40 @@ def test_stopping_breaks_off_a_round_and_the_next_start_resumes_it(site: Site) -
     assert site.outcomes() == [(1, "settled")]
 
 
+def test_orders_of_two_runs_take_turns_and_one_that_expires_in_line_costs_nothing(site: Site) -> None:
+    """While one run's round trains, another run's order waits unread; reached too late, it is refused unpaid."""
+    entered, go_on = threading.Event(), threading.Event()
+    answers: dict[str, Any] = {}
+
+    def train_slowly() -> None:
+        entered.set()
+        assert go_on.wait(30)
+
+    site.trainer.before = train_slowly
+    first = threading.Thread(target=lambda: answers.update(first=site.order(site.manifest())))
+    first.start()
+    assert entered.wait(30)
+    others = {
+        "second": site.manifest(run="other-1"),
+        "expired": site.manifest(run="third-1", expires_at=time.time() + 0.2),
+    }
+    waiting = [
+        threading.Thread(target=lambda name=name, order=order: answers.update({name: site.order(order)}))
+        for name, order in others.items()
+    ]
+    for each in waiting:
+        each.start()
+    time.sleep(0.5)  # long enough for the third order to expire
+    assert (site.trainer.calls, answers, site.outcomes()) == (1, {}, [(1, "open")])
+    go_on.set()
+    for each in (first, *waiting):
+        each.join(30)
+    assert (answers["first"].status, answers["second"].status) == ("ok", "ok")
+    assert (body(answers["expired"])["code"], answers["expired"].payload) == ("bad-manifest", b"")
+    assert "expired" in body(answers["expired"])["message"]
+    assert site.outcomes() == [(1, "settled"), (1, "settled")]
+
+
 def test_old_updates_are_pruned_and_their_orders_stay(site: Site) -> None:
     """Bytes of rounds that the run has left behind go; a very late repeat is refused, not trained again."""
     for number in (1, 2, 3):
