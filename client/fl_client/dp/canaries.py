@@ -36,6 +36,13 @@ MAX_FLOATS = 1 << 29  # 2 GiB of canary gradients
 _RATE = 1e-6  # the parameters stay where they are: the guesser's gradients hold for every step
 _POWER_RUNS = 100
 
+Progress = Callable[[str, int, int], None]
+"""(what, done, total)"""
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    return
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -56,6 +63,7 @@ FAULTS: Mapping[str, Fault] = {
     "no noise": Fault(noise=1e-6),
     "noise at half scale": Fault(noise=0.5),
     "clipping per token, 8 tokens": Fault(size=8.0),
+    "experts left out of the clipping, norm 4 C": Fault(size=4.0),
     "no clipping, norm 10 C": Fault(size=10.0),
     "shuffled batches": Fault(shuffled=True),
 }
@@ -120,6 +128,7 @@ def audit_records(
     confidence: float = 0.95,
     engine: type[DPEngine] = DPEngine,
     coins: SecureStream | None = None,
+    progress: Progress = _quiet,
 ) -> CanaryReport:
     """Run the real engine on the canaries that the coins chose; guess the coins from the released sums.
 
@@ -140,7 +149,7 @@ def audit_records(
             f"{count} canaries of {dimensions} coordinates do not fit into memory",
             fix=f"take at most {MAX_FLOATS // dimensions} canaries, or a smaller LoRA rank",
         )
-    gradients = clipped_gradients(adapted, records, mechanism.clipping_norm)
+    gradients = clipped_gradients(adapted, records, mechanism.clipping_norm, progress=progress)
     included = (coins or SecureStream()).words(count) % np.uint64(2) == 1
     chosen = tuple(records.of_unit[unit] for unit in np.flatnonzero(included))
     if not chosen:
@@ -155,10 +164,10 @@ def audit_records(
         expected_batch=1.0,
     )
     released = _listen(made)
-    made.run()
+    made.run(lambda number: progress("steps", number, mechanism.steps))
     scores = _decode(gradients, released[0], mechanism, _blocks(adapted))
     found = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
-    return _report("records", mechanism, found, _separation(gradients, mechanism))
+    return _report("records", mechanism, found, _separation(gradients, mechanism), progress)
 
 
 def audit_gradients(
@@ -171,6 +180,7 @@ def audit_gradients(
     confidence: float = 0.95,
     engine: type[DPEngine] = DPEngine,
     coins: SecureStream | None = None,
+    progress: Progress = _quiet,
 ) -> CanaryReport:
     """The same with canaries whose clipped gradient is one coordinate each, at the bound C.
 
@@ -191,7 +201,7 @@ def audit_gradients(
     )  # fmt: skip
     released = _listen(made)
     try:
-        for sampled in made.sampler:
+        for number, sampled in enumerate(made.sampler, start=1):
             total = torch.zeros(dimensions)
             total[owners[sampled]] = mechanism.clipping_norm
             made.optimizer.zero_grad(set_to_none=True)
@@ -201,14 +211,17 @@ def audit_gradients(
                 parameter.summed_grad = part.view_as(parameter).to(parameter.device)
                 at += parameter.numel()
             made.optimizer.step()
+            progress("steps", number, mechanism.steps)
     finally:
         made.close()
     scores = released[0][:canaries]
     found = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
-    return _report("gradients", mechanism, found, 1.0 / mechanism.noise_multiplier)
+    return _report("gradients", mechanism, found, 1.0 / mechanism.noise_multiplier, progress)
 
 
-def clipped_gradients(adapted: AdaptedModel, records: Records, clipping_norm: float) -> NDArray[np.float32]:
+def clipped_gradients(
+    adapted: AdaptedModel, records: Records, clipping_norm: float, *, progress: Progress = _quiet
+) -> NDArray[np.float32]:
     """What each unit should contribute, by a loop over single units and plain autograd: `[units, d]`.
 
     Shares nothing with the engine but the model and the loss.
@@ -223,6 +236,7 @@ def clipped_gradients(adapted: AdaptedModel, records: Records, clipping_norm: fl
         grads = torch.autograd.grad(loss, parameters)
         row = torch.cat([g.reshape(-1) for g in grads]).cpu().numpy().astype(np.float64)
         rows[unit] = row * min(1.0, clipping_norm / max(float(np.linalg.norm(row)), 1e-30))
+        progress("canaries", unit + 1, records.units)
     return rows
 
 
@@ -294,10 +308,15 @@ def _separation(gradients: NDArray[np.float32], mechanism: Mechanism) -> float:
     return float(np.median(np.sqrt(4 * known / (1 - known))))
 
 
-def _report(kind: str, mechanism: Mechanism, result: AuditResult, separation: float) -> CanaryReport:
+def _report(
+    kind: str, mechanism: Mechanism, result: AuditResult, separation: float, progress: Progress
+) -> CanaryReport:
     claimed = pld_epsilon([mechanism], result.delta)
-    chances = {"none": power(Fault(), mechanism, result, separation, claimed)}
-    chances |= {name: power(fault, mechanism, result, separation, claimed) for name, fault in FAULTS.items()}
+    chances: dict[str, float] = {}
+    for number, (name, fault) in enumerate({"none": Fault(), **FAULTS}.items(), start=1):
+        seen = dataclasses.replace(fault, size=1.0) if kind == "gradients" else fault  # they bypass the clipping
+        chances[name] = power(seen, mechanism, result, separation, claimed)
+        progress("power", number, len(FAULTS) + 1)
     return CanaryReport(kind, mechanism, claimed, result, result.epsilon_lower > claimed, chances)
 
 

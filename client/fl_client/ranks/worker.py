@@ -56,7 +56,7 @@ def join(directory: Path, device: str) -> Shard:
         torch.cuda.set_device(place)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        store=dist.FileStore(str(directory / STORE), size),
+        store=dist.FileStore(str(directory / STORE), size),  # type: ignore[attr-defined]  # exported without saying so
         rank=rank,
         world_size=size,
         timeout=COLLECTIVE_TIMEOUT,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from fl_client.dp import engine as engine_module
-from fl_client.dp import optimizer as optimizer_module
+from fl_client.dp import noise
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.book import GradientBook
 from fl_client.dp.canaries import (
+    CanaryReport,
     audit_gradients,
     audit_records,
     clipped_gradients,
@@ -23,6 +24,7 @@ from fl_client.dp.secure_random import SecureStream
 from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
+from helpers.random_models import adapted_small
 
 DELTA = 1e-5
 CLASSES = 50
@@ -60,6 +62,16 @@ def _records(count: int, tokens: int = 40):  # type: ignore[no-untyped-def]
 def _audit(adapted: AdaptedModel, *, norm: float = 0.5):  # type: ignore[no-untyped-def]
     mechanism = Mechanism(noise_multiplier=3.0, sampling_probability=1.0, steps=1, clipping_norm=norm)
     return audit_records(adapted, _records(150), mechanism, guesses=80, delta=DELTA, coins=SecureStream(bytes(32)))
+
+
+def scale_noise(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Break the engine's noise: every integer that is drawn shrinks."""
+    right = noise._Draws.next
+
+    def shrunk(self: noise._Draws, count: int) -> np.ndarray:
+        return (right(self, count) * factor).astype(np.int64)
+
+    monkeypatch.setattr(noise._Draws, "next", shrunk)
 
 
 class _PerTokenBook(GradientBook):
@@ -102,9 +114,7 @@ def test_the_right_engine_is_not_accused(adapted: AdaptedModel, fixed_streams: N
 
 def test_no_noise_is_accused(adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that forgets the noise is accused."""
-    monkeypatch.setattr(
-        optimizer_module, "discrete_gaussian", lambda count, grid, stream: np.zeros(count, dtype=np.int64)
-    )
+    scale_noise(monkeypatch, 0.0)
     assert _audit(adapted).accused
 
 
@@ -124,8 +134,8 @@ def test_unclipped_experts_are_accused(
     assert _audit(adapted, norm=0.02).accused
 
 
-def _audit_gradients(adapted: AdaptedModel):  # type: ignore[no-untyped-def]
-    mechanism = Mechanism(noise_multiplier=1.2, sampling_probability=1.0, steps=1, clipping_norm=1.0)
+def _audit_gradients(adapted: AdaptedModel, sigma: float = 1.2):  # type: ignore[no-untyped-def]
+    mechanism = Mechanism(noise_multiplier=sigma, sampling_probability=1.0, steps=1, clipping_norm=1.0)
     return audit_gradients(adapted, mechanism, canaries=9000, guesses=600, delta=DELTA, coins=SecureStream(bytes(32)))
 
 
@@ -139,13 +149,36 @@ def test_quarter_noise_is_accused_by_gradient_canaries(
     adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise at a quarter of its scale is accused; the report says how likely that was for half."""
-    true_noise = optimizer_module.discrete_gaussian
-    monkeypatch.setattr(
-        optimizer_module, "discrete_gaussian", lambda count, grid, stream: true_noise(count, grid, stream) // 4
-    )
+    scale_noise(monkeypatch, 0.25)
     report = _audit_gradients(adapted)
     assert report.accused
     assert 0 <= report.power["noise at half scale"] <= 1
+
+
+def test_half_noise_is_accused_where_the_report_says_so(
+    fixed_streams: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a larger noise multiplier and 20,000 gradient canaries the audit has the power for half the noise."""
+    wide = adapted_small("qwen2_moe", quantised=True, rank=12)
+    mechanism = Mechanism(noise_multiplier=3.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
+
+    def audited() -> CanaryReport:
+        return audit_gradients(
+            wide, mechanism, canaries=20_000, guesses=1000, delta=DELTA, coins=SecureStream(bytes(32))
+        )
+
+    right = audited()
+    assert not right.accused
+    assert right.power["noise at half scale"] > 0.95
+    scale_noise(monkeypatch, 0.5)
+    assert audited().accused
+
+
+def test_gradient_canaries_claim_no_power_over_clipping(adapted: AdaptedModel, fixed_streams: None) -> None:
+    """They bypass the clipping, so the report promises no more for a fault there than for none."""
+    report = _audit_gradients(adapted, 3.0)
+    for fault in ("clipping per token, 8 tokens", "no clipping, norm 10 C"):
+        assert report.power[fault] == report.power["none"] < 0.1
 
 
 def test_clipped_gradients_never_exceed_the_norm(adapted: AdaptedModel) -> None:

@@ -226,14 +226,27 @@ def _empirical(body: dict[str, Any]) -> Section:
     found = body["empirical_audit"]
     if found is None:
         return Section("Empirical audit", ["None was run for this statement."])
-    rows = [(name, str(value)) for name, value in found["result"].items()]
-    return Section(
+    result = found["result"]
+    plain = {name: value for name, value in result.items() if not isinstance(value, list)}
+    section = Section(
         "Empirical audit",
         [
             f"A lower bound found by attack. Result file SHA-256 {found['file_sha256']}.",
-            Table(("figure", "value"), rows),
+            Table(("figure", "value"), [(name, str(value)) for name, value in plain.items()]),
         ],
     )
+    for name, values in result.items():
+        rows = [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+        if rows:  # such as the audits of `fl-audit canaries`, one row each
+            head = [key for key, value in rows[0].items() if not isinstance(value, dict)]
+            section.blocks.append(f"{name}:")
+            section.blocks.append(Table(head, [tuple(str(row.get(key, "")) for key in head) for row in rows]))
+        powers = [row["power"] for row in rows if isinstance(row.get("power"), dict)]
+        if powers:
+            section.blocks.append("Chance that an audit of this size accuses an engine with a fault, by audit:")
+            faults = [(fault, *(str(power.get(fault, "")) for power in powers)) for fault in powers[0]]
+            section.blocks.append(Table(("fault", *(str(row.get("kind", name)) for row in rows)), faults))
+    return section
 
 
 def _digests(body: dict[str, Any]) -> Section:

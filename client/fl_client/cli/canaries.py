@@ -1,0 +1,279 @@
+"""`fl-audit canaries`: audit this installation's own training engine with canaries whose presence is known.
+
+The engine trains once on made-up records, each put in by a fair coin, and the strongest guesser that the trust model
+knows tells the coins from what was released (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846). Better guesses than
+the claimed epsilon allows accuse the engine. No private data is read and nothing is charged. For faults that such an
+audit is too weak for, the engine's noise and sampler are tested against their distributions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from fl_shared.audit.output import add_format, print_json, table
+from fl_shared.errors import ConfigError, EngineError
+from fl_shared.manifest import LORA_TARGETS, LoraSection, RunSpec
+from fl_shared.privacy import Mechanism
+
+if TYPE_CHECKING:
+    from fl_client.dp.adapt import AdaptedModel
+    from fl_client.dp.canaries import CanaryReport
+    from fl_client.dp.distribution import DistributionResult
+
+HELP = "audit the training engine itself with canaries (needs the client's parts)"
+EXAMPLES = """examples:
+  fl-audit canaries                                     the shipped base model, a mechanism that audits well
+  fl-audit canaries --site hospital-001 --spec run.toml the site's model, a run's LoRA and mechanism
+  fl-audit canaries --canaries gradients --json --out canaries.json
+  fl-audit statement --site hospital-001 --empirical canaries.json --out statements
+
+Gradient canaries stand in for units whose clipped gradient is one coordinate. Only a site can put them in; they reach
+sampler, sum and noise alone, and thousands of them give the audit its power. Record canaries pass through everything.
+exit codes: 0 nothing accuses the engine, 2 wrong arguments, 14 model, 19 the engine is accused.
+"""
+ENOUGH = 0.95
+TESTED_BELOW = ("no noise", "noise at half scale", "shuffled batches")
+RECORD_CANARIES, GRADIENT_CANARIES, GRADIENT_GUESSES = 200, 20_000, 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is audited: model, adapter, task and mechanism."""
+
+    model: str
+    device: str
+    lora: LoraSection
+    classes: int
+    tokens: int
+    mechanism: Mechanism
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's options."""
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--site", help="audit with this site's base model and device")
+    parser.add_argument("--home", metavar="DIR", type=Path, help="its directory [FL_CLIENT_HOME]")
+    parser.add_argument("--model", metavar="DIR", help="a base model instead of the site's (default: tiny)")
+    parser.add_argument("--spec", metavar="FILE", type=Path, help="take LoRA, task and mechanism of this run's spec")
+    parser.add_argument("--canaries", choices=("records", "gradients", "both"), default="both", help="default: both")
+    parser.add_argument("--count", type=_even, help="number of canaries (default: 200 records, 20000 gradients)")
+    parser.add_argument("--guesses", type=_even, help="fixed beforehand (default: half the records, 1000 gradients)")
+    parser.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="default: the spec's, or 3")
+    parser.add_argument("--sampling-probability", type=float, metavar="Q", help="default: the spec's, or 1")
+    parser.add_argument("--steps", type=int, help="default: all of the spec's run, or 1")
+    parser.add_argument("--delta", type=float, default=1e-5, help="of the claim (default: 1e-5)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of all audits together (default: 0.95)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON result, for `statement --empirical`")
+    add_format(parser, with_csv=False)
+
+
+def _even(text: str) -> int:
+    value = int(text)
+    if value < 2 or value % 2:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive even number")
+    return value
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """What the arguments, the site's configuration and the spec ask for together; ConfigError when they are wrong."""
+    model, device = arguments.model or "tiny", "cpu"
+    if arguments.site:
+        from fl_client.config import SiteConfig
+        from fl_client.home import SiteHome
+
+        config = SiteConfig.load(SiteHome.locate(arguments.site, arguments.home), arguments.site)
+        model, device = arguments.model or str(config.model.directory), config.model.device
+    if arguments.spec is not None:
+        spec = RunSpec.from_toml(arguments.spec)
+        one = spec.mechanism()
+        lora, classes, tokens = spec.lora, len(spec.task.labels), spec.task.max_tokens
+        sigma, q, steps, norm = (
+            one.noise_multiplier, one.sampling_probability, one.steps * spec.run.rounds, one.clipping_norm
+        )  # fmt: skip
+    else:
+        lora, classes, tokens = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS), 50, 32
+        sigma, q, steps, norm = 3.0, 1.0, 1, 1.0
+    if not (0 < arguments.confidence < 1 and 0 < arguments.delta < 1):
+        raise ConfigError("--confidence and --delta lie between 0 and 1", fix="e.g. --confidence 0.95 --delta 1e-5")
+    sigma = sigma if arguments.noise_multiplier is None else arguments.noise_multiplier
+    q = q if arguments.sampling_probability is None else arguments.sampling_probability
+    steps = steps if arguments.steps is None else arguments.steps
+    return Plan(model, device, lora, classes, tokens, Mechanism(sigma, q, steps, norm))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Audit, print, and say whether the engine is accused."""
+    missing = [name for name in ("torch", "transformers", "peft", "opacus") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"fl-audit canaries runs the training engine, and {missing[0]} is not installed",
+            fix="install the client's parts where the engine runs: pip install 'concordat[client]'",
+        )
+    plan = plan_of(arguments)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        result = audit(plan, arguments, progress)
+    if arguments.out is not None:
+        try:
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{arguments.out}: {error.strerror}", fix="name a file that can be written") from None
+    if arguments.json:
+        print_json(result)
+    else:
+        _show(result)
+    return EngineError.exit_code if result["accused"] else 0
+
+
+def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Run the audits that were asked for, and the two tests; plain JSON values."""
+    import numpy as np
+    import torch
+
+    from fl_client.dp.adapt import adapt
+    from fl_client.dp.canaries import worst_case_adapter
+    from fl_client.dp.distribution import FALSE_ALARM, check_distributions
+    from fl_client.model.load import load_model
+
+    torch.set_num_threads(1)
+    progress("model", 0, 1)
+    model = load_model(plan.model, plan.device)
+    adapted = adapt(model.module, plan.lora, plan.classes, model.feature_mean, model.feature_std)
+    worst_case_adapter(adapted, np.random.default_rng())
+    progress("model", 1, 1)
+    kinds = ("records", "gradients") if arguments.canaries == "both" else (arguments.canaries,)
+    each = 1 - (1 - arguments.confidence) / len(kinds)  # together they accuse a right engine no more often
+    reports = []
+    for kind in kinds:
+        said = functools.partial(_prefixed, progress, kind)
+        reports.append(_one(kind, plan, adapted, arguments, each, int(model.config["vocab_size"]), said))
+    tests = check_distributions(adapted, plan.mechanism)
+    return _result(plan, model.digest, arguments, reports, tests, FALSE_ALARM)
+
+
+def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, done: int, total: int) -> None:
+    progress(f"{kind}: {what}", done, total)
+
+
+def _one(
+    kind: str,
+    plan: Plan,
+    adapted: AdaptedModel,
+    arguments: argparse.Namespace,
+    confidence: float,
+    vocabulary: int,
+    progress: Callable[[str, int, int], None],
+) -> CanaryReport:
+    import numpy as np
+
+    from fl_client.dp.canaries import MAX_FLOATS, audit_gradients, audit_records, random_records
+
+    dimensions = sum(parameter.numel() for parameter in adapted.plan.values())
+    if kind == "gradients":
+        count = arguments.count or min(GRADIENT_CANARIES, dimensions)
+        guesses = arguments.guesses or min(GRADIENT_GUESSES, count // 2 * 2)
+        return audit_gradients(
+            adapted, plan.mechanism,
+            canaries=count, guesses=guesses, delta=arguments.delta, confidence=confidence, progress=progress,
+        )  # fmt: skip
+    count = arguments.count or max(2, min(RECORD_CANARIES, MAX_FLOATS // dimensions))
+    records = random_records(
+        count, vocabulary=vocabulary, tokens=plan.tokens, classes=plan.classes, rng=np.random.default_rng()
+    )
+    guesses = arguments.guesses or max(2, count // 4 * 2)
+    return audit_records(
+        adapted, records, plan.mechanism,
+        guesses=guesses, delta=arguments.delta, confidence=confidence, progress=progress,
+    )  # fmt: skip
+
+
+def _result(
+    plan: Plan,
+    digest: str,
+    arguments: argparse.Namespace,
+    reports: list[CanaryReport],
+    tests: list[DistributionResult],
+    false_alarm: float,
+) -> dict[str, Any]:
+    return {
+        "kind": "canary-audit",
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": digest,
+        "noise_multiplier": plan.mechanism.noise_multiplier,
+        "sampling_probability": plan.mechanism.sampling_probability,
+        "steps": plan.mechanism.steps,
+        "clipping_norm": plan.mechanism.clipping_norm,
+        "delta": arguments.delta,
+        "claimed_epsilon": reports[0].claimed_epsilon,
+        "epsilon_lower": max(report.result.epsilon_lower for report in reports),
+        "confidence": arguments.confidence,
+        "accused": any(report.accused for report in reports) or any(test.accused for test in tests),
+        "audits": [report.to_dict() for report in reports],
+        "distributions": [asdict(test) | {"false_alarm": false_alarm} for test in tests],
+    }
+
+
+def _else(fault: str) -> str:
+    """What catches a fault that this audit is too small for."""
+    return "no: tested below" if fault in TESTED_BELOW else "no: take more canaries"
+
+
+def _show(result: dict[str, Any]) -> None:
+    mechanism = (
+        f"noise {result['noise_multiplier']:g}, q {result['sampling_probability']:g}, {result['steps']} steps, "
+        f"clipping {result['clipping_norm']:g}"
+    )
+    print(f"claimed: epsilon {result['claimed_epsilon']:.3f} at delta {result['delta']:g} ({mechanism})")
+    audits = result["audits"]
+    table(
+        f"lower bounds on epsilon, together at confidence {result['confidence']:g}",
+        ("canaries", "number", "guessed", "right", "epsilon at least", "this audit can prove", "verdict"),
+        [
+            (
+                a["kind"], str(a["canaries"]), str(a["guesses"]), str(a["correct"]), f"{a['epsilon_lower']:.3f}",
+                f"at most {a['best_possible']:.3f}", "ACCUSED" if a["accused"] else "not accused",
+            )
+            for a in audits
+        ],
+        left=("canaries", "verdict"),
+    )  # fmt: skip
+    faults = [name for name in audits[0]["power"] if name != "none"]
+    table(
+        "chance that an audit of this size accuses an engine with a fault",
+        ("fault", *(a["kind"] for a in audits), "enough?"),
+        [
+            (
+                fault, *(f"{a['power'][fault]:.2f}" for a in audits),
+                "yes" if max(a["power"][fault] for a in audits) >= ENOUGH else _else(fault),
+            )
+            for fault in faults
+        ],
+        left=("fault", "enough?"),
+    )  # fmt: skip
+    table(
+        "tests of the distributions, for faults that no audit of this size can prove",
+        ("part", "p-value", "accused below", "verdict"),
+        [
+            (t["name"], f"{t['p_value']:.3g}", f"{t['false_alarm']:g}", "ACCUSED" if t["accused"] else "not accused")
+            for t in result["distributions"]
+        ],
+        left=("part", "verdict"),
+    )
+    print("the engine is ACCUSED: do not train with it" if result["accused"] else "nothing accuses the engine")
