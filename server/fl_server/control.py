@@ -41,6 +41,7 @@ from fl_server.sites.service import ONLINE_S, Sites
 from fl_server.supervisor import read_state
 from fl_shared.canonical import sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.logs import set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 from fl_shared.wire import control_pb2 as pb
@@ -465,7 +466,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fl_server.control")
     parser.add_argument("--home", required=True, type=Path)
     home = ServerHome.open(parser.parse_args().home)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up("control")
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     server = serve(home)

@@ -18,6 +18,7 @@ from typing import Any
 from fl_server.files import write_durably
 from fl_server.home import ServerHome
 from fl_shared.errors import ConcordatError, RunError, TransportError
+from fl_shared.offline import OFFLINE
 
 CONNECTION = "concordat"
 COMMAND_TIMEOUT_S = 90.0
@@ -29,8 +30,7 @@ def environment(home: ServerHome) -> dict[str, str]:
     return kept | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "/usr/bin:/bin")]),
         "FLWR_HOME": str(home.flower / "home"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        **OFFLINE,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import ssl
 import sys
 import time
@@ -36,6 +37,7 @@ from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
+from fl_shared.logs import set_up
 from fl_shared.names import site_id
 
 log = logging.getLogger("fl_server.gateway")
@@ -406,8 +408,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fl_server.gateway")
     parser.add_argument("--home", required=True, type=Path)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up("gateway")
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end: then 0 is returned
     doorman.raise_file_limit()
     asyncio.run(serve(ServerHome.open(arguments.home)))
     return 0

@@ -39,6 +39,7 @@ class ServerSettings:
     certificate_days: int
     site_requests_per_s: int
     max_restarts: int
+    metrics: tuple[str, int] | None
 
     @classmethod
     def load(cls, path: Path) -> ServerSettings:
@@ -57,12 +58,23 @@ class ServerSettings:
             certificate_days=server.integer("certificate_days", low=1, high=3650, default=365),
             site_requests_per_s=server.integer("site_requests_per_s", low=1, high=100_000, default=50),
             max_restarts=server.integer("max_restarts", low=0, high=1_000_000, default=20),
+            metrics=_listen(top.section("metrics", optional=True)),
         )
         server.done()
         top.done()
         if made.gateway_port == made.control_port:
             raise server.fail("control_port", f"is {made.control_port}, the gateway's", "choose two ports")
         return made
+
+
+def _listen(fields: Fields) -> tuple[str, int] | None:
+    """[metrics] listen: where metrics are served, without a login; None when they are not."""
+    text = fields.text("listen", default="", empty=True)
+    fields.done()
+    host, _, port = text.rpartition(":")
+    if text and not (host and port.isdigit() and 0 < int(port) < 65536):
+        raise fields.fail("listen", f"is {text!r}", 'write an address and a port, e.g. "127.0.0.1:9445"')
+    return (host, int(port)) if text else None
 
 
 @dataclass(frozen=True)

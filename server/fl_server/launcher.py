@@ -27,6 +27,7 @@ from fl_server.home import ServerHome
 from fl_server.runs.liveness import ALIVE, DEAD, carrier_pid, forget, liveness
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError, RunError
+from fl_shared.logs import set_up
 
 log = logging.getLogger("fl_server.launcher")
 
@@ -121,7 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fl_server.launcher")
     parser.add_argument("--home", required=True, type=Path)
     home = ServerHome.open(parser.parse_args().home)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up("launcher")
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     launcher = Launcher(home, Runs(Store(home.database_url()), home.adapters), Flower(home))

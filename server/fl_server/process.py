@@ -29,10 +29,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def spawn(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a child in its own session, its output appended to a file."""
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with log.open("ab") as sink:
+def spawn(command: list[str], environment: dict[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    """Start a child in its own session, its output appended to a file, or to our own output without one."""
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with log.open("ab") if log is not None else contextlib.nullcontext() as sink:
         return subprocess.Popen(
             # The shim sets the parent-death signal in the child itself: a preexec_fn is not safe with threads.
             [sys.executable, "-m", "fl_server.process", str(os.getpid()), *command],

@@ -41,7 +41,8 @@ def initialise(
         f"[server]\nhost = {json.dumps(host)}\nlisten = {json.dumps(listen or host)}\ngateway_port = {gateway_port}\n"
         f'control_host = "127.0.0.1"\ncontrol_port = {control_port}\n'
         '# database = "postgresql+psycopg://user@host/concordat"\n'
-        "max_message_bytes = 1073741824\ncertificate_days = 365\nsite_requests_per_s = 50\nmax_restarts = 20\n"
+        "max_message_bytes = 1073741824\ncertificate_days = 365\nsite_requests_per_s = 50\nmax_restarts = 20\n\n"
+        '# [metrics]\n# listen = "127.0.0.1:9445"   # /metrics, /healthz, /readyz; no login, so loopback\n'
     )
     draft = home.root / "server.toml.new"
     write_durably(draft, toml.encode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -28,6 +29,8 @@ from fl_server.flower import Flower, environment
 from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.process import end_group, spawn
 from fl_shared.errors import ConfigError
+
+log = logging.getLogger("fl_server.supervisor")
 
 TICK_S = 0.25
 PROBE_S = 2.0
@@ -72,8 +75,9 @@ class Component:
 class Supervisor:
     """The parent of every process of a coordinator."""
 
-    def __init__(self, home: ServerHome) -> None:
+    def __init__(self, home: ServerHome, *, logs_to_files: bool = True) -> None:
         self._home = home
+        self._logs_to_files = logs_to_files
         self._settings = home.settings()
         self._flower = Flower(home)
         self._stopping = False
@@ -88,6 +92,12 @@ class Supervisor:
         def module(name: str) -> Callable[[], list[str]]:
             return lambda: [sys.executable, "-m", f"fl_server.{name}", "--home", str(self._home.root)]
 
+        monitor = []
+        if settings.metrics is not None:
+            host, port = settings.metrics
+            monitor = [
+                Component("monitor", f"{host}:{port}", module("monitor"), lambda: _listens(reachable(host), port))
+            ]
         return [
             superlink,
             Component(
@@ -103,6 +113,7 @@ class Supervisor:
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
             Component("launcher", "", module("launcher"), lambda: True, needs=("superlink",)),
+            *monitor,
         ]
 
     def _superlink(self) -> list[str]:
@@ -135,7 +146,7 @@ class Supervisor:
         self._take_lock()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
-        print(f"coordinator at {self._home.root}", flush=True)
+        log.info("coordinator at %s", self._home.root)
         try:
             self._migrate()
             while not self._stopping:
@@ -156,7 +167,7 @@ class Supervisor:
                 break
             except DatabaseAway as error:
                 if error.message != said:
-                    print(f"waiting: {error.message}", flush=True)
+                    log.warning("waiting: %s", error.message)
                 said = error.message
                 time.sleep(PROBE_S)
         store.close()
@@ -178,7 +189,8 @@ class Supervisor:
         if component.state != state:
             component.state = state
             at = f" at {component.address}" if component.address and state == "ready" else ""
-            print(f"{component.name}: {state}{at}{more}", flush=True)
+            level = logging.WARNING if state in ("died", "not answering") else logging.INFO
+            log.log(level, "%s: %s%s%s", component.name, state, at, more)
 
     def _turn(self, component: Component) -> None:
         now = time.monotonic()
@@ -186,8 +198,8 @@ class Supervisor:
             wanted = all(self._component(name).state == "ready" for name in component.needs)
             if now >= component.not_before and wanted:
                 command = component.before()
-                log = self._home.logs / f"{component.name}.log"
-                component.process = spawn(command, environment(self._home), log)
+                file = self._home.logs / f"{component.name}.log" if self._logs_to_files else None
+                component.process = spawn(command, environment(self._home), file)
                 component.started_at, component.probed_at = now, 0.0
                 self._say(component, "starting")
             return
@@ -227,9 +239,8 @@ class Supervisor:
             write_durably(self._home.supervisor_state, json.dumps(state).encode())
 
     def _stop(self) -> None:
-        print("stopping", flush=True)
-        for name in ("launcher", "gateway", "control", "superlink"):
-            component = self._component(name)
+        log.info("stopping")
+        for component in reversed(self._components):
             if component.process is not None:
                 end_group(component.process, STOP_S)
                 component.process = None

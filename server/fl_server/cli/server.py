@@ -16,6 +16,8 @@ from fl_server.setup import initialise
 from fl_server.supervisor import Supervisor, is_ready, read_state
 from fl_shared.errors import cli_main
 from fl_shared.fingerprints import spoken, spoken_key
+from fl_shared.logs import FORMATS, default_format, set_up
+from fl_shared.offline import stay_offline
 from fl_shared.signing import SigningKey
 
 EXAMPLES = """examples:
@@ -44,7 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--gateway-port", type=int, default=9443)
     init.add_argument("--control-port", type=int, default=9444)
     init.add_argument("--admin", default="admin", help="name in the first admin's certificate")
-    verbs.add_parser("up", parents=[common], help="run the coordinator until SIGTERM")
+    up = verbs.add_parser("up", parents=[common], help="run the coordinator until SIGTERM")
+    up.add_argument(
+        "--log-format", choices=FORMATS, default=default_format(),
+        help="of the output; the components' logs are always JSON lines [FL_LOG_FORMAT]",
+    )  # fmt: skip
+    up.add_argument(
+        "--logs", choices=("files", "output"), default="files",
+        help="where the components' logs go: files below logs/, or this output, for a container",
+    )  # fmt: skip
     verbs.add_parser("status", parents=[common], help="exit code 0 when everything is ready, 1 otherwise")
     keys.add_verbs(verbs, common)
     return parser
@@ -97,11 +107,13 @@ def _run(argv: Sequence[str] | None) -> int:
         return _status(arguments)
     if arguments.verb in keys.ACTIONS:
         return keys.ACTIONS[arguments.verb](arguments)
-    return Supervisor(ServerHome.open(arguments.home)).run()
+    set_up("supervisor", terminal=arguments.log_format, stream=sys.stdout)
+    return Supervisor(ServerHome.open(arguments.home), logs_to_files=arguments.logs == "files").run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `fl-server`."""
+    stay_offline()
     return cli_main(_run, argv)
 
 

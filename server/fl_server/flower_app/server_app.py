@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server.driver import drive
 from fl_server.home import ServerHome
+from fl_shared.logs import set_up
 
 app = ServerApp()
 
@@ -17,4 +18,5 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Carry one run on from its last committed round."""
     home = ServerHome.open(Path(str(context.run_config["home"])))
+    set_up("serverapp", file=home.logs / "serverapp.log", terminal=None)
     drive(home, str(context.run_config["run"]), str(context.run_config["attempt"]), grid)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from fl_shared.adapter import SERVER_STATE, digest, metadata
 from fl_shared.errors import ConfigError, RunError
 from fl_shared.manifest import RoundManifest, RunSpec
 from fl_shared.signing import SigningKey, sign_document
+
+log = logging.getLogger("fl_server.runs")
 
 GOING = ("pending", "running")
 
@@ -84,6 +87,7 @@ def _held(session: Session, run: str) -> RunRow | None:
 
 def _event(session: Session, run: str, kind: str, message: str = "", **more: Any) -> None:
     session.add(EventRow(run=run, at=time.time(), kind=kind, message=message, **more))
+    log.info(message or kind, extra={"run": run, "kind": kind} | {k: more[k] for k in ("round", "site") if more.get(k)})
 
 
 class Runs:
