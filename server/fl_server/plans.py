@@ -20,15 +20,21 @@ from fl_server.db.store import Store
 from fl_server.sites.service import ONLINE_S
 from fl_shared.errors import ConfigError, SignatureError
 from fl_shared.manifest import RunSpec
-from fl_shared.questions import PlanAnswer, PlanQuestion
+from fl_shared.questions import (
+    AFFORDABLE,
+    NOT_ENROLLED,
+    NOT_ONLINE,
+    REFUSED,
+    SILENT,
+    WAIT_S,
+    PlanAnswer,
+    PlanQuestion,
+)
 from fl_shared.signing import SigningKey, open_document, sign_document
 
-WAIT_S = 20.0
 MAX_WAIT_S = 600.0
 MAX_PENDING = 32
 KEPT_S = 86_400.0
-AFFORDABLE, REFUSED = "affordable", "refused"
-SILENT, NOT_ONLINE, NOT_ENROLLED = "silent", "not-online", "not-enrolled"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from fl_shared.manifest import RunSpec, check_digest, document_digest
 from fl_shared.names import site_id
 from fl_shared.settings import Fields
 
+# How one site stands to a plan: it answered, or why it did not.
+AFFORDABLE, REFUSED = "affordable", "refused"
+SILENT, NOT_ONLINE, NOT_ENROLLED = "silent", "not-online", "not-enrolled"
+WAIT_S = 20.0
 OBJECTION_CODES = ("budget-exhausted", "policy", "unknown-base-model")
 MAX_OBJECTIONS = 16
 MAX_OBJECTION = 500

@@ -9,17 +9,16 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fl_server.adminlog import Report, check
 from fl_server.cli.show import plain, print_json, table
 from fl_server.cli.verbs import add_group, add_verb
-from fl_shared.audit.source import key_text
-from fl_shared.audit.verify import parse_checkpoint
 from fl_shared.fingerprints import spoken_key
-from fl_shared.ledger.chain import GENESIS_HASH
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
+
+if TYPE_CHECKING:
+    from fl_server.adminlog import Report
 
 BROKEN = 13
 
@@ -49,6 +48,8 @@ def add(groups: Any) -> None:
 def _list(stub: ControlStub, arguments: argparse.Namespace) -> int:
     entries = list(stub.ListAdminLog(pb.ListAdminLogRequest(after=max(0, arguments.after))))
     if arguments.json:
+        from fl_shared.ledger.chain import GENESIS_HASH
+
         shown = [plain(each) | {"body": json.loads(each.body)} for each in entries]
         print_json({"entries": shown, "head": entries[-1].hash if entries else GENESIS_HASH})
         return 0
@@ -72,6 +73,10 @@ def _rows(entries: Iterable[pb.AdminLogEntry]) -> Iterable[list[str]]:
 
 
 def _verify(stub: ControlStub, arguments: argparse.Namespace) -> int:
+    from fl_server.adminlog import check  # SQL and all; TAB must not wait for it
+    from fl_shared.audit.source import key_text
+    from fl_shared.audit.verify import parse_checkpoint
+
     noted = {one.entries: one.head for one in map(parse_checkpoint, arguments.checkpoint)}
     key = key_text(arguments.public_key) if arguments.public_key else None
     report = check(stub.ListAdminLog(pb.ListAdminLogRequest()), public_key=key, checkpoints=noted)

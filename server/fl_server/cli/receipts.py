@@ -12,7 +12,6 @@ from fl_server.cli.show import print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
 from fl_server.files import write_durably
 from fl_shared.errors import ConfigError
-from fl_shared.ledger.receipts import FORMAT, Kept
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
@@ -33,6 +32,8 @@ def add(groups: Any) -> None:
 
 
 def _export(stub: ControlStub, arguments: argparse.Namespace) -> int:
+    from fl_shared.ledger.receipts import FORMAT, Kept  # SQL and all; TAB must not wait for it
+
     out: Path = arguments.out
     if out.exists() and not arguments.force:
         raise ConfigError(f"{out} exists", fix="choose another --out, or add --force")
