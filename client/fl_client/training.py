@@ -45,7 +45,8 @@ class TrainingResult:
     Attributes:
         update: tensor name to float32 difference from the adapter that came in.
         executed: what was done to the data.
-        report: figures for the site's own log (seconds, truncated texts, expert coverage). Not private: never sent.
+        report: figures (seconds, truncated texts, coverage of experts). Some are as private as the data: they are
+            neither sent nor logged.
     """
 
     update: Tensors

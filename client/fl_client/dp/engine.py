@@ -21,6 +21,7 @@ from fl_client.dp import grad_samplers
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, cut_units, pack_units
 from fl_client.dp.book import GradientBook
+from fl_client.dp.coverage import ExpertCoverage
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.sampling import PoissonSampler
 from fl_client.dp.secure_random import SecureStream
@@ -91,6 +92,7 @@ class DPEngine:
         )
         self.accountant = RDPAccountant()
         self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sampler.probability))
+        self.coverage = ExpertCoverage(adapted)
         self._hooked = None if engine == "book" else self._wrap()
 
     def _wrap(self) -> GradSampleModule:
@@ -139,7 +141,7 @@ class DPEngine:
         return wanted
 
     def report(self) -> dict[str, Any]:
-        """Figures for the site's own log."""
+        """Figures for the site's own eyes; the experts' coverage is as private as the data."""
         grid = self.optimizer.grid
         return {
             "engine": self.name,
@@ -148,16 +150,20 @@ class DPEngine:
             "sensitivity": grid.sensitivity,
             "noise_standard_deviation": grid.step * grid.width,
             "expected_batch": self.optimizer.expected_batch_size,
+            **self.coverage.report(),
         }
 
     def step(self, units: Sequence[int]) -> None:
         """One logical step on these units, or this process's share; an empty sample is noise alone, and counts."""
         self.optimizer.zero_grad(set_to_none=True)
         self.accumulate(units)
-        if self.shard is None:
+        if self.shard is not None:
+            self.shard.gather(self.optimizer.params)
+        if self.shard is None or self.shard.first:
+            self.coverage.note()
             self.optimizer.step()
-        else:
-            self.shard.step(self.optimizer)
+        if self.shard is not None:
+            self.shard.share(self.optimizer.params)
         self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, units: Sequence[int]) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.sampling import PoissonSampler
 
 
@@ -47,19 +46,7 @@ class Shard:
             units: list[int] = torch.nonzero(chosen).squeeze(1).tolist()
             yield units[self.rank :: self.size]
 
-    def step(self, optimizer: GridDPOptimizer) -> None:
-        """Add up all shares, let the first process finish the step, and take over its parameters."""
-        self._sum_in_first(optimizer.params)
-        if self.first:
-            optimizer.step()
-        flat = torch.cat([p.detach().reshape(-1) for p in optimizer.params]).to(self.device)
-        dist.broadcast(flat, 0)
-        if not self.first:
-            with torch.no_grad():
-                for p, part in zip(optimizer.params, _split(flat, optimizer.params), strict=True):
-                    p.copy_(part)
-
-    def _sum_in_first(self, parameters: list[nn.Parameter]) -> None:
+    def gather(self, parameters: list[nn.Parameter]) -> None:
         """Clipped sums of all processes into the first one's `summed_grad`, added in float64."""
         held: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
         parts = [torch.zeros_like(p) if p.summed_grad is None else p.summed_grad for p in held]
@@ -68,6 +55,15 @@ class Shard:
         if self.first:
             for p, part in zip(held, _split(flat, parameters), strict=True):
                 p.summed_grad = part.to(device=p.device, dtype=p.dtype)
+
+    def share(self, parameters: list[nn.Parameter]) -> None:
+        """Take over the first process's parameters, after its step."""
+        flat = torch.cat([p.detach().reshape(-1) for p in parameters]).to(self.device)
+        dist.broadcast(flat, 0)
+        if not self.first:
+            with torch.no_grad():
+                for p, part in zip(parameters, _split(flat, parameters), strict=True):
+                    p.copy_(part)
 
 
 def _split(flat: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]:

@@ -1,0 +1,180 @@
+"""What stops a round before anything leaves: layers that mix examples, plans that are not met, tensors that moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fl_client.dp import lora_layers
+from fl_client.dp.adapt import AdaptedModel, adapt
+from fl_client.dp.architectures import architecture_of, known_architectures
+from fl_client.dp.book import GradientBook
+from fl_client.dp.checks import StepCheck, check_layers
+from fl_shared.errors import EngineError
+from fl_shared.manifest import LoraSection
+from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
+
+LORA = LoraSection(rank=2, alpha=2.0, targets=("attention", "routed_experts"))
+
+
+@pytest.fixture
+def adapted() -> AdaptedModel:
+    """A small int8 model."""
+    return adapted_small("qwen3_moe", quantised=True)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_supported_family_passes_the_probe(architecture: str, quantised: bool) -> None:
+    """The probe finds the right engine exact, and leaves every weight as it was."""
+    made = adapted_small(architecture, quantised=quantised)
+    before = {name: value.clone() for name, value in made.classifier.state_dict().items()}
+    assert check_layers(made, vocabulary=96) < 1e-5
+    after = made.classifier.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_every_family_has_a_test() -> None:
+    """A new architecture's file needs a small config in the tests."""
+    assert set(known_architectures()) == set(ARCHITECTURES)
+
+
+def test_a_layer_that_mixes_examples_is_refused(adapted: AdaptedModel) -> None:
+    """A hidden state that sees the batch's mean passes every shape check; the probe notices."""
+
+    def mixed(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return out + 0.1 * out.mean(0, keepdim=True)
+
+    adapted.classifier.backbone.get_submodule("layers.0.self_attn.o_proj").register_forward_hook(mixed)
+    with pytest.raises(EngineError, match="are off by"):
+        check_layers(adapted, vocabulary=96)
+
+
+class _LosesOneExpert(GradientBook):
+    """A book that forgets one factor of the experts."""
+
+    def add_expert_factor(self, parameter: nn.Parameter, *rest: Any) -> None:
+        if parameter.shape[1] != 136:
+            super().add_expert_factor(parameter, *rest)
+
+
+def test_a_tensor_that_the_pass_does_not_reach_is_named(
+    adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planned tensor without an entry in the book stops the round by name, at the start and in every step."""
+    monkeypatch.setattr("fl_client.dp.checks.GradientBook", _LosesOneExpert)
+    with pytest.raises(EngineError, match=r"does not reach the plan: .*lora_B"):
+        check_layers(adapted, vocabulary=96)
+
+
+def test_an_unplanned_trainable_parameter_is_named(adapted: AdaptedModel) -> None:
+    """A router that somebody unfroze."""
+    router = next(name for name, _ in adapted.classifier.named_parameters() if "mlp.gate" in name)
+    adapted.classifier.get_parameter(router).requires_grad_(True)
+    with pytest.raises(EngineError, match=r"mlp\.gate.* is trainable without being planned"):
+        check_layers(adapted, vocabulary=96)
+
+
+def test_tied_planned_tensors_are_refused(adapted: AdaptedModel) -> None:
+    """One tensor under two names would be clipped and noised once, and stepped twice."""
+    names = [name for name in adapted.plan if "q_proj.lora_A" in name]
+    adapted.plan[names[1]] = adapted.plan[names[0]]
+    with pytest.raises(EngineError, match="share memory"):
+        check_layers(adapted, vocabulary=96)
+
+
+def move(adapted: AdaptedModel, *still: str) -> None:
+    """A step that moves every planned tensor but these."""
+    with torch.no_grad():
+        for name, parameter in adapted.plan.items():
+            if name not in still:
+                parameter.add_(1.0)
+
+
+def test_a_step_as_planned_passes(adapted: AdaptedModel) -> None:
+    """Everything planned moved, the frozen factor did not, nothing else was written to."""
+    frozen = frozenset(name for name in adapted.plan if ".lora_A" in name)
+    check = StepCheck(adapted, frozen)
+    for number in (1, 2):
+        move(adapted, *frozen)
+        check.after(number)
+
+
+def test_a_planned_tensor_that_did_not_move_is_named(adapted: AdaptedModel) -> None:
+    """With noise on every coordinate standing still is no accident."""
+    still = next(name for name in adapted.plan if "experts.lora_B_down" in name)
+    check = StepCheck(adapted, frozenset())
+    move(adapted, still)
+    with pytest.raises(EngineError, match=r"lora_B_down.* did not move"):
+        check.after(1)
+
+
+def test_a_frozen_factor_that_moved_is_named(adapted: AdaptedModel) -> None:
+    """Aggregation with a frozen factor A would not be exact any more."""
+    frozen = frozenset(name for name in adapted.plan if ".lora_A" in name)
+    check = StepCheck(adapted, frozen)
+    move(adapted)
+    with pytest.raises(EngineError, match=r"lora_A.* moved although frozen"):
+        check.after(1)
+
+
+@pytest.mark.parametrize("number", [1, 7])
+@pytest.mark.parametrize("kind", ["written", "replaced"])
+def test_a_base_weight_that_changed_is_named_in_any_step(adapted: AdaptedModel, number: int, kind: str) -> None:
+    """Int8 weights, norms, routers and buffers: written in place or exchanged, in the first step or a later one."""
+    check = StepCheck(adapted, frozenset())
+    move(adapted)
+    norm = adapted.classifier.backbone.get_submodule("layers.1.input_layernorm")
+    with torch.no_grad():
+        if kind == "written":
+            norm.weight.mul_(1.0)
+        else:
+            norm.weight = nn.Parameter(norm.weight.clone(), requires_grad=False)
+    with pytest.raises(EngineError, match=r"input_layernorm\.weight is frozen and was written to"):
+        check.after(number)
+
+
+def test_an_unknown_family_is_refused_by_name() -> None:
+    """Nothing is guessed from the layers' names."""
+    with pytest.raises(EngineError, match="models of type 'llama' are not supported") as caught:
+        architecture_of("llama")
+    assert "architectures" in caught.value.fix
+    model = float_model(small_config("olmoe"))
+    model.config.model_type = "gpt_oss"
+    with pytest.raises(EngineError, match="gpt_oss"):
+        adapt(model, LORA, 2, torch.zeros(136), torch.ones(136))
+
+
+def test_an_unknown_layer_is_refused_by_name() -> None:
+    """A target that is neither linear nor fused experts, and experts with another layout."""
+    model = float_model(small_config("olmoe"))
+    model.model.layers[1].self_attn.q_proj = nn.Identity()
+    with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.q_proj is a Identity"):
+        adapt(model, LORA, 2, torch.zeros(136), torch.ones(136))
+    model = float_model(small_config("olmoe"))
+    model.model.layers[0].mlp.experts.is_transposed = True
+    with pytest.raises(EngineError, match="another layout"):
+        adapt(model, LORA, 2, torch.zeros(136), torch.ones(136))
+
+
+def test_a_group_that_the_model_lacks_is_refused() -> None:
+    """Mixtral has no shared experts."""
+    model = float_model(small_config("mixtral"))
+    with pytest.raises(EngineError, match="has no shared_experts"):
+        adapt(model, LoraSection(2, 2.0, ("attention", "shared_experts")), 2, torch.zeros(136), torch.ones(136))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_router_is_ever_planned(architecture: str) -> None:
+    """The plan holds LoRA factors of the named groups and the head, and no router's."""
+    made = adapted_small(architecture, quantised=True)
+    routers = architecture_of(architecture).router
+    assert routers
+    for name in made.plan:
+        assert ".lora_" in name or name.startswith("classifier.")
+        assert not any(f".{router}.lora" in name for router in routers)
+    assert {p for p in made.classifier.parameters() if p.requires_grad} == set(made.plan.values())
+    assert lora_layers.ADAPTER == "default"

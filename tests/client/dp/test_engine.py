@@ -1,0 +1,214 @@
+"""Logical steps: any cut into micro-batches releases the same, noise once, every step counted, bad numbers refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from opacus.accountants import RDPAccountant
+from torch import nn
+
+from fl_client.dp import batches, optimizer
+from fl_client.dp.adapt import AdaptedModel
+from fl_client.dp.batches import Records
+from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.optimizer import GridDPOptimizer
+from fl_client.dp.secure_random import SecureStream
+from fl_shared.errors import EngineError
+from fl_shared.privacy import Mechanism
+from helpers.random_models import adapted_small, units_of_records
+
+# Seven units; with two or three in a micro-batch the last one is short.
+SIZES = [[5, 3], [9], [1], [2, 6, 4, 1], [7], [3], [8, 8]]
+
+
+@pytest.fixture
+def adapted() -> AdaptedModel:
+    """A small int8 model under a random adapter, fresh for every test."""
+    return adapted_small("qwen2_moe", quantised=True)
+
+
+def make(adapted: AdaptedModel, records: Records, **changes) -> DPEngine:  # type: ignore[no-untyped-def]
+    """An engine with known keys."""
+    mechanism = Mechanism(
+        noise_multiplier=changes.pop("sigma", 1.0), sampling_probability=changes.pop("q", 0.5),
+        steps=changes.pop("steps", 3), clipping_norm=changes.pop("norm", 0.5),
+    )  # fmt: skip
+    settings = {"learning_rate": 0.01, "head_learning_rate": 0.01, "momentum": 0.0, **changes}
+    return DPEngine(
+        adapted, records, mechanism, sampling=SecureStream(bytes(32)), noise=SecureStream(bytes([1] * 32)), **settings
+    )
+
+
+def released(engine: DPEngine, units: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """The noisy sum of every step; with `units` of one step on exactly these."""
+    found: list[torch.Tensor] = []
+    account = engine.optimizer.step_hook
+
+    def listen(stepped: GridDPOptimizer) -> None:
+        found.append(torch.cat([p.grad.reshape(-1) for p in stepped.params]) * stepped.expected_batch_size)
+        account(stepped)
+
+    engine.optimizer.attach_step_hook(listen)
+    if units is None:
+        engine.run()
+    else:
+        engine.step(units)
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("engine", ["book", "hooks"])
+@pytest.mark.parametrize("max_units", [1, 2, 3])
+def test_any_cut_releases_what_one_big_batch_does(adapted: AdaptedModel, max_units: int, engine: EngineName) -> None:
+    """Sample, clipping and noise of the logical step do not depend on the micro-batches, nor on Opacus' hooks."""
+    records = units_of_records(SIZES)
+    (whole,) = released(make(adapted, records, learning_rate=0.0, head_learning_rate=0.0), range(7))
+    again = make(
+        adapted, records, learning_rate=0.0, head_learning_rate=0.0, max_units=max_units, engine=engine
+    )
+    torch.testing.assert_close(released(again, range(7))[0], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cut_by_tokens_changes_nothing(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bound on padded tokens cuts, and where one unit alone exceeds it."""
+    records = units_of_records(SIZES)
+    (whole,) = released(make(adapted, records, learning_rate=0.0, head_learning_rate=0.0), range(7))
+    monkeypatch.setattr(batches, "MAX_TOKENS", 12)
+    assert len(list(batches.cut_units(records, range(7)))) == 6
+    again = make(adapted, records, learning_rate=0.0, head_learning_rate=0.0)
+    torch.testing.assert_close(released(again, range(7))[0], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_are_taken_on_the_noisy_sum_over_the_expected_batch(adapted: AdaptedModel) -> None:
+    """A parameter moves by learning rate times release over q times the units, whatever the sample's size."""
+    before = torch.cat([p.detach().reshape(-1).clone() for p in adapted.plan.values()])
+    engine = make(adapted, units_of_records(SIZES), q=0.5, learning_rate=0.1, head_learning_rate=0.1)
+    (noisy,) = released(engine, [2])
+    after = torch.cat([p.detach().reshape(-1) for p in adapted.plan.values()])
+    torch.testing.assert_close(before - after, 0.1 * noisy / 3.5, rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_sample_is_noise_alone_and_counts(adapted: AdaptedModel) -> None:
+    """No unit: the model does not run, the noise of the same key is released, the accountant hears of the step."""
+    records = units_of_records(SIZES)
+    ran: list[object] = []
+    adapted.classifier.register_forward_pre_hook(lambda *_: ran.append(1))
+    engine = make(adapted, records, steps=1)
+    (noisy,) = released(engine, [])
+    assert not ran
+    expected = optimizer.noisy_sum(
+        np.zeros(noisy.numel(), np.float32), engine.optimizer.grid, SecureStream(bytes([1] * 32))
+    )
+    torch.testing.assert_close(noisy, torch.from_numpy(expected), rtol=1e-6, atol=0)
+    assert engine.executed().steps == 1
+
+
+def test_noise_is_added_once_whatever_the_micro_batches(adapted: AdaptedModel) -> None:
+    """Seven micro-batches of one unit draw as many noise words as one of seven."""
+    records = units_of_records(SIZES)
+    (noise,) = released(make(adapted, records, norm=1e-6), [])
+    (noisy,) = released(make(adapted, records, norm=1e-6, max_units=1), range(7))
+    torch.testing.assert_close(noisy, noise, rtol=0, atol=1e-5)  # the sum has at most norm 7e-6
+    assert float(noise.std() / 1e-6) == pytest.approx(1.0, rel=0.05)
+
+
+def test_the_accountant_hears_the_samplers_q_and_every_step(adapted: AdaptedModel) -> None:
+    """q, sigma and steps of Opacus' accountant are the mechanism's, also when most samples are empty."""
+    engine = make(adapted, units_of_records(SIZES), q=0.05, steps=12)
+    assert len(released(engine)) == 12
+    assert [tuple(entry) for entry in engine.accountant.history] == [(1.0, 0.05, 12)]
+    assert engine.executed() == engine.mechanism
+    assert engine.sampler.probability == engine.mechanism.sampling_probability
+    other = RDPAccountant()
+    other.history = [(1.0, 0.05, 12)]
+    assert engine.accountant.get_epsilon(1e-5) == other.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize("odd", ["a step too few", "another noise", "another q"])
+def test_a_count_that_differs_from_the_order_stops_the_round(adapted: AdaptedModel, odd: str) -> None:
+    """Whatever the accountant heard that was not ordered is refused before anything is handed out."""
+    engine = make(adapted, units_of_records(SIZES), steps=2)
+    if odd == "another noise":
+        engine.optimizer.noise_multiplier = 0.5
+    if odd == "another q":
+        engine.optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn(0.4))
+    for _ in range(1 if odd == "a step too few" else 2):
+        engine.step([0])
+    engine.close()
+    with pytest.raises(EngineError, match="the accountant counted"):
+        engine.executed()
+
+
+def test_opacus_skip_signals_make_one_logical_step(adapted: AdaptedModel) -> None:
+    """`signal_skip_step` and `zero_grad` work as Opacus' own batch manager uses them: noise and count come once."""
+    records = units_of_records(SIZES)
+    (whole,) = released(make(adapted, records, learning_rate=0.0, head_learning_rate=0.0), range(7))
+    engine = make(adapted, records, learning_rate=0.0, head_learning_rate=0.0)
+    dp = engine.optimizer
+    heard: list[torch.Tensor] = []
+    dp.attach_step_hook(lambda o: heard.append(torch.cat([p.grad.reshape(-1) for p in o.params]) * 3.5))
+    for units, last in (([0, 1, 2], False), ([3], False), ([4, 5, 6], True)):
+        dp.signal_skip_step(do_skip=not last)
+        engine.forward_backward(batches.pack_units(records, units, torch.device("cpu")))
+        dp.step()
+        dp.zero_grad()
+    engine.close()
+    assert len(heard) == 1
+    torch.testing.assert_close(heard[0], whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_refused(adapted: AdaptedModel, value: float) -> None:
+    """NaN or infinite weights end the step with a typed error; no step is counted."""
+    with torch.no_grad():
+        adapted.classifier.head.weight[0, 0] = value
+    engine = make(adapted, units_of_records(SIZES))
+    with pytest.raises(EngineError, match=r"NaN or infinite"):
+        engine.step([0, 1])
+    assert engine.accountant.history == []
+    engine.close()
+
+
+def test_a_gradient_that_is_no_number_is_refused(adapted: AdaptedModel) -> None:
+    """A finite loss with an infinite gradient does not pass the clipping as zero or NaN."""
+    engine = make(adapted, units_of_records(SIZES))
+    layer = next(iter(adapted.layers.values()))
+    assert isinstance(layer, nn.Module)
+    layer.register_full_backward_pre_hook(lambda _module, grads: tuple(g * float("inf") for g in grads))
+    with pytest.raises(EngineError, match="a gradient is NaN or infinite"):
+        engine.step([0, 1])
+    engine.close()
+
+
+def test_one_unit_that_does_not_fit_is_a_typed_error(
+    adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Halving ends at one unit: then the error names what to lower, and nothing was released or counted."""
+    engine = make(adapted, units_of_records(SIZES))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine, "forward_backward", full)
+    with caplog.at_level(logging.WARNING), pytest.raises(EngineError, match="do not fit into memory") as caught:
+        engine.step(range(7))
+    assert "max_tokens" in caught.value.fix
+    assert engine.accountant.history == []
+    engine.close()
+
+
+def test_experts_that_the_data_reach_are_counted(adapted: AdaptedModel) -> None:
+    """One token reaches at most top-k experts a layer; noise reaches all of them and is not counted."""
+    engine = make(adapted, units_of_records([[1], [9], [9]]), steps=1)
+    engine.step([])
+    assert engine.report()["experts_reached"] == 0
+    engine.step([0])
+    few = engine.report()["experts_reached"]
+    assert 2 <= few <= 4  # two layers, top-k 2
+    engine.step([1, 2])
+    assert few < engine.report()["experts_reached"] <= engine.report()["experts"] == 16
+    engine.close()
