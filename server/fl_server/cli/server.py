@@ -1,4 +1,4 @@
-"""`fl-server`: make a coordinator, run it, look at it, issue certificates, change its key."""
+"""`fl-server`: make a coordinator, run it, look at it, issue certificates, change its key, back it up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fl_server import __version__
-from fl_server.cli import keys
+from fl_server.cli import backup, keys
 from fl_server.home import ServerHome, default_home
 from fl_server.pki import Authority
 from fl_server.setup import initialise
@@ -26,6 +26,8 @@ EXAMPLES = """examples:
   fl-server status --home ~/coordinator --json
   fl-server issue --role auditor --name anna-smith --out anna/
   fl-server rotate-key --grace-days 14
+  fl-server backup --out /backup/coordinator.tar
+  fl-server restore /backup/coordinator.tar --home ~/coordinator2
 
 $FL_SERVER_HOME stands for --home; without both it is ~/.concordat/server.
 """
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verbs.add_parser("status", parents=[common], help="exit code 0 when everything is ready, 1 otherwise")
     keys.add_verbs(verbs, common)
+    backup.add_verbs(verbs, common)
     return parser
 
 
@@ -105,8 +108,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return _init(arguments)
     if arguments.verb == "status":
         return _status(arguments)
-    if arguments.verb in keys.ACTIONS:
-        return keys.ACTIONS[arguments.verb](arguments)
+    actions = keys.ACTIONS | backup.ACTIONS
+    if arguments.verb in actions:
+        return actions[arguments.verb](arguments)
     set_up("supervisor", terminal=arguments.log_format, stream=sys.stdout)
     return Supervisor(ServerHome.open(arguments.home), logs_to_files=arguments.logs == "files").run()
 
