@@ -79,7 +79,11 @@ class Classifier(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and 0/1 mask `[B, T]`, padded on the right, to float32 logits `[B, C]`."""
-        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        self.scope.kept = None if bool(mask.all()) else torch.nonzero(mask.flatten()).squeeze(-1)
+        try:
+            hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        finally:
+            self.scope.kept = None
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * weight).sum(1) / weight.sum(1)
         return self.head.logits((pooled - self.feature_mean) / self.feature_std)

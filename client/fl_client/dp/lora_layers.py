@@ -108,14 +108,20 @@ class _ExpertsWithFactors(torch.autograd.Function):
 class Routing:
     """Where the (token, expert) pairs of one layer and one micro-batch stand after sorting by expert.
 
+    Args:
+        top_k_index: `[R, K]`, the experts of each token that goes through them.
+        kept: `[R]`, where those tokens stand in the micro-batch; None when all of them go.
+
     Attributes:
-        order: `[M]`, M = tokens x top-k: the pair at each sorted row.
-        tokens: `[M]`, the token at each sorted row.
+        order: `[M]`, M = R x K: the pair at each sorted row.
+        tokens: `[M]`, the token at each sorted row, counted in the micro-batch.
         ends: int32 `[E]`, the end of each expert's rows.
     """
 
-    def __init__(self, top_k_index: Tensor, num_experts: int) -> None:
+    def __init__(self, top_k_index: Tensor, num_experts: int, kept: Tensor | None = None) -> None:
         self.order, self.tokens, self.ends = sort_by_expert(top_k_index, num_experts)
+        if kept is not None:
+            self.tokens = kept[self.tokens]
         self._units: tuple[Tensor, Segments] | None = None
 
     def units(self, book: Any) -> tuple[Tensor, Segments]:
@@ -215,7 +221,7 @@ class LoraExperts(_FrozenBase):
     """LoRA on fused routed experts: Hugging Face's float module or `QuantExperts`.
 
     Factors: `lora_A_gate_up [E, r, H]`, `lora_B_gate_up [E, 2I, r]`, `lora_A_down [E, r, I]`, `lora_B_down [E, H, r]`.
-    No token is dropped, and no expert sees which tokens share its batch.
+    No token is dropped but padding, and no expert sees which tokens share its batch.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
@@ -253,21 +259,24 @@ class LoraExperts(_FrozenBase):
         return grouped_matmul(g, getattr(base, f"{name}_proj").detach().to(g.dtype), ends)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`[T, H]` with the router's choice `[T, K]` and weights `[T, K]` to `[T, H]`."""
+        """`[T, H]` with the router's choice `[T, K]` and weights `[T, K]` to `[T, H]`; padding gets zeros."""
         base: Any = self.base_layer
-        book = self.scope.book
+        book, kept = self.scope.book, self.scope.kept
         if book is not None and hidden_states.shape[0] != book.records * book.tokens:
             raise EngineError(
                 f"the experts saw {hidden_states.shape[0]} tokens, not {book.records} x {book.tokens}",
                 fix="leave routed_experts out of the LoRA targets",
             )
-        routing = Routing(top_k_index, self.num_experts)
+        if kept is not None:
+            top_k_index, top_k_weights = top_k_index[kept], top_k_weights[kept]
+        routing = Routing(top_k_index, self.num_experts, kept)
         selected = hidden_states.index_select(0, routing.tokens)
         gate, up = self._project("gate_up", selected, routing).chunk(2, dim=-1)
         out = self._project("down", base.act_fn(gate) * up, routing)
         pairs = torch.empty_like(out).index_copy(0, routing.order, out)
         pairs = pairs.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1).to(out.dtype)
-        return pairs.sum(1).to(hidden_states.dtype)
+        sums: Tensor = pairs.sum(1).to(hidden_states.dtype)
+        return sums if kept is None else torch.zeros_like(hidden_states).index_copy(0, kept, sums)
 
     def _frozen(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """The frozen product inside autograd."""

@@ -20,12 +20,14 @@ class BatchScope:
         mode: `plain` lets autograd sum over the batch (evaluation, non-private training, the batch-size-1 oracle);
             `book` writes to the book instead; `hooks` calls each factor as a module, so that Opacus' hooks see it.
         book: the open book in mode `book`.
+        kept: positions of the real tokens among all B * T; None when none is padding. Experts pass the others by.
         records, tokens: B and T of the micro-batch in mode `hooks`.
         unit_anchor: `[B, 0]` in mode `hooks`: Opacus reads the batch size from the last argument of a layer.
     """
 
     mode: Mode = "plain"
     book: GradientBook | None = None
+    kept: Tensor | None = None
     records: int = 0
     tokens: int = 0
     unit_anchor: Tensor | None = None

@@ -94,14 +94,18 @@ def _squared(a: Tensor, b: Tensor, rows: Tensor, real: Tensor | None, length: in
     """Float32 squared norms of segments of `length` rows each, `a` being the narrower side."""
     left, right = a.index_select(0, rows), b.index_select(0, rows)
     if length == 1:
-        return _dot(left, left) * _dot(right, right)
+        return _square(left) * _square(right)
     left, right = left.view(-1, length, a.shape[1]), right.view(-1, length, b.shape[1])
     if real is not None:
         left = left * real.to(left.dtype)
     if length * (a.shape[1] + b.shape[1]) <= a.shape[1] * b.shape[1]:
         return _dot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
-    product = torch.bmm(left.mT, right).flatten(1)
-    return _dot(product, product)
+    return _square(torch.bmm(left.mT, right).flatten(1))
+
+
+def _square(a: Tensor) -> Tensor:
+    """Squared length of rows, in float32."""
+    return torch.linalg.vector_norm(a, dim=1, dtype=torch.float32).square_()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

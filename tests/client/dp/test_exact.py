@@ -64,8 +64,8 @@ def expert_counts(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     seen: list[np.ndarray] = []
     first = Routing.__init__
 
-    def spy(self: Routing, top_k_index: Tensor, num_experts: int) -> None:
-        first(self, top_k_index, num_experts)
+    def spy(self: Routing, top_k_index: Tensor, num_experts: int, kept: Tensor | None = None) -> None:
+        first(self, top_k_index, num_experts, kept)
         seen.append(np.diff(self.ends.numpy(), prepend=0))
 
     monkeypatch.setattr(Routing, "__init__", spy)
@@ -132,7 +132,7 @@ def test_experts_with_no_one_and_all_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     rows = counts[-1]
     assert rows[2] == rows.sum() / 2  # all tokens
     assert (rows[4:] == 0).all()  # none
-    assert rows[0] == len(records.ids)  # one position, and real for one record alone
+    assert rows[0] == 1  # position 8 is real in one record alone, and padding goes through no expert
 
 
 @pytest.mark.parametrize("engine", ["hooks", "ghost"])
