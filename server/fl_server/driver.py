@@ -33,7 +33,6 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     """
     store = Store(home.database_url())
     runs, sites = Runs(store, home.adapters), Sites(store)
-    key = SigningKey.load(home.signing_key)
     late = Stragglers(runs, run, grid)
     over = threading.Event()
 
@@ -45,6 +44,7 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         spec = runs.show(run).spec
         number += 1
         runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
+        key = SigningKey.load(home.signing_key)  # read for every round: it may have been rotated
         made = Round(runs, sites, key, grid, spec, attempt=attempt, number=number, base=adapter, late=late)
         runs.commit(made.collect(lambda: runs.wanted(run, attempt)))
         return number < spec.run.rounds

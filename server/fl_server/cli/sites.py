@@ -6,9 +6,13 @@ import argparse
 import sys
 from typing import Any
 
+from cryptography import x509
+
 from fl_server.cli import complete
+from fl_server.cli.connection import Profile
 from fl_server.cli.show import moment, plain, print_json, table
 from fl_server.cli.verbs import add_group, add_verb, argument
+from fl_server.pki import fingerprint
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
@@ -29,6 +33,7 @@ def add(groups: Any) -> None:
     add_verb(verbs, "list", _list, "every site and its state", examples="fl-admin sites list")
     shown = add_verb(
         verbs, "show", _show, "one site: fingerprints, certificate, runs, epsilon of its newest receipt",
+        more="`fl-client enroll` shows the site the same fingerprints: compare them by telephone.",
         examples="fl-admin sites show hospital-001\nfl-admin sites show hospital-001 --json",
     )  # fmt: skip
     argument(shown, "site", metavar="SITE", completer=complete.sites)
@@ -78,21 +83,33 @@ def _print(site: pb.Site, as_json: bool) -> int:
         ("invited", moment(site.invited_at)),
         ("enrolled", moment(site.enrolled_at)),
         ("revoked", moment(site.revoked_at)),
-        ("certificate", spoken(site.certificate_fingerprint) if site.certificate_fingerprint else "-"),
+        ("site's certificate", spoken(site.certificate_fingerprint) if site.certificate_fingerprint else "-"),
         ("  valid until", moment(site.certificate_expires_at)),
-        ("signing key", spoken_key(site.signing_key) if site.signing_key else "-"),
+        ("site's key", spoken_key(site.signing_key) if site.signing_key else "-"),
         ("Flower's node", f"{site.node_id or '-'}  {site.node_key_fingerprint}"),
         ("runs", ", ".join(site.runs) or "-"),
     ]
     if site.delta:
         rows.append(("epsilon", f"{site.epsilon_spent_total:.3f} spent at delta {site.delta:g}, by its newest receipt"))
-    for name, value in rows:
-        print(f"{name:<14} {value}")
+    _lines(*rows)
     return 0
 
 
+def _lines(*rows: tuple[str, str]) -> None:
+    for name, value in rows:
+        print(f"{name:<19} {value}")
+
+
 def _show(stub: ControlStub, arguments: argparse.Namespace) -> int:
-    return _print(stub.ShowSite(pb.SiteRequest(site=arguments.site)), arguments.json)
+    site = stub.ShowSite(pb.SiteRequest(site=arguments.site))
+    _print(site, arguments.json)
+    if not arguments.json:
+        ca = x509.load_pem_x509_certificate(Profile.find(arguments.profile).ca.read_bytes())
+        _lines(
+            ("coordinator's key", spoken_key(stub.Status(pb.StatusRequest()).coordinator_key)),
+            ("CA certificate", spoken(fingerprint(ca))),
+        )
+    return 0
 
 
 def _revoke(stub: ControlStub, arguments: argparse.Namespace) -> int:
