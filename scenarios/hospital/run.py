@@ -198,7 +198,7 @@ def report(console: Console, results: dict[str, Any], sites: Sequence[Site], out
     """The closing tables."""
     table = Table(title="Held-out accuracy", caption="chapters of ICD-10 categories that no site holds",
                   title_justify="left", caption_justify="left")  # fmt: skip
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     table.add_column("accuracy", justify="right")
     table.add_row("majority class", f"{results['majority']:.3f}")
     table.add_row("base model, zero-shot", f"{results['base']:.3f}")
@@ -207,7 +207,7 @@ def report(console: Console, results: dict[str, Any], sites: Sequence[Site], out
     table.add_row("[bold]federated[/]", f"[bold]{results['federated']:.3f}[/]")
     console.print(table)
     costs = Table(title="Privacy, from each site's own ledger", title_justify="left")
-    costs.add_column("site")
+    costs.add_column("site", no_wrap=True)
     for column in ("alone", "together", "in all", "left", "delta"):
         costs.add_column(column if column == "delta" else f"epsilon {column}", justify="right")
     for site in sites:
