@@ -10,7 +10,7 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fl_server.runs.service import Reply
 from fl_shared.adapter import Buffer, Tensors, digest, unpack
@@ -39,11 +39,18 @@ def parts(content: object) -> tuple[str, str, Buffer]:
     try:
         if not isinstance(content, RecordDict):
             raise TypeError("no records")
-        config = content.config_records["config"]
+        # By the records' names: Flower's `content.config_records` ties the content into a cycle, and a reply of
+        # 50 MB then stays until the garbage collector happens to run.
+        config = content["config"]
+        if not isinstance(config, ConfigRecord):
+            raise TypeError("no configuration")
         status, document = str(config["status"]), str(config["document"])
         if status != "ok":
             return status, document, b""
-        return status, document, octets(content.array_records["arrays"]["adapter"])
+        arrays = content["arrays"]
+        if not isinstance(arrays, ArrayRecord):
+            raise TypeError("no arrays")
+        return status, document, octets(arrays["adapter"])
     except (KeyError, ValueError, TypeError) as error:
         raise BadReply("the reply has another form than agreed", code="bad-form") from error
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -242,14 +242,15 @@ class Round:
         waiting = list(by_message)
         group = max(1, PULL_BYTES // self._largest)
         for start in range(0, len(waiting), group):
-            for message in self._pulled(waiting[start : start + group]):
-                each = by_message.get(message.metadata.reply_to_message_id)
-                if each is not None:
-                    each.message = ""
-                    self._take(each, message)
+            self._pull_some(by_message, waiting[start : start + group])
 
-    def _pulled(self, ids: list[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(ids)
+    def _pull_some(self, by_message: dict[str, _Asked], ids: list[str]) -> None:
+        """Take replies in; when this returns, nothing holds them any more."""
+        for message in self._grid.pull_messages(ids):
+            each = by_message.get(message.metadata.reply_to_message_id)
+            if each is not None:
+                each.message = ""
+                self._take(each, message)
 
     def _take(self, each: _Asked, message: Message) -> None:
         if message.has_error():
