@@ -25,6 +25,7 @@ def _sibling(name: str) -> None:
 _sibling("gateway")
 _sibling("sites")
 _sibling("agents")
+_sibling("sandboxes")
 
 from client_gateway import Gateway  # noqa: E402 - made importable above
 

@@ -6,7 +6,6 @@ import json
 import os
 import pwd
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from client_sandboxes import close, confinement_of, start_keeper
 
 from fl_client.sandbox import Confinement, landlock_abi
-from fl_client.supernode import NodePlan, node_confinement, node_environment
+from fl_client.supernode import node_environment
 
 HOSTILE = """
 import json, os, socket, sys
@@ -54,33 +54,6 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 report["group"] = group
 open("report.json", "w").write(json.dumps(report))
 """
-
-
-def start_keeper(confinement: Confinement) -> subprocess.Popen[bytes]:
-    """Start the keeper as the agent does, with an inherited secret in its own environment."""
-    keeper = subprocess.Popen(
-        [sys.executable, "-m", "fl_client.sandbox"],
-        stdin=subprocess.PIPE,
-        env={**os.environ, "FL_TOKEN": "planted-secret"},
-        start_new_session=True,
-    )
-    assert keeper.stdin is not None
-    keeper.stdin.write(confinement.to_line())
-    keeper.stdin.flush()
-    return keeper
-
-
-def close(keeper: subprocess.Popen[bytes]) -> None:
-    """Close the agent's end of the pipe."""
-    if keeper.stdin is not None:
-        keeper.stdin.close()
-
-
-def confinement_of(directory: Path, command: list[str], **changes: Any) -> Confinement:
-    """The confinement that a SuperNode would get, around another command."""
-    plan = NodePlan(directory, Path("/nowhere/agent.sock"), directory / "node_key", directory / "ca.pem", 1)
-    made = node_confinement(plan, 2)
-    return Confinement(**{**made.__dict__, "command": command, **changes})
 
 
 @pytest.fixture

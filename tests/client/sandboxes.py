@@ -1,0 +1,39 @@
+"""Start a command confined as the SuperNode is, through the real keeper."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fl_client.sandbox import Confinement
+from fl_client.supernode import NodePlan, node_confinement
+
+
+def start_keeper(confinement: Confinement) -> subprocess.Popen[bytes]:
+    """Start the keeper as the agent does, with an inherited secret in its own environment."""
+    keeper = subprocess.Popen(
+        [sys.executable, "-m", "fl_client.sandbox"],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "FL_TOKEN": "planted-secret"},
+        start_new_session=True,
+    )
+    assert keeper.stdin is not None
+    keeper.stdin.write(confinement.to_line())
+    keeper.stdin.flush()
+    return keeper
+
+
+def close(keeper: subprocess.Popen[bytes]) -> None:
+    """Close the agent's end of the pipe."""
+    if keeper.stdin is not None:
+        keeper.stdin.close()
+
+
+def confinement_of(directory: Path, command: list[str], **changes: Any) -> Confinement:
+    """The confinement that a SuperNode would get, around another command."""
+    plan = NodePlan(directory, Path("/nowhere/agent.sock"), directory / "node_key", directory / "ca.pem", 1)
+    made = node_confinement(plan, 2)
+    return Confinement(**{**made.__dict__, "command": command, **changes})
