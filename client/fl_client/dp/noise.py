@@ -9,8 +9,9 @@ continuous one (Canonne, Kamath and Steinke 2020, arXiv 2004.00010, Theorem 4).
 Sampling adds two or three table look-ups at different scales (Micciancio and Walter 2017, eprint 2017/259, Section
 4): `X0 + 2**10 X1 (+ 2**20 X2)` with every `Xi` discrete Gaussian of width 2**11. The sum over the hidden coarse
 part is flat within `2 exp(-2 pi**2 tau**2) < 2**-110` for tau = 2, so the result is discrete Gaussian up to that
-factor. The tables are alias tables (Walker 1977) in 80-bit integers: total variation below 2**-63 per draw.
-docs/decisions/0022 adds up what these approximations cost: below 1e-10 in delta for 10**6 dimensions and 10**4 steps.
+factor. The tables are alias tables (Walker 1977) of probabilities in whole multiples of 2**-96. docs/decisions/0021
+adds up what these approximations cost: for 10**6 coordinates and 10**4 steps at most 0.0008 in epsilon and, at
+epsilon 8, 2.1e-9 in delta.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fl_shared.errors import EngineError
 BASE_WIDTH = 1 << 11
 SCALE = 1 << 10
 CELLS = 1 << 16  # outcomes -2**15 .. 2**15-1: 16 widths on either side
-THRESHOLD_BITS = 64
+THRESHOLD_BITS = 80  # 16 decide all but one draw in 2**16, and 64 more that one
 BLOCK = 1 << 13
 MAX_ROUNDING = 2**-10  # of the clipping norm; decides between two and three tables
 _PRECISION = 320
@@ -104,7 +105,7 @@ class _Draws:
     """Discrete Gaussian integers, at most `BLOCK` at a time, so that every array stays in the cache.
 
     Of each 32-bit word the lower half picks a cell of the alias table, and the upper half keeps it or takes its
-    alias; one word in 2**16 is tied with the threshold's upper 16 bits, and 48 more bits decide.
+    alias; one word in 2**16 is tied with the threshold's upper 16 bits, and 64 more bits decide.
     """
 
     def __init__(self, tables: int, stream: SecureStream) -> None:
@@ -141,7 +142,7 @@ class _Draws:
         np.less(word, limit, out=keep)
         tied = np.flatnonzero(word == limit)
         if tied.size:
-            keep[tied] = self._stream.words(tied.size) >> np.uint64(16) < rest[index[tied]]
+            keep[tied] = self._stream.words(tied.size) < rest[index[tied]]
         np.bitwise_and(entry, 0xFFFF, out=alias, casting="unsafe")
         value -= alias  # arithmetic is several times faster here than a choice by mask
         value *= keep.view(np.int8)
@@ -151,10 +152,10 @@ class _Draws:
 
 @functools.cache
 def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-    """Walker's table of the discrete Gaussian: a cell is kept with probability threshold / 2**64.
+    """Walker's table of the discrete Gaussian: a cell is kept with probability threshold / 2**80.
 
     Returns:
-        of each cell, the threshold's upper 16 bits above its alias (16 bits); and the threshold's lower 48 bits.
+        of each cell, the threshold's upper 16 bits above its alias (16 bits); and the threshold's lower 64 bits.
     """
     mass = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, THRESHOLD_BITS + CELLS.bit_length() - 1)
     one = 1 << THRESHOLD_BITS
@@ -169,10 +170,11 @@ def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
         threshold[rich] -= one - threshold[poor]
         if threshold[rich] < one:
             small.append(large.pop())
-    # what is left has exactly weight one; it is its own alias
-    clipped = np.array([min(value, one - 1) for value in threshold], dtype=np.uint64)
-    packed = (clipped >> np.uint64(48) << np.uint64(16)) | np.array(alias, dtype=np.uint64)
-    return packed.astype(np.uint32), clipped & np.uint64(2**48 - 1)
+    # what is left has exactly weight one and is its own alias: any threshold does
+    threshold = [min(value, one - 1) for value in threshold]
+    packed = [(value >> 64) << 16 | other for value, other in zip(threshold, alias, strict=True)]
+    rest = [value & (2**64 - 1) for value in threshold]
+    return np.array(packed, dtype=np.uint32), np.array(rest, dtype=np.uint64)
 
 
 def discrete_gaussian_mass(width: int, support: int, bits: int) -> list[int]:

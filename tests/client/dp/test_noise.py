@@ -14,6 +14,7 @@ from fl_client.dp.noise import (
     BASE_WIDTH,
     CELLS,
     SCALE,
+    THRESHOLD_BITS,
     Grid,
     _alias_table,
     discrete_gaussian,
@@ -73,18 +74,33 @@ def test_noise_is_independent_of_its_neighbour() -> None:
 def test_alias_table_holds_the_exact_mass() -> None:
     """Adding up what each cell keeps and gives away returns the discrete Gaussian's probabilities."""
     packed, rest = _alias_table()
-    words = [(int(upper) >> 16 << 48) + int(lower) for upper, lower in zip(packed, rest, strict=True)]
-    alias = packed & 0xFFFF
-    kept = [value + 1 if value == (1 << 64) - 1 else value for value in words]
-    mass = list(kept)
-    for cell, other in enumerate(alias):
-        mass[int(other)] += (1 << 64) - kept[cell]
-    assert sum(mass) == CELLS << 64
+    one = 1 << THRESHOLD_BITS
+    mass = [0] * CELLS
+    for cell, (upper, lower) in enumerate(zip(packed, rest, strict=True)):
+        kept = (int(upper) >> 16 << 64) + int(lower)
+        mass[cell] += kept
+        mass[int(upper) & 0xFFFF] += one - kept
+    half = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, THRESHOLD_BITS + 16)
+    assert mass == [0, *reversed(half[1:]), *half]  # to the last of 96 bits
     x = np.arange(-CELLS // 2, CELLS // 2)
     density = np.exp(-(x.astype(float) ** 2) / (2 * BASE_WIDTH**2))
     density[0] = 0  # the support is symmetric
-    found = np.array([float(value) / float(CELLS << 64) for value in mass])
+    found = np.array([float(value) / float(CELLS << THRESHOLD_BITS) for value in mass])
     np.testing.assert_allclose(found, density / density.sum(), rtol=1e-12, atol=2**-70)
+
+
+def test_the_tables_are_as_close_as_the_proof_needs() -> None:
+    """The three figures of docs/decisions/0021, from the tables' own integers against 150 bits more."""
+    bits, more = THRESHOLD_BITS + 16, 150
+    coarse = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, bits)
+    exact = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, bits + more)
+    one, whole = 1 << more, 1 << (bits + more)
+    above = [x for x, (have, want) in enumerate(zip(coarse, exact, strict=True)) if have * one > want]
+    assert above == [0]  # only the outcome 0 is more likely than it should be
+    assert (coarse[0] * one - exact[0]) / exact[0] < 2**-69
+    core = [x for x, want in enumerate(exact) if x and (want - coarse[x] * one) * 2**12 <= want]
+    assert 2 * sum(exact[x] for x in set(range(1, len(exact))) - set(core)) / whole < 2**-75
+    assert 2 * sum((exact[x] - coarse[x] * one) ** 2 / exact[x] for x in core) / whole < 2**-100
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,12 +143,12 @@ class _Scripted(SecureStream):
         self.word, self.tiebreak = word, tiebreak
 
     def fill(self, out: np.ndarray) -> None:
-        out[:] = self.word if out.dtype.itemsize == 4 else self.tiebreak << 16
+        out[:] = self.word if out.dtype.itemsize == 4 else self.tiebreak
 
 
 @pytest.mark.parametrize(("below", "kept"), [(1, True), (0, False)])
-def test_ties_are_broken_by_the_lower_48_bits(below: int, kept: bool) -> None:
-    """A word that equals the threshold's upper 16 bits keeps its cell exactly below the threshold's lower 48."""
+def test_ties_are_broken_by_the_lower_64_bits(below: int, kept: bool) -> None:
+    """A word that equals the threshold's upper 16 bits keeps its cell exactly below the threshold's lower 64."""
     packed, rest = _alias_table()
     cell = next(c for c in range(CELLS // 2 + 10, CELLS) if rest[c] > 0 and packed[c] & 0xFFFF != c)
     stream = _Scripted((int(packed[cell]) >> 16 << 16) + cell, int(rest[cell]) - below)
