@@ -251,7 +251,7 @@ class Helpers:
     def states(self) -> dict[str, bool]:
         """Return for each process that should run whether it does."""
         running = self.pids()
-        return {name: name in running for name in (["tunnel"] + (["supernode"] if self._plan else []))}
+        return {name: name in running for name in (["tunnel"] + (["supernode"] if self._launch_node else []))}
 
     def stop(self) -> None:
         """End both processes and everything that they started."""
@@ -331,7 +331,7 @@ def start_node(plan: NodePlan) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})},
+        env={**OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})},
         cwd=plan.directory,
         start_new_session=True,
         close_fds=True,
