@@ -169,8 +169,9 @@ def fetch_ca(server: str, expected_sha256: str) -> str:
 def enrol(home: SiteHome, *, site: str, server: str, token: str, force: bool = False) -> Coordinator:
     """Enrol `site` at `server` with a one-time `token` and return what was pinned.
 
-    Refuses when the site is enrolled already, unless `force`: then a new TLS key and certificate are
-    made, the old ones move to `tls/replaced/`, and the signing key and the ledger stay as they are.
+    Refuses when the site is enrolled already, unless `force`: then a new TLS key, certificate and node key are
+    made (a revoked site's node key is never admitted again), the old TLS pair moves to `tls/replaced/`, and the
+    signing key and the ledger stay as they are.
     A failed attempt changes nothing but `pending/` and can be repeated. Raises EnrolmentError,
     TransportError.
     """
@@ -189,7 +190,7 @@ def enrol(home: SiteHome, *, site: str, server: str, token: str, force: bool = F
         )
     ca_pem = fetch_ca(address, parsed.ca_sha256)
     home.make()
-    pending = _pending_keys(home)
+    pending = _pending_keys(home, new_node=force)
     answer = _ask(address, ca_pem, site, parsed, pending)
     pinned = _checked(answer, site=site, server=address, ca_pem=ca_pem, token=parsed, pending=pending)
     _put_in_place(home, pending, ca_pem, str(answer["certificate_pem"]), pinned)
@@ -204,7 +205,7 @@ class _Pending:
     node_key: ec.EllipticCurvePrivateKey
 
 
-def _pending_keys(home: SiteHome) -> _Pending:
+def _pending_keys(home: SiteHome, *, new_node: bool) -> _Pending:
     """Make the three keys, or load those an earlier attempt made. Nothing existing is overwritten."""
     directory = home.root / "pending"
     directory.mkdir(exist_ok=True, mode=0o700)
@@ -216,7 +217,7 @@ def _pending_keys(home: SiteHome) -> _Pending:
         signing = SigningKey.generate()
         signing.save(directory / "signing.pem")
     tls_key = _ec_key(directory / "client.key", serialization.PrivateFormat.PKCS8)
-    node_place = home.node_key if home.node_key.exists() else directory / "node_key"
+    node_place = home.node_key if home.node_key.exists() and not new_node else directory / "node_key"
     node_key = _ec_key(node_place, serialization.PrivateFormat.OpenSSH)
     return _Pending(directory, signing, tls_key, node_key)
 
@@ -266,7 +267,7 @@ def _request(
 
 
 def _refusal(url: str, answer: httpx.Response) -> ConcordatError:
-    """Turn the gateway's `{error, code, fix}` into an EnrolmentError."""
+    """Turn the gateway's `{error, code, fix}` into an EnrolmentError, or a TransportError when it may pass."""
     try:
         body = answer.json()
     except ValueError:
@@ -275,6 +276,8 @@ def _refusal(url: str, answer: httpx.Response) -> ConcordatError:
         body = {}
     message = str(body.get("error", f"{url} answered with status {answer.status_code}"))[:500]
     fix = str(body.get("fix", "ask the coordinator's administrator for a new token"))[:500]
+    if answer.status_code in (408, 429, 502, 503, 504):
+        return TransportError(f"the coordinator cannot answer just now: {message}", fix=fix)
     return EnrolmentError(f"the coordinator refused: {message}", fix=fix)
 
 

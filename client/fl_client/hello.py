@@ -13,6 +13,8 @@ from fl_shared.errors import EnrolmentError, TransportError
 
 TIMEOUT_S = 15.0
 MAX_ANSWER_BYTES = 1 << 20
+PASSING = (408, 429, 502, 503, 504)
+"""Answers that say nothing about the certificate: too slow, too often, not ready."""
 
 
 def say_hello(home: SiteHome, pinned: Coordinator) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def call(
         ) from None
     if answer.status_code != 200 or not isinstance(found, dict):
         said = str(found.get("error", "")) if isinstance(found, dict) else ""
+        if answer.status_code in PASSING:
+            raise TransportError(f"the coordinator cannot answer just now: {said[:300]}", fix="try again in a minute")
         raise EnrolmentError(
             f"the coordinator refuses this certificate: {said[:300] or answer.status_code}",
             fix="ask the coordinator's administrator whether the site was revoked; enrol again with --force",

@@ -114,17 +114,18 @@ def test_a_bad_answer_changes_nothing(gateway: Gateway, tmp_path: Path, change: 
     enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE))
 
 
-def test_a_second_enrolment_needs_force_and_keeps_signing_and_node_key(gateway: Gateway, tmp_path: Path) -> None:
-    """--force replaces the certificate, keeps the old one aside, and never touches the signing key."""
+def test_a_second_enrolment_needs_force_and_keeps_the_signing_key(gateway: Gateway, tmp_path: Path) -> None:
+    """--force replaces certificate and node key, keeps the old pair aside, and never touches the signing key."""
     home = SiteHome(tmp_path / "home")
     enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE))
-    kept = {path: path.read_bytes() for path in (home.signing_key, home.node_key, home.fingerprint_key)}
-    old = home.client_key.read_bytes()
+    kept = {path: path.read_bytes() for path in (home.signing_key, home.fingerprint_key)}
+    old, old_node = home.client_key.read_bytes(), home.node_key.read_bytes()
     with pytest.raises(EnrolmentError, match="enrolled already"):
         enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE))
     enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE), force=True)
     assert {path: path.read_bytes() for path in kept} == kept
     assert home.client_key.read_bytes() != old
+    assert home.node_key.read_bytes() != old_node
     assert [p.read_bytes() for p in (home.tls / "replaced").rglob("client.key")] == [old]
 
 

@@ -38,10 +38,12 @@ from fl_client.renewal import renew
 from fl_client.rotation import PinnedKeys
 from fl_server.db.store import Store
 from fl_server.doorman import MAX_FOR_AN_ADDRESS
+from fl_server.flower import Flower
 from fl_server.gateway import MAX_ENROL_BYTES, MAX_PER_SITE
+from fl_server.home import ServerHome
 from fl_server.pki import Authority, fingerprint
 from fl_server.sites.service import Invitation, Sites
-from fl_shared.errors import ConcordatError
+from fl_shared.errors import ConcordatError, EnrolmentError
 from helpers.coordinators import Coordinator, Keys, until
 
 LIMIT = 2 << 20
@@ -154,7 +156,10 @@ def fresh_site(one: Coordinator, site: str) -> tuple[SiteHome, Pinned]:
 # --- Who may speak
 
 
-PROTECTED = [("GET", "/v1/hello"), ("POST", "/v1/renew"), ("POST", "/v1/fleet/pull-messages")]
+PROTECTED = [
+    ("GET", "/v1/hello"), ("POST", "/v1/renew"), ("GET", "/v1/questions"), ("POST", "/v1/answers"),
+    ("POST", "/v1/fleet/pull-messages"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
@@ -237,6 +242,23 @@ def test_a_revocation_counts_from_the_next_request_on(one: Coordinator, connect:
     assert connection.ask("POST", "/v1/renew", body=json.dumps(keys.request(""))) == (403, "not-authorised")
     with one.client(A) as client:
         assert client.get("/v1/hello").status_code == 200
+
+
+def test_a_revoked_site_comes_back_with_a_new_token_and_its_old_ledger_key(one: Coordinator) -> None:
+    """Certificate and node key are new, which the revoked ones must be; the signing key of its ledger stays."""
+    site = "hospital-back"
+    home, _ = fresh_site(one, site)
+    before = sites_of(one).get(site)
+    sites_of(one).revoke(site, Flower(ServerHome(one.home)))
+    token = invitation(one, site).token
+    with pytest.raises(EnrolmentError, match="enrolled already"):
+        enrol(home, site=site, server=one.url, token=token)
+    pinned = enrol(home, site=site, server=one.url, token=token, force=True)
+    assert say_hello(home, pinned)["site"] == site
+    after = sites_of(one).get(site)
+    assert after.signing_key == before.signing_key
+    assert after.certificate_fingerprint != before.certificate_fingerprint
+    assert (after.node_key_fingerprint, after.node_id) != (before.node_key_fingerprint, before.node_id)
 
 
 def test_an_expired_certificate_is_refused_even_on_an_open_connection(

@@ -161,6 +161,8 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
     print(f"  CA certificate      {spoken(pinned.ca_sha256)}")
     print(f"  site's key          {spoken_key(ours.signing_key)}")
     print(f"  site's certificate  {spoken(ours.certificate)}")
+    if options.force:
+        print("restart the site's agent if it runs: it takes up the new certificate and node key at its start")
     if made:
         print(f"next: edit {home.config}")
     print(f"then: fl-client check --site {pinned.site}" + (f" --home {home.root}" if options.home else ""))
