@@ -93,7 +93,8 @@ class BudgetConfig:
 class SupernodeConfig:
     """[supernode]: how the untrusted half is started and kept apart.
 
-    `launch` false: another service (another user) runs it with `fl-client supernode --directory D`.
+    `launch` false: another service (another user) runs it with `fl-client supernode --directory D`. It reaches the
+    agent at `socket`, which must not lie in a directory that the other user may write.
     """
 
     launch: bool
@@ -102,6 +103,7 @@ class SupernodeConfig:
     tunnel_port: int
     socket_group: str
     directory: Path
+    socket: Path
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
         tunnel_port=fields.integer("tunnel_port", low=0, high=65535, default=0),
         socket_group=fields.text("socket_group", default="", empty=True),
         directory=fields.path("directory", default=home.supernode),
+        socket=fields.path("socket", default=home.socket),
     )
     fields.done()
     if not made.launch and made.tunnel_port == 0:

@@ -156,7 +156,9 @@ def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
             confine(confinement)
 
     owner = _account(confinement.user) if confinement.user else None
-    log = open(confinement.log, "ab", buffering=0)  # noqa: SIM115 - the child keeps it, closed below
+    # The directory is the other user's: a link in the log's place is not followed.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    log = os.fdopen(os.open(confinement.log, flags, 0o644), "ab", buffering=0)
     try:
         return subprocess.Popen(
             confinement.command,

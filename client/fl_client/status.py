@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,9 +23,9 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
         found["enrolled"] = Coordinator.load(home).server
     except EnrolmentError:
         found["enrolled"] = "no"
-    found["agent"] = agent_state(home)
     try:
         config = SiteConfig.load(home, site)
+        found["agent"] = agent_state(home, config.supernode.socket)
         ledger = Ledger.open(config.ledger_url, None, site)
         try:
             position = ledger.epsilon(config.data.name)
@@ -40,15 +41,17 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
         finally:
             ledger.close()
     except ConcordatError as error:
+        found.setdefault("agent", agent_state(home))
         found["budget"] = f"unknown: {error.message}"
     return found
 
 
-def agent_state(home: SiteHome) -> str:
-    """Return `idle` or `training` as the running agent says, `stopped` when none answers."""
-    if not home.socket.exists():
+def agent_state(home: SiteHome, socket: Path | None = None) -> str:
+    """Return `idle` or `training` as the agent at `socket` says, by default the home's; `stopped` when none answers."""
+    at = socket or home.socket
+    if not at.exists():
         return "stopped"
-    with grpc.insecure_channel(f"unix:{home.socket}") as channel:
+    with grpc.insecure_channel(f"unix:{at}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)
         try:
             reply: InfoReply = stub.Info(InfoRequest(), timeout=3)

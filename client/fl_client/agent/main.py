@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import shutil
+import pwd
 import signal
 import threading
 from pathlib import Path
@@ -17,7 +17,7 @@ from fl_client.agent.locks import sole
 from fl_client.agent.questions import Answerer
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
-from fl_client.config import SiteConfig
+from fl_client.config import SiteConfig, SupernodeConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
 from fl_client.hello import call
@@ -87,9 +87,10 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         if site.ranks is not None:
             site.ranks.start()
         _watch(metrics, site)
-        server = serve(AgentService(config.site, site.rounds, metrics), home.socket, config.supernode.socket_group)
+        service = AgentService(config.site, site.rounds, metrics)
+        server = serve(service, config.supernode.socket, config.supernode.socket_group)
         if config.supernode.user:
-            _hand_to(home, config.supernode.directory, config.supernode.user)
+            _hand_to(home, config.supernode)
         helpers.start_node()
         answerer = Answerer(functools.partial(call, home, coordinator), site.facts, site.outgoing)
         answerer.start()
@@ -108,7 +109,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
             helpers.stop()  # first, so that nobody reports the round as failed: it resumes after the next start
             site.rounds.break_off()
         server.stop(3).wait(5)
-        home.socket.unlink(missing_ok=True)
+        config.supernode.socket.unlink(missing_ok=True)
     finally:
         renewer.stop()
         helpers.stop()
@@ -141,7 +142,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     listener = listen_loopback(node.tunnel_port)
     plan = NodePlan(
         directory=node.directory,
-        socket=home.socket,
+        socket=node.socket,
         node_key=node.directory / home.node_key.name,
         tunnel_certificate=local_certificate,
         tunnel_port=listener.getsockname()[1],
@@ -176,14 +177,19 @@ def _prepare(home: SiteHome, directory: Path) -> None:
         ) from None
 
 
-def _hand_to(home: SiteHome, directory: Path, user: str) -> None:
-    """Give the untrusted directory to its user, and let that user reach the socket, and no more."""
+def _hand_to(home: SiteHome, node: SupernodeConfig) -> None:
+    """Give the untrusted directory to its user, and let that user reach the socket, and no more.
+
+    We are root here, and what lies in the directory may be a link that its user made: links are not followed.
+    """
+    user = node.user
     try:
-        for path in (directory, *directory.rglob("*")):
-            shutil.chown(path, user=user)
+        owner = pwd.getpwnam(user).pw_uid
+        for path in (node.directory, *node.directory.rglob("*")):
+            os.lchown(path, owner, -1)
         for path in (home.root, home.run):
             path.chmod(0o711)
-        shutil.chown(home.socket, user=user)
+        os.lchown(node.socket, owner, -1)
     except (LookupError, PermissionError) as error:
         raise ConfigError(
             f"[supernode] user = {user!r}: {error}",
