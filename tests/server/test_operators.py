@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -164,6 +167,21 @@ def test_nobody_without_a_certificate_of_this_authority_is_spoken_to(office: Off
             with pytest.raises(grpc.RpcError) as failure:
                 call(b"", timeout=20)
             assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_older_tls_is_refused(office: Office) -> None:
+    """TLS 1.2 gets no handshake even with an admin's certificate, 1.3 does."""
+    for version, accepted in ((ssl.TLSVersion.TLSv1_2, False), (ssl.TLSVersion.TLSv1_3, True)):
+        context = ssl.create_default_context(cafile=str(office.home.ca))
+        context.maximum_version = version
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(office.home.admin / "admin.pem", office.home.admin / "admin.key")
+        plain = socket.create_connection(("127.0.0.1", office.home.settings().control_port), timeout=20)
+        with contextlib.closing(plain), contextlib.ExitStack() as stack:
+            if not accepted:
+                stack.enter_context(pytest.raises((ssl.SSLError, OSError)))
+            with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+                assert connection.recv(1)
 
 
 def test_a_revoked_operator_is_shut_out_from_the_next_call_on(office: Office) -> None:
