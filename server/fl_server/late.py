@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
+from fl_server.inbox import Inbox
 from fl_server.replies import BadReply, Expected, parts
 from fl_server.runs.service import Reply, Runs
 
@@ -34,7 +35,7 @@ class Stragglers:
     def __init__(self, runs: Runs, run: str, grid: Grid) -> None:
         self._runs = runs
         self._run = run
-        self._grid = grid
+        self._inbox = Inbox(grid)
         self._out: dict[str, Straggler] = {}
 
     def add(self, straggler: Straggler) -> None:
@@ -48,16 +49,15 @@ class Stragglers:
 
     def pull(self) -> None:
         """Take in what has arrived since; one reply at a time, so that memory stays that of one update."""
-        for each in list(self._out.values()):
-            for message in self._grid.pull_messages([each.message]):
-                del self._out[each.site]
-                reply = None if message.has_error() else self._judged(each, message.content)
+        by_message = {each.message: each for each in self._out.values()}
+        for message in self._inbox.take(list(by_message)):
+            each = by_message.get(message.metadata.reply_to_message_id)
+            if each is not None and self._out.pop(each.site, None) is not None and not message.has_error():
+                reply = self._judged(each, message.content)
                 if reply is not None:
                     self._runs.record_late(self._run, each.round, reply)
-                break
-            else:
-                if time.monotonic() > each.until:
-                    del self._out[each.site]
+        now = time.monotonic()
+        self._out = {site: each for site, each in self._out.items() if each.until > now}
 
     @staticmethod
     def _judged(each: Straggler, content: object) -> Reply | None:

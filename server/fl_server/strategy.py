@@ -28,6 +28,7 @@ from flwr.serverapp import Grid
 
 from fl_server.aggregation import Form, RoundAggregate
 from fl_server.db.models import SiteRow
+from fl_server.inbox import Inbox
 from fl_server.late import Straggler, Stragglers
 from fl_server.replies import BadReply, Expected, parts
 from fl_server.runs.service import CommittedRound, Reply, Runs
@@ -90,6 +91,7 @@ class Round:
         self._late = late
         self._attempt = attempt
         self._grid = grid
+        self._inbox = Inbox(grid)
         self._spec = spec
         self._number = number
         self._base_bytes = base
@@ -239,18 +241,12 @@ class Round:
 
     def _pull(self) -> None:
         by_message = {each.message: each for each in self._open() if each.message}
-        waiting = list(by_message)
-        group = max(1, PULL_BYTES // self._largest)
-        for start in range(0, len(waiting), group):
-            self._pull_some(by_message, waiting[start : start + group])
-
-    def _pull_some(self, by_message: dict[str, _Asked], ids: list[str]) -> None:
-        """Take replies in; when this returns, nothing holds them any more."""
-        for message in self._grid.pull_messages(ids):
+        for message in self._inbox.take(list(by_message), PULL_BYTES // self._largest):
             each = by_message.get(message.metadata.reply_to_message_id)
             if each is not None:
                 each.message = ""
                 self._take(each, message)
+            del message  # before the next one is fetched: memory stays that of one update
 
     def _take(self, each: _Asked, message: Message) -> None:
         if message.has_error():

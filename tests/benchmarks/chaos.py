@@ -18,6 +18,7 @@ import json
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -30,7 +31,6 @@ from harness import CommandError  # noqa: E402 - run by hand, where nobody has s
 from helpers.chaos import Federation, Killer, bag, judge, until  # noqa: E402 - same
 
 RUN = "chaos"
-HURRY = 0.15  # how often the next kill does not wait until all is well
 BEHIND = 4.0  # kills that are owed, from which on none waits
 
 
@@ -71,7 +71,7 @@ def torment(
             say(f"no {name} lived just now")
             continue
         done += 1
-        hurry = chance.random() < HURRY or due - done > BEHIND
+        hurry = chance.random() < options.haste or due - done > BEHIND
         if not hurry:
             try:
                 until(lambda: federation.is_well(RUN), f"all is well after the death of {name}")
@@ -94,15 +94,18 @@ def main() -> int:
     parser.add_argument("--sites", type=int, default=3, help="sites, each with a real agent")
     parser.add_argument("--quorum", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=0, help="0: one for each kill")
+    parser.add_argument("--haste", type=float, default=0.2, help="share of kills that the next one does not wait for")
     parser.add_argument("--components", nargs="+", choices=Killer.NAMES, default=list(Killer.NAMES))
     parser.add_argument("--keep", action="store_true", help="leave all files where they are, and say where")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     options.rounds = options.rounds or max(4, options.kills)
     options.quorum = min(options.quorum, options.sites)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is ended
     chance = random.Random(options.seed)
     report: dict[str, Any] = {
         "seed": options.seed, "sites": options.sites, "quorum": options.quorum, "rounds": options.rounds,
+        "haste": options.haste,
         "machine": f"{platform.machine()}, python {platform.python_version()}", "resumed_by_hand": [],
     }  # fmt: skip
     root = Path(tempfile.mkdtemp(prefix="ch-"))

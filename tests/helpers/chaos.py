@@ -181,18 +181,19 @@ class Federation:
         )[0]
 
     def components(self) -> dict[str, int]:
-        """Process id of each of the coordinator's components, as `fl-server up` says."""
+        """Process id of each of the coordinator's components that is ready, as `fl-server up` says."""
         with contextlib.suppress(OSError, ValueError):
             state = json.loads((self.coordinator.home / "supervisor.json").read_text())
-            return {each["name"]: int(each["pid"]) for each in state["components"]}
+            return {each["name"]: int(each["pid"]) for each in state["components"] if each["state"] == "ready"}
         return {}
 
     def is_well(self, run: str) -> bool:
         """Whether nothing is down: every component is ready, every agent lives, the run is being carried."""
-        done = command("fl-server", "status", "--home", str(self.coordinator.home), check=False)
         row = self.run_row(run)
         carried = row.state == "completed" or carrier_pid(self.coordinator.home / "attempts", row.attempt) > 0
-        return done.returncode == 0 and carried and all((site.home / "run/agent.sock").exists() for site in self.sites)
+        components = self.components()
+        ready = len(components) == 4 and all(psutil.pid_exists(pid) for pid in components.values())
+        return carried and ready and all((site.home / "run/agent.sock").exists() for site in self.sites)
 
 
 def kill_tree(pid: int) -> None:
