@@ -38,13 +38,14 @@ def float_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def quantise_in_place(model: nn.Module) -> nn.Module:
-    """Replace what `fl-model quantize` would replace by int8 layers."""
+def quantise_in_place(model: nn.Module, bits: int = 8) -> nn.Module:
+    """Replace what `fl-model quantize` would replace by int8 or int4 layers."""
     for name, linear in list(quantised_linears(model).items()):
-        _replace(model, name, QuantLinear.from_linear(linear))
+        _replace(model, name, QuantLinear.from_linear(linear, bits=bits))
     for name, experts in list(expert_modules(model).items()):
         source: Any = experts
-        _replace(model, name, QuantExperts.from_fused(source.gate_up_proj, source.down_proj, source.act_fn))
+        made = QuantExperts.from_fused(source.gate_up_proj, source.down_proj, source.act_fn, bits=bits)
+        _replace(model, name, made)
     return model
 
 

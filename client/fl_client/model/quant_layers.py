@@ -16,7 +16,15 @@ from fl_client.model import quant_matmul
 from fl_client.model.quant_matmul import grouped_matmul
 from fl_client.model.quant_tensor import GROUP, dequantise, packed_width, quantise_tensor
 
-__all__ = ["QuantExperts", "QuantLinear", "dequantise", "grouped_matmul", "quantise_tensor", "sort_by_expert"]
+__all__ = [
+    "QuantExperts",
+    "QuantLinear",
+    "dequantise",
+    "grouped_matmul",
+    "quantise_tensor",
+    "sort_by_expert",
+    "weighted_sum",
+]
 
 
 class _QuantMatmul(torch.autograd.Function):
@@ -188,9 +196,7 @@ class QuantExperts(nn.Module):
         order, tokens, ends = sort_by_expert(top_k_index, self.num_experts)
         gate, up = self.project("gate_up_proj", hidden_states.index_select(0, tokens), ends).chunk(2, dim=-1)
         out = self.project("down_proj", self.act_fn(gate) * up, ends)
-        pairs = torch.empty_like(out).index_copy(0, order, out).view(*top_k_index.shape, self.hidden)
-        weighted = pairs * top_k_weights.unsqueeze(-1).to(out.dtype)
-        return weighted.sum(1).to(hidden_states.dtype)
+        return weighted_sum(out, order, top_k_weights).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -213,6 +219,28 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     order = torch.argsort(flat, stable=True)
     ends = torch.cumsum(torch.bincount(flat, minlength=num_experts), 0).to(torch.int32)
     return order, order // top_k_index.shape[-1], ends
+
+
+def weighted_sum(rows: Tensor, order: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Each token's sum over its experts: rows `[T*K, H]` sorted by expert and weights `[T, K]` to `[T, H]`."""
+    pairs: Tensor = _Unsort.apply(rows, order)  # type: ignore[no-untyped-call]
+    weights = top_k_weights.unsqueeze(1).to(rows.dtype)
+    return torch.bmm(weights, pairs.view(*top_k_weights.shape, rows.shape[-1])).squeeze(1)
+
+
+class _Unsort(torch.autograd.Function):
+    """The rows before sorting. Gathers both ways: a scatter of rows takes four times as long on CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rows.index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order), None
 
 
 def _empty(

@@ -7,6 +7,8 @@ touched. On CUDA one fused kernel reads the quantised weight (`quant_triton`).
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -19,9 +21,19 @@ from torch.nn import functional as F
 
 from fl_client.model.quant_tensor import dequantise
 
-# Weights dequantised at a time on CPU: 4 MiB in float32. Larger copies fall out of the cache, and the allocator gives
-# tens of megabytes back to the system after each use: faulting the pages in again cost five times the conversion.
+# Weights dequantised at a time on CPU: 4 MiB in float32, in one scratch that each thread keeps. Larger copies fall out
+# of the cache, and a fresh one is paged in by the system each time, which cost five times the conversion.
 BLOCK = 1 << 20
+
+
+class _Scratch(threading.local):
+    """One float tensor per type and device; `threading.local` makes it anew in each thread."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_scratch = _Scratch()
 
 
 def matmul(x: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int) -> Tensor:
@@ -32,7 +44,7 @@ def matmul(x: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int) -
     outputs = qweight.shape[0]
     y = x.new_empty(x.shape[0], outputs)
     for start, stop in _blocks(outputs, inputs):
-        weight = dequantise(qweight[start:stop], scale[start:stop], group, x.dtype, inputs)
+        weight = _dequantised(qweight[start:stop], scale[start:stop], group, x.dtype, inputs)
         torch.mm(x, weight.mT, out=y[:, start:stop])
     return y
 
@@ -44,7 +56,7 @@ def matmul_transposed(g: Tensor, qweight: Tensor, scale: Tensor, group: int, inp
         return fused
     gx = g.new_empty(g.shape[0], inputs)
     for start, stop in _blocks(qweight.shape[0], inputs):
-        weight = dequantise(qweight[start:stop], scale[start:stop], group, g.dtype, inputs)
+        weight = _dequantised(qweight[start:stop], scale[start:stop], group, g.dtype, inputs)
         gx.addmm_(g[:, start:stop], weight, beta=0 if start == 0 else 1)
     return gx
 
@@ -109,6 +121,17 @@ def _joined(parts: list[Tensor], x: Tensor, width: int) -> Tensor:
     return torch.cat(parts) if parts else x.new_empty(0, width)
 
 
+def _dequantised(qweight: Tensor, scale: Tensor, group: int, dtype: torch.dtype, inputs: int) -> Tensor:
+    """The block's float weight, in this thread's scratch: valid until the next one."""
+    shape = (*qweight.shape[:-1], inputs)
+    size = math.prod(shape)
+    key = (dtype, qweight.device)
+    scratch = _scratch.held.get(key)
+    if scratch is None or scratch.numel() < size:
+        scratch = _scratch.held[key] = torch.empty(max(size, BLOCK), dtype=dtype, device=qweight.device)
+    return dequantise(qweight, scale, group, dtype, inputs, out=scratch[:size].view(shape))
+
+
 def _blocks(outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK // inputs)
     for start in range(0, outputs, step):
@@ -132,5 +155,5 @@ def _experts(
             pick: slice | Tensor = slice(first, first + len(chosen))
         else:
             pick = chosen
-        yield slice(at, stop), dequantise(qweight[pick], scale[pick], group, x.dtype, inputs), inner
+        yield slice(at, stop), _dequantised(qweight[pick], scale[pick], group, x.dtype, inputs), inner
         at = stop

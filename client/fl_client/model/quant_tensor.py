@@ -90,7 +90,15 @@ def _pack(values: Tensor, group: int) -> Tensor:
     return torch.cat(packed, -1).view(torch.uint8)
 
 
-def dequantise(qweight: Tensor, scale: Tensor, group: int, dtype: torch.dtype, inputs: int | None = None) -> Tensor:
+def dequantise(
+    qweight: Tensor,
+    scale: Tensor,
+    group: int,
+    dtype: torch.dtype,
+    inputs: int | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """The float weight `[..., out, in]` of `quantise_tensor`'s pair.
 
     Args:
@@ -98,36 +106,31 @@ def dequantise(qweight: Tensor, scale: Tensor, group: int, dtype: torch.dtype, i
         group: inputs that share a scale.
         dtype: of the result.
         inputs: in; needed only for int4 with an odd number of inputs.
+        out: a contiguous tensor of the result's shape and type to write to.
     """
-    if qweight.dtype == torch.uint8:
-        return _dequantise_int4(qweight, scale, group, dtype, inputs)
-    inputs = qweight.shape[-1]
-    if inputs % group == 0:
-        weight = qweight.unflatten(-1, (inputs // group, group)).to(dtype)
-        scaled: Tensor = weight.mul_(scale.unsqueeze(-1).to(dtype)).flatten(-2)
-        return scaled
-    weight = qweight.to(dtype)
-    for length, first, groups in _runs(inputs, group):
-        part = weight[..., first * group : first * group + groups * length].unflatten(-1, (groups, length))
-        part.mul_(scale[..., first : first + groups].unsqueeze(-1).to(dtype))
-    return weight
-
-
-def _dequantise_int4(qweight: Tensor, scale: Tensor, group: int, dtype: torch.dtype, inputs: int | None) -> Tensor:
+    packed = qweight.dtype == torch.uint8
     if inputs is None:
-        whole, rest = divmod(qweight.shape[-1], group // 2)
-        inputs = whole * group + 2 * rest
-    weight = torch.empty(*qweight.shape[:-1], inputs, dtype=dtype, device=qweight.device)
-    signed = qweight.view(torch.int8)
+        inputs = _unpacked_width(qweight.shape[-1], group) if packed else qweight.shape[-1]
+    if out is None:
+        out = torch.empty(*qweight.shape[:-1], inputs, dtype=dtype, device=qweight.device)
     # Each nibble stays in (or moves to) the upper half of its byte: 16 x its value, exact, without a shift back.
-    sixteenth = (scale / 16).unsqueeze(-1).to(dtype)
+    factors = ((scale / 16) if packed else scale).unsqueeze(-1).to(dtype)
+    signed = qweight.view(torch.int8)
     at = 0
     for length, first, groups in _runs(inputs, group):
-        half = -(-length // 2)
-        pairs = signed[..., at : at + groups * half].unflatten(-1, (groups, half))
-        at += groups * half
-        part = weight[..., first * group : first * group + groups * length].unflatten(-1, (groups, length))
-        part[..., :half] = pairs << 4
-        part[..., half:] = (pairs & -16)[..., : length - half]
-        part.mul_(sixteenth[..., first : first + groups, :])
-    return weight
+        part = out[..., first * group : first * group + groups * length].unflatten(-1, (groups, length))
+        if packed:
+            half = -(-length // 2)
+            pairs = signed[..., at : at + groups * half].unflatten(-1, (groups, half))
+            at += groups * half
+            part[..., :half] = pairs << 4
+            part[..., half:] = (pairs & -16)[..., : length - half]
+        else:
+            part.copy_(signed[..., first * group : first * group + groups * length].unflatten(-1, (groups, length)))
+        part.mul_(factors[..., first : first + groups, :])
+    return out
+
+
+def _unpacked_width(width: int, group: int) -> int:
+    whole, rest = divmod(width, group // 2)
+    return whole * group + 2 * rest
