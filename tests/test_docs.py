@@ -63,6 +63,8 @@ def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_test_that_a_document_names_exists(document: Path) -> None:
-    """A path `tests/…` in a document is a file or folder of tests."""
+    """A path `tests/…` in a document is a file or folder of tests; `tests/…::name` is a test in it."""
     for target in re.findall(r"`(tests/[^`\s]+)`", document.read_text(encoding="utf-8")):
-        assert (ROOT / target).exists(), target
+        path, _, name = target.partition("::")
+        assert (ROOT / path).exists(), target
+        assert not name or f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), target

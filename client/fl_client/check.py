@@ -23,6 +23,7 @@ from fl_client.renewal import certificate
 from fl_client.rotation import follow
 from fl_client.supernode import describe_confinement
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
+from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
 from fl_shared.signing import SigningKey
 
@@ -102,7 +103,7 @@ def _keys(home: SiteHome) -> str:
     if mode & 0o066:
         raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod 700 {home.root}")
     key = SigningKey.load(home.signing_key)
-    return f"private; signing key {key.public_hex[:16]}…"
+    return f"private; signing key {spoken_key(key.public_hex)}"
 
 
 def _mode(path: Path) -> int:
@@ -206,4 +207,5 @@ def _server(home: SiteHome, pinned: Coordinator) -> str:
             f"the clocks differ by {abs(clock - time.time()):.0f} s", fix="set this machine's clock (NTP)"
         )
     found = certificate(home)
-    return f"{pinned.server} accepts the certificate (valid until {found.not_valid_after_utc:%Y-%m-%d})"
+    told = f"{pinned.server} accepts the certificate (valid until {found.not_valid_after_utc:%Y-%m-%d})"
+    return f"{told}; its key is {spoken_key(followed.coordinator_key)}"
