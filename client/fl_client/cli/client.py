@@ -14,6 +14,7 @@ from fl_client.config import SiteConfig, template
 from fl_client.enrolment import Coordinator, enrol, own_fingerprints, server_url
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
+from fl_shared.completion import complete, completed_by, known_sites
 from fl_shared.errors import ConfigError, cli_main
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
@@ -47,9 +48,10 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(name: str, summary: str, *, with_json: bool = False) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=summary, description=summary)
-        made.add_argument(
+        site = made.add_argument(
             "--site", default=os.environ.get("FL_SITE"), help="the site's id, e.g. hospital-001 [FL_SITE]"
         )
+        completed_by(site, known_sites)
         made.add_argument(
             "--home", type=Path, default=None, help="its directory [FL_CLIENT_HOME, ~/.concordat/site/ID]"
         )
@@ -106,7 +108,9 @@ def run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "run")
-    options = parser().parse_args(arguments)
+    made = parser()
+    complete(made)
+    options = made.parse_args(arguments)
     if options.verb == "supernode":
         from fl_client.supernode import run_alone
 

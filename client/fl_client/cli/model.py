@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fl_shared.completion import complete
 from fl_shared.errors import DataError, ModelError, cli_main
 from fl_shared.offline import stay_offline
 
@@ -198,7 +199,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    options = parser().parse_args(argv)
+    made = parser()
+    complete(made)
+    options = made.parse_args(argv)
     code: int = options.run(options)
     return code
 

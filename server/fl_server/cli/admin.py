@@ -6,12 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import argcomplete
-
 from fl_server import __version__
 from fl_server.cli import adapters, audit, receipts, runs, sites, status
 from fl_server.cli.connection import Profile, control
 from fl_server.cli.verbs import Handler
+from fl_shared.completion import complete
 from fl_shared.errors import cli_main
 
 EXAMPLES = """examples:
@@ -49,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str] | None) -> int:
     made = parser()
-    argcomplete.autocomplete(made)
+    complete(made)
     arguments = made.parse_args(argv)
     handler: Handler = arguments.handler
     with control(Profile.find(arguments.profile)) as stub:

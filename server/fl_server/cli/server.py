@@ -14,6 +14,7 @@ from fl_server.home import ServerHome, default_home
 from fl_server.pki import Authority
 from fl_server.setup import initialise
 from fl_server.supervisor import Supervisor, is_ready, read_state
+from fl_shared.completion import complete
 from fl_shared.errors import cli_main
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
@@ -103,7 +104,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    complete(parser)
+    arguments = parser.parse_args(argv)
     if arguments.verb == "init":
         return _init(arguments)
     if arguments.verb == "status":

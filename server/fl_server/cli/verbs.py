@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fl_shared.completion import completed_by
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
 Handler = Callable[[ControlStub, argparse.Namespace], int]
@@ -52,4 +53,4 @@ def argument(parser: argparse.ArgumentParser, *names: str, completer: Completer 
     """Add an argument whose values TAB completes."""
     made = parser.add_argument(*names, **options)
     if completer is not None:
-        made.completer = completer  # type: ignore[attr-defined]  # where argcomplete looks for it
+        completed_by(made, completer)

@@ -9,6 +9,7 @@ from importlib import metadata
 
 from fl_shared import errors
 from fl_shared.audit import budgets, export, forecast, plan, reconcile, roles, runs, spends, statement, verify
+from fl_shared.completion import complete
 
 VERBS = {
     "budgets": budgets,
@@ -86,7 +87,9 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], entry: meta
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    arguments = parser().parse_args(argv)
+    made = parser()
+    complete(made)
+    arguments = made.parse_args(argv)
     return int(arguments.handle(arguments))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fl_shared.completion import completed_by, known_sites
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import Ledger, LedgerReader, bundle
 from fl_shared.names import site_id
@@ -20,7 +21,8 @@ HOME_VARIABLE = "FL_CLIENT_HOME"
 
 def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the options that name a ledger."""
-    parser.add_argument("--site", required=required, metavar="ID", help="the site, e.g. hospital-001")
+    site = parser.add_argument("--site", required=required, metavar="ID", help="the site, e.g. hospital-001")
+    completed_by(site, known_sites)
     parser.add_argument(
         "--home", metavar="DIR", help=f"the site's home (default: ${HOME_VARIABLE} or ~/.concordat/site/ID)"
     )
