@@ -1,0 +1,152 @@
+"""A site's two halves as two users of the system, as the units in deploy/ run them. Needs root."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from client_agents import RealSite
+from client_gateway import Gateway
+
+from fl_client.status import agent_state
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root to be two other users"),
+]
+AGENT, NODE, STRANGER, MEETING = 61002, 61003, 61004, 61005
+
+MEET = "users-of-a-test"
+"""The group of the socket: it must have a name, so it is made in a mount namespace with its own /etc/group."""
+
+ASK = """
+import sys, grpc
+from fl_shared.wire import agent_pb2_grpc
+from fl_shared.wire.agent_pb2 import InfoRequest
+with grpc.insecure_channel("unix:" + sys.argv[1]) as channel:
+    print(agent_pb2_grpc.AgentStub(channel).Info(InfoRequest(), timeout=10).state)
+"""
+READ = """
+import sys
+for path in sys.argv[1:]:
+    try:
+        open(path, "rb").read(1)
+        print("read", path)
+    except OSError as error:
+        print(type(error).__name__, path)
+"""
+
+
+def barrier(path: Path) -> Path | None:
+    """The outermost directory above `path` that other users may not pass through; None when there is none."""
+    return next((each for each in reversed(path.parents) if not each.stat().st_mode & 0o001), None)
+
+
+def as_user(top: Path, user: int, groups: list[int], *words: str) -> list[str]:
+    """A command line that runs `words` as another user without root's powers, in a mount namespace of its own.
+
+    There the meeting group has a name, and the interpreter can be reached although it may lie below root's home.
+    """
+    (top / "group").write_text(Path("/etc/group").read_text() + f"{MEET}:x:{MEETING}:\n")
+    (top / "group").chmod(0o644)
+    setup = ["umask 022", "mount --make-rprivate /", f"mount --bind {top}/group /etc/group"]
+    base = Path(sys.base_prefix)
+    closed = barrier(base)
+    if closed is not None:
+        seen = top / "seen" / base.relative_to(closed)
+        setup += [f"mkdir -p {seen}", f"mount --bind {base} {seen}", f"mount --rbind {top}/seen {closed}"]
+    allowed = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
+    become = ["setpriv", f"--reuid={user}", f"--regid={user}", allowed, "--inh-caps=-all", "--bounding-set=-all"]
+    line = " && ".join([*setup, "cd /", "umask 077", "exec " + shlex.join([*become, *words])])
+    return ["unshare", "--mount", "sh", "-c", line]
+
+
+def run_as(top: Path, user: int, groups: list[int], script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python script as another user."""
+    line = as_user(top, user, groups, sys.executable, "-c", script, *arguments)
+    return subprocess.run(line, env={"HOME": "/"}, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def site(gateway: Gateway, short_path: Path) -> Iterator[RealSite]:
+    """A site that belongs to AGENT; socket and node directory as the units lay them out."""
+    node, meet = short_path / "node", short_path / "run"
+    node.mkdir()
+    meet.mkdir()
+
+    made = RealSite(short_path / "home", gateway)
+    text = made.home.config.read_text()
+    text = text.replace(
+        "launch = false\n",
+        f'launch = false\nsocket_group = "{MEET}"\nsocket = "{meet}/agent.sock"\ndirectory = "{node}"\n',
+    )
+    made.home.config.write_text(text)
+    for path in (made.home.root, *made.home.root.rglob("*")):
+        os.chown(path, AGENT, AGENT)
+    os.chown(node, NODE, MEETING)
+    node.chmod(0o2770)
+    os.chown(meet, AGENT, AGENT)
+    meet.chmod(0o710)
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.kill()
+
+
+@pytest.fixture
+def short_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory that others may pass through, with a path short enough for a socket."""
+    made = Path(tempfile.mkdtemp(prefix="two-"))
+    made.chmod(0o711)
+    yield made
+    shutil.rmtree(made)
+
+
+def start(site: RealSite) -> None:
+    """Start the agent as AGENT."""
+    words = [sys.executable, "-m", "fl_client.cli.client", "--site", "hospital-001", "--home", str(site.home.root)]
+    site.process = subprocess.Popen(
+        as_user(site.home.root.parent, AGENT, [MEETING], *words), env=site.environment(HOME="/"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while agent_state(site.home, site.home.root.parent / "run" / "agent.sock") == "stopped":
+        if site.process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"the agent did not start: {site.finish()}")
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(400)
+def test_the_other_user_reaches_the_socket_and_nothing_else(site: RealSite) -> None:
+    """The SuperNode's user gets an answer at the socket and reads its own key; ledger, keys, data and configuration
+    are refused to it by the system; a third user does not even reach the socket."""
+    if barrier(Path(__file__)) or barrier(Path(sys.prefix)):
+        pytest.skip("the project lies where other users cannot read it")
+    start(site)
+    try:
+        top = site.home.root.parent
+        socket, node = str(top / "run" / "agent.sock"), top / "node"
+        asked = run_as(top, NODE, [MEETING], ASK, socket)
+        assert asked.stdout == "idle\n", asked.stderr
+        own = [str(node / name) for name in ("node_key", "tunnel-ca.pem", "launch.json")]
+        read = run_as(top, NODE, [MEETING], READ, *own).stdout.splitlines()
+        assert read == [f"read {path}" for path in own]
+        secret = [
+            str(path) for path in (
+                site.home.ledger, site.home.signing_key, site.home.client_key, site.home.fingerprint_key,
+                site.home.config, site.home.root / "records.csv",
+            )
+        ]  # fmt: skip
+        assert all(Path(path).exists() for path in secret)
+        refused = run_as(top, NODE, [MEETING], READ, *secret).stdout.splitlines()
+        assert refused == [f"PermissionError {path}" for path in secret]
+        assert run_as(top, STRANGER, [], ASK, socket).returncode != 0
+        assert run_as(top, STRANGER, [], READ, own[0]).stdout == f"PermissionError {own[0]}\n"
+    finally:
+        assert site.stop() == 0

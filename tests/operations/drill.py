@@ -1,0 +1,238 @@
+"""One federation from its start to a disaster and on: run by `test_operations.py`, in a network of its own.
+
+    python drill.py ROOT [--alone]
+
+A coordinator and a site, both with metrics; a run; a backup in mid-run; kill -9 of the whole coordinator, its home
+deleted; restored, brought up, the run completed; both ended by SIGTERM. What was seen is written to
+ROOT/result.json, what was printed and logged lies below ROOT. `--alone`: the process is in a network namespace
+that `network.enter` may set up.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "scenarios"), str(HERE)]
+
+import network  # noqa: E402
+
+import harness  # noqa: E402 - made importable above
+from fl_shared.offline import OFFLINE  # noqa: E402
+
+SITE, RUN, ROUNDS = "hospital-001", "drill", 3
+LABELS = ("lungs", "heart")
+MARKERS = {"text": "PLANTEDTEXT4711", "label": "PLANTEDLABEL4712", "unit": "PLANTEDUNIT4713"}
+UNITS = 2_003
+RECORDS = 2 * UNITS
+
+SITE_TOML = """
+[site]
+id = "{site}"
+[server]
+url = "{url}"
+[data]
+name = "diagnoses"
+path = "records.csv"
+text_column = "text"
+label_column = "label"
+unit_column = "patient"
+privacy_unit = "patient"
+max_records_per_unit = 2
+[model]
+directory = "tiny"
+device = "cpu"
+[policy]
+min_noise_multiplier = 0.8
+max_clipping_norm = 1.0
+max_sampling_probability = 0.01
+max_steps_per_round = 4
+[budget]
+epsilon = 8.0
+delta = 1e-6
+approver = "privacy officer"
+[metrics]
+listen = "127.0.0.1:{port}"
+"""
+
+SPEC_TOML = """
+[run]
+name = "{run}"
+base_model = "{base}"
+sites = ["{site}"]
+rounds = {rounds}
+quorum = 1
+round_timeout_s = 120
+[task]
+kind = "classification"
+labels = {labels}
+max_tokens = 8
+[lora]
+rank = 2
+targets = ["attention"]
+[training]
+noise_multiplier = 1.0
+clipping_norm = 1.0
+sampling_probability = 0.01
+steps_per_round = 2
+learning_rate = 0.05
+head_learning_rate = 1.0
+"""
+
+
+def bare_environment(_extra: object = None) -> dict[str, str]:
+    """What a person's shell has: none of the variables that keep libraries quiet, so that the product must set them."""
+    named = ("FL_", "FLWR_", "HF_", "TOKENIZERS", "DO_NOT_TRACK", "TRANSFORMERS")
+    return {k: v for k, v in os.environ.items() if not k.startswith(named)} | {"OMP_NUM_THREADS": "1"}
+
+
+def write_data(path: Path) -> None:
+    """Two records of each patient, every text, patient and some labels marked."""
+    with path.open("w", newline="", encoding="utf-8") as sink:
+        writer = csv.writer(sink)
+        writer.writerow(["text", "label", "patient"])
+        for number in range(RECORDS):
+            label = MARKERS["label"] if number % 50 == 0 else LABELS[number % 2]
+            writer.writerow([f"{MARKERS['text']} cough {number}", label, f"{MARKERS['unit']}-{number // 2}"])
+
+
+def processes() -> list[dict[str, Any]]:
+    """Every process of the product: command and which of the quieting variables it has."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        try:
+            words, has = each.cmdline(), each.environ()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if words and "python" in words[0]:
+            lacking = sorted(name for name, value in OFFLINE.items() if has.get(name) != value)
+            found.append({"command": " ".join(words)[:300], "lacking": lacking})
+    return found
+
+
+class Drill:
+    """The parties and what was seen of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.coordinator = harness.Coordinator(root)
+        self.site = harness.Site(SITE, root)
+        self.ports = dict(zip(("coordinator", "site"), harness.free_ports(2), strict=True))
+        self.seen: dict[str, Any] = {"scrapes": {}}
+
+    def scrape(self, moment: str) -> None:
+        """Keep metrics, health and readiness of both."""
+        with httpx.Client(trust_env=False, timeout=30) as client:
+            for who, port in self.ports.items():
+                base = f"http://127.0.0.1:{port}"
+                for path in ("metrics", "readyz", "healthz"):
+                    answer = client.get(f"{base}/{path}")
+                    self.seen["scrapes"][f"{moment}/{who}/{path}"] = [answer.status_code, answer.text]
+
+    def begin(self) -> None:
+        """Everything up to a running run."""
+        self.coordinator.init()
+        with (self.coordinator.home / "server.toml").open("a") as sink:
+            sink.write(f'\n[metrics]\nlisten = "127.0.0.1:{self.ports["coordinator"]}"\n')
+        self.coordinator.start(timeout=180)
+        token = self.coordinator.invite(SITE)
+        self.seen["token"] = token
+        self.site.enroll(self.coordinator.url, token)
+        write_data(self.site.home / "records.csv")
+        self.site.configure(SITE_TOML.format(site=SITE, url=self.coordinator.url, port=self.ports["site"]))
+        self.site.start()
+        base = harness.command_json("fl-model", "inspect", "tiny")["digest"]
+        spec = self.root / "spec.toml"
+        spec.write_text(
+            SPEC_TOML.format(run=RUN, base=base, site=SITE, rounds=ROUNDS, labels=json.dumps(list(LABELS)))
+        )
+        self.coordinator.launch(spec)
+
+    def committed(self) -> int:
+        """Rounds committed so far."""
+        shown = self.coordinator.admin("runs", "show", RUN)
+        if shown["state"] not in ("pending", "running", "completed"):
+            raise RuntimeError(f"the run is {shown['state']}: {shown['reason']}")
+        return int(shown["rounds_committed"])
+
+    def disaster(self, archive: Path) -> None:
+        """A backup while the run goes on; then everything of the coordinator is lost and brought back."""
+        deadline = time.monotonic() + 240
+        while self.committed() < 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no round was committed")
+            time.sleep(0.5)
+        self.scrape("running")
+        self.seen["processes"] = processes()
+        made = harness.command_json("fl-server", "backup", "--home", str(self.coordinator.home), "--out", str(archive))
+        self.seen["backup"] = made
+        service = self.coordinator.service.process
+        if service is None:
+            raise RuntimeError("the coordinator does not run")
+        every = [*psutil.Process(service.pid).children(recursive=True), psutil.Process(service.pid)]
+        service.kill()
+        service.wait()
+        psutil.wait_procs(every, timeout=20)
+        shutil.copytree(self.coordinator.home / "logs", self.root / "first-life")
+        shutil.rmtree(self.coordinator.home)
+        self.seen["restore"] = json.loads(
+            harness.command(
+                "fl-server", "restore", str(archive), "--home", str(self.coordinator.home), "--json"
+            ).stdout
+        )
+        self.coordinator.start(timeout=180)
+
+    def end(self) -> None:
+        """Wait for the run, ask everybody, end both halves in good order."""
+        self.seen["run"] = self.coordinator.wait(RUN, timeout=240)
+        self.scrape("completed")
+        agent = self.site.service.process
+        self.seen["agent_lived_on"] = agent is not None and agent.poll() is None
+        self.seen["spends"] = self.site.audit("spends")["spends"]
+        self.seen["site_exit"] = self.site.service.stop(timeout=60)
+        self.seen["coordinator_exit"] = self.coordinator.service.stop(timeout=60)
+        self.seen["left_over"] = processes()
+        self.seen["verify_exit"] = harness.command(
+            "fl-audit", "verify", "--site", SITE, "--home", str(self.site.home), check=False
+        ).returncode
+
+
+def main() -> int:
+    """Do it all; the result is written whatever happens."""
+    root = Path(sys.argv[1])
+    harness.environment = bare_environment
+    recorder, control = None, []
+    if "--alone" in sys.argv:
+        recorder = network.enter(root)
+        harness.subprocess.run([sys.executable, str(HERE / "network.py")], check=True)
+        time.sleep(0.2)
+        control, recorder.seen = recorder.seen, []
+    drill = Drill(root)
+    drill.seen["control"] = control
+    try:
+        drill.begin()
+        drill.disaster(root / "backup.tar")
+        drill.end()
+    finally:
+        for service in (drill.site.service, getattr(drill.coordinator, "service", None)):
+            if service is not None:
+                service.stop()
+        drill.seen["packets"] = recorder.seen if recorder else None
+        (root / "result.json").write_text(json.dumps(drill.seen, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    sys.exit(main())
