@@ -2,7 +2,8 @@
 
     genesis   {public_key}: the first entry names the key that signs
     key       {public_key, replaces, rotations}: the key changed; the former key vouches for it in `rotations`
-    action    {action, arguments, role, name, fingerprint}: written before the action takes effect
+    action    {action, arguments, role, name, fingerprint}: written before the action takes effect. The role is the
+              certificate's, or `host` for who types `fl-server` on the coordinator's machine
     outcome   {of, result, code, message}: what became of action `of`: done, refused or failed
 
 An action without an outcome was broken off, by a crash or because the log could not be written any more: it may
@@ -15,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import pwd
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -141,6 +144,15 @@ class AdminLog:
 def _put(connection: sa.Connection, key: SigningKey, kind: str, body: Mapping[str, Any]) -> Entry:
     now = datetime.now(UTC)
     return chain.append(connection, key, CHAIN, kind, body, now=now, point="adminlog", table=_TABLE)
+
+
+def local_user() -> Identity:
+    """Whoever types on the coordinator's own machine: the role is `host`, and there is no certificate."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user need not have a name
+        name = str(os.getuid())
+    return Identity("host", name, "", 0.0)
 
 
 @dataclass

@@ -380,6 +380,8 @@ def test_every_action_is_logged_with_its_outcome_and_auditors_may_check(day: Day
     told = {(each["action"], each["arguments"].get("run") or each["arguments"].get("site", "")) for each in found}
     assert {("runs plan", "fits"), ("runs launch", "demo"), ("sites invite", REAL)} <= told
     assert ("adapters promote", "demo") in told
+    issued = next(each for each in found if each["action"] == "certificates issue")
+    assert (issued["role"], issued["arguments"]["name"], issued["outcome"]["result"]) == ("host", "ada", "done")
     stopped = [(e["name"], e["role"], e["outcome"]["result"]) for e in found if e["action"] == "runs stop"]
     assert stopped == [("admin", "admin", "refused")]
     text = json.dumps(found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_server.adminlog import AdminLog, local_user
 from fl_server.cli.show import moment, table
 from fl_server.db.models import OperatorRow
 from fl_server.db.store import Store
@@ -61,13 +62,14 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 class _Opened:
     home: ServerHome
     operators: Operators
+    log: AdminLog
 
 
 def _opened(arguments: argparse.Namespace) -> _Opened:
     home = ServerHome.open(arguments.home)
     store = Store(home.database_url())
     store.migrate()
-    return _Opened(home, Operators.of(home, store))
+    return _Opened(home, Operators.of(home, store), AdminLog.of(home, store))
 
 
 def _facts(row: OperatorRow) -> dict[str, Any]:
@@ -85,11 +87,13 @@ def issue(arguments: argparse.Namespace) -> int:
     """`fl-server issue`."""
     opened = _opened(arguments)
     authority = Authority.load(opened.home.ca_key, opened.home.ca)
-    certificate = write_credentials(
-        authority, opened.home.settings(), role=arguments.role, name=arguments.name, out=arguments.out,
-        request=arguments.request, days=arguments.days,
-    )  # fmt: skip
-    row = opened.operators.record(certificate)
+    told = {"role": arguments.role, "name": arguments.name, "days": float(arguments.days)}
+    with opened.log.recorded(local_user(), "certificates issue", told):
+        certificate = write_credentials(
+            authority, opened.home.settings(), role=arguments.role, name=arguments.name, out=arguments.out,
+            request=arguments.request, days=arguments.days,
+        )  # fmt: skip
+        row = opened.operators.record(certificate)
     profile = arguments.out / f"{row.role}.toml"
     if arguments.json:
         print(json.dumps({**_facts(row), "profile": str(profile)}))
@@ -118,7 +122,10 @@ def issued(arguments: argparse.Namespace) -> int:
 
 def revoke(arguments: argparse.Namespace) -> int:
     """`fl-server revoke`."""
-    rows = _opened(arguments).operators.revoke(arguments.role, arguments.name)
+    opened = _opened(arguments)
+    told = {"role": arguments.role, "name": arguments.name}
+    with opened.log.recorded(local_user(), "certificates revoke", told):
+        rows = opened.operators.revoke(arguments.role, arguments.name)
     if arguments.json:
         print(json.dumps({"revoked": [_facts(row) for row in rows]}))
     else:
@@ -128,7 +135,9 @@ def revoke(arguments: argparse.Namespace) -> int:
 
 def rotate_key(arguments: argparse.Namespace) -> int:
     """`fl-server rotate-key`."""
-    change = rotate(ServerHome.open(arguments.home), arguments.grace_days * DAY_S)
+    opened = _opened(arguments)
+    with opened.log.recorded(local_user(), "key rotate", {"grace_days": float(arguments.grace_days)}):
+        change = rotate(opened.home, arguments.grace_days * DAY_S)
     body = change["body"]
     if arguments.json:
         print(json.dumps(change))
