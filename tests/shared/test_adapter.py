@@ -20,7 +20,7 @@ from fl_shared import adapter
 from fl_shared.adapter import MAX_NAME, digest, pack, require_finite, require_same_shapes, shapes, unpack
 from fl_shared.errors import DataError
 
-NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30)
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30).filter("__metadata__".__ne__)
 ARRAYS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
 ADAPTERS = st.dictionaries(NAMES, ARRAYS, max_size=5)
 METADATA = st.dictionaries(NAMES, NAMES, max_size=5)
