@@ -409,7 +409,7 @@ def main() -> int:
     parser.add_argument("--home", required=True, type=Path)
     arguments = parser.parse_args()
     set_up("gateway")
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end: then 0 is returned
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before uvicorn takes it over, and when it gives it back
     doorman.raise_file_limit()
     asyncio.run(serve(ServerHome.open(arguments.home)))
     return 0
