@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 _CHUNK_FLOATS = 1 << 24
+# Products of rows that cancel leave a sum much smaller than their rounding errors. So that no unit's norm is found too
+# small, this share of the squared sum of their lengths is added (docs/decisions/0022).
+ROUNDING = {torch.float64: 2.0**-48, torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def _bucket(starts: Tensor, counts: Tensor, length: int, rows: int) -> Bucket:
 
 
 def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
-    """`|sum_i a_i (x) b_i|^2` of every segment.
+    """`|sum_i a_i (x) b_i|^2` of every segment, never below its value in exact arithmetic.
 
     Args:
         a: `[M, p]`.
@@ -80,32 +83,39 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     """
     if a.shape[1] > b.shape[1]:
         a, b = b, a
-    found = [a.new_zeros(0)]
+    reach = _length(a) * _length(b)
+    found = [reach.new_zeros(0)]
     for bucket in segments.buckets:
         rows, real, length = bucket.rows, bucket.real, bucket.length
+        if length == 1:
+            found.append(reach.index_select(0, rows).square_())
+            continue
         size = max(1, _CHUNK_FLOATS // (length * b.shape[1]))
         for at in range(0, rows.shape[0] // length, size):
             part = None if real is None else real[at : at + size]
-            found.append(_squared(a, b, rows[at * length : (at + size) * length], part, length))
+            found.append(_squared(a, b, reach, rows[at * length : (at + size) * length], part, length))
     return torch.cat(found).double()
 
 
-def _squared(a: Tensor, b: Tensor, rows: Tensor, real: Tensor | None, length: int) -> Tensor:
+def _squared(a: Tensor, b: Tensor, reach: Tensor, rows: Tensor, real: Tensor | None, length: int) -> Tensor:
     """Float32 squared norms of segments of `length` rows each, `a` being the narrower side."""
-    left, right = a.index_select(0, rows), b.index_select(0, rows)
-    if length == 1:
-        return _square(left) * _square(right)
-    left, right = left.view(-1, length, a.shape[1]), right.view(-1, length, b.shape[1])
+    left = a.index_select(0, rows).view(-1, length, a.shape[1])
+    right = b.index_select(0, rows).view(-1, length, b.shape[1])
+    far = reach.index_select(0, rows).view(-1, length)
     if real is not None:
-        left = left * real.to(left.dtype)
+        left, far = left * real.to(left.dtype), far * real.squeeze(-1)
+    room = far.sum(1).square_()
     if length * (a.shape[1] + b.shape[1]) <= a.shape[1] * b.shape[1]:
-        return _dot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
-    return _square(torch.bmm(left.mT, right).flatten(1))
+        squared = _dot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
+    else:
+        squared = _length(torch.bmm(left.mT, right).flatten(1)).square_()
+    return squared.add_(room, alpha=ROUNDING[a.dtype])
 
 
-def _square(a: Tensor) -> Tensor:
-    """Squared length of rows, in float32."""
-    return torch.linalg.vector_norm(a, dim=1, dtype=torch.float32).square_()
+def _length(a: Tensor) -> Tensor:
+    """Lengths of rows, in float32."""
+    found: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float32)
+    return found
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

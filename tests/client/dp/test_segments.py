@@ -41,8 +41,32 @@ def test_norms_match_formed_products(lengths: list[int], p: int, q: int, seed: i
     if key.numel() == 0:
         return
     a, b = torch.randn(len(key), p), torch.randn(len(key), q)
+    reach = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     for units in (5, len(lengths)):  # units in several groups; one segment per unit
-        torch.testing.assert_close(_found(a, b, key, units), _expected(a, b, key, units), rtol=2e-5, atol=1e-4)
+        found, expected = _found(a, b, key, units), _expected(a, b, key, units)
+        room = torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, key, reach.double()).square()
+        room = torch.zeros(units, dtype=torch.float64).index_add_(0, torch.arange(len(lengths)) % units, room)
+        assert bool(((found - expected).abs() <= 2e-6 * room + 1e-9).all())
+
+
+@pytest.mark.parametrize("length", [2, 5, 40])
+@pytest.mark.parametrize("ratio", [1e1, 1e3, 1e5, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cancelling_rows_never_hide_a_norm(length: int, ratio: float, dtype: torch.dtype) -> None:
+    """Rows that cancel, as a hostile adapter could make them, leave a norm that is not below the true one."""
+    torch.manual_seed(length)
+    segments, p, q = 200, 4, 64
+    a, b = torch.randn(segments, length, p), ratio * torch.randn(segments, length, q)
+    a[:, 1::2] = -a[:, 0::2][:, : length // 2]
+    b[:, 1::2] = b[:, 0::2][:, : length // 2]
+    b[:, -1] += torch.randn(segments, q)
+    if length % 2:
+        b[:, -1] /= ratio
+    a, b = a.to(dtype), b.to(dtype)
+    key = torch.arange(segments).repeat_interleave(length)
+    found = _found(a.flatten(0, 1), b.flatten(0, 1), key, segments)
+    true = torch.bmm(a.double().mT, b.double()).flatten(1).square().sum(1)
+    assert bool((found >= true * (1 - 1e-6)).all()), float((found / true).min())
 
 
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
