@@ -137,6 +137,7 @@ class Federation:
         for service in services:
             if service.process is not None:
                 kill_tree(service.process.pid)
+                service.process.wait()
         self._engine.dispose()
         self.database.close()
 
