@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from safetensors.numpy import load_file
 
+from fl_client.data.units import UnitData
 from fl_client.dp.adapt import PREFIX, AdaptedModel
 from fl_client.dp.batches import Records, pack_units
 from fl_client.dp.book import GradientBook
@@ -17,7 +18,10 @@ from fl_client.dp.checks import check_layers
 from fl_client.dp.engine import DPEngine, EngineName
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
+from fl_client.model.load import TINY, LoadedModel, load_model
+from fl_client.training import export_peft, initial_adapter, train_round
 from fl_shared.errors import EngineError
+from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, small_config, units_of_records
@@ -206,3 +210,57 @@ def test_an_exported_core_is_plain_lora(tmp_path: Path) -> None:
                 np.testing.assert_allclose(stock[up], merged[up].numpy(), rtol=1e-5, atol=1e-6)
     assert any(name in stock for name in merged if ".lora_B" in name and name.startswith(PREFIX))
     torch.testing.assert_close(_logits(plain, merged), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedModel:
+    """The shipped base."""
+    return load_model(TINY, device="cpu")
+
+
+def _spec(model: LoadedModel, name: str) -> RunSpec:
+    return RunSpec.from_dict(
+        {
+            "run": {
+                "name": "demo",
+                "base_model": model.digest,
+                "sites": ["hospital-001"],
+                "rounds": 2,
+                "quorum": 1,
+                "aggregation": name,
+            },
+            "task": {"kind": "classification", "labels": ["lungs", "heart"], "max_tokens": 8},
+            "lora": {"rank": 4, "targets": ["attention"]},
+            "training": {
+                "noise_multiplier": 0.001,
+                "clipping_norm": 1.0,
+                "sampling_probability": 1.0,
+                "steps_per_round": 1,
+                "learning_rate": 0.5,
+                "head_learning_rate": 1.0,
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize(("name", "fixed"), [("ffa", (".lora_A",)), ("fed-sb", (".lora_A", ".lora_B"))])
+def test_a_round_sends_what_trains_and_leaves_the_rest_at_its_seed(
+    tiny: LoadedModel, name: str, fixed: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two rounds on the shipped base: no frozen factor travels, the second round takes the first one's update in, and
+    the exported adapter's frozen factor A is the seed's."""
+    texts = ("cough", "fever and cough", "chest pain", "a broken heart")
+    data = UnitData(texts, ("lungs", "lungs", "heart", "heart"), np.arange(4), 4, "f" * 64)
+    spec = _spec(tiny, name)
+    first = train_round(tiny, data, spec, spec.mechanism(), {}, round=1)
+    start = initial_adapter(tiny, spec)
+    assert {key for key in start if not any(each in key for each in fixed)} == set(first.update)
+    assert all(value.any() for value in first.update.values())
+    second = train_round(tiny, data, spec, spec.mechanism(), first.update, round=2)
+    assert set(second.update) == set(first.update)
+    export_peft(tiny, spec, first.update, tmp_path)
+    stock = load_file(tmp_path / "adapter_model.safetensors")
+    factors = [key for key in start if ".lora_A" in key]
+    assert factors
+    assert all(np.array_equal(stock[key], start[key]) for key in factors)
+    assert all(stock[key.replace(".lora_A", ".lora_B")].any() for key in factors)
