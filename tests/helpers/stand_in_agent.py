@@ -122,7 +122,7 @@ class StandIn(AgentServicer):
         if how == "garbage":
             update = secrets.token_bytes(500)
         else:
-            update = pack(_spoil(honest_update(self._site, manifest.round), how))
+            update = pack(_spoil(honest_update(self._site, manifest.round), how), wire=manifest.spec.run.wire)
         body = self._receipt(manifest, digest(b"other" if how == "wrong-digest" else update))
         key = SigningKey.generate() if how == "wrong-signature" else self._key
         return "ok", json.dumps(sign_document(key, body)), update
