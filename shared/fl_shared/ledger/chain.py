@@ -27,27 +27,26 @@ from fl_shared.ledger.records import Entry, Head, Problem
 from fl_shared.signing import SigningKey
 
 GENESIS_HASH = "0" * 64
-_PLAIN = re.compile(r"[0-9A-Za-z:.-]*").fullmatch
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z").fullmatch
 CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
 def message_bytes(*, seq: int, kind: str, body: str, prev_hash: str, created_at: str, site: str) -> bytes:
     """Return the bytes that are hashed and signed; `body` is canonical JSON text and is put in as it is."""
-    if _PLAIN(prev_hash + created_at):
-        prev_hash, created_at = f'"{prev_hash}"', f'"{created_at}"'
-    else:
-        prev_hash, created_at = _quoted(prev_hash), _quoted(created_at)
     return (
-        f'{{"body":{body},"created_at":{created_at},"kind":{_quoted(kind)},'
-        f'"prev_hash":{prev_hash},"seq":{seq},"site":{_quoted(site)}}}'
+        f'{{"body":{body},"created_at":{quoted(created_at)},"kind":{quoted(kind)},'
+        f'"prev_hash":{quoted(prev_hash)},"seq":{seq},"site":{quoted(site)}}}'
     ).encode()
 
 
-@lru_cache(maxsize=64)  # the same few kinds and sites, a million times
-def _quoted(text: str) -> str:
+def is_plain(text: str) -> bool:
+    """Whether JSON writes `text` as it is, between quotation marks."""
+    return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text
+
+
+def quoted(text: str) -> str:
     """Return `text` as JSON; what needs no escape, which is everything but forgeries, is only quoted."""
-    return f'"{text}"' if _PLAIN(text) else json.dumps(text, ensure_ascii=False)
+    return f'"{text}"' if is_plain(text) else json.dumps(text, ensure_ascii=False)
 
 
 def body_text(body: Mapping[str, Any]) -> str:
