@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MicroBatch, Records, pack_units
 from fl_client.dp.book import GradientBook
-from fl_client.dp.engine import per_record_loss
+from fl_client.dp.engine import per_record_loss, precision_of
 from fl_shared.errors import EngineError
 
 PROBE_LENGTHS = (5, 1, 9, 3)
@@ -112,7 +112,7 @@ def _probe(adapted: AdaptedModel, records: Records) -> float:
             fix="this architecture needs its own file under fl_client/dp/architectures",
         )
     norms = book.norms().detach()
-    dtype = next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
+    dtype = precision_of(adapted)
     worst = 0.0
     for unit, truth in enumerate(unit_gradients_by_loop(adapted, records, records.units)):
         one = torch.zeros(records.units, device=device)

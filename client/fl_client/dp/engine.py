@@ -86,6 +86,7 @@ class DPEngine:
                 mechanism.sampling_probability * records.units if expected_batch is None else expected_batch
             ),
             stream=noise or SecureStream(),
+            precision=precision_of(adapted),
         )
         self.sampler = PoissonSampler(
             records.units, mechanism.sampling_probability, mechanism.steps, sampling or SecureStream()
@@ -238,6 +239,11 @@ class DPEngine:
         optimizer.take_sums([(parameter, parameter.grad.float()) for parameter in optimizer.params])
         for parameter in optimizer.params:
             parameter.grad = None
+
+
+def precision_of(adapted: AdaptedModel) -> torch.dtype:
+    """The base model's floating type: activations and gradients have it, too."""
+    return next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,8 +18,8 @@ from fl_client.dp.noise import noisy_sum, plan_grid
 from fl_client.dp.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
-# What float32 arithmetic may add to one unit's clipped contribution, relative to C (docs/decisions/0022).
-FLOAT_SLACK = 2**-10
+# What float arithmetic may add to the change that one unit makes, relative to C (docs/decisions/0022).
+FLOAT_SLACK = {torch.float64: 2**-10, torch.float32: 2**-10, torch.float16: 2**-7, torch.bfloat16: 2**-7}
 Sums = Sequence[tuple[torch.nn.Parameter, Tensor]]
 
 
@@ -32,6 +32,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         max_grad_norm: C, the bound on one unit's L2 contribution over all parameters together.
         expected_batch_size: q times the registered number of units: a constant, whatever the sample.
         stream: source of the noise.
+        precision: of the arithmetic that makes the gradients.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         max_grad_norm: float,
         expected_batch_size: float,
         stream: SecureStream,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(
             optimizer,
@@ -58,7 +60,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
             clipping_norm=max_grad_norm,
             noise_multiplier=noise_multiplier,
             dimensions=sum(p.numel() for p in self.params),
-            slack=FLOAT_SLACK,
+            slack=FLOAT_SLACK[precision],
         )
 
     def take_book(self, book: GradientBook) -> None:

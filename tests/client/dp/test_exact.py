@@ -16,8 +16,9 @@ from fl_client.dp import engine as engine_module
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MicroBatch, Records
 from fl_client.dp.book import GradientBook
-from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.engine import DPEngine, EngineName, precision_of
 from fl_client.dp.lora_layers import Routing
+from fl_client.dp.optimizer import FLOAT_SLACK
 from fl_shared.privacy import Mechanism
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config, units_of_records
@@ -252,6 +253,32 @@ def test_the_oracle_is_the_model() -> None:
     wanted = stock.model(input_ids=ids).last_hidden_state
     found = torch.func.functional_call(oracle.base, oracle._weights, kwargs={"input_ids": ids}).last_hidden_state
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "qwen2_moe"])
+def test_one_unit_changes_the_sum_by_no_more_than_is_paid_for(architecture: str, dtype: torch.dtype) -> None:
+    """Norm and context together: adding a unit to 40 others moves the computed sum by at most C (1 + slack)."""
+    adapted = adapted_small(architecture, quantised=True)
+    planned = {id(p) for p in adapted.plan.values()}
+    for t in [*adapted.classifier.backbone.parameters(), *adapted.classifier.backbone.buffers()]:
+        if t.is_floating_point() and id(t) not in planned:
+            t.data = t.data.to(dtype)
+    records = units_of_records([[3 + 5 * unit % 23] for unit in range(41)])
+    slack, norm = FLOAT_SLACK[precision_of(adapted)], 0.05
+    assert precision_of(adapted) == dtype
+    whole = flat(clipped_sum(adapted, records, norm))
+    for unit in range(0, 41, 4):
+        others = tuple(rows for number, rows in enumerate(records.of_unit) if number != unit)
+        without = flat(clipped_sum(adapted, dataclasses.replace(records, of_unit=others), norm))
+        change = float(torch.linalg.vector_norm(whole - without)) / norm
+        assert change <= 1 + slack / (64 if dtype == torch.float32 else 1)
+        assert change > 0.99  # every unit here is clipped
+
+
+def flat(sums: Gradients) -> Tensor:
+    """All coordinates in float64."""
+    return torch.cat([sums[name].reshape(-1).double() for name in sorted(sums)])
 
 
 def live_tensors() -> int:
