@@ -107,11 +107,8 @@ def _load_plain(path: Path, place: torch.device, dtype: torch.dtype) -> nn.Modul
     return module.to(place)
 
 
-def quantised_skeleton(path: Path) -> nn.Module:
-    """The model of a quantised directory's config on the meta device, its quantised layers in place, no value in it."""
-    settings = read_config(path)[QUANTISATION_KEY]
-    bits, group = int(settings["bits"]), int(settings["group"])
-    model = skeleton(path)
+def with_quantised_layers(model: nn.Module, bits: int, group: int) -> nn.Module:
+    """Put empty quantised layers on the meta device where a model's weights are stored quantised; the same model."""
     for name, linear in quantised_linears(model).items():
         made = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, group, bits, device="meta")
         _replace(model, name, made)
@@ -122,7 +119,8 @@ def quantised_skeleton(path: Path) -> nn.Module:
 
 
 def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, dtype: torch.dtype) -> nn.Module:
-    model = quantised_skeleton(path)
+    settings = config[QUANTISATION_KEY]
+    model = with_quantised_layers(skeleton(path), int(settings["bits"]), int(settings["group"]))
     state: dict[str, Tensor] = {}
     for file in weight_files(path):
         try:

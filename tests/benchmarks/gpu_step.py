@@ -1,0 +1,259 @@
+"""A private training step at the real shape on a GPU: random weights of DeepSeek-V2-Lite's size, int8, 512 tokens.
+
+Four variants, each in its own process: this project's private step (`book`), the same layers without privacy
+(`plain`), and what a non-private user would run: Hugging Face and PEFT, LoRA on the same layers, bfloat16 weights
+(`peft`), and int8 without training (`forward`). The quantised model is made tensor by tensor on the device; no float
+copy of it ever exists. Without a CUDA device nothing is measured, and the output says so; `--small --device cpu` takes
+the same way with a model of 2 layers and proves only that.
+
+    python tests/benchmarks/gpu_step.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+from fl_client.dp.adapt import adapt
+from fl_client.dp.architectures import architecture_of
+from fl_client.dp.batches import Records, micro_batches
+from fl_client.dp.engine import DPEngine, per_record_loss
+from fl_client.model.layout import expert_modules
+from fl_client.model.load import make_rotary, with_quantised_layers
+from fl_client.model.quant_tensor import GROUP
+from fl_shared.manifest import LoraSection
+from fl_shared.privacy import Mechanism
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from helpers.random_models import random_records  # noqa: E402 - made importable above
+
+CLASSES = 20
+VARIANTS = ("book", "plain", "peft", "forward")
+LORA = LoraSection(rank=8, alpha=16.0, targets=("attention", "shared_experts", "routed_experts"))
+MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
+V2_LITE = {
+    "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "kv_lora_rank": 512,
+    "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_group": 1,
+    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+}  # fmt: skip
+SMALL = V2_LITE | {
+    "vocab_size": 512, "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 256, "moe_intermediate_size": 96, "n_routed_experts": 8, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
+UNITS, TOKENS = 8, 512
+
+
+def empty_model(*, small: bool) -> nn.Module:
+    """The architecture on the meta device."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            DeepseekV2Config(**(SMALL if small else V2_LITE)), attn_implementation="sdpa"
+        )
+    model.set_experts_implementation("grouped_mm")
+    return model  # type: ignore[no-any-return]
+
+
+def fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Random values straight onto the device, tensor by tensor, each in the type it is kept in; frozen, in eval mode.
+
+    Levels are uniform; the scale makes weights of standard deviation 0.02.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        value = nn.Parameter(_random(leaf, parameter, device, dtype, generator), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, value)
+    for name, buffer in list(model.named_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        if buffer.is_meta and not parent.endswith("rotary_emb"):
+            model.get_submodule(parent)._buffers[leaf] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+    make_rotary(model, device)
+    return model.eval()
+
+
+def _random(leaf: str, like: Tensor, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if leaf.endswith("qweight"):
+        low, high = (-127, 128) if like.dtype == torch.int8 else (0, 256)
+        return torch.randint(low, high, like.shape, dtype=like.dtype, device=device, generator=generator)
+    if leaf.endswith("scale"):
+        return torch.full(like.shape, 0.02 / 73.6, device=device)
+    if like.ndim == 1:
+        return torch.ones(like.shape, dtype=dtype, device=device)
+    return torch.empty(like.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+
+
+def quantised_model(device: torch.device, *, small: bool) -> nn.Module:
+    """The int8 model; what stays float is bfloat16."""
+    return fill(with_quantised_layers(empty_model(small=small), 8, GROUP), device, torch.bfloat16)
+
+
+def stepper(variant: str, device: torch.device, *, small: bool) -> Callable[[], None]:
+    """A function that takes one step of a variant on the same records."""
+    shape = SMALL if small else V2_LITE
+    tokens = 32 if small else TOKENS
+    records = random_records(UNITS, low=tokens, high=tokens, vocabulary=int(shape["vocab_size"] or 0), classes=CLASSES)
+    if variant == "peft":
+        return _peft_step(fill(empty_model(small=small), device, torch.bfloat16), records, device)
+    model = quantised_model(device, small=small)
+    if variant == "forward":
+        backbone: Any = model.model
+
+        def forward() -> None:
+            with torch.no_grad():
+                for batch in micro_batches(records, list(range(UNITS)), device):
+                    backbone(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+
+        return forward
+    hidden = int(shape["hidden_size"] or 0)
+    adapted = adapt(model, LORA, CLASSES, torch.zeros(hidden, device=device), torch.ones(hidden, device=device))
+    if variant == "plain":
+        return _plain_step(adapted.classifier, list(adapted.plan.values()), records, device)
+    engine = DPEngine(
+        adapted, records, MECHANISM, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9, engine="book"
+    )
+    return lambda: engine.step(list(range(UNITS)))
+
+
+def _plain_step(
+    classifier: Callable[[Tensor, Tensor], Tensor], trained: list[Any], records: Records, device: torch.device
+) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
+
+    def step() -> None:
+        for batch in micro_batches(records, list(range(UNITS)), device):
+            loss = per_record_loss(classifier(batch.ids, batch.mask), batch.labels)
+            (loss.sum() / UNITS).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _peft_step(model: nn.Module, records: Records, device: torch.device) -> Callable[[], None]:
+    """PEFT's own LoRA: layers by name, the fused experts by `target_parameters`; mean pooling and a linear head."""
+    inner: Any = model.model
+    groups = architecture_of("deepseek_v2").groups()
+    suffixes = tuple(f".{name}" for group in ("attention", "shared_experts") for name in groups[group])
+    linears = [path for path, module in inner.named_modules() if path.endswith(suffixes)]
+    experts = list(expert_modules(inner))
+    wrapper = nn.Module()  # without a Hugging Face config, or PEFT drops the shared experts
+    wrapper.model = inner
+    settings = LoraConfig(
+        r=LORA.rank, lora_alpha=int(LORA.alpha),
+        target_modules="(" + "|".join(re.escape(f"model.{path}") for path in linears) + ")",
+        target_parameters=[f"model.{path}.{part}" for path in experts for part in ("gate_up_proj", "down_proj")],
+    )  # fmt: skip
+    inject_adapter_in_model(settings, wrapper)
+    head = nn.Linear(int(inner.config.hidden_size), CLASSES, device=device)
+    trained = [p for name, p in wrapper.named_parameters() if "lora_" in name]
+    wanted = 2 * (len(linears) + 2 * len(experts))
+    if len(trained) != wanted:
+        raise RuntimeError(f"PEFT adapts {len(trained)} tensors, not {wanted}")
+
+    def classify(ids: Tensor, mask: Tensor) -> Tensor:
+        last = inner(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        real = mask.unsqueeze(-1).float()
+        logits: Tensor = head((last * real).sum(1) / real.sum(1))
+        return logits
+
+    return _plain_step(classify, [*trained, *head.parameters()], records, device)
+
+
+def measure_one(variant: str, device: torch.device, *, small: bool, turns: int) -> dict[str, Any]:
+    """Median seconds a step, and on CUDA the peak memory of the process; out of memory is a result, too."""
+    cuda = device.type == "cuda"
+    try:
+        step = stepper(variant, device, small=small)
+        taken = []
+        for turn in range(turns + 2):
+            before = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            if turn > 1:  # the first ones compile kernels and warm up
+                taken.append(time.perf_counter() - before)
+    except torch.OutOfMemoryError:
+        return {"variant": variant, "out_of_memory": True}
+    return {
+        "variant": variant,
+        "seconds_per_step": statistics.median(taken),
+        "tokens_per_s": UNITS * (32 if small else TOKENS) / statistics.median(taken),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--full", action="store_true", help="more steps")
+    parser.add_argument("--small", action="store_true", help="2 layers instead of 27")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only with --small")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.small:
+        parser.error("the real shape needs a GPU; take --small with --device cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        reason = "not measured: this machine has no CUDA device"
+        print(json.dumps({"device": None, "models": [], "skipped": reason}) if options.json else reason)
+        return 0
+    device, turns = torch.device(options.device), 20 if options.full else 5
+    if options.variant:
+        print(json.dumps(measure_one(options.variant, device, small=options.small, turns=turns)))
+        return 0
+    found = {variant: _in_child(variant, options) for variant in VARIANTS}
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    parameters = sum(p.numel() for p in empty_model(small=options.small).parameters())
+    result = {
+        "device": where,
+        "models": [
+            {
+                "name": "two small layers" if options.small else "DeepSeek-V2-Lite's shape",
+                "parameters": parameters,
+                "units": UNITS,
+                "tokens": 32 if options.small else TOKENS,
+                "time_ratio": _ratio(found, "book", "plain", "seconds_per_step"),
+                "memory_ratio": _ratio(found, "book", "plain", "peak_bytes"),
+                "time_vs_peft": _ratio(found, "book", "peft", "seconds_per_step"),
+                "memory_vs_peft": _ratio(found, "book", "peft", "peak_bytes"),
+                "variants": list(found.values()),
+            }
+        ],
+    }
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _in_child(variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    flags = [flag for flag in ("--full", "--small") if getattr(options, flag.removeprefix("--"))]
+    done = subprocess.run(
+        [sys.executable, __file__, "--variant", variant, "--device", options.device, *flags],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def _ratio(found: dict[str, dict[str, Any]], over: str, under: str, key: str) -> float | None:
+    upper, lower = found[over].get(key), found[under].get(key)
+    return round(upper / lower, 3) if upper and lower else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
