@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parents[1] / "scenarios"), str(HERE)]
 import network  # noqa: E402
 
 import harness  # noqa: E402 - made importable above
+from fl_server.db.copying import copy_sqlite  # noqa: E402
 from fl_shared.offline import OFFLINE  # noqa: E402
 
 SITE, RUN, ROUNDS = "hospital-001", "drill", 3
@@ -174,6 +175,7 @@ class Drill:
                 raise TimeoutError("no round was committed")
             time.sleep(0.5)
         self.scrape("running")
+        copy_sqlite(self.site.home / "ledger.sqlite", self.root / "old-ledger.sqlite")
         self.seen["processes"] = processes()
         made = harness.command_json("fl-server", "backup", "--home", str(self.coordinator.home), "--out", str(archive))
         self.seen["backup"] = made
@@ -203,9 +205,16 @@ class Drill:
         self.seen["site_exit"] = self.site.service.stop(timeout=60)
         self.seen["coordinator_exit"] = self.coordinator.service.stop(timeout=60)
         self.seen["left_over"] = processes()
-        self.seen["verify_exit"] = harness.command(
-            "fl-audit", "verify", "--site", SITE, "--home", str(self.site.home), check=False
-        ).returncode
+        self.seen["verify"] = self.verify(self.site.home / "ledger.sqlite")
+        self.seen["verify_old"] = self.verify(self.root / "old-ledger.sqlite")
+
+    def verify(self, ledger: Path) -> list[Any]:
+        """Exit code and words of `fl-audit verify` on a ledger, held against the coordinator's receipts."""
+        done = harness.command(
+            "fl-audit", "verify", "--site", SITE, "--home", str(self.site.home), "--ledger", f"sqlite:///{ledger}",
+            "--receipts", f"sqlite:///{self.coordinator.home / 'coordinator.sqlite'}", check=False,
+        )  # fmt: skip
+        return [done.returncode, done.stdout + done.stderr]
 
 
 def main() -> int:

@@ -114,7 +114,14 @@ def test_the_run_goes_on_from_its_last_committed_round_and_sites_notice_a_pause_
     assert seen["agent_lived_on"]
     spends = [(each["round"], each["outcome"]) for each in seen["spends"]]
     assert spends == [(number, "settled") for number in (1, 2, 3)]
-    assert seen["verify_exit"] == 0
+    assert seen["verify"][0] == 0, seen["verify"][1]
+
+
+def test_a_ledger_from_an_old_backup_is_found_by_the_receipts(drill: Drill) -> None:
+    """A copy of the site's ledger from mid-run is intact in itself; verify against the receipts finds it."""
+    code, said = drill.seen["verify_old"]
+    assert code != 0, said
+    assert "receipt" in said
 
 
 def test_both_halves_end_with_0_on_sigterm_and_leave_nothing_behind(drill: Drill) -> None:

@@ -126,6 +126,17 @@ def test_a_damaged_adapter_is_named_and_the_rest_is_kept(home: ServerHome, tmp_p
     assert restore(tmp_path / "backup.tar", ServerHome(tmp_path / "new"))["damaged"] == made.damaged
 
 
+def test_a_database_of_a_newer_version_is_refused_with_a_fix(home: ServerHome) -> None:
+    """An older coordinator says what to do instead of touching a schema that it does not know."""
+    engine = sa.create_engine(home.database_url())
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
+    engine.dispose()
+    with pytest.raises(ConfigError, match="v9999") as failure:
+        Store(home.database_url()).migrate()
+    assert "restore" in failure.value.fix
+
+
 def _rewrite(path: Path, change: Callable[[str, bytes], list[tuple[str, bytes]]]) -> None:
     """Write the archive again, each member changed, left out or joined by others."""
     with tarfile.open(path) as source:

@@ -9,6 +9,7 @@ from importlib import resources
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
@@ -40,13 +41,21 @@ class Store:
             event.listen(self._engine, "begin", _sqlite_begin)
 
     def migrate(self) -> None:
-        """Bring the schema up to date; does nothing when it is. DatabaseAway when nobody answers."""
+        """Bring the schema up to date; does nothing when it is. DatabaseAway when nobody answers, ConfigError when a
+        newer version has been here.
+        """
         config = Config()
         config.set_main_option("script_location", str(resources.files("fl_server.db") / "migrations"))
         config.attributes["configure_logger"] = False
         with _reached(), self._engine.begin() as connection:
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise ConfigError(
+                    f"the coordinator's database is not one of this version ({error})",
+                    fix="install the version that used it last, or restore the backup made before the upgrade",
+                ) from error
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
