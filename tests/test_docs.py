@@ -68,3 +68,18 @@ def test_every_test_that_a_document_names_exists(document: Path) -> None:
         path, _, name = target.partition("::")
         assert (ROOT / path).exists(), target
         assert not name or f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), target
+
+
+def test_every_decision_that_is_cited_exists() -> None:
+    """A number after `docs/decisions/` or the word `decision`, in code or documents, names exactly one record."""
+    records = [path.name[:4] for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md")]
+    assert len(records) == len(set(records))
+    code = [path for part in ("shared", "server", "client", "tests") for path in (ROOT / part).rglob("*.py")]
+    places = [*DOCUMENTS, *(ROOT / "docs" / "decisions").glob("*.md"), *code]
+    cited = {
+        (number, str(path.relative_to(ROOT)))
+        for path in places
+        for number in re.findall(r"(?:docs/decisions/|\bdecisions? )(\d{4})\b", path.read_text(encoding="utf-8"))
+    }
+    assert cited
+    assert {each for each in cited if each[0] not in records} == set()

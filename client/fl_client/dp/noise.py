@@ -11,7 +11,7 @@ Sampling adds two or three table look-ups at different scales (Micciancio and Wa
 part is flat within `2 exp(-2 pi**2 tau**2) < 2**-110` for tau = 2, so the result is discrete Gaussian up to that
 factor. The tables are alias tables (Walker 1977) of probabilities in whole multiples of 2**-96. docs/decisions/0021
 adds up what these approximations cost: for 10**6 coordinates and 10**4 steps at most 0.0008 in epsilon and, at
-epsilon 8, 2.1e-9 in delta.
+epsilon 8, less than 3e-9 in delta.
 """
 
 from __future__ import annotations
