@@ -18,20 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fl_client.dp.architectures import known_architectures
 from fl_shared.canonical import file_sha256, sha256_hex
 from fl_shared.errors import ModelError
 
-SUPPORTED = ("deepseek_v2", "deepseek_v3", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 QUANTISATION_KEY = "concordat_quantisation"
 # Not quantised: the output head, and the gates that choose or weigh experts.
 KEEP_FLOAT = ("lm_head", "shared_expert_gate")
 _DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "features.safetensors")
-_RENAMES = (
-    (re.compile(r"\.block_sparse_moe\.gate\.weight$"), ".mlp.gate.weight"),
-    (re.compile(r"\.block_sparse_moe\.router\.layer\.weight$"), ".block_sparse_moe.router.weight"),
-    (re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".block_sparse_moe.experts.gate_up_proj"),
-    (re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".block_sparse_moe.experts.down_proj"),
-)
 _EXPERT = re.compile(
     r"(?P<layer>.*)\.(?P<block>mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)"
     r"\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
@@ -50,8 +44,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{directory / 'config.json'} is not JSON", fix="download the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in SUPPORTED:
-        raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=f"use {', '.join(SUPPORTED)}")
+    known = known_architectures()
+    if kind not in known:
+        fix = f"use {', '.join(sorted(known))}"
+        raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=fix)
     settings = config.get(QUANTISATION_KEY, {"bits": 8, "group": 128})
     whole = isinstance(settings, dict) and all(type(settings.get(key)) is int for key in ("bits", "group"))
     if not whole or settings["bits"] not in (4, 8) or settings["group"] < 1:
@@ -136,6 +132,7 @@ def _read_slices(path: Path, name: str) -> Iterator[Tensor]:
 
 def stored_tensors(directory: Path) -> list[Stored]:
     """Every tensor under its in-memory name, experts fused; ModelError when a piece is missing."""
+    renames = known_architectures()[read_config(directory)["model_type"]].renames
     plain: list[Stored] = []
     experts: dict[tuple[str, str], dict[tuple[int, str], tuple[Path, str]]] = {}
     for path in weight_files(directory):
@@ -147,7 +144,7 @@ def stored_tensors(directory: Path) -> list[Stored]:
         for name in names:
             match = _EXPERT.fullmatch(name)
             if match is None:
-                plain.append(Stored(_rename(name), ((path, name),)))
+                plain.append(Stored(_rename(name, renames), ((path, name),)))
                 continue
             part = _PARTS[match["part"]]
             fused = "down_proj" if part == "down" else "gate_up_proj"
@@ -167,9 +164,10 @@ def stored_tensors(directory: Path) -> list[Stored]:
     return sorted(plain + fused_tensors, key=lambda each: each.name)
 
 
-def _rename(name: str) -> str:
-    for pattern, replacement in _RENAMES:
-        name = pattern.sub(replacement, name)
+def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
+    for stored, ours in renames:
+        if name.endswith(stored):
+            return name.removesuffix(stored) + ours
     return name
 
 

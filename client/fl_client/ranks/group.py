@@ -1,8 +1,8 @@
 """The agent's side of several ranks: start them under torchrun, hand them rounds, end them together.
 
 torchrun runs inside the keeper of `fl_client.sandbox`, without confinement: when the agent ends, however it ends,
-the keeper kills every rank (docs/decisions/0024, 0041). The ranks are part of the trusted half; what they get they get over
-a Unix socket whose every peer is checked to be a descendant of that keeper. Only the agent touches the ledger.
+the keeper kills every rank (docs/decisions/0024). The ranks are part of the trusted half; they get each round over a
+Unix socket whose every peer is checked to be a descendant of that keeper. Only the agent touches the ledger.
 """
 
 from __future__ import annotations

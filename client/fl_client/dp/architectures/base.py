@@ -15,6 +15,8 @@ class Architecture:
         shared_experts: linear layers of the experts that every token passes; empty when the family has none.
         routed_experts: the module with the fused expert weights; absent in a dense layer.
         router: modules that stay frozen whatever is asked for.
+        renames: ends of tensor names as checkpoints have them, and as transformers has them in memory. Experts that lie
+            one by one (`experts.<n>.gate_proj` or `.w1`) need none.
     """
 
     model_type: str
@@ -22,6 +24,7 @@ class Architecture:
     shared_experts: tuple[str, ...]
     routed_experts: str
     router: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...] = ()
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """LoRA target name (as in the run spec) to layer names."""

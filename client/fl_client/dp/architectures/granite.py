@@ -1,4 +1,4 @@
-"""GraniteMoE: no shared experts; the router is called `router`."""
+"""GraniteMoE: no shared experts; the router is called `router`, and checkpoints name fused experts otherwise."""
 
 from fl_client.dp.architectures.base import Architecture
 
@@ -9,5 +9,10 @@ ARCHITECTURES = (
         shared_experts=(),
         routed_experts="block_sparse_moe.experts",
         router=("block_sparse_moe.router",),
+        renames=(
+            (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
+            (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+            (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        ),
     ),
 )

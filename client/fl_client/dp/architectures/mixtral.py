@@ -1,4 +1,4 @@
-"""Mixtral: no shared experts."""
+"""Mixtral: no shared experts; checkpoints call the block `block_sparse_moe`."""
 
 from fl_client.dp.architectures.base import Architecture
 
@@ -9,5 +9,6 @@ ARCHITECTURES = (
         shared_experts=(),
         routed_experts="mlp.experts",
         router=("mlp.gate",),
+        renames=((".block_sparse_moe.gate.weight", ".mlp.gate.weight"),),
     ),
 )
