@@ -278,9 +278,9 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         found = site_message(self._sites.get(request.site))
         going = [view for view in self._runs.all() if view.row.state not in ENDED]
         found.runs.extend(view.row.run for view in going if request.site in view.spec.run.sites)
-        receipts = self._runs.receipts(request.site, "")
-        if receipts:
-            found.epsilon_spent_total, found.delta = receipts[-1].epsilon_spent_total, receipts[-1].delta
+        newest = self._runs.newest_receipt(request.site)
+        if newest is not None:
+            found.epsilon_spent_total, found.delta = newest.epsilon_spent_total, newest.delta
         return found
 
     @allow("admin", action="sites revoke")

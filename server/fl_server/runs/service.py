@@ -436,6 +436,12 @@ class Runs:
             raise RunError(f"{path} is not the adapter that was committed", fix="restore it from the backup")
         return data
 
+    def newest_receipt(self, site: str) -> ReplyRow | None:
+        """The newest signed receipt of a site; None before its first."""
+        query = select(ReplyRow).where(ReplyRow.status.in_(("ok", "late")), ReplyRow.site == site)
+        with self._store.read() as session:
+            return session.scalars(query.order_by(ReplyRow.received_at.desc()).limit(1)).first()
+
     def receipts(self, site: str, run: str) -> list[ReplyRow]:
         """Signed receipts, oldest first, late ones among them; empty `site` or `run` means every one."""
         query = select(ReplyRow).where(ReplyRow.status.in_(("ok", "late"))).order_by(ReplyRow.received_at)
