@@ -44,7 +44,8 @@ FORMAT = 1
 IN_HOME = "home"
 """Stands for the SQLite file in the home where a database's address is asked for."""
 _TRANSIENT = frozenset(
-    {"logs", "attempts", "supervisor.json", "supervisor.lock", "flower/home", "flower/app", "flower/superlink.json"}
+    {"logs", "run", "attempts", "supervisor.json", "supervisor.lock"}
+    | {"flower/home", "flower/app", "flower/superlink.json"}
 )  # made anew at every start
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _BLOCK = 1 << 20

@@ -36,6 +36,7 @@ from fl_server.pki import Authority, Identity
 from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
+from fl_server.traffic import Counted
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.logs import set_up
 from fl_shared.names import site_id
@@ -387,7 +388,7 @@ async def serve(home: ServerHome) -> None:
         verify=inner, timeout=httpx.Timeout(300.0, connect=5.0), limits=limits, trust_env=False
     ) as client:
         config = uvicorn.Config(
-            Gateway(home, settings, client).app(),
+            Counted(Gateway(home, settings, client).app()),
             http="h11",
             ws="none",
             log_level="warning",

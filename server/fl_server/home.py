@@ -151,6 +151,10 @@ class ServerHome:
         return self.root / "attempts"
 
     @property
+    def counters(self) -> Path:
+        return self.root / "run" / "counters"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -7,11 +7,13 @@ among them, since the time of a round at a site may depend on its data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -124,9 +126,16 @@ class CoordinatorState(Collector):
             yield CounterMetricFamily(name, text, value=float(total or 0))
 
 
-def coordinator_registry(store: Store, components: Callable[[], list[dict[str, Any]]]) -> CollectorRegistry:
-    """The registry that the coordinator's port shows, with this process's own use of CPU, memory and files."""
+def coordinator_registry(
+    store: Store, components: Callable[[], list[dict[str, Any]]], counters: Path
+) -> CollectorRegistry:
+    """The registry that the coordinator's port shows, with this process's own use of CPU, memory and files.
+
+    `counters` is the folder in which the gateway counts (`fl_server.traffic`).
+    """
     registry = CollectorRegistry()
+    if counters.is_dir():
+        MultiProcessCollector(registry, str(counters))  # type: ignore[no-untyped-call]  # left untyped
     registry.register(CoordinatorState(store, components))
     ProcessCollector(registry=registry)
     return registry

@@ -44,7 +44,7 @@ def run(argv: Sequence[str] | None) -> int:
     over = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     store = Store(home.database_url())
-    registry = coordinator_registry(store, lambda: read_state(home)["components"])
+    registry = coordinator_registry(store, lambda: read_state(home)["components"], home.counters)
     server = serve_monitoring(address, registry, lambda: missing(home, store))
     over.wait()
     server.shutdown()

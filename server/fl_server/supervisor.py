@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -83,6 +84,7 @@ class Supervisor:
         self._stopping = False
         self._lock = -1
         self._components = self._plan(self._settings)
+        self._counting: dict[str, str] = {}
         self._written = ""
         self._written_at = 0.0
 
@@ -147,6 +149,10 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         log.info("coordinator at %s", self._home.root)
+        if self._settings.metrics is not None:
+            shutil.rmtree(self._home.counters, ignore_errors=True)  # counters begin with the coordinator
+            self._home.counters.mkdir(parents=True, mode=0o700)
+            self._counting = {"PROMETHEUS_MULTIPROC_DIR": str(self._home.counters)}
         try:
             self._migrate()
             while not self._stopping:
@@ -199,7 +205,7 @@ class Supervisor:
             if now >= component.not_before and wanted:
                 command = component.before()
                 file = self._home.logs / f"{component.name}.log" if self._logs_to_files else None
-                component.process = spawn(command, environment(self._home), file)
+                component.process = spawn(command, environment(self._home) | self._counting, file)
                 component.started_at, component.probed_at = now, 0.0
                 self._say(component, "starting")
             return

@@ -197,6 +197,8 @@ def test_metrics_tell_rounds_bytes_steps_and_epsilon(drill: Drill) -> None:
     assert coordinator["concordat_runs{state=completed}"] == 1
     assert coordinator["concordat_replies{code=}{site=hospital-001}{status=ok}"] == 3
     assert coordinator["concordat_received_bytes_total"] > 1000
+    assert coordinator["concordat_gateway_requests_total{call=pull-messages}{status=200}"] > 0
+    assert coordinator["concordat_gateway_bytes_total{direction=in}"] > 1000
     assert site["concordat_rounds_total{outcome=ok}"] >= 3
     assert site["concordat_step_seconds_count"] == 3 * 2
     assert site["concordat_bytes_total{direction=out}"] >= coordinator["concordat_received_bytes_total"]
