@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -115,13 +114,12 @@ def _load(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 class Renewer:
-    """A thread of the agent that renews in time; `renewed` is called after each success."""
+    """A thread of the agent that renews in time. Whoever uses the certificate reads it anew for each connection."""
 
-    def __init__(self, home: SiteHome, pinned: Coordinator, renewed: Callable[[], None]) -> None:
-        """Take the site's home and what to do once a new certificate is in place."""
+    def __init__(self, home: SiteHome, pinned: Coordinator) -> None:
+        """Take the site's home and whom to ask."""
         self._home = home
         self._pinned = pinned
-        self._renewed = renewed
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
 
@@ -146,7 +144,6 @@ class Renewer:
             log.warning("the certificate was not renewed: %s; trying again in %.0f min", error.message, RETRY_S / 60)
             return RETRY_S
         log.info("renewed the certificate; valid until %s", f"{made.not_valid_after_utc:%Y-%m-%d}")
-        self._renewed()
         return EVERY_S
 
     def _run(self) -> None:

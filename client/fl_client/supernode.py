@@ -219,13 +219,6 @@ class Helpers:
         if self._launch_node:
             self._start("supernode")
 
-    def restart_tunnel(self) -> None:
-        """Start the tunnel anew on the same port, so that it uses the certificate that lies there now."""
-        with self._lock:
-            tunnel = self._running.get("tunnel")
-        if tunnel is not None:
-            tunnel.terminate()
-
     def _node_left(self) -> None:
         """End the SuperNode that has taken leave; whoever keeps it starts the next one."""
         if self._stopping.is_set() or self._plan is None:

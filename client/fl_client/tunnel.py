@@ -60,6 +60,7 @@ FLEET_CALLS = frozenset(
 )
 MAX_APP_BYTES = 16 << 20
 OFF_LINE_S = 6.0
+TIMEOUT_S = 300.0
 READY = "tunnel ready"
 NODE_LEFT = "the SuperNode has left"
 _HANDLED = ("get-fab", "activate-node")
@@ -162,26 +163,66 @@ def deactivation(node: int) -> bytes:
     return DeactivateNodeRequest(node_id=node).SerializeToString()
 
 
+class Credentials:
+    """The site's certificate and key as they lie on disk; a renewal replaces them while the tunnel runs."""
+
+    def __init__(self, ca: Path, certificate: Path, key: Path) -> None:
+        """Take the three files; they are read by `context`."""
+        self._ca = ca
+        self._pair = (certificate, key)
+
+    def stamp(self) -> tuple[int, ...]:
+        """Another value after each replacement; OSError in the moment of an exchange."""
+        return tuple(number for path in self._pair for number in (path.stat().st_ino, path.stat().st_mtime_ns))
+
+    def context(self) -> ssl.SSLContext:
+        """A TLS context with what lies there now; OSError when certificate and key do not fit just now."""
+        return verified_context(self._ca.read_text("ascii"), *self._pair)
+
+
 class Tunnel:
-    """Forwards Fleet calls to `fleet_url` over `context`.
+    """Forwards Fleet calls to `fleet_url` with `credentials`.
 
     `apps` is the allow-list of app digests, or `["any"]`. `node_file` remembers the node's id, so that a
     SuperNode that was killed can come back at once: the SuperLink holds a silent node on line for a minute
     and would refuse it until then.
+
+    A renewed certificate is taken up with the next call; calls under way end on the connections that they have.
     """
 
-    def __init__(self, fleet_url: str, context: ssl.SSLContext, apps: list[str], node_file: Path) -> None:
-        """Prepare the outgoing connections; nothing is opened yet."""
+    def __init__(self, fleet_url: str, credentials: Credentials, apps: list[str], node_file: Path) -> None:
+        """Prepare the outgoing connections; nothing is opened yet. OSError when the credentials cannot be used."""
         self._url = fleet_url
+        self._credentials = credentials
+        self._stamp = credentials.stamp()
         self._apps = apps
         self._node_file = node_file
         self._complained = 0.0
-        self._client = httpx.AsyncClient(
+        self._client = self._outgoing(credentials.context())
+
+    @staticmethod
+    def _outgoing(context: ssl.SSLContext) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
             verify=context,
-            timeout=httpx.Timeout(300.0, connect=15.0),
+            timeout=httpx.Timeout(TIMEOUT_S, connect=15.0),
             limits=httpx.Limits(max_connections=32, max_keepalive_connections=8),
             follow_redirects=False,
         )
+
+    def _now(self) -> httpx.AsyncClient:
+        """The outgoing connections with the certificate of the moment."""
+        try:
+            stamp = self._credentials.stamp()
+            if stamp == self._stamp:
+                return self._client
+            context = self._credentials.context()
+        except OSError:
+            return self._client  # the two files are being exchanged; the next call looks again
+        former, self._client, self._stamp = self._client, self._outgoing(context), stamp
+        log.info("took up the renewed certificate")
+        loop = asyncio.get_running_loop()
+        loop.call_later(TIMEOUT_S + 30.0, lambda: loop.create_task(former.aclose()))
+        return self._client
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -212,8 +253,9 @@ class Tunnel:
     async def _send(
         self, call: str, headers: list[tuple[str, str]], content: bytes | AsyncIterator[bytes]
     ) -> httpx.Response:
-        request = self._client.build_request("POST", f"{self._url}/{call}", headers=headers, content=content)
-        return await self._client.send(request, stream=True)
+        client = self._now()
+        request = client.build_request("POST", f"{self._url}/{call}", headers=headers, content=content)
+        return await client.send(request, stream=True)
 
     async def _handled(self, call: str, headers: list[tuple[str, str]], request: Request) -> Response:
         """Calls whose answer the tunnel reads: the shipped app, and the node's id."""
@@ -296,9 +338,9 @@ async def _whole(answer: httpx.Response, limit: int) -> bytes | None:
 
 
 async def _serve(settings: TunnelSettings) -> None:
-    context = verified_context(Path(settings.ca).read_text("ascii"), Path(settings.certificate), Path(settings.key))
+    credentials = Credentials(Path(settings.ca), Path(settings.certificate), Path(settings.key))
     config = uvicorn.Config(
-        Tunnel(settings.fleet_url, context, settings.apps, Path(settings.node_file)).app(),
+        Tunnel(settings.fleet_url, credentials, settings.apps, Path(settings.node_file)).app(),
         ssl_certfile=settings.local_certificate,
         ssl_keyfile=settings.local_key,
         log_level="warning",

@@ -104,6 +104,7 @@ class Gateway:
         self.rotations: Any = []
         self.renewals = 0
         self.fleet_calls: list[tuple[str, str]] = []
+        self.certificates: list[str] = []
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -166,6 +167,8 @@ class Gateway:
                     self._answer(200, json.dumps(gateway.change_answer({"certificate_pem": made})).encode())
                 elif self.path.startswith("/v1/fleet/") and self._peer():
                     gateway.fleet_calls.append((self.path, self._peer()))
+                    der = self.connection.getpeercert(True)  # type: ignore[attr-defined]
+                    gateway.certificates.append(hashlib.sha256(der).hexdigest())
                     self._answer(*gateway.fleet_answer(self.path, body))
                 else:
                     self._answer(403, b"{}")

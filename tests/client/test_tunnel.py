@@ -20,8 +20,9 @@ from client_gateway import Gateway
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
 
-from fl_client.enrolment import enrol
+from fl_client.enrolment import Coordinator, enrol
 from fl_client.home import SiteHome
+from fl_client.renewal import renew
 from fl_client.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 
@@ -142,6 +143,26 @@ def test_a_killed_node_is_taken_off_line_before_its_successor_goes_on(
     assert [call for call, _ in bodies] == ["activate-node", "deactivate-node", "activate-node"]
     assert DeactivateNodeRequest.FromString(bodies[1][1]).node_id == 4711
     assert bodies[2][1] == b"second"
+
+
+def test_a_renewed_certificate_is_taken_up_with_the_next_call(
+    tunnel: Running, home: SiteHome, gateway: Gateway
+) -> None:
+    """The process goes on; an exchange that is half done disturbs nobody."""
+    gateway.fleet_answer = lambda _path, body: (200, body)
+    assert tunnel.post("/v1/fleet/pull-messages").status_code == 200
+    old = gateway.certificates[-1]
+    before = tunnel.helpers.pids()
+    kept = home.client_key.read_bytes()
+    renew(home, Coordinator.load(home))
+    renewed = home.client_key.read_bytes()
+    home.client_key.write_bytes(kept)
+    assert tunnel.post("/v1/fleet/pull-messages").status_code == 200
+    assert gateway.certificates[-1] == old
+    home.client_key.write_bytes(renewed)
+    assert tunnel.post("/v1/fleet/pull-messages").status_code == 200
+    assert gateway.certificates[-1] != old
+    assert tunnel.helpers.pids() == before
 
 
 def test_a_gateway_that_is_down_is_a_503(tunnel: Running, gateway: Gateway) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from fl_client.data.icd10 import hospital_split
+from fl_client.enrolment import Coordinator as Pinned
+from fl_client.home import SiteHome
+from fl_client.renewal import certificate, renew
 from harness import CommandError, Coordinator, Site, command, command_json, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -158,6 +161,24 @@ def test_a_round_that_asks_for_less_noise_is_refused_and_costs_nothing(federatio
     assert all(run not in runs_of(site) for site in federation.sites)
 
 
+def test_new_keys_of_coordinator_and_site_need_no_restart(federation: Federation) -> None:
+    """The coordinator's key changes and a site renews its certificate; the next run completes as things stand."""
+    site = federation.sites[0]
+    pinned = Pinned.load(SiteHome(site.home))
+    coordinator = str(federation.coordinator.home)
+    change = command_json("fl-server", "rotate-key", "--home", coordinator, "--grace-days", "0")
+    old = certificate(SiteHome(site.home)).serial_number
+    renew(SiteHome(site.home), pinned)
+    run = federation.launch("rotated", rounds=1, sigma=3.0)
+    shown = federation.coordinator.wait(run, timeout=300)
+    assert shown["state"] == "completed", shown
+    for each in federation.sites:
+        found = Pinned.load(SiteHome(each.home))
+        assert (found.coordinator_key, found.previous_key) == (change["body"]["new_key"], pinned.coordinator_key)
+        assert run in runs_of(each)
+    assert certificate(SiteHome(site.home)).serial_number != old
+
+
 def test_a_round_over_budget_is_refused_with_a_typed_answer(federation: Federation) -> None:
     """A run that would pass the ceiling is refused as budget-exhausted, and the ceiling holds."""
     run = federation.launch("greedy", rounds=12, sigma=0.8, q=0.2)
@@ -183,6 +204,16 @@ def test_a_wrong_token_enrols_nobody(federation: Federation, tmp_path: Path) -> 
     assert "Traceback" not in failure.value.output
     assert "token" in failure.value.output
     stranger.enroll(federation.coordinator.url, good)
+
+
+def test_exported_receipts_fit_every_ledger(federation: Federation, tmp_path: Path) -> None:
+    """What the coordinator exports is what the auditor holds against the site's ledger: each receipt pins it."""
+    for site in federation.sites:
+        out = tmp_path / f"{site.id}.json"
+        made = federation.coordinator.admin("receipts", "export", "--site", site.id, "--out", str(out))
+        report = site.audit("verify", "--receipts", str(out))
+        assert made["receipts"] >= 2
+        assert (report["intact"], report["receipts"]) == (True, made["receipts"])
 
 
 def test_the_auditor_verifies_every_ledger(federation: Federation) -> None:

@@ -66,7 +66,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
     finish(home)
     helpers = _helpers(home, config, coordinator)
-    renewer = Renewer(home, coordinator, helpers.restart_tunnel)
+    renewer = Renewer(home, coordinator)
     site: OpenSite | None = None
     metrics, serving = Metrics(), threading.Event()
     metrics.state.helpers = helpers.states
