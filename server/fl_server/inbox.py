@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-STALL_S = 10.0
+STALL_S = 3.0  # a SuperNode that comes back is off line for 6 s, which the round must not miss
 GROUPS = 32
 
 

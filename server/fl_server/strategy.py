@@ -154,6 +154,7 @@ class Round:
             self._late.pull()
             self._send(online, deadline)
             self._pull()
+            self._give_up_lost_orders(online)
             now = time.monotonic()
             if self._good() >= quorum:
                 quorum_at = quorum_at or now
@@ -247,6 +248,12 @@ class Round:
                 each.message = ""
                 self._take(each, message)
             del message  # before the next one is fetched: memory stays that of one update
+
+    def _give_up_lost_orders(self, online: set[int]) -> None:
+        """An order dies with the SuperNode that it was given to, also when that had begun to send the reply."""
+        for each in self._open():
+            if each.message and each.node not in online:
+                each.message, each.problem = "", "it went off line while it was asked"
 
     def _take(self, each: _Asked, message: Message) -> None:
         if message.has_error():
