@@ -44,7 +44,7 @@ MB = 1_000_000
 SITES, BYTES = 20, 50 * MB
 RANK, HIDDEN = 16, 2048
 # One thread; and freed memory goes back to the system at once, so that what is resident is what is held.
-QUIET = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+QUIET = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def spec_of(name: str, sites: int, wire: str = "float32") -> RunSpec:
@@ -143,62 +143,61 @@ def against_flower(repeats: int) -> dict[str, Any]:
     }
 
 
-def stream(name: str, sites: int, size: int, wire: str, folder: Path) -> dict[str, Any]:
-    """One round whose replies come one by one from a file: peak memory in adapters, time for each site.
-
-    Runs in a process of its own.
-    """
+def prepare(folder: Path, size: int, wire: str) -> None:
+    """Write a global adapter, a reply as Flower holds it in memory, and the reply's digest."""
+    folder.mkdir()
     values = tensors(size)
     sent = pack(values, wire=wire)
-    wanted, width = digest(sent), len(pack(values))
-    source = folder / "reply.npy"
-    array = Array(np.frombuffer(sent, dtype=np.uint8))
-    source.write_bytes(array.data)
-    base = pack(values)
-    del values, sent, array
+    (folder / "base").write_bytes(pack(values))
+    (folder / "reply").write_bytes(Array(np.frombuffer(sent, dtype=np.uint8)).data)
+    (folder / "digest").write_text(digest(sent))
+
+
+def replies(source: Path, count: int) -> Iterator[Message]:
+    """One reply after the other, each read from the file."""
     length = source.stat().st_size
+    for node in range(count):
+        data = source.read_bytes()
+        message = as_reply(b"", node)
+        arrays: Any = message.content["arrays"]
+        arrays["adapter"] = Array("uint8", (length,), "numpy.ndarray", data)
+        del data, arrays
+        yield message
+        del message
 
-    def replies() -> Iterator[Message]:
-        for node in range(sites):
-            data = source.read_bytes()
-            message = as_reply(b"", node)
-            arrays: Any = message.content["arrays"]
-            arrays["adapter"] = Array("uint8", (length,), "numpy.ndarray", data)
-            del data, arrays
-            yield message
-            del message
 
-    for warm in (True, False):  # the first, small one loads code and opens pools
-        if not warm:
-            held = _resident(peak=False)
-            Path("/proc/self/clear_refs").write_text("5")
-            began = time.perf_counter()
+def stream(name: str, sites: int, wire: str, folder: Path) -> dict[str, Any]:
+    """One round whose replies come one by one: peak memory in adapters, time for each site.
+
+    Runs in a process of its own, after a round of small updates that loads the code.
+    """
+    for warm in (True, False):
+        source = folder / ("small" if warm else "large")
+        base, wanted = (source / "base").read_bytes(), (source / "digest").read_text()
+        held = _resident(peak=False)
+        Path("/proc/self/clear_refs").write_text("5")
+        began = time.perf_counter()
         collected = RoundAggregate(spec_of(name, sites, wire), base, b"", folder)
-        for message in replies():
+        for message in replies(source / "reply", 3 if warm else sites):
             update = update_of(message)
             if digest(update) != wanted:
                 raise SystemExit("a reply came out with another hash")
             collected.add(unpack(update, wire=wire))
             del message, update
-            if warm and collected.most == 3:
-                break
-        if warm:
-            del collected
-            continue
         streamed = _resident(peak=True) - held
-        adapter, _ = collected.finish()
+        state = collected.finish()[1]
         seconds = time.perf_counter() - began
         peak = _resident(peak=True) - held
     return {
         "aggregator": name,
         "wire": wire,
         "sites": sites,
-        "adapter_bytes": width,
-        "reply_bytes": length,
-        "peak_adapters": round(peak / width, 2),
-        "peak_adapters_while_streaming": round(streamed / width, 2),
+        "adapter_bytes": len(base),
+        "reply_bytes": (source / "reply").stat().st_size,
+        "state_bytes": len(state),
+        "peak_adapters": round(peak / len(base), 2),
+        "peak_adapters_while_streaming": round(streamed / len(base), 2),
         "seconds_per_site": round(seconds / sites, 4),
-        "next_adapter_bytes": len(adapter),
     }
 
 
@@ -213,8 +212,11 @@ def _resident(*, peak: bool) -> int:
 
 def apart(name: str, sites: int, size: int, wire: str = "float32") -> dict[str, Any]:
     """`stream` in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        task = json.dumps({"name": name, "sites": sites, "size": size, "wire": wire, "folder": folder})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder / "small", MB, wire)
+        prepare(folder / "large", size, wire)
+        task = json.dumps({"name": name, "sites": sites, "wire": wire, "folder": scratch})
         done = subprocess.run(
             [sys.executable, __file__, "--stream", task],
             capture_output=True, text=True, check=True, timeout=1800, env=os.environ | QUIET,
@@ -272,7 +274,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.stream:
         task = json.loads(options.stream)
-        print(json.dumps(stream(task["name"], task["sites"], task["size"], task["wire"], Path(task["folder"]))))
+        print(json.dumps(stream(task["name"], task["sites"], task["wire"], Path(task["folder"]))))
         return 0
     found = measure(full=options.full, say=lambda text: print(text, file=sys.stderr))
     if options.json:
