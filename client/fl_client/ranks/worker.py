@@ -27,6 +27,7 @@ from fl_client.sandbox import die_with_parent, forbid_inspection
 from fl_client.training import train_round
 from fl_shared.adapter import pack, unpack
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.logs import set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 
@@ -109,7 +110,7 @@ def serve(directory: Path, channel: socket.socket) -> None:
 
 def main() -> int:
     """Run one rank until the agent is gone."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    set_up(f"rank-{os.environ['RANK']}", withhold=True)
     forbid_inspection()
     die_with_parent()
     directory = Path(sys.argv[1])
@@ -122,8 +123,8 @@ def main() -> int:
             return 0
         except ConcordatError as error:
             told = {"error": type(error).__name__, "message": error.message, "fix": error.fix}
-        except Exception as error:  # noqa: BLE001 - the type alone is told: a message may quote data
-            log.error("%s", type(error).__name__)
+        except Exception as error:  # the type alone is told: a message may quote data
+            log.exception("the job failed")
             told = {"error": "", "message": f"failed: {type(error).__name__}", "fix": "report this defect"}
         try:
             send(channel, told)
