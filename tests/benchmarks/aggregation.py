@@ -10,7 +10,9 @@ sums and the result, above what the process held before. The global adapter that
 and is not counted; it is one adapter more.
 
     python tests/benchmarks/aggregation.py --json
-    python tests/benchmarks/aggregation.py --full --json     1,000 sites, all aggregators, and the transport
+    python tests/benchmarks/aggregation.py --full --json     1,000 sites, and the memory of every aggregator
+
+What carrying the bytes costs is measured by `transport.py`.
 """
 
 from __future__ import annotations
@@ -258,17 +260,12 @@ def measure(*, full: bool, say: Callable[[str], None]) -> dict[str, Any]:
     found["many_sites"] = apart("fedavg", 1000 if full else 100, 10 * MB)
     found["streamed"] = streamed
     found["wires"] = wire_bytes()
-    if full:
-        say("transport ...")
-        beside = Path(__file__).with_name("transport.py")
-        done = subprocess.run([sys.executable, str(beside), "--json"], stdout=subprocess.PIPE, check=True, timeout=1800)
-        found["transport"] = json.loads(done.stdout)
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="1,000 sites, every aggregator, and the transport")
+    parser.add_argument("--full", action="store_true", help="1,000 sites, and the memory of every aggregator")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--stream", help=argparse.SUPPRESS)
     options = parser.parse_args()
