@@ -56,6 +56,7 @@ TLS_1_2_CIPHERS = "ECDHE-RSA-AES256-GCM-SHA384"
 MAX_REQUEST_BYTES = 4 << 20
 WORKERS = 32
 MAX_WATCHERS = 16
+MAX_PLANNERS = 8
 WATCH_POLL_S = 0.5
 PLAN_POLL_S = 0.25
 _NOT_ALLOWED = ("wrong-role", "not-authorised", "expired")
@@ -248,6 +249,7 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         self._ca_sha256 = Authority.load(home.ca_key, home.ca).sha256
         self._started_at = time.time()
         self._watchers = threading.BoundedSemaphore(MAX_WATCHERS)
+        self._planners = threading.BoundedSemaphore(MAX_PLANNERS)
 
     @allow("admin", "auditor")
     def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
@@ -290,7 +292,15 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
     @allow("admin", action="runs plan")
     def PlanRun(self, request: pb.PlanRunRequest, context: grpc.ServicerContext) -> Iterator[pb.SitePlan]:  # noqa: N802
         spec = _spec(request.spec_toml)
-        plan = self._plans.ask(spec, SigningKey.load(self._home.signing_key), request.wait_s)
+        if not self._planners.acquire(blocking=False):
+            raise ConcordatError("too many plans at once", fix="wait for another `fl-admin runs plan`", code="too-many")
+        try:
+            yield from self._plan(spec, request.wait_s, context)
+        finally:
+            self._planners.release()
+
+    def _plan(self, spec: RunSpec, wait_s: float, context: grpc.ServicerContext) -> Iterator[pb.SitePlan]:
+        plan = self._plans.ask(spec, SigningKey.load(self._home.signing_key), wait_s)
         for view in plan.not_enrolled:
             yield _plan_message(view, spec)
         told: set[str] = set()
