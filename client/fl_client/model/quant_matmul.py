@@ -1,13 +1,12 @@
 """Products with quantised weights, `x W^T` and `g W`, for one matrix and for one matrix per expert.
 
-On CPU a weight is dequantised block by block, just before the block's product: the float copy is never larger than a
-block (or one expert's matrix), lies in the cache when the product reads it, and experts without rows are never
-touched. On CUDA one fused kernel reads the quantised weight (`quant_triton`).
+On CPU a weight is dequantised just before its product, one expert (of a large matrix: one block) at a time: the float
+copy lies in the cache when the product reads it, and experts without rows are never touched. This loop is what torch's
+`grouped_mm` does on CPU, too. On CUDA one fused kernel reads the quantised weights of all experts (`quant_triton`).
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -21,8 +20,8 @@ from torch.nn import functional as F
 
 from fl_client.model.quant_tensor import dequantise
 
-# Weights dequantised at a time on CPU: 4 MiB in float32, in one scratch that each thread keeps. Larger copies fall out
-# of the cache, and a fresh one is paged in by the system each time, which cost five times the conversion.
+# Weights dequantised at a time on CPU: at most 4 MiB in float32, in one scratch that each thread keeps. Larger copies
+# fall out of the cache, and a fresh one is paged in by the system each time, which cost five times the conversion.
 BLOCK = 1 << 20
 
 
@@ -41,11 +40,8 @@ def matmul(x: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int) -
     if kernels := _kernels(x, qweight, group):
         fused: Tensor = kernels.grouped(x, qweight.unsqueeze(0), scale.unsqueeze(0), None, group, inputs)
         return fused
-    outputs = qweight.shape[0]
-    y = x.new_empty(x.shape[0], outputs)
-    for start, stop in _blocks(outputs, inputs):
-        weight = _dequantised(qweight[start:stop], scale[start:stop], group, x.dtype, inputs)
-        torch.mm(x, weight.mT, out=y[:, start:stop])
+    y = x.new_empty(x.shape[0], qweight.shape[0])
+    _product(x, qweight, scale, group, inputs, y)
     return y
 
 
@@ -55,9 +51,7 @@ def matmul_transposed(g: Tensor, qweight: Tensor, scale: Tensor, group: int, inp
         fused: Tensor = kernels.grouped_transposed(g, qweight.unsqueeze(0), scale.unsqueeze(0), None, group, inputs)
         return fused
     gx = g.new_empty(g.shape[0], inputs)
-    for start, stop in _blocks(qweight.shape[0], inputs):
-        weight = _dequantised(qweight[start:stop], scale[start:stop], group, g.dtype, inputs)
-        gx.addmm_(g[:, start:stop], weight, beta=0 if start == 0 else 1)
+    _product_transposed(g, qweight, scale, group, inputs, gx)
     return gx
 
 
@@ -66,8 +60,10 @@ def grouped(x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, group: int,
     if kernels := _kernels(x, qweight, group):
         fused: Tensor = kernels.grouped(x, qweight, scale, ends, group, inputs)
         return fused
-    blocks = _experts(x, qweight, scale, ends, group, inputs)
-    return _joined([grouped_matmul(x[rows], weight.mT, inner) for rows, weight, inner in blocks], x, qweight.shape[1])
+    y = x.new_empty(x.shape[0], qweight.shape[1])
+    for expert, rows, result in _rows_by_expert(x, y, ends):
+        _product(rows, qweight[expert], scale[expert], group, inputs, result)
+    return y
 
 
 def grouped_transposed(g: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, group: int, inputs: int) -> Tensor:
@@ -75,8 +71,10 @@ def grouped_transposed(g: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, 
     if kernels := _kernels(g, qweight, group):
         fused: Tensor = kernels.grouped_transposed(g, qweight, scale, ends, group, inputs)
         return fused
-    blocks = _experts(g, qweight, scale, ends, group, inputs)
-    return _joined([grouped_matmul(g[rows], weight, inner) for rows, weight, inner in blocks], g, inputs)
+    gx = g.new_empty(g.shape[0], inputs)
+    for expert, rows, result in _rows_by_expert(g, gx, ends):
+        _product_transposed(rows, qweight[expert], scale[expert], group, inputs, result)
+    return gx
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -115,45 +113,46 @@ def _import_kernels() -> ModuleType | None:
     return import_module("fl_client.model.quant_triton")
 
 
-def _joined(parts: list[Tensor], x: Tensor, width: int) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else x.new_empty(0, width)
+def _product(x: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int, y: Tensor) -> None:
+    if qweight.shape[0] * inputs <= BLOCK:
+        torch.mm(x, _dequantised(qweight, scale, group, x.dtype, inputs).mT, out=y)
+        return
+    for start, stop in _blocks(qweight.shape[0], inputs):
+        weight = _dequantised(qweight[start:stop], scale[start:stop], group, x.dtype, inputs)
+        torch.mm(x, weight.mT, out=y[:, start:stop])
+
+
+def _product_transposed(g: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int, gx: Tensor) -> None:
+    if qweight.shape[0] * inputs <= BLOCK:
+        torch.mm(g, _dequantised(qweight, scale, group, g.dtype, inputs), out=gx)
+        return
+    gx.zero_()
+    for start, stop in _blocks(qweight.shape[0], inputs):
+        weight = _dequantised(qweight[start:stop], scale[start:stop], group, g.dtype, inputs)
+        gx.addmm_(g[:, start:stop], weight)
+
+
+def _rows_by_expert(x: Tensor, y: Tensor, ends: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that has rows, its rows of `x` and their places in `y`."""
+    last = ends.tolist()
+    counts = [stop - start for start, stop in zip([0, *last], last, strict=False)]
+    for expert, (rows, result) in enumerate(zip(x.split(counts), y.split(counts), strict=True)):
+        if counts[expert]:
+            yield expert, rows, result
 
 
 def _dequantised(qweight: Tensor, scale: Tensor, group: int, dtype: torch.dtype, inputs: int) -> Tensor:
-    """The block's float weight, in this thread's scratch: valid until the next one."""
-    shape = (*qweight.shape[:-1], inputs)
-    size = math.prod(shape)
+    """A block's float weight `[rows, in]`, in this thread's scratch: valid until the next one."""
+    size = qweight.shape[0] * inputs
     key = (dtype, qweight.device)
     scratch = _scratch.held.get(key)
     if scratch is None or scratch.numel() < size:
         scratch = _scratch.held[key] = torch.empty(max(size, BLOCK), dtype=dtype, device=qweight.device)
-    return dequantise(qweight, scale, group, dtype, inputs, out=scratch[:size].view(shape))
+    return dequantise(qweight, scale, group, dtype, inputs, out=scratch[:size].view(-1, inputs))
 
 
 def _blocks(outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK // inputs)
+    count = max(1, -(-outputs * inputs // BLOCK))
+    step = -(-outputs // count)  # blocks of equal size
     for start in range(0, outputs, step):
         yield start, min(start + step, outputs)
-
-
-def _experts(
-    x: Tensor, qweight: Tensor, scale: Tensor, ends: Tensor, group: int, inputs: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows, float weights `[B, out, in]` and ends of a block of B experts that have rows, block after block."""
-    experts, outputs = qweight.shape[:2]
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
-    used = counts.nonzero().flatten()
-    per = max(1, BLOCK // (outputs * inputs))
-    at = 0
-    for chosen in used.split(per) if len(used) else ():
-        inner = counts[chosen].cumsum(0, dtype=torch.int32)
-        stop = at + int(inner[-1])
-        if len(used) == experts:  # a view instead of a copy
-            first = int(chosen[0])
-            pick: slice | Tensor = slice(first, first + len(chosen))
-        else:
-            pick = chosen
-        yield slice(at, stop), _dequantised(qweight[pick], scale[pick], group, x.dtype, inputs), inner
-        at = stop

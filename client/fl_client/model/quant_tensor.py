@@ -10,6 +10,8 @@ its high one, both plus nothing (two's complement). Unpacking writes two runs, n
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 GROUP = 128
 # Scales tried for int4: the group's largest weight lands on -8, or up to two levels beyond it and is clipped.
 _INT4_DIVISORS = (8.0, 9.0, 10.0)
+_LEAST_RUN = 32  # weights multiplied by one scale at a time; shorter runs cost more than a second pass
 
 
 def quantise_tensor(weight: Tensor, group: int = GROUP, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,7 @@ def dequantise(
     """The float weight `[..., out, in]` of `quantise_tensor`'s pair.
 
     Args:
-        qweight, scale: the pair; uint8 means int4.
+        qweight, scale: the pair, contiguous; uint8 means int4.
         group: inputs that share a scale.
         dtype: of the result.
         inputs: in; needed only for int4 with an odd number of inputs.
@@ -113,22 +116,34 @@ def dequantise(
         inputs = _unpacked_width(qweight.shape[-1], group) if packed else qweight.shape[-1]
     if out is None:
         out = torch.empty(*qweight.shape[:-1], inputs, dtype=dtype, device=qweight.device)
+    width = math.gcd(inputs, group)
+    if not packed and width >= _LEAST_RUN:  # the common case, in as few calls as possible: layers can be small
+        if width < group:  # cut every group into runs that divide the last one, too: 576 = 9 x 64
+            runs = torch.arange(0, inputs, width, device=scale.device) // group
+            scale = scale.index_select(-1, runs)
+        out.view(-1, width).copy_(qweight.view(-1, width)).mul_(scale.view(-1, 1).to(dtype))
+        return out
     # Each nibble stays in (or moves to) the upper half of its byte: 16 x its value, exact, without a shift back.
     factors = ((scale / 16) if packed else scale).unsqueeze(-1).to(dtype)
+    if not packed:
+        out.copy_(qweight)
     signed = qweight.view(torch.int8)
     at = 0
     for length, first, groups in _runs(inputs, group):
-        part = out[..., first * group : first * group + groups * length].unflatten(-1, (groups, length))
+        part = _groups(out, first * group, groups, length)
         if packed:
             half = -(-length // 2)
-            pairs = signed[..., at : at + groups * half].unflatten(-1, (groups, half))
+            pairs = _groups(signed, at, groups, half)
             at += groups * half
             part[..., :half] = pairs << 4
             part[..., half:] = (pairs & -16)[..., : length - half]
-        else:
-            part.copy_(signed[..., first * group : first * group + groups * length].unflatten(-1, (groups, length)))
         part.mul_(factors[..., first : first + groups, :])
     return out
+
+
+def _groups(values: Tensor, start: int, groups: int, length: int) -> Tensor:
+    """`[..., n]` to `[..., groups, length]`, from `start` on."""
+    return values.narrow(-1, start, groups * length).view(*values.shape[:-1], groups, length)
 
 
 def _unpacked_width(width: int, group: int) -> int:
