@@ -142,6 +142,8 @@ class Gateway:
                     hello = {"site": self._peer(), "coordinator_key": gateway.signing.public_hex, "time": time.time()}
                     hello["rotations"] = gateway.rotations
                     self._answer(200, json.dumps(hello).encode())
+                elif self.path == "/v1/questions" and self._peer():
+                    self._answer(200, b'{"questions": []}')
                 else:
                     self._answer(403, json.dumps({"error": "no", "code": "role", "fix": "enrol"}).encode())
 
