@@ -10,21 +10,24 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
 import psutil
 import pytest
+import torch
 from client_agents import MARKER, RealSite, body, spec
 from client_gateway import Gateway
 
+from fl_client import check
 from fl_client.config import ModelConfig
 from fl_client.data.units import UnitData
 from fl_client.model.load import TINY, load_model
 from fl_client.ranks.group import RankGroup
 from fl_client.status import agent_state
 from fl_client.training import train_round
-from fl_shared.errors import DataError, EngineError
+from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 
@@ -147,6 +150,24 @@ def test_ranks_work_for_an_agent_and_die_with_it(tmp_path: Path, gateway: Gatewa
     finally:
         if site.process is not None and site.process.poll() is None:
             site.kill()
+
+
+@pytest.mark.parametrize(("cores", "gpus", "fits"), [(2, 0, True), (1, 0, False), (1, 2, True), (8, 1, False)])
+def test_the_check_counts_what_there_is(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, fits: bool) -> None:
+    """`fl-client check` refuses more processes than GPUs, or than the CPU has cores, and says what to write."""
+    config = SimpleNamespace(model=CONFIG, source=Path("site.toml"))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    if gpus:  # stands in for a machine with GPUs
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        found = SimpleNamespace(digest="sha256:0", device=torch.device("cuda"))
+        monkeypatch.setattr(check, "load_base", lambda _: found)
+    if fits:
+        assert "2 GPUs" in check._model(config) if gpus else "2 processes" in check._model(config)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check._model(config)
+    assert "processes" in caught.value.message
+    assert "write processes = 1" in caught.value.fix
 
 
 def _order(site: RealSite, made_for: RunSpec) -> None:
