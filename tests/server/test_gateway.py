@@ -398,7 +398,9 @@ def test_oversized_messages_are_refused_and_the_gateway_goes_on(one: Coordinator
                 answer = client.post(f"/v1/fleet/{call}", content=content, headers=signed_by(key))
                 assert code(answer) == (413, "too-large")
                 content = endless(LIMIT)
-        assert client.get("/v1/hello", headers={"x-much": "y" * 1_000_000}).status_code == 400
+        # The connection is closed while the head is still coming: whether the 400 arrives is up to TCP.
+        with contextlib.suppress(httpx.TransportError):
+            assert client.get("/v1/hello", headers={"x-much": "y" * 1_000_000}).status_code == 400
         assert client.get("/v1/hello").status_code == 200
         whole = PushObjectRequest(object_content=b"x" * (LIMIT - 4096)).SerializeToString()
         within = client.post("/v1/fleet/push-object", content=whole, headers=signed_by(key))
