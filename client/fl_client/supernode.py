@@ -186,8 +186,9 @@ class Helpers:
     """Keeps the tunnel and, if a plan is given, the SuperNode running until `stop`.
 
     A process that dies is started again after 1 s, then 2 s, up to 30 s; the wait starts over after
-    a minute of life. So is a SuperNode that has taken leave of the coordinator: after an answer that it
-    does not understand it does so and then lives on without ever asking for work again.
+    a minute of life. So is a SuperNode that has taken leave of the coordinator (after an answer that it
+    does not understand it does so, and then lives on without ever asking for work again), or that keeps
+    a reply to itself (`fl_client.tunnel.Debts`).
     """
 
     def __init__(

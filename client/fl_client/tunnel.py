@@ -12,6 +12,7 @@ listening socket inherited as a file descriptor; it ends when standard input doe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
@@ -62,8 +63,9 @@ MAX_APP_BYTES = 16 << 20
 OFF_LINE_S = 6.0
 TIMEOUT_S = 300.0
 READY = "tunnel ready"
-NODE_LEFT = "the SuperNode has left"
-_HANDLED = ("get-fab", "activate-node")
+NODE_LEFT = "the SuperNode has left, or is out of step"
+_DEBTS = ("confirm-message-received", "push-messages")
+_HANDLED = ("get-fab", "activate-node", *_DEBTS)
 _MAX_SMALL_BYTES = 1 << 20
 
 _HOP_HEADERS = frozenset(
@@ -180,6 +182,37 @@ class Credentials:
         return verified_context(self._ca.read_text("ascii"), *self._pair)
 
 
+class Debts:
+    """The replies that the SuperNode owes: it asks for work again only after it has answered.
+
+    After an order that broke off while it was received (its run had ended) Flower's SuperNode gets out of step: it
+    asks for the next order while a reply is still being made, and that reply stays until yet another order comes.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is owed yet."""
+        self._owed: set[str] = set()
+
+    def note(self, call: str, body: bytes, status: int) -> None:
+        """Follow a call and the status of its answer. What cannot be read is the SuperLink's business."""
+        from flwr.proto.fleet_pb2 import PushMessagesRequest
+        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+        from google.protobuf.message import DecodeError
+
+        with contextlib.suppress(DecodeError):
+            if call == "push-messages":
+                replies = PushMessagesRequest.FromString(body).messages_list
+                self._owed -= {reply.metadata.reply_to_message_id for reply in replies}
+            elif call == "confirm-message-received" and status == 200:
+                self._owed.add(ConfirmMessageReceivedRequest.FromString(body).message_object_id)
+
+    def called_in(self) -> bool:
+        """Whether something was owed; from now on nothing is."""
+        owed = bool(self._owed)
+        self._owed.clear()
+        return owed
+
+
 class Tunnel:
     """Forwards Fleet calls to `fleet_url` with `credentials`.
 
@@ -198,6 +231,7 @@ class Tunnel:
         self._apps = apps
         self._node_file = node_file
         self._complained = 0.0
+        self._debts = Debts()
         self._client = self._outgoing(credentials.context())
 
     @staticmethod
@@ -234,7 +268,7 @@ class Tunnel:
         if call not in FLEET_CALLS:
             log.warning("refused to forward %r: not a Fleet call of a site", call[:80])
             return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
-        if call == "deactivate-node":
+        if call == "deactivate-node" or (call == "pull-messages" and self._debts.called_in()):
             print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.supernode`
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_HEADERS]
         try:
@@ -267,6 +301,8 @@ class Tunnel:
         if call == "activate-node":
             await self._deactivate_left_over(headers)
         answer = await self._send(call, headers, bytes(body))
+        if call in _DEBTS:
+            self._debts.note(call, bytes(body), answer.status_code)
         found = await _whole(answer, MAX_APP_BYTES)
         if found is None:
             log.warning("refused an answer of the coordinator to %s: larger than %d bytes", call, MAX_APP_BYTES)
@@ -285,6 +321,9 @@ class Tunnel:
         try:
             if call == "activate-node":
                 write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
+                self._debts.called_in()
+                return ""
+            if call in _DEBTS:
                 return ""
             digest = app_digest(answer)
         except ValueError as error:

@@ -18,7 +18,9 @@ import psutil
 import pytest
 from client_gateway import Gateway
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
-from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fl_client.enrolment import Coordinator, enrol
 from fl_client.home import SiteHome
@@ -290,6 +292,38 @@ def test_a_plan_is_written_anew_for_a_supernode_of_another_service(home: SiteHom
         plan = home.supernode / PLAN_FILE
         assert not plan.exists()
         running.post("/v1/fleet/deactivate-node")
+        deadline = time.monotonic() + 30
+        while not plan.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        running.close()
+
+
+def test_a_supernode_that_keeps_a_reply_to_itself_is_replaced(home: SiteHome, gateway: Gateway) -> None:
+    """Whoever asks for work before it has answered the order that it took is out of step."""
+    gateway.fleet_answer = lambda _path, _body: (200, b"")
+    running = Running(home, gateway, ["any"])
+    plan = home.supernode / PLAN_FILE
+
+    def take(order: str) -> None:
+        confirmed = ConfirmMessageReceivedRequest(message_object_id=order).SerializeToString()
+        assert running.post("/v1/fleet/confirm-message-received", confirmed).status_code == 200
+
+    def reply(order: str) -> None:
+        message = ProtoMessage(metadata=Metadata(reply_to_message_id=order))
+        pushed = PushMessagesRequest(messages_list=[message]).SerializeToString()
+        assert running.post("/v1/fleet/push-messages", pushed).status_code == 200
+        running.post("/v1/fleet/pull-messages")
+
+    try:
+        for order in ("one", "two"):
+            take(order)
+            reply(order)
+        time.sleep(1)
+        assert not plan.exists()
+        take("three")
+        reply("an order that had broken off")
         deadline = time.monotonic() + 30
         while not plan.exists():
             assert time.monotonic() < deadline
