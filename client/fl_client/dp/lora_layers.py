@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fl_client.dp.book import grouped_outer, outer
 from fl_client.dp.scope import BatchScope
 from fl_client.dp.segments import Segments, find_segments
-from fl_client.model.quant_layers import QuantExperts, QuantLinear, grouped_matmul, sort_by_expert
+from fl_client.model.quant_layers import QuantExperts, QuantLinear, grouped_matmul, sort_by_expert, weighted_sum
 from fl_shared.errors import EngineError
 
 ADAPTER = "default"
@@ -273,9 +273,7 @@ class LoraExperts(_FrozenBase):
         selected = hidden_states.index_select(0, routing.tokens)
         gate, up = self._project("gate_up", selected, routing).chunk(2, dim=-1)
         out = self._project("down", base.act_fn(gate) * up, routing)
-        pairs = torch.empty_like(out).index_copy(0, routing.order, out)
-        pairs = pairs.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1).to(out.dtype)
-        sums: Tensor = pairs.sum(1).to(hidden_states.dtype)
+        sums = weighted_sum(out, routing.order, top_k_weights).to(hidden_states.dtype)
         return sums if kept is None else torch.zeros_like(hidden_states).index_copy(0, kept, sums)
 
     def _frozen(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
