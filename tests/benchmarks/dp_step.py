@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[dict[str, int], tuple[int, int], int]] = {
     "small-100M": (
         {"hidden_size": 512, "num_hidden_layers": 6, "moe_intermediate_size": 384, "n_routed_experts": 32},
         (32, 64),
-        8,
+        16,
     ),
     "tiny, 350 units": (
         {"hidden_size": 256, "num_hidden_layers": 4, "moe_intermediate_size": 128, "n_routed_experts": 16},

@@ -4,11 +4,12 @@ The gradient of one LoRA factor for one privacy unit is `sum_i a_i (x) b_i` over
 those rows are the unit's tokens in that expert: a *segment*. Most segments hold a few rows, and
 `|sum_i a_i (x) b_i|^2 = sum_ij <a_i, a_j> <b_i, b_j>` (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022,
 arXiv 2110.05679, Section 4) costs least; long ones are multiplied out. Segments of like length go together, padded to
-a power of two at most.
+one of few lengths: short segments cost more in calls than in arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ ROUNDING = {torch.float64: 2.0**-48, torch.float32: 2.0**-20, torch.float16: 2.0
 
 @dataclass(frozen=True)
 class Bucket:
-    """Segments of `length / 2 + 1` to `length` rows.
+    """Segments of at most `length` rows, and of more than the bucket before.
 
     Attributes:
         rows: `[S * length]`, the rows of each segment; beyond its end any row.
@@ -40,10 +41,12 @@ class Segments:
 
     Attributes:
         unit: `[S]`, the privacy unit of each segment, in the buckets' order.
+        of_row: `[M]`, the segment of each row.
         buckets: every segment is in exactly one.
     """
 
     unit: Tensor
+    of_row: Tensor
     buckets: tuple[Bucket, ...]
 
 
@@ -51,15 +54,27 @@ def find_segments(key: Tensor, units: int) -> Segments:
     """Split rows by `key = group * units + unit`, ascending, int64 `[M]`."""
     unique, counts = torch.unique_consecutive(key, return_counts=True)
     starts = torch.cumsum(counts, 0) - counts
-    found, buckets = [unique[:0]], []
-    length, longest = 1, int(counts.max()) if counts.numel() else 0
-    while length // 2 < longest:
-        segment = torch.nonzero((counts > length // 2) & (counts <= length)).squeeze(-1)
+    chosen, buckets = [unique[:0]], []
+    below, longest = 0, int(counts.max()) if counts.numel() else 0
+    for length in _lengths(longest):
+        segment = torch.nonzero((counts > below) & (counts <= length)).squeeze(-1)
         if segment.numel():
-            found.append(unique[segment] % units)
+            chosen.append(segment)
             buckets.append(_bucket(starts[segment], counts[segment], length, key.shape[0]))
-        length *= 2
-    return Segments(torch.cat(found), tuple(buckets))
+        below = length
+    order = torch.cat(chosen)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return Segments(unique[order] % units, place.repeat_interleave(counts), tuple(buckets))
+
+
+def _lengths(longest: int) -> Iterator[int]:
+    """1, 4, 16, 32, 64, ... up to the first that holds `longest`."""
+    length = 1
+    while longest > 0:
+        yield length
+        if length >= longest:
+            return
+        length *= 4 if length < 16 else 2
 
 
 def _bucket(starts: Tensor, counts: Tensor, length: int, rows: int) -> Bucket:
@@ -84,7 +99,7 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     if a.shape[1] > b.shape[1]:
         a, b = b, a
     reach = _length(a) * _length(b)
-    found = [reach.new_zeros(0)]
+    found = [reach[:0]]
     for bucket in segments.buckets:
         rows, real, length = bucket.rows, bucket.real, bucket.length
         if length == 1:
@@ -93,23 +108,21 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         size = max(1, _CHUNK_FLOATS // (length * b.shape[1]))
         for at in range(0, rows.shape[0] // length, size):
             part = None if real is None else real[at : at + size]
-            found.append(_squared(a, b, reach, rows[at * length : (at + size) * length], part, length))
-    return torch.cat(found).double()
+            found.append(_squared(a, b, rows[at * length : (at + size) * length], part, length))
+    squared = torch.cat(found)
+    room = torch.zeros_like(squared).index_add_(0, segments.of_row, reach).square_()
+    return squared.add_(room, alpha=ROUNDING[a.dtype]).double()
 
 
-def _squared(a: Tensor, b: Tensor, reach: Tensor, rows: Tensor, real: Tensor | None, length: int) -> Tensor:
+def _squared(a: Tensor, b: Tensor, rows: Tensor, real: Tensor | None, length: int) -> Tensor:
     """Float32 squared norms of segments of `length` rows each, `a` being the narrower side."""
     left = a.index_select(0, rows).view(-1, length, a.shape[1])
     right = b.index_select(0, rows).view(-1, length, b.shape[1])
-    far = reach.index_select(0, rows).view(-1, length)
     if real is not None:
-        left, far = left * real.to(left.dtype), far * real.squeeze(-1)
-    room = far.sum(1).square_()
+        left = left * real.to(left.dtype)
     if length * (a.shape[1] + b.shape[1]) <= a.shape[1] * b.shape[1]:
-        squared = _dot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
-    else:
-        squared = _length(torch.bmm(left.mT, right).flatten(1)).square_()
-    return squared.add_(room, alpha=ROUNDING[a.dtype])
+        return _dot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
+    return _length(torch.bmm(left.mT, right).flatten(1)).square_()
 
 
 def _length(a: Tensor) -> Tensor:
