@@ -45,6 +45,7 @@ from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.logs import set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
+from fl_shared.stopping import StopRequest
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.chunks import split
 from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
@@ -483,7 +484,7 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, "-m", "fl_server.control", *sys.argv[1:]])  # noqa: S606
     home = ServerHome.open(parser.parse_args().home)
     set_up("control")
-    over = threading.Event()
+    over = StopRequest()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     server = serve(home)
     over.wait()

@@ -15,7 +15,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from fl_server.runs.liveness import ALIVE, DEAD, carrier_pid, forget, liveness
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError, RunError
 from fl_shared.logs import set_up
+from fl_shared.stopping import StopRequest
 
 log = logging.getLogger("fl_server.launcher")
 
@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--home", required=True, type=Path)
     home = ServerHome.open(parser.parse_args().home)
     set_up("launcher")
-    over = threading.Event()
+    over = StopRequest()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     launcher = Launcher(home, Runs(Store(home.database_url()), home.adapters), Flower(home))
     while not over.wait(TICK_S):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fl_server.supervisor import read_state
 from fl_shared.errors import ConfigError, cli_main
 from fl_shared.logs import set_up
 from fl_shared.monitoring import serve_monitoring
+from fl_shared.stopping import StopRequest
 
 
 def missing(home: ServerHome, store: Store) -> list[str]:
@@ -41,7 +41,7 @@ def run(argv: Sequence[str] | None) -> int:
     address = home.settings().metrics
     if address is None:
         raise ConfigError("server.toml has no [metrics]", fix='write [metrics] with listen = "127.0.0.1:9445"')
-    over = threading.Event()
+    over = StopRequest()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     store = Store(home.database_url())
     registry = coordinator_registry(store, lambda: read_state(home)["components"], home.counters)

@@ -67,12 +67,24 @@ def set_up(
     for name in _OWN:
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
+    if withhold:
+        adopt_libraries()
     if terminal is not None:
         shown = logging.StreamHandler(stream or sys.stderr)
         shown.setFormatter(_formatter(always, terminal, withhold=withhold))
         root.addHandler(shown)
     if file is not None:
         root.addHandler(_file_handler(file, _formatter(always, "json", withhold=withhold), rotate=rotate))
+
+
+def adopt_libraries() -> None:
+    """Take from libraries the handlers that they gave themselves (transformers and torch do), so that their words go
+    the way of everybody's. Called again once such a library has been imported.
+    """
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] not in _OWN:
+            logger.handlers.clear()
+            logger.propagate = True
 
 
 def _file_handler(file: Path, formatter: logging.Formatter, *, rotate: bool) -> logging.Handler:

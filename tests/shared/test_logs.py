@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fl_shared.logs import KEYS, set_up
+from fl_shared.logs import KEYS, adopt_libraries, set_up
 
 SECRET = "PLANTED-4711"
 log = logging.getLogger("fl_client.agent")
@@ -84,6 +84,13 @@ def test_a_site_withholds_the_words_of_libraries() -> None:
     assert "test_logs.py:" in said["message"]
     assert warned["part"] == "py.warnings"
     assert SECRET not in stream.getvalue()
+    late = logging.getLogger("latecomer.part")  # imported after `set_up`, as transformers is
+    logging.getLogger("latecomer").addHandler(logging.StreamHandler(own := io.StringIO()))
+    logging.getLogger("latecomer").propagate = False
+    adopt_libraries()
+    late.warning("cannot tokenise %s", SECRET)
+    assert lines(stream)[-1]["part"] == "latecomer.part"
+    assert SECRET not in stream.getvalue() + own.getvalue()
     stream = io.StringIO()
     set_up("gateway", stream=stream)
     logging.getLogger("uvicorn.error").warning("the port is taken")

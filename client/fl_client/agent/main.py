@@ -30,6 +30,7 @@ from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 from fl_shared.errors import ConfigError
 from fl_shared.monitoring import serve_monitoring
+from fl_shared.stopping import StopRequest
 
 log = logging.getLogger("fl_client.agent")
 
@@ -44,7 +45,7 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
         )
     forbid_inspection()
     home.make()
-    ending = threading.Event()
+    ending = StopRequest()
 
     def end(number: int, _frame: FrameType | None) -> None:
         if ending.is_set():
@@ -61,7 +62,7 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
             signal.signal(number, handler)
 
 
-def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending: threading.Event) -> int:
+def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending: StopRequest) -> int:
     if config.policy.allow_non_private:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
     finish(home)

@@ -20,6 +20,7 @@ from fl_client.home import SiteHome
 from fl_client.ranks.group import RankGroup
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger
+from fl_shared.logs import adopt_libraries
 from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 from fl_shared.signing import SigningKey
@@ -77,7 +78,9 @@ def load_base(config: SiteConfig) -> LoadedModel:
     from fl_client.model.load import load_model
 
     torch.set_num_threads(config.model.threads)
-    return load_model(config.model.directory, device=config.model.device)
+    model = load_model(config.model.directory, device=config.model.device)
+    adopt_libraries()
+    return model
 
 
 def base_digest(config: SiteConfig) -> str:

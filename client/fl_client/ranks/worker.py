@@ -27,7 +27,7 @@ from fl_client.sandbox import die_with_parent, forbid_inspection
 from fl_client.training import train_round
 from fl_shared.adapter import pack, unpack
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.logs import set_up
+from fl_shared.logs import adopt_libraries, set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 
@@ -102,6 +102,7 @@ def serve(directory: Path, channel: socket.socket) -> None:
     torch.set_num_threads(hello["threads"])
     shard = join(directory, hello["device"])
     model = load_model(hello["model"], device=str(shard.device))
+    adopt_libraries()
     send(channel, {"ready": True, "digest": model.digest})
     while True:
         job, adapter = receive(channel)
