@@ -14,7 +14,7 @@ from torch import Tensor
 from fl_client.data.units import UnitData
 from fl_shared.errors import DataError, EngineError
 
-MAX_UNITS = 64
+MAX_UNITS = 128
 MAX_TOKENS = 8192
 
 

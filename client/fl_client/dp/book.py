@@ -55,6 +55,7 @@ class GradientBook:
         self.unit_of_token = unit_of_record.repeat_interleave(tokens)
         self._single = self.records == units
         self._squared = torch.zeros(units, dtype=torch.float64, device=unit_of_record.device)
+        self._lengths: list[Tensor] = []
         self._entries: list[_PerUnit | _Outer] = []
         self._record_segments: Segments | None = None
 
@@ -73,7 +74,7 @@ class GradientBook:
         if not self._single:
             whole = product.new_zeros(self.units, *product.shape[1:])
             product = whole.index_add_(0, self.unit_of_record, product)
-        self._squared += torch.linalg.vector_norm(product.flatten(1), dim=1).double().square()
+        self._lengths.append(torch.linalg.vector_norm(product.flatten(1), dim=1))
         self._entries.append(_PerUnit(parameter, product, turned))
 
     def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
@@ -102,7 +103,10 @@ class GradientBook:
 
     def norms(self) -> Tensor:
         """L2 norm of each unit's gradient over all entries together: float64 `[U]`."""
-        return self._squared.clamp(min=0).sqrt()
+        squared = self._squared.clamp(min=0)
+        if self._lengths:
+            squared += torch.stack(self._lengths).double().square_().sum(0)
+        return squared.sqrt()
 
     def weighted_sums(self, weights: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """`sum_u weights[u] * gradient_u` for every parameter, float32 in the parameter's shape."""
