@@ -27,7 +27,7 @@ demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minute
 	$(BIN)/python scenarios/hospital/run.py
 
 test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff and the import contracts
 	$(BIN)/ruff check .
