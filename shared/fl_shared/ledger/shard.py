@@ -58,6 +58,7 @@ class _Frequent:
         names = sorted(columns)
         self._ordered = itemgetter(*(columns.index(name) for name in names))
         self._texts = itemgetter(*(columns.index(name) for name in texts))
+        self._numbers = itemgetter(*(columns.index(name) for name in columns if name not in texts))
         self._form = ",".join(f'"{name}":"%s"' if name in texts else f'"{name}":%r' for name in names)
         self._form = f"{{{self._form}}}"
         self.event = itemgetter(*(columns.index(name) for name in EVENT_FIELDS[kind]))
@@ -65,9 +66,11 @@ class _Frequent:
     def is_body(self, row: Sequence[Any], body: str) -> bool:
         """Whether `body` is the row in canonical JSON. False may also mean: look closer."""
         try:
-            return is_plain("".join(self._texts(row))) and self._form % self._ordered(row) == body
-        except TypeError:  # no text in a column of texts
+            if not (is_plain("".join(self._texts(row))) and math.isfinite(sum(self._numbers(row)))):
+                return False
+        except TypeError:  # no text in a column of texts, or no number in one of numbers
             return False
+        return bool(self._form % self._ordered(row) == body)
 
 
 _frequent = {kind: _Frequent(kind) for kind in EVENT_FIELDS}
