@@ -11,7 +11,6 @@ import secrets
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ def environment(home: ServerHome) -> dict[str, str]:
 def script(name: str) -> str:
     """A console script of this Python environment."""
     return str(Path(sys.executable).parent / name)
-
-
-@dataclass(frozen=True)
-class FlowerRun:
-    """A run as Flower sees it. `status` is for example `running` or `finished:failed`."""
-
-    run_id: str
-    status: str
 
 
 class Flower:

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -272,8 +271,3 @@ def read_state(home: ServerHome) -> dict[str, Any]:
 def is_ready(state: dict[str, Any]) -> bool:
     """Whether every component is ready."""
     return all(each["state"] == "ready" for each in state["components"])
-
-
-def log_paths(home: ServerHome) -> list[Path]:
-    """The components' logs."""
-    return [home.logs / f"{name}.log" for name in ("superlink", "gateway", "control", "launcher")]

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from fl_shared.accounting.merge import Key
 from fl_shared.accounting.pld import steps_epsilon
 from fl_shared.accounting.renyi import curve_epsilon
-from fl_shared.errors import LedgerError, SignatureError
+from fl_shared.errors import SignatureError
 from fl_shared.ledger import chain, merkle, shard
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.records import Entry, Problem
@@ -336,12 +336,3 @@ def _check_checkpoint(connection: sa.Connection, report: Report, known: Checkpoi
             root = ""
         if root != known.merkle_root:
             report.problems.append(Problem(f"{known.source}: the Merkle root does not fit", known.entries))
-
-
-def raise_if_broken(report: Report) -> None:
-    """Raise LedgerError that names the first problem, if there is one."""
-    if report.problems:
-        raise LedgerError(
-            f"{len(report.problems)} problems, first: {report.problems[0].message}",
-            fix="keep the file as evidence; restore a backup and reconcile it with the coordinator's receipts",
-        )

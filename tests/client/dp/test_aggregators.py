@@ -12,46 +12,23 @@ from safetensors.numpy import load_file
 
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import PREFIX, AdaptedModel
-from fl_client.dp.batches import Records, pack_units
+from fl_client.dp.batches import pack_units
 from fl_client.dp.book import GradientBook
 from fl_client.dp.checks import check_layers
-from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.engine import EngineName
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
 from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training import export_peft, initial_adapter, train_round
 from fl_shared.errors import EngineError
 from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
+from helpers.clipped import clipped_sum
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, small_config, units_of_records
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-5
 SIZES = [[5, 3], [9], [1], [2, 6, 4, 1], [7]]
-
-
-def clipped_sum(
-    adapted: AdaptedModel, records: Records, norm: float, frozen: frozenset[str], engine: EngineName = "book"
-) -> Gradients:
-    """What the engine holds before noise when every unit is sampled."""
-    mechanism = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=norm)
-    made = DPEngine(
-        adapted, records, mechanism,
-        learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, engine=engine, frozen=frozen,
-    )  # fmt: skip
-    try:
-        made.accumulate(range(records.units))
-        total = torch.from_numpy(made.optimizer.gather_sum())
-    finally:
-        made.close()
-    names = {id(p): name for name, p in adapted.plan.items()}
-    sums, at = {}, 0
-    for p in made.optimizer.params:
-        sums[names[id(p)]] = total[at : at + p.numel()].view(p.shape)
-        at += p.numel()
-    made.optimizer.zero_grad(set_to_none=True)
-    return sums
 
 
 def without(adapted: AdaptedModel, *factors: str) -> frozenset[str]:
@@ -80,7 +57,7 @@ def test_cores_are_clipped_exactly(architecture: str, quantised: bool) -> None:
     records = units_of_records(SIZES)
     norm = float(np.median(oracle.clipped_sum(records, 1.0)[1]))
     wanted, _ = oracle.clipped_sum(records, norm)
-    errors = by_group(adapted, clipped_sum(adapted, records, norm, frozen), wanted)
+    errors = by_group(adapted, clipped_sum(adapted, records, norm, frozen=frozen), wanted)
     assert {"attention", "routed_experts", "head"} <= set(errors)
     assert max(errors.values()) < TOLERANCE, errors
     assert all(".lora_R" in name or adapted.groups[name] == "head" for name in wanted)
@@ -93,8 +70,8 @@ def test_opacus_clips_cores_the_same(architecture: str, engine: EngineName) -> N
     adapted = adapted_small(architecture, quantised=True, core=True)
     frozen = without(adapted, ".lora_A", ".lora_B")
     records = units_of_records(SIZES if engine == "hooks" else [[5], [9], [1], [6], [7]])
-    found = clipped_sum(adapted, records, 0.5, frozen)
-    errors = by_group(adapted, clipped_sum(adapted, records, 0.5, frozen, engine), found)
+    found = clipped_sum(adapted, records, 0.5, frozen=frozen)
+    errors = by_group(adapted, clipped_sum(adapted, records, 0.5, frozen=frozen, engine=engine), found)
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -107,7 +84,7 @@ def test_factors_b_alone_are_clipped_exactly(architecture: str) -> None:
     records = units_of_records(SIZES)
     norm = float(np.median(oracle.clipped_sum(records, 1.0)[1]))
     wanted, _ = oracle.clipped_sum(records, norm)
-    errors = by_group(adapted, clipped_sum(adapted, records, norm, frozen), wanted)
+    errors = by_group(adapted, clipped_sum(adapted, records, norm, frozen=frozen), wanted)
     assert max(errors.values()) < TOLERANCE, errors
 
 

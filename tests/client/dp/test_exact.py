@@ -19,7 +19,7 @@ from fl_client.dp.book import GradientBook
 from fl_client.dp.engine import DPEngine, EngineName, precision_of
 from fl_client.dp.lora_layers import Routing
 from fl_client.dp.optimizer import FLOAT_SLACK
-from fl_shared.privacy import Mechanism
+from helpers.clipped import clipped_sum
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config, units_of_records
 
@@ -27,29 +27,6 @@ torch.set_num_threads(1)
 TOLERANCE = 1e-5
 # Units of one to four records, records of one to nine tokens: every micro-batch is padded.
 SIZES = [[5, 3], [9], [1], [2, 6, 4, 1], [7]]
-
-
-def clipped_sum(
-    adapted: AdaptedModel, records: Records, norm: float, *, engine: EngineName = "book", max_units: int = 64
-) -> Gradients:
-    """What the engine holds before noise when every unit is sampled."""
-    mechanism = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=norm)
-    made = DPEngine(
-        adapted, records, mechanism,
-        learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, engine=engine, max_units=max_units,
-    )  # fmt: skip
-    try:
-        made.accumulate(range(records.units))
-        total = torch.from_numpy(made.optimizer.gather_sum())
-    finally:
-        made.close()
-    names = {id(p): name for name, p in adapted.plan.items()}
-    sums, at = {}, 0
-    for p in made.optimizer.params:
-        sums[names[id(p)]] = total[at : at + p.numel()].view(p.shape)
-        at += p.numel()
-    made.optimizer.zero_grad(set_to_none=True)
-    return sums
 
 
 def group_errors(adapted: AdaptedModel, found: Gradients, wanted: Gradients) -> dict[str, float]:
