@@ -1,7 +1,7 @@
 """What privacy costs per training step: book-keeping engine against non-private LoRA and against Opacus' hooks.
 
-Same model, layers, batch, precision and optimizer; the private step includes clipping, sum and noise. Stretches of
-steps of the variants alternate, and medians are compared. Peak memory is the whole process's, each variant in its own.
+Same model, layers, batch, precision and optimizer; the private step includes clipping, sum and noise. Steps of the two
+alternate, and their medians are compared. Peak memory is the whole process's, each variant in its own.
 
     python tests/benchmarks/dp_step.py --json
 """
@@ -14,68 +14,93 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
+from fl_client.data.icd10 import hospital_split
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.batches import Records, micro_batches
+from fl_client.dp.batches import Records, micro_batches, token_ids
 from fl_client.dp.canaries import worst_case_adapter
 from fl_client.dp.engine import DPEngine, per_record_loss
+from fl_client.model.load import load_model
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers.random_models import float_model, quantise_in_place, random_records  # noqa: E402 - made importable above
 
-CLASSES = 20
-VARIANTS = ("plain", "book", "hooks")
+CLASSES = 22  # the chapters of ICD-10
+PAIR = ("plain", "book")
+VARIANTS = (*PAIR, "hooks")
 LORA = LoraSection(rank=8, alpha=16.0, targets=("attention", "shared_experts", "routed_experts"))
-# name: config, tokens of a record (low, high), units in a step; 338 is what the hospital scenario samples in a step on
-# average. `--full` adds longer records and smaller batches.
-SHAPES: dict[str, tuple[dict[str, int], tuple[int, int], int]] = {
-    "tiny": (
-        {"hidden_size": 256, "num_hidden_layers": 4, "moe_intermediate_size": 128, "n_routed_experts": 16},
-        (4, 16),
-        338,
-    ),
-    "small-100M": (
-        {"hidden_size": 512, "num_hidden_layers": 6, "moe_intermediate_size": 384, "n_routed_experts": 32},
-        (32, 64),
-        24,
-    ),
-    "tiny, 64 units": (
-        {"hidden_size": 256, "num_hidden_layers": 4, "moe_intermediate_size": 128, "n_routed_experts": 16},
-        (4, 16),
-        64,
-    ),
-    "small-100M, 512 tokens": (
-        {"hidden_size": 512, "num_hidden_layers": 6, "moe_intermediate_size": 384, "n_routed_experts": 32},
-        (512, 512),
-        4,
-    ),
+PAIRS = 6  # at least
+TINY_UNITS = 338  # what a step of the hospital scenario samples on average
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A DeepseekV3 with random weights, and random records of `tokens` (low, high)."""
+
+    hidden: int
+    layers: int
+    inner: int
+    experts: int
+    tokens: tuple[int, int]
+    units: int
+
+
+# Beside `tiny`, the base that ships with the package, on the scenario's own texts. `--full` adds others.
+SHAPES = {
+    "small-100M": Shape(hidden=512, layers=6, inner=384, experts=32, tokens=(32, 64), units=24),
+    "random tiny": Shape(hidden=256, layers=4, inner=128, experts=16, tokens=(4, 16), units=338),
+    "small-100M, 512 tokens": Shape(hidden=512, layers=6, inner=384, experts=32, tokens=(512, 512), units=4),
 }
 DEFAULT = ("tiny", "small-100M")
-STRETCH = 3
+FULL = (*DEFAULT, "tiny, 64 units", "random tiny", "small-100M, 512 tokens")
 
 
 def build(name: str, device: torch.device) -> tuple[AdaptedModel, Records]:
-    """An int8 DeepseekV3 of that shape under a random adapter, and its records."""
-    shape, (low, high), units = SHAPES[name]
+    """An int8 model under a random adapter, and the records of one step."""
+    if name in SHAPES:
+        model, mean, std, records = _random(SHAPES[name], device)
+    else:
+        model, mean, std, records = _tiny(64 if "64" in name else TINY_UNITS, device)
+    adapted = adapt(model, LORA, CLASSES, mean, std)
+    worst_case_adapter(adapted, np.random.default_rng(0), scale=0.02)
+    return adapted, records
+
+
+def _tiny(units: int, device: torch.device) -> tuple[nn.Module, Tensor, Tensor, Records]:
+    """The packaged base and so many of the first hospital's records."""
+    loaded = load_model("tiny", str(device))
+    held = hospital_split()[0][::3]
+    rows = [held[at] for at in np.random.default_rng(0).choice(len(held), units, replace=False)]
+    ids, truncated = token_ids([text for text, _ in rows], loaded.tokenizer, 32)
+    labels = np.array([int(chapter) - 1 for _, chapter in rows], dtype=np.int64)
+    records = Records(ids, labels, tuple(np.array([unit]) for unit in range(units)), truncated)
+    return loaded.module, loaded.feature_mean, loaded.feature_std, records
+
+
+def _random(shape: Shape, device: torch.device) -> tuple[nn.Module, Tensor, Tensor, Records]:
     config = DeepseekV3Config(
-        vocab_size=4096, num_attention_heads=4, num_key_value_heads=4, intermediate_size=2 * shape["hidden_size"],
-        n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=64, q_lora_rank=96,
-        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, n_group=1, topk_group=1, **shape,
+        vocab_size=4096, hidden_size=shape.hidden, num_hidden_layers=shape.layers, moe_intermediate_size=shape.inner,
+        n_routed_experts=shape.experts, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=2 * shape.hidden, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1,
+        kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, n_group=1,
+        topk_group=1,
     )  # fmt: skip
     model = quantise_in_place(float_model(config)).to(device)
-    hidden = shape["hidden_size"]
-    adapted = adapt(model, LORA, CLASSES, torch.zeros(hidden, device=device), torch.ones(hidden, device=device))
-    worst_case_adapter(adapted, np.random.default_rng(0), scale=0.02)
-    records = random_records(units, low=low, high=high, vocabulary=4096, classes=CLASSES)
-    return adapted, records
+    low, high = shape.tokens
+    records = random_records(shape.units, low=low, high=high, vocabulary=4096, classes=CLASSES)
+    return model, torch.zeros(shape.hidden, device=device), torch.ones(shape.hidden, device=device), records
 
 
 class Stepper:
@@ -87,14 +112,11 @@ class Stepper:
         self.device = next(iter(adapted.plan.values())).device
         self.plain = torch.optim.SGD(list(adapted.plan.values()), lr=1e-6, momentum=0.9)
         self.mechanism = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
-        self.engine: DPEngine | None = None
-
-    def open(self) -> None:
-        """Make the engine outside the measured time: a round makes it once."""
-        if self.variant != "plain":
+        self.engine: DPEngine | None = None  # made once, as a round makes it
+        if variant != "plain":
             self.engine = DPEngine(
-                self.adapted, self.records, self.mechanism, learning_rate=1e-6, head_learning_rate=1e-6,
-                momentum=0.9, engine="hooks" if self.variant == "hooks" else "book",
+                adapted, records, self.mechanism, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9,
+                engine="hooks" if variant == "hooks" else "book",
             )  # fmt: skip
 
     def close(self) -> None:
@@ -118,46 +140,46 @@ class Stepper:
             torch.cuda.synchronize()
 
 
-def times(name: str, device: torch.device, seconds: float) -> dict[str, float]:
-    """Median seconds a step of each variant, in alternating stretches of steps, for about `seconds` in all.
+def times(name: str, device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each variant's steps: `plain` and `book` take turns, first one and then the other leading.
 
-    A round takes its steps one after another, so each stretch begins with one that is not counted.
+    Opacus' hooks are slow and only a footnote: one step.
     """
     adapted, records = build(name, device)
-    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     # One thread on a shared machine: its own CPU time says more than the wall clock.
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    started, turn = time.perf_counter(), 0
-    while turn < 2 or time.perf_counter() - started < seconds:
-        order = VARIANTS if turn % 2 else VARIANTS[::-1]
-        for variant in order:
-            if variant == "hooks" and turn > 0:
-                continue  # slow, and only a footnote
-            stepper = Stepper(variant, adapted, records)
-            stepper.open()
+    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+
+    def measure(steppers: Sequence[Stepper]) -> None:
+        for stepper in steppers:
+            before = clock()
             stepper.step()
-            for _ in range(1 if variant == "hooks" else STRETCH):
-                before = clock()
-                stepper.step()
-                found[variant].append(clock() - before)
-            stepper.close()
-        turn += 1
-    return {variant: statistics.median(values) for variant, values in found.items()} | {
-        "steps": float(len(found["book"]))
-    }
+            found[stepper.variant].append(clock() - before)
+
+    hooks = Stepper("hooks", adapted, records)
+    hooks.step()
+    measure([hooks])
+    hooks.close()
+    pair = [Stepper(variant, adapted, records) for variant in PAIR]
+    for stepper in pair:
+        stepper.step()
+    started = time.perf_counter()
+    while len(found["book"]) < PAIRS or time.perf_counter() - started < seconds:
+        measure(pair)
+        pair.reverse()
+    return found
 
 
 def peak_bytes(name: str, variant: str, device: torch.device) -> tuple[int, int]:
     """Peak memory of two steps, whole and above what lay there before them: bytes."""
     adapted, records = build(name, device)
-    stepper = Stepper(variant, adapted, records)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
         before = _status("VmRSS")
-    stepper.open()
+    stepper = Stepper(variant, adapted, records)
     for _ in range(2):
         stepper.step()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
@@ -182,19 +204,23 @@ def _peak_in_child(name: str, variant: str, device: str) -> tuple[int, int]:
 
 def measure(name: str, device: str, seconds: float) -> dict[str, Any]:
     """One entry of `models`."""
-    median = times(name, torch.device(device), seconds)
-    peaks = {variant: _peak_in_child(name, variant, device) for variant in ("plain", "book")}
-    _, (low, high), units = SHAPES[name]
+    taken = times(name, torch.device(device), seconds)
+    median = {variant: statistics.median(values) for variant, values in taken.items()}
+    quarters = statistics.quantiles([b / p for p, b in zip(taken["plain"], taken["book"], strict=True)], n=4)
+    with ThreadPoolExecutor() as pool:  # each is a process of its own
+        peaks = dict(zip(PAIR, pool.map(lambda variant: _peak_in_child(name, variant, device), PAIR), strict=True))
+    _, records = build(name, torch.device(device))
     return {
         "name": name,
-        "units": units,
-        "tokens": [low, high],
+        "units": records.units,
+        "tokens": round(statistics.mean(len(ids) for ids in records.ids), 1),
         "time_ratio": round(median["book"] / median["plain"], 3),
+        "time_ratio_quartiles_of_pairs": [round(quarters[0], 3), round(quarters[2], 3)],
         "memory_ratio": round(peaks["book"][0] / peaks["plain"][0], 3),
         "memory_above_model_ratio": round(peaks["book"][1] / max(1, peaks["plain"][1]), 3),
         "vs_opacus_hooks": round(median["book"] / median["hooks"], 3),
         "seconds_per_step": {variant: round(median[variant], 4) for variant in VARIANTS},
-        "steps_measured": int(median["steps"]),
+        "steps_measured": len(taken["book"]),
     }
 
 
@@ -211,8 +237,8 @@ def main() -> int:
         name, variant = options.peak
         print(json.dumps(peak_bytes(name, variant, torch.device(options.device))))
         return 0
-    names = list(SHAPES) if options.full else list(DEFAULT)
-    models = [measure(name, options.device, 60.0 if options.full else 6.0) for name in names]
+    names = FULL if options.full else DEFAULT
+    models = [measure(name, options.device, 60.0 if options.full else 10.0) for name in names]
     where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu, 1 thread"
     if options.json:
         print(json.dumps({"device": where, "models": models}, indent=2))

@@ -123,7 +123,7 @@ class GradientBook:
 
 
 def _weighted_outer(entry: _Outer, weights: Tensor) -> Tensor:
-    row = weights[entry.unit_of_row].unsqueeze(-1)
+    row = weights.index_select(0, entry.unit_of_row).unsqueeze(1)
     a, b = entry.a, entry.b
     if a.shape[1] <= b.shape[1]:
         a = a * row.to(a.dtype)

@@ -82,22 +82,27 @@ def plan_grid(*, clipping_norm: float, noise_multiplier: float, dimensions: int,
 
 
 def noisy_sum(total: NDArray[np.floating[Any]], grid: Grid, stream: SecureStream) -> NDArray[np.float32]:
-    """Round `[d]` to the grid, add the noise as integers, and only then return to floats: float32 `[d]`."""
+    """Round `[d]` to the grid, add the noise as integers, and only then return to floats: float32 `[d]`.
+
+    The integers stand in doubles: a noise value is below 2**37 and exact, and of a sum too large for 53 bits the
+    rounding is a function of the exact sum, so it is post-processing.
+    """
     out = np.empty(total.shape[0], np.float32)
     draws = _Draws(grid.tables, stream)
     for at in range(0, len(out), BLOCK):
         block = total[at : at + BLOCK].astype(np.float64)
         block /= grid.step
-        integers = np.rint(block, out=block).astype(np.int64)
-        integers += draws.next(len(integers))
-        out[at : at + BLOCK] = integers * grid.step
+        np.rint(block, out=block)
+        block += draws.next(len(block))
+        block *= grid.step
+        out[at : at + BLOCK] = block
     return out
 
 
 def discrete_gaussian(count: int, grid: Grid, stream: SecureStream) -> NDArray[np.int64]:
     """`count` independent integers of width `grid.width`."""
     draws = _Draws(grid.tables, stream)
-    found = [draws.next(min(BLOCK, count - at)).copy() for at in range(0, count, BLOCK)]
+    found = [draws.next(min(BLOCK, count - at)).astype(np.int64) for at in range(0, count, BLOCK)]
     return np.concatenate([np.empty(0, np.int64), *found])
 
 
@@ -105,19 +110,17 @@ class _Draws:
     """Discrete Gaussian integers, at most `BLOCK` at a time, so that every array stays in the cache.
 
     Of each 32-bit word the lower half picks a cell of the alias table, and the upper half keeps it or takes its
-    alias; one word in 2**16 is tied with the threshold's upper 16 bits, and 64 more bits decide.
+    alias; one word in 2**16 ties, and 64 more bits decide.
     """
 
     def __init__(self, tables: int, stream: SecureStream) -> None:
         size = tables * BLOCK
         self._tables, self._stream = tables, stream
-        self._word, self._entry, self._limit = (np.empty(size, "<u4") for _ in range(3))
-        self._value, self._alias = (np.empty(size, np.int32) for _ in range(2))
-        self._index, self._keep = np.empty(size, np.intp), np.empty(size, np.bool_)
-        self._total = np.empty(BLOCK, np.int64)
+        self._word, self._entry, self._value, self._floor = (np.empty(size, "<u4") for _ in range(4))
+        self._index, self._total = np.empty(size, np.intp), np.empty(BLOCK)
 
-    def next(self, count: int) -> NDArray[np.int64]:
-        """`count <= BLOCK` draws, valid until the next call."""
+    def next(self, count: int) -> NDArray[np.float64]:
+        """`count <= BLOCK` draws, integers in doubles, valid until the next call."""
         value = self._base(self._tables * count)
         total = self._total[:count]
         np.copyto(total, value[-count:])
@@ -127,26 +130,24 @@ class _Draws:
         total -= CELLS // 2 * sum(SCALE**level for level in range(self._tables))
         return total
 
-    def _base(self, count: int) -> NDArray[np.int32]:
+    def _base(self, count: int) -> NDArray[np.uint32]:
         """Cells 0..CELLS-1 drawn from the alias table: outcomes of width BASE_WIDTH, plus CELLS / 2."""
         packed, rest = _alias_table()
-        word, entry, limit = self._word[:count], self._entry[:count], self._limit[:count]
-        value, alias = self._value[:count], self._alias[:count]
-        index, keep = self._index[:count], self._keep[:count]
+        word, entry, value, floor = (x[:count] for x in (self._word, self._entry, self._value, self._floor))
+        index = self._index[:count]
         self._stream.fill(word)
-        np.bitwise_and(word, 0xFFFF, out=value, casting="unsafe")
+        np.bitwise_and(word, 0xFFFF, out=value)
         np.copyto(index, value)
         packed.take(index, out=entry, mode="wrap")  # 16 bits are always inside: no bounds to check
-        np.right_shift(entry, 16, out=limit)
+        np.right_shift(entry, 16, out=floor)
         word >>= 16
-        np.less(word, limit, out=keep)
-        tied = np.flatnonzero(word == limit)
+        word -= floor  # below zero, that is beyond 2**31: take the alias
+        tied = np.flatnonzero(word == 0) if np.count_nonzero(word) < count else self._index[:0]
+        word >>= 16  # 0xFFFF for the alias, 0 for the cell
         if tied.size:
-            keep[tied] = self._stream.words(tied.size) < rest[index[tied]]
-        np.bitwise_and(entry, 0xFFFF, out=alias, casting="unsafe")
-        value -= alias  # arithmetic is several times faster here than a choice by mask
-        value *= keep.view(np.int8)
-        value += alias
+            word[tied] = np.where(self._stream.words(tied.size) < rest[index[tied]], 0, 0xFFFF)
+        word &= entry
+        value ^= word
         return value
 
 
@@ -155,7 +156,8 @@ def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
     """Walker's table of the discrete Gaussian: a cell is kept with probability threshold / 2**80.
 
     Returns:
-        of each cell, the threshold's upper 16 bits above its alias (16 bits); and the threshold's lower 64 bits.
+        of each cell, 65535 less the threshold's upper 16 bits, above what turns the cell into its alias by exclusive
+        or (16 bits); and the threshold's lower 64 bits.
     """
     mass = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, THRESHOLD_BITS + CELLS.bit_length() - 1)
     one = 1 << THRESHOLD_BITS
@@ -172,7 +174,10 @@ def _alias_table() -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
             small.append(large.pop())
     # what is left has exactly weight one and is its own alias: any threshold does
     threshold = [min(value, one - 1) for value in threshold]
-    packed = [(value >> 64) << 16 | other for value, other in zip(threshold, alias, strict=True)]
+    packed = [
+        (0xFFFF - (value >> 64)) << 16 | cell ^ other
+        for cell, (value, other) in enumerate(zip(threshold, alias, strict=True))
+    ]
     rest = [value & (2**64 - 1) for value in threshold]
     return np.array(packed, dtype=np.uint32), np.array(rest, dtype=np.uint64)
 

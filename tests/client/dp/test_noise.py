@@ -12,6 +12,7 @@ from scipy import stats
 
 from fl_client.dp.noise import (
     BASE_WIDTH,
+    BLOCK,
     CELLS,
     SCALE,
     THRESHOLD_BITS,
@@ -19,6 +20,7 @@ from fl_client.dp.noise import (
     _alias_table,
     discrete_gaussian,
     discrete_gaussian_mass,
+    noisy_sum,
     plan_grid,
 )
 from fl_client.dp.secure_random import SecureStream
@@ -71,15 +73,26 @@ def test_noise_is_independent_of_its_neighbour() -> None:
     assert abs(np.corrcoef(draws[:-1] ** 2, draws[1:] ** 2)[0, 1]) < bound
 
 
+@settings(max_examples=25, deadline=None)
+@given(exponent=st.integers(-12, 12), count=st.sampled_from([1, 5, BLOCK, BLOCK + 3]), tables=st.sampled_from([2, 3]))
+def test_noise_is_added_to_the_rounded_sum(exponent: int, count: int, tables: int) -> None:
+    """What comes out is the rounded sum plus the stream's integers, computed here in whole numbers, times the step."""
+    grid = Grid(2.0**-20, _grid(tables).width, tables, 1.0)
+    total = (np.random.default_rng(count).standard_normal(count) * 10.0**exponent).astype(np.float32)
+    noise = discrete_gaussian(count, grid, _stream(7))
+    wanted = [(round(float(x) * 2**20) + int(n)) / 2**20 for x, n in zip(total, noise, strict=True)]
+    np.testing.assert_array_equal(noisy_sum(total, grid, _stream(7)), np.array(wanted).astype(np.float32))
+
+
 def test_alias_table_holds_the_exact_mass() -> None:
     """Adding up what each cell keeps and gives away returns the discrete Gaussian's probabilities."""
     packed, rest = _alias_table()
     one = 1 << THRESHOLD_BITS
     mass = [0] * CELLS
     for cell, (upper, lower) in enumerate(zip(packed, rest, strict=True)):
-        kept = (int(upper) >> 16 << 64) + int(lower)
+        kept = (0xFFFF - (int(upper) >> 16) << 64) + int(lower)
         mass[cell] += kept
-        mass[int(upper) & 0xFFFF] += one - kept
+        mass[cell ^ int(upper) & 0xFFFF] += one - kept
     half = discrete_gaussian_mass(BASE_WIDTH, CELLS // 2, THRESHOLD_BITS + 16)
     assert mass == [0, *reversed(half[1:]), *half]  # to the last of 96 bits
     x = np.arange(-CELLS // 2, CELLS // 2)
@@ -149,9 +162,9 @@ class _Scripted(SecureStream):
 
 @pytest.mark.parametrize(("below", "kept"), [(1, True), (0, False)])
 def test_ties_are_broken_by_the_lower_64_bits(below: int, kept: bool) -> None:
-    """A word that equals the threshold's upper 16 bits keeps its cell exactly below the threshold's lower 64."""
+    """A word that ties keeps its cell exactly when 64 further bits lie below the threshold's lower 64."""
     packed, rest = _alias_table()
-    cell = next(c for c in range(CELLS // 2 + 10, CELLS) if rest[c] > 0 and packed[c] & 0xFFFF != c)
+    cell = next(c for c in range(CELLS // 2 + 10, CELLS) if rest[c] > 0 and packed[c] & 0xFFFF)
     stream = _Scripted((int(packed[cell]) >> 16 << 16) + cell, int(rest[cell]) - below)
-    outcome = (cell if kept else int(packed[cell]) & 0xFFFF) - CELLS // 2
+    outcome = (cell if kept else cell ^ int(packed[cell]) & 0xFFFF) - CELLS // 2
     assert discrete_gaussian(3, _grid(2), stream).tolist() == [outcome * (1 + SCALE)] * 3
