@@ -34,7 +34,7 @@ class GradientOracle:
         self._base.set_experts_implementation("eager")
         self._base.eval()
         stored = dict(adapted.classifier.backbone.state_dict())
-        self._weights = {name: _plain_weight(stored, name) for name in self._base.state_dict()}
+        self._weights = {name: _plain_weight(stored, name, have) for name, have in self._base.state_dict().items()}
         self._scale = adapted.lora.alpha / adapted.lora.rank
         self._mean, self._std = adapted.classifier.feature_mean, adapted.classifier.feature_std
         self._plan = {name: value.detach().clone() for name, value in adapted.plan.items()}
@@ -88,8 +88,8 @@ class GradientOracle:
         return merged
 
 
-def _plain_weight(stored: Gradients, name: str) -> Tensor:
-    """A base weight by its stock name, from under LoRA layers and int8, dequantised group by group."""
+def _plain_weight(stored: Gradients, name: str, stock: Tensor) -> Tensor:
+    """A base weight by its stock name, from under LoRA layers and int8 or int4, dequantised group by group."""
     module, _, leaf = name.rpartition(".")
     for path in (f"{module}.{leaf}", f"{module}.base_layer.{leaf}"):
         if path in stored:
@@ -97,9 +97,23 @@ def _plain_weight(stored: Gradients, name: str) -> Tensor:
         join = path.removesuffix("weight") if leaf == "weight" else f"{path}_"
         if f"{join}qweight" in stored:
             values, scale = stored[f"{join}qweight"], stored[f"{join}scale"]
+            if values.dtype == torch.uint8:
+                values = _levels(values, stock.shape[-1])
             groups = [part.float() * scale[..., i : i + 1] for i, part in enumerate(values.split(128, dim=-1))]
             return torch.cat(groups, dim=-1)
     raise KeyError(name)
+
+
+def _levels(packed: Tensor, inputs: int) -> Tensor:
+    """int4 levels, one input after another: in each group byte j holds input j low and input j + ceil(L / 2) high."""
+    columns, at = [], 0
+    for first in range(0, inputs, 128):
+        length = min(128, inputs - first)
+        half = (length + 1) // 2
+        nibbles = [packed[..., at + j % half].long() >> (0 if j < half else 4) & 15 for j in range(length)]
+        columns += [torch.where(nibble < 8, nibble, nibble - 16) for nibble in nibbles]
+        at += half
+    return torch.stack(columns, dim=-1)
 
 
 def relative_error(found: Gradients, wanted: Gradients, names: list[str] | None = None) -> float:

@@ -118,6 +118,7 @@ def adapted_small(
     architecture: str,
     *,
     quantised: bool,
+    bits: int = 8,
     experts: int = 8,
     top_k: int = 2,
     rank: int = 3,
@@ -128,7 +129,7 @@ def adapted_small(
     config = small_config(architecture, experts=experts, top_k=top_k)
     model = float_model(config)
     if quantised:
-        quantise_in_place(model)
+        quantise_in_place(model, bits)
     shared = architecture in ("deepseek_v2", "deepseek_v3", "qwen2_moe")
     targets = ("attention", "shared_experts", "routed_experts") if shared else ("attention", "routed_experts")
     rng = np.random.default_rng(1)

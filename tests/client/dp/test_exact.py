@@ -17,7 +17,7 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MicroBatch, Records
 from fl_client.dp.book import GradientBook
 from fl_client.dp.engine import DPEngine, EngineName, precision_of
-from fl_client.dp.lora_layers import Routing
+from fl_client.dp.lora_layers import LoraExperts, Routing
 from fl_client.dp.optimizer import FLOAT_SLACK
 from helpers.clipped import clipped_sum
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
@@ -50,13 +50,13 @@ def expert_counts(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return seen
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("bits", [0, 8, 4], ids=["float", "int8", "int4"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_clipped_sum_equals_the_loop(architecture: str, quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipped_sum_equals_the_loop(architecture: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For top-k 1 to 4, every LoRA group and the head agree with the batch-size-1 loop to 1e-5, some units clipped."""
     counts = expert_counts(monkeypatch)
     for top_k in (1, 2, 3, 4):
-        adapted = adapted_small(architecture, quantised=quantised, top_k=top_k)
+        adapted = adapted_small(architecture, quantised=bits > 0, bits=bits, top_k=top_k)
         oracle = GradientOracle(adapted, small_config(architecture, top_k=top_k))
         records = units_of_records(SIZES, seed=top_k)
         _, norms = oracle.clipped_sum(records, 1.0)
@@ -80,15 +80,19 @@ def _forced(mixing: dict[str, int]) -> object:
     return hook
 
 
-def test_experts_with_no_one_and_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [0, 8, 4], ids=["float", "int8", "int4"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_experts_with_no_one_and_all_tokens(architecture: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing by hand: an expert with every token, one with a single real token, several with none."""
     counts = expert_counts(monkeypatch)
-    adapted = adapted_small("qwen3_moe", quantised=True)
-    oracle = GradientOracle(adapted, small_config("qwen3_moe"))
+    adapted = adapted_small(architecture, quantised=bits > 0, bits=bits)
+    oracle = GradientOracle(adapted, small_config(architecture))
     mixing = {"tokens": 1}
-    for model in (adapted.classifier.backbone, oracle.base):
-        for layer in model.layers:
-            layer.mlp.experts.register_forward_pre_hook(_forced(mixing))
+    backbone = adapted.classifier.backbone
+    forced = [name for name, module in backbone.named_modules() if isinstance(module, LoraExperts)]
+    for model in (backbone, oracle.base):
+        for name in forced:
+            model.get_submodule(name).register_forward_pre_hook(_forced(mixing))
     records = units_of_records(SIZES)  # only the record of 9 tokens has a position 8 that is not padding
     for alone in (True, False):
         if alone:
