@@ -140,12 +140,11 @@ class Stepper:
             torch.cuda.synchronize()
 
 
-def times(name: str, device: torch.device, seconds: float) -> dict[str, list[float]]:
+def times(adapted: AdaptedModel, records: Records, device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Seconds of each variant's steps: `plain` and `book` take turns, first one and then the other leading.
 
     Opacus' hooks are slow and only a footnote: one step.
     """
-    adapted, records = build(name, device)
     # One thread on a shared machine: its own CPU time says more than the wall clock.
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
@@ -157,7 +156,6 @@ def times(name: str, device: torch.device, seconds: float) -> dict[str, list[flo
             found[stepper.variant].append(clock() - before)
 
     hooks = Stepper("hooks", adapted, records)
-    hooks.step()
     measure([hooks])
     hooks.close()
     pair = [Stepper(variant, adapted, records) for variant in PAIR]
@@ -204,12 +202,12 @@ def _peak_in_child(name: str, variant: str, device: str) -> tuple[int, int]:
 
 def measure(name: str, device: str, seconds: float) -> dict[str, Any]:
     """One entry of `models`."""
-    taken = times(name, torch.device(device), seconds)
+    adapted, records = build(name, torch.device(device))
+    taken = times(adapted, records, torch.device(device), seconds)
     median = {variant: statistics.median(values) for variant, values in taken.items()}
     quarters = statistics.quantiles([b / p for p, b in zip(taken["plain"], taken["book"], strict=True)], n=4)
     with ThreadPoolExecutor() as pool:  # each is a process of its own
         peaks = dict(zip(PAIR, pool.map(lambda variant: _peak_in_child(name, variant, device), PAIR), strict=True))
-    _, records = build(name, torch.device(device))
     return {
         "name": name,
         "units": records.units,

@@ -123,12 +123,14 @@ class GradientBook:
 
 
 def _weighted_outer(entry: _Outer, weights: Tensor) -> Tensor:
+    # Rounded to half precision, weighted rows that cancel and the sum over units would outgrow what is paid for.
+    precise = torch.promote_types(entry.a.dtype, torch.float32)
+    a, b = entry.a.to(precise), entry.b.to(precise)
     row = weights.index_select(0, entry.unit_of_row).unsqueeze(1)
-    a, b = entry.a, entry.b
     if a.shape[1] <= b.shape[1]:
-        a = a * row.to(a.dtype)
+        a = a * row
     else:
-        b = b * row.to(b.dtype)
+        b = b * row
     return (outer(a, b) if entry.ends is None else grouped_outer(a, b, entry.ends)).float()
 
 

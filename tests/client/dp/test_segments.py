@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fl_client.dp import segments as module
+from fl_client.dp.book import GradientBook
+from fl_client.dp.optimizer import FLOAT_SLACK
 from fl_client.dp.segments import find_segments, squared_norms
 
 torch.set_num_threads(1)
@@ -83,3 +86,31 @@ def test_no_rows_give_no_segments() -> None:
     found = find_segments(torch.empty(0, dtype=torch.int64), 3)
     assert found.unit.numel() == 0
     assert squared_norms(torch.empty(0, 2), torch.empty(0, 3), found).shape == (0,)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cancelling_rows_add_no_more_than_is_paid_for(ratio: float, dtype: torch.dtype) -> None:
+    """A unit whose rows cancel on purpose, among units that all point one way, moves the sum by at most C (1 + slack)."""
+    torch.manual_seed(0)
+    units, tokens, p, q, clip = 96, 6, 4, 64, 0.5
+    a = torch.randn(tokens, p).repeat(units, 1)
+    b = torch.randn(tokens, q).repeat(units, 1)
+    for unit in range(8):  # pairs of rows cancel up to a part in `ratio`
+        rows = slice(unit * tokens, (unit + 1) * tokens)
+        a[rows] = torch.randn(tokens // 2, p).repeat_interleave(2, 0)
+        b[rows] = ratio * torch.randn(tokens // 2, q).repeat_interleave(2, 0) + torch.randn(tokens, q)
+        b[rows][1::2] *= -1
+    a, b = a.to(dtype), b.to(dtype)
+    parameter, unit_of_row = nn.Parameter(torch.zeros(1, p, q)), torch.arange(units).repeat_interleave(tokens)
+    book = GradientBook(torch.arange(units), units, tokens)
+    ends = torch.tensor([units * tokens], dtype=torch.int32)
+    book.add_expert_factor(parameter, a, b, unit_of_row, find_segments(unit_of_row, units), ends)
+    weights = clip / book.norms().clamp(min=clip)
+    [(_, whole)] = book.weighted_sums(weights)
+    for unit in range(12):
+        others = weights.clone()
+        others[unit] = 0
+        [(_, without)] = book.weighted_sums(others)
+        change = float((whole.double() - without.double()).norm()) / clip
+        assert change <= 1 + FLOAT_SLACK[dtype] / 8
