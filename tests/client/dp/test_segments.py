@@ -91,7 +91,7 @@ def test_no_rows_give_no_segments() -> None:
 @pytest.mark.parametrize("ratio", [1.0, 1e3, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cancelling_rows_add_no_more_than_is_paid_for(ratio: float, dtype: torch.dtype) -> None:
-    """A unit whose rows cancel on purpose, among units that all point one way, moves the sum by at most C (1 + slack)."""
+    """A unit whose rows cancel on purpose, among units that all agree, moves the sum by C (1 + slack) at most."""
     torch.manual_seed(0)
     units, tokens, p, q, clip = 96, 6, 4, 64, 0.5
     a = torch.randn(tokens, p).repeat(units, 1)
