@@ -1,7 +1,7 @@
 """What privacy costs per training step: book-keeping engine against non-private LoRA and against Opacus' hooks.
 
 Same model, layers, batch, precision and optimizer; the private step includes clipping, sum and noise. Steps of the two
-alternate, and their medians are compared. Peak memory is the whole process's, each variant in its own.
+alternate, and their medians are compared. Peak memory is the whole process's.
 
     python tests/benchmarks/dp_step.py --json
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,20 +167,40 @@ def times(adapted: AdaptedModel, records: Records, device: torch.device, seconds
     return found
 
 
-def peak_bytes(name: str, variant: str, device: torch.device) -> tuple[int, int]:
-    """Peak memory of two steps, whole and above what lay there before them: bytes."""
-    adapted, records = build(name, device)
+def peak_bytes(variant: str, adapted: AdaptedModel, records: Records, device: torch.device) -> tuple[int, int]:
+    """Peak memory of two steps, whole and above what lay there before them: bytes.
+
+    On the CPU a forked copy of this process takes them, so that no variant finds what another left on the heap.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    else:
+        _two_steps(variant, adapted, records)
+        peak = torch.cuda.max_memory_allocated()
+        return peak, peak - before
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+
+    def resident() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building
         before = _status("VmRSS")
+        _two_steps(variant, adapted, records)
+        found.put((_status("VmHWM"), before))
+
+    child = context.Process(target=resident)
+    child.start()
+    child.join()
+    if child.exitcode != 0:
+        raise RuntimeError(f"the steps of {variant} ended with {child.exitcode}")
+    peak, before = found.get()
+    return peak, peak - before
+
+
+def _two_steps(variant: str, adapted: AdaptedModel, records: Records) -> None:
     stepper = Stepper(variant, adapted, records)
     for _ in range(2):
         stepper.step()
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
-    return peak, peak - before
+    stepper.close()
 
 
 def _status(field: str) -> int:
@@ -191,23 +210,14 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _peak_in_child(name: str, variant: str, device: str) -> tuple[int, int]:
-    out = subprocess.run(
-        [sys.executable, __file__, "--peak", name, variant, "--device", device],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    whole, above = json.loads(out.splitlines()[-1])
-    return whole, above
-
-
 def measure(name: str, device: str, seconds: float) -> dict[str, Any]:
     """One entry of `models`."""
-    adapted, records = build(name, torch.device(device))
-    taken = times(adapted, records, torch.device(device), seconds)
+    place = torch.device(device)
+    adapted, records = build(name, place)
+    peaks = {variant: peak_bytes(variant, adapted, records, place) for variant in PAIR}
+    taken = times(adapted, records, place, seconds)
     median = {variant: statistics.median(values) for variant, values in taken.items()}
     quarters = statistics.quantiles([b / p for p, b in zip(taken["plain"], taken["book"], strict=True)], n=4)
-    with ThreadPoolExecutor() as pool:  # each is a process of its own
-        peaks = dict(zip(PAIR, pool.map(lambda variant: _peak_in_child(name, variant, device), PAIR), strict=True))
     return {
         "name": name,
         "units": records.units,
@@ -228,15 +238,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--full", action="store_true", help="all shapes, and longer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peak", nargs=2, metavar=("NAME", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.peak:
-        name, variant = options.peak
-        print(json.dumps(peak_bytes(name, variant, torch.device(options.device))))
-        return 0
     names = FULL if options.full else DEFAULT
-    models = [measure(name, options.device, 60.0 if options.full else 10.0) for name in names]
+    models = [measure(name, options.device, 60.0 if options.full else 13.0) for name in names]
     where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu, 1 thread"
     if options.json:
         print(json.dumps({"device": where, "models": models}, indent=2))
