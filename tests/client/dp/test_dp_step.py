@@ -1,0 +1,48 @@
+"""The benchmark of a private step runs on a small model and reports what it says it reports."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "dp_step.py"
+
+
+def _load() -> ModuleType:
+    spec = spec_from_file_location("dp_step", _FILE)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["dp_step"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+dp_step = _load()
+torch.set_num_threads(1)
+
+
+def test_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant takes its steps on the same records, and memory is that of forked copies."""
+    small = dp_step.Shape(hidden=64, layers=2, inner=32, experts=4, tokens=(3, 5), units=6)
+    monkeypatch.setattr(dp_step, "SHAPES", {"small": small})
+    monkeypatch.setattr(dp_step, "PAIRS", 2)
+    found = dp_step.measure("small", "cpu", 0.0)
+    assert (found["name"], found["units"], found["steps_measured"]) == ("small", 6, 2)
+    assert 3 <= found["tokens"] <= 5
+    assert {"time_ratio", "memory_ratio", "vs_opacus_hooks"} <= set(found)
+    assert all(seconds > 0 for seconds in found["seconds_per_step"].values())
+    assert found["memory_ratio"] > 0.5
+
+
+def test_the_packaged_model_and_its_texts() -> None:
+    """`tiny` is the base that ships, on records of the first hospital."""
+    adapted, records = dp_step.build("tiny", torch.device("cpu"))
+    assert adapted.architecture.model_type == "deepseek_v3"
+    assert records.units == dp_step.TINY_UNITS
+    assert max(len(ids) for ids in records.ids) <= 32
+    assert set(records.labels) <= set(range(dp_step.CLASSES))
