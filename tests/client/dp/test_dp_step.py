@@ -15,7 +15,8 @@ _FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "dp_step.py"
 
 def _load() -> ModuleType:
     spec = spec_from_file_location("dp_step", _FILE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules["dp_step"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
