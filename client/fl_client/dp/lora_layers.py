@@ -197,7 +197,7 @@ class LoraLinear(_FrozenBase):
             examples = x.reshape(scope.records, -1, x.shape[-1])
             added: Tensor = base(x) + self.factor * up(down(examples)).view(*x.shape[:-1], -1)
             return added
-        y: Tensor = _LinearWithFactors.apply(x, down.weight, up.weight, self, scope)  # type: ignore[no-untyped-call]
+        y: Tensor = _LinearWithFactors.apply(x, down.weight, up.weight, self, scope)  # type: ignore[no-untyped-call]  # torch's
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
 

@@ -142,10 +142,10 @@ class _Draws:
         np.right_shift(entry, 16, out=floor)
         word >>= 16
         word -= floor  # below zero, that is beyond 2**31: take the alias
-        tied = np.flatnonzero(word == 0) if np.count_nonzero(word) < count else self._index[:0]
+        if np.count_nonzero(word) < count:
+            tied = np.flatnonzero(word == 0)
+            word[tied[self._stream.words(tied.size) >= rest[index[tied]]]] -= 1
         word >>= 16  # 0xFFFF for the alias, 0 for the cell
-        if tied.size:
-            word[tied] = np.where(self._stream.words(tied.size) < rest[index[tied]], 0, 0xFFFF)
         word &= entry
         value ^= word
         return value

@@ -105,7 +105,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        y: Tensor = _QuantMatmul.apply(x, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _QuantMatmul.apply(x, self)  # type: ignore[no-untyped-call]  # torch's
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -179,7 +179,7 @@ class QuantExperts(nn.Module):
 
     def project(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
         """`gate_up_proj` or `down_proj` for rows sorted by expert: `[M, in]` to `[M, out]`."""
-        y: Tensor = _QuantGroupedMatmul.apply(x, self, name, ends)  # type: ignore[no-untyped-call]
+        y: Tensor = _QuantGroupedMatmul.apply(x, self, name, ends)  # type: ignore[no-untyped-call]  # torch's
         return y
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 def weighted_sum(rows: Tensor, order: Tensor, top_k_weights: Tensor) -> Tensor:
     """Each token's sum over its experts: rows `[T*K, H]` sorted by expert and weights `[T, K]` to `[T, H]`."""
-    pairs: Tensor = _Unsort.apply(rows, order)  # type: ignore[no-untyped-call]
+    pairs: Tensor = _Unsort.apply(rows, order)  # type: ignore[no-untyped-call]  # torch's
     weights = top_k_weights.unsqueeze(1).to(rows.dtype)
     return torch.bmm(weights, pairs.view(*top_k_weights.shape, rows.shape[-1])).squeeze(1)
 

@@ -74,7 +74,7 @@ def _tiles(rows: int, experts: int, ends: Tensor | None, device: Any) -> tuple[i
     return tile, owner.int(), start.int(), ends[known].int()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
 def _forward(  # type: ignore[no-untyped-def]  # compiled by Triton
     x, q, scale, y, owner, start, stop, outputs, inputs, width, groups,
     EXPERTS: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,  # Triton's habit
@@ -119,7 +119,7 @@ def _forward(  # type: ignore[no-untyped-def]  # compiled by Triton
     tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
 def _backward(  # type: ignore[no-untyped-def]  # compiled by Triton
     g, q, scale, gx, owner, start, stop, outputs, inputs, width, groups,
     EXPERTS: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,
