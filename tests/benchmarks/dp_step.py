@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from fl_client.data.icd10 import hospital_split
+from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.batches import Records, micro_batches, token_ids
+from fl_client.dp.batches import Records, micro_batches, tokenise
 from fl_client.dp.canaries import worst_case_adapter
 from fl_client.dp.engine import DPEngine, per_record_loss
 from fl_client.model.load import load_model
@@ -40,8 +41,11 @@ CLASSES = 22  # the chapters of ICD-10
 PAIR = ("plain", "book")
 VARIANTS = (*PAIR, "hooks")
 LORA = LoraSection(rank=8, alpha=16.0, targets=("attention", "shared_experts", "routed_experts"))
+MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
 PAIRS = 6  # at least
-TINY_UNITS = 338  # what a step of the hospital scenario samples on average
+# The base that ships with the package on the scenario's own texts: name and records in a step. 338 is what a step of
+# the hospital scenario samples on average.
+TINY = {"tiny": 338, "tiny, 64 units": 64}
 
 
 @dataclass(frozen=True)
@@ -56,22 +60,19 @@ class Shape:
     units: int
 
 
-# Beside `tiny`, the base that ships with the package, on the scenario's own texts. `--full` adds others.
 SHAPES = {
     "small-100M": Shape(hidden=512, layers=6, inner=384, experts=32, tokens=(32, 64), units=24),
     "random tiny": Shape(hidden=256, layers=4, inner=128, experts=16, tokens=(4, 16), units=338),
     "small-100M, 512 tokens": Shape(hidden=512, layers=6, inner=384, experts=32, tokens=(512, 512), units=4),
 }
 DEFAULT = ("tiny", "small-100M")
-FULL = (*DEFAULT, "tiny, 64 units", "random tiny", "small-100M, 512 tokens")
+FULL = (*TINY, *SHAPES)
 
 
 def build(name: str, device: torch.device) -> tuple[AdaptedModel, Records]:
     """An int8 model under a random adapter, and the records of one step."""
-    if name in SHAPES:
-        model, mean, std, records = _random(SHAPES[name], device)
-    else:
-        model, mean, std, records = _tiny(64 if "64" in name else TINY_UNITS, device)
+    source = _tiny(TINY[name], device) if name in TINY else _random(SHAPES[name], device)
+    model, mean, std, records = source
     adapted = adapt(model, LORA, CLASSES, mean, std)
     worst_case_adapter(adapted, np.random.default_rng(0), scale=0.02)
     return adapted, records
@@ -82,9 +83,9 @@ def _tiny(units: int, device: torch.device) -> tuple[nn.Module, Tensor, Tensor, 
     loaded = load_model("tiny", str(device))
     held = hospital_split()[0][::3]
     rows = [held[at] for at in np.random.default_rng(0).choice(len(held), units, replace=False)]
-    ids, truncated = token_ids([text for text, _ in rows], loaded.tokenizer, 32)
-    labels = np.array([int(chapter) - 1 for _, chapter in rows], dtype=np.int64)
-    records = Records(ids, labels, tuple(np.array([unit]) for unit in range(units)), truncated)
+    texts, labels = zip(*rows, strict=True)
+    data = UnitData(texts, labels, np.arange(units), units, "0" * 64)
+    records = tokenise(data, loaded.tokenizer, [str(chapter) for chapter in range(1, CLASSES + 1)], 32)
     return loaded.module, loaded.feature_mean, loaded.feature_std, records
 
 
@@ -110,11 +111,10 @@ class Stepper:
         self.units = list(range(records.units))
         self.device = next(iter(adapted.plan.values())).device
         self.plain = torch.optim.SGD(list(adapted.plan.values()), lr=1e-6, momentum=0.9)
-        self.mechanism = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
         self.engine: DPEngine | None = None  # made once, as a round makes it
         if variant != "plain":
             self.engine = DPEngine(
-                adapted, records, self.mechanism, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9,
+                adapted, records, MECHANISM, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9,
                 engine="hooks" if variant == "hooks" else "book",
             )  # fmt: skip
 
@@ -148,7 +148,7 @@ def times(adapted: AdaptedModel, records: Records, device: torch.device, seconds
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
 
-    def measure(steppers: Sequence[Stepper]) -> None:
+    def take(steppers: Sequence[Stepper]) -> None:
         for stepper in steppers:
             before = clock()
             stepper.step()
@@ -159,10 +159,10 @@ def times(adapted: AdaptedModel, records: Records, device: torch.device, seconds
         stepper.step()
     started = time.perf_counter()
     while len(found["book"]) < PAIRS or time.perf_counter() - started < seconds:
-        measure(pair)
+        take(pair)
         pair.reverse()
     hooks = Stepper("hooks", adapted, records)
-    measure([hooks])
+    take([hooks])
     hooks.close()
     return found
 

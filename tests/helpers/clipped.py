@@ -1,4 +1,4 @@
-"""The engine's side of a comparison with the gradient oracle."""
+"""The engine's side of a comparison with the gradient oracle, and what lies between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import Records
 from fl_client.dp.engine import DPEngine, EngineName
 from fl_shared.privacy import Mechanism
-from helpers.gradient_oracle import Gradients
+from helpers.gradient_oracle import Gradients, relative_error
 
 
 def clipped_sum(
@@ -39,3 +39,12 @@ def clipped_sum(
         at += p.numel()
     made.optimizer.zero_grad(set_to_none=True)
     return sums
+
+
+def group_errors(adapted: AdaptedModel, found: Gradients, wanted: Gradients) -> dict[str, float]:
+    """Relative error of attention, shared experts, routed experts and head, each by itself."""
+    assert set(found) == set(wanted)
+    groups: dict[str, list[str]] = {}
+    for name in wanted:
+        groups.setdefault(adapted.groups[name], []).append(name)
+    return {group: relative_error(found, wanted, names) for group, names in groups.items()}

@@ -22,7 +22,7 @@ from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training import export_peft, initial_adapter, train_round
 from fl_shared.errors import EngineError
 from fl_shared.manifest import RunSpec
-from helpers.clipped import clipped_sum
+from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, small_config, units_of_records
 
@@ -39,14 +39,6 @@ def without(adapted: AdaptedModel, *factors: str) -> frozenset[str]:
     return frozen
 
 
-def by_group(adapted: AdaptedModel, found: Gradients, wanted: Gradients) -> dict[str, float]:
-    assert set(found) == set(wanted)
-    groups: dict[str, list[str]] = {}
-    for name in wanted:
-        groups.setdefault(adapted.groups[name], []).append(name)
-    return {group: relative_error(found, wanted, names) for group, names in groups.items()}
-
-
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cores_are_clipped_exactly(architecture: str, quantised: bool) -> None:
@@ -57,7 +49,7 @@ def test_cores_are_clipped_exactly(architecture: str, quantised: bool) -> None:
     records = units_of_records(SIZES)
     norm = float(np.median(oracle.clipped_sum(records, 1.0)[1]))
     wanted, _ = oracle.clipped_sum(records, norm)
-    errors = by_group(adapted, clipped_sum(adapted, records, norm, frozen=frozen), wanted)
+    errors = group_errors(adapted, clipped_sum(adapted, records, norm, frozen=frozen), wanted)
     assert {"attention", "routed_experts", "head"} <= set(errors)
     assert max(errors.values()) < TOLERANCE, errors
     assert all(".lora_R" in name or adapted.groups[name] == "head" for name in wanted)
@@ -71,7 +63,7 @@ def test_opacus_clips_cores_the_same(architecture: str, engine: EngineName) -> N
     frozen = without(adapted, ".lora_A", ".lora_B")
     records = units_of_records(SIZES if engine == "hooks" else [[5], [9], [1], [6], [7]])
     found = clipped_sum(adapted, records, 0.5, frozen=frozen)
-    errors = by_group(adapted, clipped_sum(adapted, records, 0.5, frozen=frozen, engine=engine), found)
+    errors = group_errors(adapted, clipped_sum(adapted, records, 0.5, frozen=frozen, engine=engine), found)
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -84,7 +76,7 @@ def test_factors_b_alone_are_clipped_exactly(architecture: str) -> None:
     records = units_of_records(SIZES)
     norm = float(np.median(oracle.clipped_sum(records, 1.0)[1]))
     wanted, _ = oracle.clipped_sum(records, norm)
-    errors = by_group(adapted, clipped_sum(adapted, records, norm, frozen=frozen), wanted)
+    errors = group_errors(adapted, clipped_sum(adapted, records, norm, frozen=frozen), wanted)
     assert max(errors.values()) < TOLERANCE, errors
 
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "dp_step.py"
+from helpers.benchmarks import load_benchmark
 
-
-def _load() -> ModuleType:
-    spec = spec_from_file_location("dp_step", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules["dp_step"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-dp_step = _load()
+dp_step = load_benchmark("dp_step")
 torch.set_num_threads(1)
 
 
@@ -44,6 +28,6 @@ def test_the_packaged_model_and_its_texts() -> None:
     """`tiny` is the base that ships, on records of the first hospital."""
     adapted, records = dp_step.build("tiny", torch.device("cpu"))
     assert adapted.architecture.model_type == "deepseek_v3"
-    assert records.units == dp_step.TINY_UNITS
+    assert records.units == dp_step.TINY["tiny"]
     assert max(len(ids) for ids in records.ids) <= 32
     assert set(records.labels) <= set(range(dp_step.CLASSES))

@@ -19,7 +19,7 @@ from fl_client.dp.book import GradientBook
 from fl_client.dp.engine import DPEngine, EngineName, precision_of
 from fl_client.dp.lora_layers import LoraExperts, Routing
 from fl_client.dp.optimizer import FLOAT_SLACK
-from helpers.clipped import clipped_sum
+from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config, units_of_records
 
@@ -27,14 +27,6 @@ torch.set_num_threads(1)
 TOLERANCE = 1e-5
 # Units of one to four records, records of one to nine tokens: every micro-batch is padded.
 SIZES = [[5, 3], [9], [1], [2, 6, 4, 1], [7]]
-
-
-def group_errors(adapted: AdaptedModel, found: Gradients, wanted: Gradients) -> dict[str, float]:
-    """Relative error of attention, shared experts, routed experts and head, each by itself."""
-    groups: dict[str, list[str]] = {}
-    for name, group in adapted.groups.items():
-        groups.setdefault(group, []).append(name)
-    return {group: relative_error(found, wanted, names) for group, names in groups.items()}
 
 
 def expert_counts(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:

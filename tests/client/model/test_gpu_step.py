@@ -5,28 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from fl_client.model.load import with_quantised_layers
+from helpers.benchmarks import load_benchmark
 
-_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_step.py"
-
-
-def _load() -> ModuleType:
-    spec = spec_from_file_location("gpu_step", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_step = _load()
+gpu_step = load_benchmark("gpu_step")
 
 
 def test_the_real_shape_is_that_of_deepseek_v2_lite() -> None:
