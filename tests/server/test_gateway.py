@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import shutil
 import socket
 import sqlite3
@@ -48,7 +49,7 @@ from helpers.coordinators import Coordinator, Keys, until
 
 LIMIT = 2 << 20
 RATE = 20
-A, B = "hospital-001", "hospital-002"
+A, B, C = "hospital-001", "hospital-002", "hospital-003"
 ATTACKER, MUTE, SLOW_SITE = "127.0.0.2", "127.0.0.3", "127.0.0.4"  # loopback has many addresses
 PROTOBUF = {"content-type": "application/protobuf"}
 
@@ -471,8 +472,9 @@ def ends(connection: socket.socket) -> bytes:
 
 def test_slow_clients_use_up_their_own_places_and_are_shut_out(one: Coordinator) -> None:
     """No handshake, half a head, a head or body that never ends: others are served meanwhile, and each is ended."""
+    one.enrol(C)  # new: no earlier test has used up its rate
     head = b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n"
-    signed = "".join(f"{k}: {v}\r\n" for k, v in signed_by(one.keys[A].node).items()).encode()
+    signed = "".join(f"{k}: {v}\r\n" for k, v in signed_by(one.keys[C].node).items()).encode()
     with contextlib.ExitStack() as stack:
 
         def keep(connection: Any) -> Any:
@@ -486,11 +488,15 @@ def test_slow_clients_use_up_their_own_places_and_are_shut_out(one: Coordinator)
         # This address has no place left, and a site whose requests stand still has none left either; others have.
         with pytest.raises(OSError):
             keep(tls_connection(one, ATTACKER)).sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-        standing = [keep(tls_connection(one, SLOW_SITE, one.keys[A].folder)) for _ in range(MAX_PER_SITE)]
-        for connection in standing:
+        sent = [keep(tls_connection(one, SLOW_SITE, one.keys[C].folder)) for _ in range(MAX_PER_SITE + 4)]
+        for connection in sent:
             connection.sendall(head + signed + b"\r\nx")
-        until(lambda: pull(one, A) == 503, "the site has no place left", 20.0)
-        assert pull(one, B) == 200
+        # Those too many are answered at once: then, and not before, all places are known to be taken.
+        until(lambda: len(answered(sent)) >= 4, "the site has no place left", 20.0)
+        refused = answered(sent)
+        assert [b" 503 " in each.recv(4096) for each in refused] == [True] * 4
+        standing = [each for each in sent if each not in refused]
+        assert (pull(one, C), pull(one, B)) == (503, 200)
         with one.client() as stranger:
             assert stranger.get("/v1/ca").status_code == 200
         over = threading.Event()
@@ -500,11 +506,16 @@ def test_slow_clients_use_up_their_own_places_and_are_shut_out(one: Coordinator)
             for connection in [silent[0], silent[-1], *half]:
                 connection.settimeout(60)
             assert set(pool.map(ends, [silent[0], silent[-1], *half])) == {b""}
-            for answered in pool.map(lambda each: each.recv(4096), standing):
-                assert b" 408 " in answered
+            for answer in pool.map(lambda each: each.recv(4096), standing):
+                assert b" 408 " in answer
         over.set()
         drip.join(10)
-    until(lambda: pull(one, A) == 200, "the slow site is served again", 30.0)
+    until(lambda: pull(one, C) == 200, "the slow site is served again", 30.0)
+
+
+def answered(connections: list[ssl.SSLSocket]) -> list[ssl.SSLSocket]:
+    """Those on which something has come."""
+    return select.select(connections, [], [], 0)[0]
 
 
 def pull(one: Coordinator, site: str) -> int:
