@@ -78,7 +78,8 @@ class CoreLinear(LoraLinear):
         up: Any = self.lora_B[ADAPTER]
         scope = self.scope
         if scope.mode == "hooks":
-            added = up(core(down(x.reshape(scope.records, -1, x.shape[-1]))))
+            examples = x.reshape(scope.records, -1, x.shape[-1]).to(down.weight.dtype)
+            added = up(core(down(examples))).to(x.dtype)
         else:
             h = F.linear(x.reshape(-1, x.shape[-1]), down.weight.to(x.dtype))
             mixed: Tensor = _Core.apply(h, core.weight, scope)  # type: ignore[no-untyped-call]  # torch's
@@ -107,7 +108,7 @@ class CoreExperts(LoraExperts):
             if scope.unit_anchor is None:
                 raise EngineError("hooks need the micro-batch's anchor", fix="report this defect")
             rest = (ends, routing.tokens // scope.tokens, scope.unit_anchor)
-            added: Tensor = b(core(a(x, *rest), *rest), *rest)
+            added: Tensor = b(core(a(x.to(a.weight.dtype), *rest), *rest), *rest).to(x.dtype)
             return torch.add(frozen, added, alpha=self.factor)
         h = grouped_matmul(x, a.weight.to(x.dtype).mT, ends)
         mixed: Tensor = _ExpertCores.apply(h, core.weight, routing, scope)  # type: ignore[no-untyped-call]  # torch's

@@ -191,12 +191,16 @@ class LoraLinear(_FrozenBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        down, up, scope = self.lora_A[ADAPTER], self.lora_B[ADAPTER], self.scope
+        down: Any = self.lora_A[ADAPTER]
+        up: Any = self.lora_B[ADAPTER]
         base: Any = self.base_layer
+        scope = self.scope
         if scope.mode == "hooks":
-            examples = x.reshape(scope.records, -1, x.shape[-1])
-            added: Tensor = base(x) + self.factor * up(down(examples)).view(*x.shape[:-1], -1)
-            return added
+            # Called as modules, the factors cannot be cast to a half-precision model's type: the rows go to theirs.
+            examples = x.reshape(scope.records, -1, x.shape[-1]).to(down.weight.dtype)
+            added = self.factor * up(down(examples)).view(*x.shape[:-1], -1)
+            hooked: Tensor = base(x) + added.to(x.dtype)
+            return hooked
         y: Tensor = _LinearWithFactors.apply(x, down.weight, up.weight, self, scope)  # type: ignore[no-untyped-call]  # torch's
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
@@ -292,8 +296,8 @@ class LoraExperts(_FrozenBase):
             record = routing.tokens // scope.tokens
             rest = (routing.ends, record, scope.unit_anchor)
             frozen = self._frozen(name, x, routing.ends)
-            added: Tensor = frozen + self.factor * b(a(x, *rest), *rest)
-            return added
+            added: Tensor = self.factor * b(a(x.to(a.weight.dtype), *rest), *rest)
+            return frozen + added.to(x.dtype)
         y: Tensor = _ExpertsWithFactors.apply(  # type: ignore[no-untyped-call]  # torch's
             x, a.weight, b.weight, self, name, routing, scope
         )
