@@ -1,7 +1,8 @@
 """What privacy costs per training step: book-keeping engine against non-private LoRA and against Opacus' hooks.
 
 Same model, layers, batch, precision and optimizer; the private step includes clipping, sum and noise. Steps of the two
-alternate; the time is the median over pairs of neighbours. Peak memory is the whole process's.
+alternate; the time is the median over pairs of neighbours. Peak memory is the whole process's. The base computes in
+float32 on CPU and in bfloat16 on CUDA, as `load_model` has it.
 
     python tests/benchmarks/dp_step.py --json
 """
@@ -29,7 +30,7 @@ from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.batches import Records, micro_batches, tokenise
 from fl_client.dp.canaries import worst_case_adapter
-from fl_client.dp.engine import DPEngine, per_record_loss
+from fl_client.dp.engine import DPEngine, per_record_loss, precision_of
 from fl_client.model.load import load_model
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
@@ -69,18 +70,22 @@ DEFAULT = ("tiny", "small-100M")
 FULL = (*TINY, *SHAPES)
 
 
-def build(name: str, device: torch.device) -> tuple[AdaptedModel, Records]:
-    """An int8 model under a random adapter, and the records of one step."""
-    source = _tiny(TINY[name], device) if name in TINY else _random(SHAPES[name], device)
+def build(name: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[AdaptedModel, Records]:
+    """An int8 model under a random adapter, and the records of one step.
+
+    `dtype` is what the base computes in; by default as `load_model` chooses.
+    """
+    kind = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    source = _tiny(TINY[name], device, kind) if name in TINY else _random(SHAPES[name], device, kind)
     model, mean, std, records = source
     adapted = adapt(model, LORA, CLASSES, mean, std)
     worst_case_adapter(adapted, np.random.default_rng(0), scale=0.02)
     return adapted, records
 
 
-def _tiny(units: int, device: torch.device) -> tuple[nn.Module, Tensor, Tensor, Records]:
+def _tiny(units: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor, Records]:
     """The packaged base and so many of the first hospital's records."""
-    loaded = load_model("tiny", str(device))
+    loaded = load_model("tiny", str(device), dtype)
     held = hospital_split()[0][::3]
     rows = [held[at] for at in np.random.default_rng(0).choice(len(held), units, replace=False)]
     texts, labels = zip(*rows, strict=True)
@@ -89,7 +94,7 @@ def _tiny(units: int, device: torch.device) -> tuple[nn.Module, Tensor, Tensor, 
     return loaded.module, loaded.feature_mean, loaded.feature_std, records
 
 
-def _random(shape: Shape, device: torch.device) -> tuple[nn.Module, Tensor, Tensor, Records]:
+def _random(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor, Records]:
     config = DeepseekV3Config(
         vocab_size=4096, hidden_size=shape.hidden, num_hidden_layers=shape.layers, moe_intermediate_size=shape.inner,
         n_routed_experts=shape.experts, num_attention_heads=4, num_key_value_heads=4,
@@ -98,6 +103,9 @@ def _random(shape: Shape, device: torch.device) -> tuple[nn.Module, Tensor, Tens
         topk_group=1,
     )  # fmt: skip
     model = quantise_in_place(float_model(config)).to(device)
+    for path, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not path.endswith("scale"):  # scales stay float32
+            parameter.data = parameter.data.to(dtype)
     low, high = shape.tokens
     records = random_records(shape.units, low=low, high=high, vocabulary=4096, classes=CLASSES)
     return model, torch.zeros(shape.hidden, device=device), torch.ones(shape.hidden, device=device), records
@@ -222,6 +230,7 @@ def measure(name: str, device: str, seconds: float) -> dict[str, Any]:
     )
     return {
         "name": name,
+        "precision": str(precision_of(adapted)).removeprefix("torch."),
         "units": records.units,
         "tokens": round(statistics.mean(len(ids) for ids in records.ids), 1),
         "time_ratio": round(middle, 3),
