@@ -89,7 +89,7 @@ def noise_p_value(noise: NDArray[np.float64], applied: float, mechanism: Mechani
 
     Args:
         noise: `[draws]`.
-        applied: the standard deviation that the engine says it applies; below the charged sigma C the answer is 0, as for NaN.
+        applied: the standard deviation that the engine says it adds; below the charged sigma C, or for NaN, p is 0.
     """
     scaled = noise / applied
     squares = float(scaled @ scaled)
