@@ -1,12 +1,13 @@
 """A private training step at the real shape on a GPU: random weights of DeepSeek-V2-Lite's size, int8, 512 tokens.
 
-Four variants, each in its own process: this project's private step (`book`), the same layers without privacy
-(`plain`), and what a non-private user would run: Hugging Face and PEFT, LoRA on the same layers, bfloat16 weights
-(`peft`), and int8 without training (`forward`). The quantised model is made tensor by tensor on the device; no float
-copy of it ever exists. Without a CUDA device nothing is measured, and the output says so; `--small --device cpu` takes
-the same way with a model of 2 layers and proves only that.
+Four variants, each in processes of its own, once in this order and once in reverse: this project's private step
+(`book`), the same layers without privacy (`plain`), what a non-private user would run (`peft`: Hugging Face and PEFT,
+LoRA on the same layers, bfloat16 weights), and int8 without training (`forward`). The quantised model is made tensor by
+tensor on the device; no float copy of it ever exists. A variant that runs out of memory says so beside the others'
+figures. Without a CUDA device nothing is measured, and the output says so; `--small --device cpu` takes the same way
+with a model of 2 layers and proves only that.
 
-    python tests/benchmarks/gpu_step.py --json
+    python tests/benchmarks/gpu_step.py --json --out gpu_step.json
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from fl_client.dp.adapt import adapt
 from fl_client.dp.architectures import architecture_of
-from fl_client.dp.batches import Records, micro_batches
-from fl_client.dp.engine import DPEngine, per_record_loss
+from fl_client.dp.batches import MAX_UNITS, Records, cut_units, micro_batches
+from fl_client.dp.engine import DPEngine, is_out_of_memory, per_record_loss
 from fl_client.model.layout import expert_modules
 from fl_client.model.load import make_rotary, with_quantised_layers
 from fl_client.model.quant_tensor import GROUP
+from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
 
@@ -103,13 +106,27 @@ def quantised_model(device: torch.device, *, small: bool) -> nn.Module:
     return fill(with_quantised_layers(empty_model(small=small), 8, GROUP), device, torch.bfloat16)
 
 
-def stepper(variant: str, device: torch.device, *, small: bool) -> Callable[[], None]:
-    """A function that takes one step of a variant on the same records."""
+@dataclass(frozen=True)
+class Stepper:
+    """Takes one step of a variant."""
+
+    step: Callable[[], None]
+    records: Records
+    engine: DPEngine | None = None
+
+    def micro_batch(self) -> int:
+        """Units in the largest micro-batch. The engine of `book` halves it when memory runs out; nothing else does."""
+        most = MAX_UNITS if self.engine is None else self.engine.max_units
+        return max(len(chosen) for chosen in cut_units(self.records, range(UNITS), max_units=most))
+
+
+def stepper(variant: str, device: torch.device, *, small: bool) -> Stepper:
+    """A variant, ready to step; all are given the same records."""
     shape = SMALL if small else V2_LITE
     tokens = 32 if small else TOKENS
     records = random_records(UNITS, low=tokens, high=tokens, vocabulary=int(shape["vocab_size"] or 0), classes=CLASSES)
     if variant == "peft":
-        return _peft_step(fill(empty_model(small=small), device, torch.bfloat16), records, device)
+        return Stepper(_peft_step(fill(empty_model(small=small), device, torch.bfloat16), records, device), records)
     model = quantised_model(device, small=small)
     if variant == "forward":
         backbone: Any = model.model
@@ -119,15 +136,15 @@ def stepper(variant: str, device: torch.device, *, small: bool) -> Callable[[], 
                 for batch in micro_batches(records, list(range(UNITS)), device):
                     backbone(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
-        return forward
+        return Stepper(forward, records)
     hidden = int(shape["hidden_size"] or 0)
     adapted = adapt(model, LORA, CLASSES, torch.zeros(hidden, device=device), torch.ones(hidden, device=device))
     if variant == "plain":
-        return _plain_step(adapted.classifier, list(adapted.plan.values()), records, device)
+        return Stepper(_plain_step(adapted.classifier, list(adapted.plan.values()), records, device), records)
     engine = DPEngine(
         adapted, records, MECHANISM, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9, engine="book"
     )
-    return lambda: engine.step(list(range(UNITS)))
+    return Stepper(lambda: engine.step(list(range(UNITS))), records, engine)
 
 
 def _plain_step(
@@ -176,26 +193,49 @@ def _peft_step(model: nn.Module, records: Records, device: torch.device) -> Call
 
 
 def measure_one(variant: str, device: torch.device, *, small: bool, turns: int) -> dict[str, Any]:
-    """Median seconds a step, and on CUDA the peak memory of the process; out of memory is a result, too."""
+    """Median seconds a step, units in a micro-batch and, on CUDA, peak memory; no memory left is a result, too."""
     cuda = device.type == "cuda"
     try:
-        step = stepper(variant, device, small=small)
+        made = stepper(variant, device, small=small)
         taken = []
         for turn in range(turns + 2):
+            if cuda and turn == 2:  # the first ones compile kernels, warm up, and find the micro-batch that fits
+                torch.cuda.reset_peak_memory_stats()
             before = time.perf_counter()
-            step()
+            made.step()
             if cuda:
                 torch.cuda.synchronize()
-            if turn > 1:  # the first ones compile kernels and warm up
+            if turn > 1:
                 taken.append(time.perf_counter() - before)
-    except torch.OutOfMemoryError:
-        return {"variant": variant, "out_of_memory": True}
+    except (EngineError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, EngineError) and not is_out_of_memory(error):
+            raise
+        return {"variant": variant, "failed": f"{type(error).__name__}: {error}"}
     return {
         "variant": variant,
         "seconds_per_step": statistics.median(taken),
         "tokens_per_s": UNITS * (32 if small else TOKENS) / statistics.median(taken),
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "units_per_micro_batch": made.micro_batch(),
     }
+
+
+def merged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One entry from a variant's processes: medians, the largest peak, the smallest micro-batch, the first failure."""
+    entry: dict[str, Any] = {"variant": runs[0]["variant"]}
+    measured = [run for run in runs if "failed" not in run]
+    if measured:
+        seconds = [run["seconds_per_step"] for run in measured]
+        entry |= {
+            "seconds_per_step": statistics.median(seconds),
+            "seconds_per_step_of_each_process": seconds,
+            "tokens_per_s": statistics.median(run["tokens_per_s"] for run in measured),
+            "peak_bytes": max((run["peak_bytes"] for run in measured if run["peak_bytes"]), default=None),
+            "units_per_micro_batch": min(run["units_per_micro_batch"] for run in measured),
+        }
+    if len(measured) < len(runs):
+        entry["failed"] = next(run["failed"] for run in runs if "failed" in run)
+    return entry
 
 
 def main() -> int:
@@ -204,6 +244,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--full", action="store_true", help="more steps")
     parser.add_argument("--small", action="store_true", help="2 layers instead of 27")
+    parser.add_argument(
+        "--rounds", type=int, choices=range(1, 10), default=2, metavar="N", help="processes of a variant"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the result so far here, after every process")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only with --small")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -217,41 +261,49 @@ def main() -> int:
     if options.variant:
         print(json.dumps(measure_one(options.variant, device, small=options.small, turns=turns)))
         return 0
-    found = {variant: _in_child(variant, options) for variant in VARIANTS}
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    parameters = sum(p.numel() for p in empty_model(small=options.small).parameters())
-    result = {
-        "device": where,
-        "models": [
-            {
-                "name": "two small layers" if options.small else "DeepSeek-V2-Lite's shape",
-                "parameters": parameters,
-                "units": UNITS,
-                "tokens": 32 if options.small else TOKENS,
-                "time_ratio": _ratio(found, "book", "plain", "seconds_per_step"),
-                "memory_ratio": _ratio(found, "book", "plain", "peak_bytes"),
-                "time_vs_peft": _ratio(found, "book", "peft", "seconds_per_step"),
-                "memory_vs_peft": _ratio(found, "book", "peft", "peak_bytes"),
-                "variants": list(found.values()),
-            }
-        ],
-    }
-    print(json.dumps(result, indent=2))
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for turn in range(options.rounds):
+        for variant in VARIANTS if turn % 2 == 0 else reversed(VARIANTS):
+            runs.setdefault(variant, []).append(_in_child(variant, options))
+            result = json.dumps(_result(runs, options), indent=2)
+            if options.out:
+                options.out.write_text(f"{result}\n", encoding="utf-8")
+    print(result)
     return 0
 
 
+def _result(runs: Mapping[str, Sequence[Mapping[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+    """What is known after these processes."""
+    found = {variant: merged(each) for variant, each in runs.items()}
+    entry = {
+        "name": "two small layers" if options.small else "DeepSeek-V2-Lite's shape",
+        "parameters": sum(p.numel() for p in empty_model(small=options.small).parameters()),
+        "units": UNITS,
+        "tokens": 32 if options.small else TOKENS,
+        "time_ratio": _ratio(found, "book", "plain", "seconds_per_step"),
+        "memory_ratio": _ratio(found, "book", "plain", "peak_bytes"),
+        "time_vs_peft": _ratio(found, "book", "peft", "seconds_per_step"),
+        "memory_vs_peft": _ratio(found, "book", "peft", "peak_bytes"),
+        "variants": list(found.values()),
+    }
+    return {"device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "models": [entry]}
+
+
 def _in_child(variant: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own measured; when it died of something else than memory, its words are on stderr."""
     flags = [flag for flag in ("--full", "--small") if getattr(options, flag.removeprefix("--"))]
     done = subprocess.run(
         [sys.executable, __file__, "--variant", variant, "--device", options.device, *flags],
-        check=True, stdout=subprocess.PIPE, text=True,
+        check=False, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    if done.returncode != 0:
+        return {"variant": variant, "failed": f"the process ended with {done.returncode}"}
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
 def _ratio(found: dict[str, dict[str, Any]], over: str, under: str, key: str) -> float | None:
-    upper, lower = found[over].get(key), found[under].get(key)
+    upper, lower = found.get(over, {}).get(key), found.get(under, {}).get(key)
     return round(upper / lower, 3) if upper and lower else None
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fl_client.dp.batches import MicroBatch
+from fl_client.dp.engine import DPEngine
 from fl_client.model.load import with_quantised_layers
 from helpers.benchmarks import load_benchmark
 
@@ -60,6 +65,63 @@ def test_every_variant_takes_a_step(variant: str) -> None:
     found = gpu_step.measure_one(variant, torch.device("cpu"), small=True, turns=1)
     assert found["variant"] == variant
     assert found["seconds_per_step"] > 0
+    assert found["units_per_micro_batch"] == gpu_step.UNITS
+
+
+@pytest.mark.parametrize("room", [3, 0])
+def test_a_private_step_that_runs_out_of_memory_says_so(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The micro-batch that the engine came down to is reported; so is its error when not even one unit fits."""
+    whole = DPEngine.forward_backward
+
+    def scarce(self: DPEngine, batch: MicroBatch) -> None:
+        if batch.units > room:
+            raise torch.OutOfMemoryError
+        whole(self, batch)
+
+    monkeypatch.setattr(DPEngine, "forward_backward", scarce)
+    found = gpu_step.measure_one("book", torch.device("cpu"), small=True, turns=1)
+    if room:
+        assert found["units_per_micro_batch"] == 2  # 8, 4, 2
+    else:
+        assert found["variant"] == "book"
+        assert "do not fit into memory" in found["failed"]
+
+
+def test_a_variant_that_fails_leaves_the_others_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Out of memory or killed, the rest is measured; order turns round; every process's result is kept at once."""
+    order: list[str] = []
+    kept: list[int] = []
+    file = tmp_path / "found.json"
+
+    def child(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        variant = command[command.index("--variant") + 1]
+        order.append(variant)
+        if file.exists():
+            kept.append(len(json.loads(file.read_text(encoding="utf-8"))["models"][0]["variants"]))
+        measured = {
+            "variant": variant, "tokens_per_s": 1.0, "peak_bytes": 10 * len(order), "units_per_micro_batch": 8,
+            "seconds_per_step": 1.0 if variant == "plain" else 1.0 + len(order),
+        }  # fmt: skip
+        if variant == "forward":
+            measured = {"variant": variant, "failed": "OutOfMemoryError: no room"}
+        return subprocess.CompletedProcess(command, -9 if variant == "peft" else 0, json.dumps(measured) + "\n")
+
+    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--small", "--device", "cpu", "--json", "--out", str(file)])
+    assert gpu_step.main() == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads(file.read_text(encoding="utf-8"))
+    assert order == [*gpu_step.VARIANTS, *reversed(gpu_step.VARIANTS)]
+    assert kept == [1, 2, 3, 4, 4, 4, 4]
+    (entry,) = said["models"]
+    found = {each["variant"]: each for each in entry["variants"]}
+    assert found["book"]["seconds_per_step_of_each_process"] == [2.0, 9.0]
+    assert (entry["time_ratio"], entry["memory_ratio"]) == (5.5, round(80 / 70, 3))
+    assert entry["time_vs_peft"] is None
+    assert found["peft"] == {"variant": "peft", "failed": "the process ended with -9"}
+    assert found["forward"] == {"variant": "forward", "failed": "OutOfMemoryError: no room"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the benchmark would run")
