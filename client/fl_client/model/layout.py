@@ -18,16 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fl_client.dp.architectures import known_architectures
+from fl_client.dp.architectures import Architecture, architecture_of, known_architectures
 from fl_shared.canonical import file_sha256, sha256_hex
 from fl_shared.errors import ModelError
 
 QUANTISATION_KEY = "concordat_quantisation"
-# Not quantised: the output head, and the gates that choose or weigh experts.
-KEEP_FLOAT = ("lm_head", "shared_expert_gate")
+OUTPUT_HEAD = "lm_head"
 _DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "features.safetensors")
 _EXPERT = re.compile(
-    r"(?P<layer>.*)\.(?P<block>mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)"
+    r"(?P<layer>.*\blayers\.\d+)\.(?:\w+\.)*experts\.(?P<expert>\d+)"
     r"\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -132,7 +131,7 @@ def _read_slices(path: Path, name: str) -> Iterator[Tensor]:
 
 def stored_tensors(directory: Path) -> list[Stored]:
     """Every tensor under its in-memory name, experts fused; ModelError when a piece is missing."""
-    renames = known_architectures()[read_config(directory)["model_type"]].renames
+    architecture = known_architectures()[read_config(directory)["model_type"]]
     plain: list[Stored] = []
     experts: dict[tuple[str, str], dict[tuple[int, str], tuple[Path, str]]] = {}
     for path in weight_files(directory):
@@ -144,12 +143,11 @@ def stored_tensors(directory: Path) -> list[Stored]:
         for name in names:
             match = _EXPERT.fullmatch(name)
             if match is None:
-                plain.append(Stored(_rename(name, renames), ((path, name),)))
+                plain.append(Stored(_rename(name, architecture.renames), ((path, name),)))
                 continue
             part = _PARTS[match["part"]]
             fused = "down_proj" if part == "down" else "gate_up_proj"
-            # Every architecture with one matrix per expert calls the block `mlp` in memory.
-            key = (f"{match['layer']}.mlp.experts", fused)
+            key = (f"{match['layer']}.{architecture.routed_experts}", fused)
             experts.setdefault(key, {})[int(match["expert"]), part] = (path, name)
     fused_tensors = []
     for (prefix, fused), pieces in experts.items():
@@ -172,14 +170,23 @@ def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 
 
 def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are stored quantised, by name."""
+    """The linear layers that are stored quantised, by name: all but the output head and what is the router's."""
+    routers = _architecture(model).router
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in KEEP_FLOAT
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] != OUTPUT_HEAD
+        and not any(f".{router}." in f".{name}." for router in routers)
     }
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold fused experts, by name."""
-    return {name: module for name, module in model.named_modules() if name.endswith(".experts")}
+    end = f".{_architecture(model).routed_experts}"
+    return {name: module for name, module in model.named_modules() if name.endswith(end)}
+
+
+def _architecture(model: nn.Module) -> Architecture:
+    config: Any = model.config
+    return architecture_of(str(config.model_type))

@@ -8,14 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
-from transformers import GraniteMoeConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GraniteMoeConfig, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from fl_client.dp.architectures import Architecture, known_architectures
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.layout import expert_modules, quantised_linears, skeleton, stored_tensors
 from fl_client.model.load import load_model
@@ -73,6 +77,59 @@ def test_router_embeddings_norms_and_head_stay_float(architecture: str, float_mo
     rest = set(written) - quantised - scales
     assert rest
     assert [name for name in rest if not torch.equal(written[name], state[name])] == []
+
+
+def test_a_new_family_is_quantised_as_its_file_says(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PhiMoE's router is a linear layer called `router`; named in its file, it stays float."""
+    family = Architecture(
+        model_type="phimoe",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        shared_experts=(),
+        routed_experts="mlp.experts",
+        router=("mlp.router",),
+        renames=((".block_sparse_moe.gate.weight", ".mlp.router.weight"),),
+    )
+    monkeypatch.setitem(known_architectures(), "phimoe", family)
+    torch.manual_seed(7)
+    config = PhimoeConfig(
+        vocab_size=320, hidden_size=200, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=136, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    quantise_directory(tmp_path / "phi", tmp_path / "q")
+    written = load_file(tmp_path / "q" / "model.safetensors")
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert torch.equal(written[f"{layer}.mlp.router.weight"], model.state_dict()[f"{layer}.mlp.router.weight"])
+        assert f"{layer}.mlp.experts.down_proj_qweight" in written
+        assert f"{layer}.self_attn.o_proj.qweight" in written
+    loaded = load_model(tmp_path / "q", "cpu")
+    with torch.no_grad():
+        twin = torch.func.functional_call(model, rounded(model), (IDS,), {"use_cache": False}, tie_weights=False)
+        torch.testing.assert_close(loaded.module(IDS).logits, twin.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_and_what_a_router_holds_go_by_the_familys_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another name for the experts' module is followed, and linear layers inside a router stay float."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = nn.ModuleDict(
+                {"pool": nn.Identity(), "experts": nn.Identity(), "chooser": nn.ModuleDict({"layer": nn.Linear(2, 2)})}
+            )
+            self.chooser_proj = nn.Linear(2, 2)
+
+    model: Any = nn.Module()
+    model.layers, model.lm_head = nn.ModuleList([Layer()]), nn.Linear(2, 2)
+    model.config = SimpleNamespace(model_type="other")
+    family = Architecture("other", (), (), routed_experts="moe.pool", router=("moe.chooser",))
+    monkeypatch.setitem(known_architectures(), "other", family)
+    assert set(quantised_linears(model)) == {"layers.0.chooser_proj"}
+    assert set(expert_modules(model)) == {"layers.0.moe.pool"}
 
 
 def test_fused_experts_on_disk_give_the_same_int8_as_one_matrix_each(

@@ -14,7 +14,7 @@ class Architecture:
         attention: linear layers of the attention that carry LoRA; absent ones are skipped layer by layer.
         shared_experts: linear layers of the experts that every token passes; empty when the family has none.
         routed_experts: the module with the fused expert weights; absent in a dense layer.
-        router: modules that stay frozen whatever is asked for.
+        router: modules that stay frozen whatever is asked for, and float in a quantised model.
         renames: ends of tensor names as checkpoints have them, and as transformers has them in memory. Experts that lie
             one by one (`experts.<n>.gate_proj` or `.w1`) need none.
     """
