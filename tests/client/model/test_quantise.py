@@ -31,10 +31,11 @@ from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY, load_model
 from fl_client.model.quant_layers import QuantExperts, QuantLinear, dequantise, quantise_tensor
 from fl_client.model.quantise import quantise_directory
+from fl_client.model.recipe.pretrain import train_tokenizer
 from fl_shared.errors import ModelError
 
 torch.set_num_threads(1)
-VOCABULARY = 256
+VOCABULARY = 320
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 192,  # no multiple of 128: the last group is shorter
@@ -77,7 +78,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 
 def write_float(directory: Path, config: PretrainedConfig, *, shard: str = "5GB") -> torch.nn.Module:
-    """A random model of `config`, saved the way Hugging Face saves it, with tiny's tokenizer beside it."""
+    """A random model of `config`, saved the way Hugging Face saves it, with a tokenizer of single bytes beside it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -85,8 +86,7 @@ def write_float(directory: Path, config: PretrainedConfig, *, shard: str = "5GB"
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.05)
     model.save_pretrained(directory, max_shard_size=shard)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TINY / name, directory / name)
+    train_tokenizer(["a room"]).save_pretrained(directory)
     return model
 
 
