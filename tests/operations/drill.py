@@ -3,13 +3,15 @@
     python drill.py ROOT [--alone]
 
 A coordinator and a site, both with metrics; a run; a backup in mid-run; kill -9 of the whole coordinator, its home
-deleted; restored, brought up, the run completed; both ended by SIGTERM. What was seen is written to
-ROOT/result.json, what was printed and logged lies below ROOT. `--alone`: the process is in a network namespace
-that `network.enter` may set up.
+deleted; restored, brought up, the run completed; both ended by SIGTERM. The site's agent is stopped (SIGSTOP) in the
+run's second round while the backup is made and the coordinator killed: a loaded machine takes longer for those than
+for a round. What was seen is written to ROOT/result.json, what was printed and logged lies below ROOT. `--alone`:
+the process is in a network namespace that `network.enter` may set up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ LABELS = ("lungs", "heart")
 MARKERS = {"text": "PLANTEDTEXT4711", "label": "PLANTEDLABEL4712", "unit": "PLANTEDUNIT4713"}
 UNITS = 2_003
 RECORDS = 2 * UNITS
+TRAINING, RELEASED = "training", "released update"  # what the agent logs when a round begins and when it is settled
 
 SITE_TOML = """
 [site]
@@ -132,11 +136,11 @@ class Drill:
         self.ports = dict(zip(("coordinator", "site"), harness.free_ports(2), strict=True))
         self.seen: dict[str, Any] = {"scrapes": {}}
 
-    def scrape(self, moment: str) -> None:
-        """Keep metrics, health and readiness of both."""
+    def scrape(self, moment: str, *parties: str) -> None:
+        """Keep metrics, health and readiness of these parties, or of both."""
         with httpx.Client(trust_env=False, timeout=30) as client:
-            for who, port in self.ports.items():
-                base = f"http://127.0.0.1:{port}"
+            for who in parties or self.ports:
+                base = f"http://127.0.0.1:{self.ports[who]}"
                 for path in ("metrics", "readyz", "healthz"):
                     answer = client.get(f"{base}/{path}")
                     self.seen["scrapes"][f"{moment}/{who}/{path}"] = [answer.status_code, answer.text]
@@ -155,30 +159,46 @@ class Drill:
         self.site.start()
         base = harness.command_json("fl-model", "inspect", "tiny")["digest"]
         spec = self.root / "spec.toml"
-        spec.write_text(
-            SPEC_TOML.format(run=RUN, base=base, site=SITE, rounds=ROUNDS, labels=json.dumps(list(LABELS)))
-        )
+        spec.write_text(SPEC_TOML.format(run=RUN, base=base, site=SITE, rounds=ROUNDS, labels=json.dumps(list(LABELS))))
         self.coordinator.launch(spec)
 
-    def committed(self) -> int:
-        """Rounds committed so far."""
-        shown = self.coordinator.admin("runs", "show", RUN)
-        if shown["state"] not in ("pending", "running", "completed"):
-            raise RuntimeError(f"the run is {shown['state']}: {shown['reason']}")
-        return int(shown["rounds_committed"])
+    def said(self, message: str, number: int) -> bool:
+        """Whether the agent's log has such a line of a round of the run."""
+        log = self.site.home / "logs" / "agent.jsonl"
+        lines = log.read_text("utf-8").rpartition("\n")[0].splitlines() if log.exists() else []
+        found = [line for line in map(json.loads, lines) if (line.get("run"), line.get("round")) == (RUN, number)]
+        return any(line["message"].startswith(message) for line in found)
 
-    def disaster(self, archive: Path) -> None:
-        """A backup while the run goes on; then everything of the coordinator is lost and brought back."""
-        deadline = time.monotonic() + 240
-        while self.committed() < 1:
+    def until_said(self, message: str, number: int, patience: float = 240.0) -> None:
+        """Wait for such a line."""
+        deadline = time.monotonic() + patience
+        while not self.said(message, number):
             if time.monotonic() > deadline:
-                raise TimeoutError("no round was committed")
-            time.sleep(0.5)
-        self.scrape("running")
-        copy_sqlite(self.site.home / "ledger.sqlite", self.root / "old-ledger.sqlite")
-        self.seen["processes"] = processes()
-        made = harness.command_json("fl-server", "backup", "--home", str(self.coordinator.home), "--out", str(archive))
-        self.seen["backup"] = made
+                raise TimeoutError(f"the agent did not say in {patience:.0f} s: {message}, round {number}")
+            time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The run in its middle for as long as the block takes: the agent, in its second round, is stopped by SIGSTOP.
+
+        That the second round has begun says that the first is committed; without the agent the last cannot be.
+        """
+        if self.site.service.process is None:
+            raise RuntimeError("the site does not run")
+        agent = psutil.Process(self.site.service.process.pid)
+        self.until_said(TRAINING, 2)
+        agent.suspend()
+        try:
+            while agent.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.02)
+            if self.said(RELEASED, ROUNDS):
+                raise RuntimeError("the agent was stopped too late: its last update is out")
+            yield
+        finally:
+            agent.resume()
+
+    def kill_coordinator(self) -> None:
+        """kill -9 of `fl-server up`; its children end by themselves."""
         service = self.coordinator.service.process
         if service is None:
             raise RuntimeError("the coordinator does not run")
@@ -186,12 +206,23 @@ class Drill:
         service.kill()
         service.wait()
         psutil.wait_procs(every, timeout=20)
+
+    def disaster(self, archive: Path) -> None:
+        """A backup while the run goes on; then everything of the coordinator is lost and brought back."""
+        with self.held():
+            self.scrape("running", "coordinator")
+            copy_sqlite(self.site.home / "ledger.sqlite", self.root / "old-ledger.sqlite")
+            self.seen["processes"] = processes()
+            self.seen["backup"] = harness.command_json(
+                "fl-server", "backup", "--home", str(self.coordinator.home), "--out", str(archive)
+            )
+            self.kill_coordinator()
+        self.until_said(RELEASED, 2)  # with no coordinator there to take it
+        self.scrape("running", "site")
         shutil.copytree(self.coordinator.home / "logs", self.root / "first-life")
         shutil.rmtree(self.coordinator.home)
         self.seen["restore"] = json.loads(
-            harness.command(
-                "fl-server", "restore", str(archive), "--home", str(self.coordinator.home), "--json"
-            ).stdout
+            harness.command("fl-server", "restore", str(archive), "--home", str(self.coordinator.home), "--json").stdout
         )
         self.coordinator.start(timeout=180)
 

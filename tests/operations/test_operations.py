@@ -99,7 +99,8 @@ def test_every_child_is_told_to_stay_offline(drill: Drill) -> None:
     found = [each for each in drill.seen["processes"] if " up --home" not in each["command"]]
     children = [each for each in found if "fl-client run" not in each["command"]]
     names = " ".join(each["command"] for each in children)
-    for part in ("superlink", "gateway", "control", "launcher", "monitor", "serverapp", "tunnel", "supernode"):
+    for part in ("superlink", "gateway", "control", "launcher", "monitor", "serverapp",
+                 "tunnel", "supernode", "clientapp"):  # fmt: skip
         assert part in names, part
     assert [each for each in children if each["lacking"]] == []
 
