@@ -22,7 +22,7 @@ from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.batches import MAX_UNITS, label_rows, pad_ids, token_ids, tokenise
 from fl_client.dp.checks import StepCheck, check_layers
-from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.public import train_public
@@ -74,6 +74,7 @@ def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
     return initial_tensors(_adapted(model, spec), spec.training.seed_adapter)
 
 
+@memory_errors_typed()
 def train_round(
     model: LoadedModel,
     data: UnitData,
@@ -100,23 +101,26 @@ def train_round(
         round: number of the round, for messages.
         progress: called as `progress(step=i, steps=n)` after every step; may raise to stop.
         engine: `book`, or `hooks` for Opacus' own per-sample gradients.
-        expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out.
+        expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out, which
+            then counts as public. With no unit at all it is needed, and the update is noise alone.
         max_units: units in a micro-batch; halved when memory runs out.
         private: False trains without clipping and noise. Only for data that the site's policy declares public.
         shard: this process's share, when several processes of the site train together (private training only).
 
     Raises:
         DataError: a label outside the set. EngineError: anything that would make the result differ from what is
-        charged. Nothing is returned then, and nothing may be released.
+        charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
     adapted = _adapted(model, spec)
-    start = _load(adapted, spec, offset)
     frozen = frozen_tensors(adapted, spec)
+    if private and adapted.probe_error is None:
+        _load(adapted, spec, {})  # on the public start: what the coordinator sends must not decide over the check
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
+    start = _load(adapted, spec, offset)
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
-        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
         runner = DPEngine(
             adapted,
             records,
@@ -210,10 +214,14 @@ def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:
 
 
 def _load(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:
-    """Put seeded start + offset into the model, and return it. ConfigError when names or shapes differ."""
+    """Put seeded start + offset into the model, and return it.
+
+    Raises ConfigError when names or shapes differ, or the offset names a tensor that stays at its start.
+    """
     start = initial_tensors(adapted, spec.training.seed_adapter)
+    moving = start.keys() - frozen_tensors(adapted, spec)
     for name, value in offset.items():
-        if name not in start or start[name].shape != value.shape:
+        if name not in moving or start[name].shape != value.shape:
             raise ConfigError(
                 f"the adapter's tensor {name!r} {list(value.shape)} does not belong to this model and spec",
                 fix="check that coordinator and site use the same base model and run spec",

@@ -18,7 +18,7 @@ from fl_shared.aggregators import AGGREGATIONS, Parameters, check_quorum, read_p
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConfigError, printable, shown
 from fl_shared.names import run_id, run_name, site_id
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy import LEAST_CLIPPING_NORM, Mechanism
 from fl_shared.settings import Fields, load_toml, parse_toml
 
 LORA_TARGETS = ("attention", "shared_experts", "routed_experts")
@@ -163,7 +163,7 @@ class RunSpec:
         f = top.section("training")
         training = TrainingSection(
             noise_multiplier=f.number("noise_multiplier", low=0, high=1e6, above=True),
-            clipping_norm=f.number("clipping_norm", low=0, high=1e12, above=True),
+            clipping_norm=f.number("clipping_norm", low=LEAST_CLIPPING_NORM, high=1e12),
             sampling_probability=f.number("sampling_probability", low=0, high=1, above=True),
             steps_per_round=f.integer("steps_per_round", low=1, high=1_000_000),
             learning_rate=f.number("learning_rate", low=0, high=1e6, above=True),

@@ -10,6 +10,8 @@ from fl_shared.settings import Fields
 
 NEIGHBOURING = "add-or-remove-one"
 KIND = "poisson-gaussian"
+LEAST_CLIPPING_NORM = 1e-4
+"""The least that a run may order: below it, what underflows in float32 could count (docs/decisions/0022)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,3 +168,49 @@ def test_evaluation_is_of_start_plus_offset(model: LoadedModel) -> None:
     assert predict(model, offset, ["a"], spec).shape == (1, 2)
     with pytest.raises(DataError):
         evaluate(model, offset, [], [], spec)
+
+
+def test_no_unit_left_makes_noise_of_the_same_scale(model: LoadedModel) -> None:
+    """With an expected batch from outside, an update tells nobody whether any unit has a label of the run."""
+    spec = made_for(("attention",))
+    mechanism = dataclasses.replace(MECHANISM, noise_multiplier=20.0)  # far above what five units add
+    nobody = UnitData((), (), np.empty(0, np.int64), 0, "f" * 64)
+    scales = []
+    for chosen in (nobody, data()):
+        made = train_round(model, chosen, spec, mechanism, {}, round=1, expected_batch=2.5)
+        assert made.executed == mechanism
+        factors = np.concatenate([value.ravel() for name, value in made.update.items() if ".lora_" in name])
+        assert factors.size > 5_000
+        scales.append(float(factors.std()))
+    assert scales[0] == pytest.approx(scales[1], rel=0.1)  # seven deviations of their ratio
+    with pytest.raises(EngineError, match="expected batch 0"):
+        train_round(model, nobody, spec, mechanism, {}, round=1)
+
+
+def test_an_offset_for_a_frozen_factor_is_refused(model: LoadedModel) -> None:
+    """Frozen factors stay at the seeded start that every site knows, whatever a coordinator sends."""
+    spec = made_for(aggregation="ffa")
+    start = initial_adapter(model, spec)
+    name = next(name for name in start if ".lora_A" in name)
+    with pytest.raises(ConfigError, match="does not belong"):
+        train_round(model, data(), spec, MECHANISM, {name: np.full_like(start[name], 1e3)}, round=2)
+
+
+def test_the_coordinators_adapter_has_no_say_in_the_check(model: LoadedModel) -> None:
+    """A head so sure of one label that probe gradients vanish: the layers are checked on the public start instead."""
+    spec = made_for(("shared_experts",))  # no earlier test has checked these layers
+    offset = {"classifier.bias": np.array([0.0, 200.0], np.float32)}
+    assert train_round(model, data(), spec, MECHANISM, offset, round=2).executed == MECHANISM
+
+
+def test_memory_that_runs_out_outside_the_micro_batches_is_typed(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the step itself nothing can be halved: an EngineError, and no update."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(GridDPOptimizer, "add_noise", full)
+    with pytest.raises(EngineError, match="memory ran out"):
+        train_round(model, data(), made_for(("attention",)), MECHANISM, {}, round=1)

@@ -25,7 +25,7 @@ from fl_shared.manifest import (
     RunSpec,
     document_digest,
 )
-from fl_shared.privacy import Budget, Mechanism
+from fl_shared.privacy import LEAST_CLIPPING_NORM, Budget, Mechanism
 
 SPEC = """
 [run]
@@ -85,7 +85,7 @@ WRONG: dict[tuple[str, str], list[Any]] = {
     ("lora", "alpha"): [*NOT_NUMBERS, 0, -1],
     ("lora", "targets"): [*NOT_LISTS, ["router"], ["attention", "all-linear"]],
     ("training", "noise_multiplier"): [*NOT_NUMBERS, 0, -1],
-    ("training", "clipping_norm"): [*NOT_NUMBERS, 0, -1],
+    ("training", "clipping_norm"): [*NOT_NUMBERS, 0, -1, 1e-5],
     ("training", "sampling_probability"): [*NOT_NUMBERS, 0, -0.1, 1.1],
     ("training", "steps_per_round"): [*NOT_NUMBERS, 0, 8.0, 10**7],
     ("training", "learning_rate"): [*NOT_NUMBERS, 0, -1],
@@ -214,7 +214,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
             },
             "training": {
                 "noise_multiplier": draw(POSITIVE),
-                "clipping_norm": draw(POSITIVE),
+                "clipping_norm": draw(st.floats(LEAST_CLIPPING_NORM, 1e5)),
                 "sampling_probability": draw(st.floats(1e-6, 1) | st.just(1)),
                 "steps_per_round": draw(st.integers(1, 1000)),
                 "learning_rate": draw(POSITIVE),

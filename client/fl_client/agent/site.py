@@ -153,15 +153,18 @@ def open_site(
             from fl_client.training import train_round
 
             on = functools.partial(train_round, base()) if ranks is None else ranks.train
-            units = config.data.expected_units
+            chosen = restrict_labels(data, spec.task.labels)
+            if not chosen.units:
+                log.warning("no record has a label of this run: the update is noise alone")
             return on(
-                restrict_labels(data, spec.task.labels),
+                chosen,
                 spec,
                 mechanism,
                 offset,
                 round=round_,
                 progress=timed(progress),
-                expected_batch=mechanism.sampling_probability * units if units else None,
+                # Of all units, not of those with these labels: the coordinator chooses the labels.
+                expected_batch=mechanism.sampling_probability * (config.data.expected_units or data.units),
                 private=not config.policy.allow_non_private,
             )
 

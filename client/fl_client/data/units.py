@@ -21,8 +21,10 @@ class UnitData:
         units: number of privacy units.
         fingerprint: keyed digest of the records, as it stands in the ledger.
 
+    Without units it is empty: no record of a site may have a label of a run.
+
     Raises:
-        DataError: lengths differ, there is no record, a unit number is out of range, or a unit has no record.
+        DataError: lengths differ, a unit number is out of range, or a unit has no record.
     """
 
     texts: tuple[str, ...]
@@ -39,9 +41,7 @@ class UnitData:
                 f"{records} texts, {len(self.labels)} labels and {owners.size} unit numbers do not match",
                 fix="give one label and one unit number per text",
             )
-        if records == 0:
-            raise DataError("the data set has no records", fix="check the data path and the columns in site.toml")
-        if owners.dtype.kind not in "iu" or owners.min() < 0 or owners.max() >= self.units:
+        if owners.dtype.kind not in "iu" or (records and (owners.min() < 0 or owners.max() >= self.units)):
             raise DataError(
                 f"unit numbers must be integers from 0 to {self.units - 1}", fix="number the units without gaps"
             )
@@ -55,6 +55,8 @@ class UnitData:
     def records_by_unit(self) -> list[NDArray[np.int64]]:
         """The record numbers of each unit, in order: a list of `units` arrays."""
         owners = np.asarray(self.unit_of_record, dtype=np.int64)
+        if not self.units:
+            return []
         order = np.argsort(owners, kind="stable")
         ends = np.cumsum(np.bincount(owners, minlength=self.units))
         return list(np.split(order, ends[:-1]))

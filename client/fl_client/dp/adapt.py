@@ -148,6 +148,7 @@ def adapt(
     if known is not None:
         remove(module)
     backbone = backbone_of(module)
+    _refuse_coupled_rotary(backbone)
     config: Any = getattr(module, "config", None)
     architecture = architecture_of(str(getattr(config, "model_type", type(module).__name__)))
     targets = _targets(backbone, architecture, lora)
@@ -178,6 +179,17 @@ def adapt(
     made = AdaptedModel(classifier, architecture, lora, plan, groups, layers, core)
     setattr(module, _MARK, (key, made))  # lives and dies with the module
     return made
+
+
+def _refuse_coupled_rotary(backbone: nn.Module) -> None:
+    """Refuse rotary embeddings whose frequencies follow the longest record that shares, or shared, a batch."""
+    for path, module in backbone.named_modules():
+        kind = str(getattr(module, "rope_type", ""))
+        if "dynamic" in kind or "longrope" in kind:
+            raise EngineError(
+                f"{path} has rope_type {kind!r}: one record's length would change how others are computed",
+                fix="use a base with fixed rotary frequencies (default, linear, yarn, llama3)",
+            )
 
 
 def remove(module: nn.Module) -> None:

@@ -66,6 +66,8 @@ def tokenise(data: UnitData, tokenizer: Any, labels: Sequence[str], max_tokens: 
 
 def token_ids(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Ids of each text, cut at `max_tokens`, and how many were cut. A text without tokens becomes one pad token."""
+    if not texts:
+        return (), 0
     cut = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     long = tokenizer(list(texts), truncation=True, max_length=max_tokens + 1)["input_ids"]
     truncated = sum(len(row) > max_tokens for row in long)

@@ -7,6 +7,7 @@ batch-size-1 loop; `StepCheck` compares what moved with the plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -118,11 +119,11 @@ def _probe(adapted: AdaptedModel, records: Records) -> float:
         one = torch.zeros(records.units, device=device)
         one[unit] = 1.0
         got = {names[id(p)]: value.detach() for p, value in book.weighted_sums(one)}
-        size = torch.sqrt(sum((value.double().square().sum() for value in truth.values()), torch.tensor(0.0)))
-        apart = torch.sqrt(
-            sum(((got[n] - value).double().square().sum() for n, value in truth.items()), torch.tensor(0.0))
-        )
-        worst = max(worst, float(apart / size), abs(float(norms[unit]) / float(size) - 1.0))
+        size = math.sqrt(sum(float(value.double().square().sum()) for value in truth.values()))
+        apart = math.sqrt(sum(float((got[n] - value).double().square().sum()) for n, value in truth.items()))
+        errors = (apart, abs(float(norms[unit]) - size))
+        sound = size > 0 and all(math.isfinite(error) for error in errors)
+        worst = max(worst, max(errors) / size) if sound else math.inf
     if not worst <= TOLERANCE[dtype]:
         raise EngineError(
             f"per-unit gradients of this {adapted.architecture.model_type} model are off by {worst:.1e}",

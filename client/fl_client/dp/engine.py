@@ -6,8 +6,9 @@ once, step. The step that the accountant hears of is the step that was taken: it
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,11 +28,15 @@ from fl_client.dp.sampling import PoissonSampler
 from fl_client.dp.secure_random import SecureStream
 from fl_client.dp.shard import Shard
 from fl_shared.errors import EngineError
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy import LEAST_CLIPPING_NORM, Mechanism
 
 log = logging.getLogger("fl_client.dp")
 
 EngineName = Literal["book", "hooks", "ghost"]
+_MEMORY_RAN_OUT = (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory",
+)  # fmt: skip
 
 
 class DPEngine:
@@ -43,13 +48,16 @@ class DPEngine:
         mechanism: what is charged; its q, sigma, C and steps are what is executed.
         learning_rate, head_learning_rate, momentum: of SGD on the noisy gradient.
         expected_batch: constant that sums are divided by; q times the number of units when left out. The number of
-            units is public by decision (docs/decisions/0023).
+            units is public by decision (docs/decisions/0023), that of a part of them is not.
         engine: `book`; `hooks` for Opacus' own `grad_sample`, `ghost` for its ghost clipping with a second backward
             pass (one record per unit only). The last two are slow and serve as oracles.
         frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
         max_units: units in a micro-batch.
         shard: this process's share, when several processes of the site train together.
         sampling, noise: random streams; only tests pass them.
+
+    Raises:
+        EngineError: C is too small for float32, or the expected batch is not positive.
     """
 
     def __init__(
@@ -69,6 +77,15 @@ class DPEngine:
         sampling: SecureStream | None = None,
         noise: SecureStream | None = None,
     ) -> None:
+        if mechanism.clipping_norm < LEAST_CLIPPING_NORM:
+            raise EngineError(
+                f"clipping norm {mechanism.clipping_norm:g} < {LEAST_CLIPPING_NORM:g}", fix="order a larger one"
+            )
+        if expected_batch is None:
+            expected_batch = mechanism.sampling_probability * records.units
+        if not expected_batch > 0:
+            raise EngineError(f"expected batch {expected_batch:g}", fix="give a positive constant")
+        use_exact_products()
         self.adapted, self.records, self.mechanism, self.name = adapted, records, mechanism, engine
         self.max_units, self.shard = max_units, shard
         self.device = next(iter(adapted.plan.values())).device
@@ -82,9 +99,7 @@ class DPEngine:
             torch.optim.SGD([group for group in groups if group["params"]], momentum=momentum),
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=mechanism.clipping_norm,
-            expected_batch_size=(
-                mechanism.sampling_probability * records.units if expected_batch is None else expected_batch
-            ),
+            expected_batch_size=expected_batch,
             stream=noise or SecureStream(),
             precision=precision_of(adapted),
         )
@@ -98,6 +113,8 @@ class DPEngine:
 
     def _wrap(self) -> GradSampleModule:
         grad_samplers.register()
+        for module in self.adapted.classifier.modules():  # Opacus' hooks see modules in training mode alone
+            module.training = any(p.requires_grad for p in module.parameters(recurse=False))
         if self.name == "hooks":
             return GradSampleModule(self.adapted.classifier, loss_reduction="sum", strict=False)
         if any(len(records) > 1 for records in self.records.of_unit):
@@ -108,6 +125,7 @@ class DPEngine:
 
     def close(self) -> None:
         """Take Opacus' hooks off; put the layers back into plain mode."""
+        self.adapted.classifier.eval()
         scope = self.adapted.scope
         scope.mode, scope.book, scope.unit_anchor = "plain", None, None
         if self._hooked is not None:
@@ -115,8 +133,10 @@ class DPEngine:
             self._hooked = None
 
     def run(self, after_step: Callable[[int], None] | None = None) -> None:
-        """All steps of the mechanism. `after_step` hears the number of steps taken."""
-        self.adapted.classifier.train()
+        """All steps of the mechanism. `after_step` hears the number of steps taken.
+
+        The base stays in eval mode, in which the layers were checked: no dropout, no router jitter.
+        """
         samples = self.sampler if self.shard is None else self.shard.samples(self.sampler)
         try:
             for number, units in enumerate(samples, start=1):
@@ -124,7 +144,6 @@ class DPEngine:
                 if after_step is not None:
                     after_step(number)
         finally:
-            self.adapted.classifier.eval()
             self.close()
 
     def executed(self) -> Mechanism:
@@ -193,8 +212,8 @@ class DPEngine:
         try:
             self.forward_backward(pack_units(self.records, units, self.device))
             self.optimizer.clip_and_accumulate()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             self.optimizer.forget()
         else:
@@ -246,10 +265,32 @@ def precision_of(adapted: AdaptedModel) -> torch.dtype:
     return next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
 
 
+def use_exact_products() -> None:
+    """Let no product be rounded further than its type says: the process's environment may order TF32 on CUDA.
+
+    What the noise pays for float arithmetic assumes float32 products, and sums of half-precision products in float32.
+    """
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@contextlib.contextmanager
+def memory_errors_typed() -> Iterator[None]:
+    """Turn memory that runs out, however a library says it, into an EngineError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError("memory ran out", fix="lower the LoRA rank, or use a larger machine") from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python says that memory ran out; the CPU allocator has no exception type of its own."""
+    """Whether torch or Python says that memory ran out; most libraries beneath have no exception type for it."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_RAN_OUT))
 
 
 def per_record_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         added: list[tuple[Any, Tensor]] = []
         for parameter, total in sums:
             held: Any = parameter  # Opacus keeps the sum as an attribute of the parameter
-            added.append((held, total if held.summed_grad is None else held.summed_grad + total))
+            total = total.double()  # over many micro-batches float32 would round by more than is paid for
+            added.append((held, total if held.summed_grad is None else total.add_(held.summed_grad)))
         for held, total in added:
             held.summed_grad = total
 
@@ -147,9 +148,11 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
             at += p.numel()
 
     def gather_sum(self) -> Any:
-        """The clipped sum over the logical batch, all coordinates in the order of `params`: float32 `[d]`."""
+        """The clipped sum over the logical batch, all coordinates in the order of `params`: float64 `[d]`."""
         parts = [
-            torch.zeros(p.numel()) if p.summed_grad is None else p.summed_grad.detach().reshape(-1).cpu()
+            torch.zeros(p.numel(), dtype=torch.float64)
+            if p.summed_grad is None
+            else p.summed_grad.detach().reshape(-1).cpu()
             for p in self.params
         ]
         return torch.cat(parts).numpy()

@@ -29,10 +29,10 @@ class PoissonSampler:
     """
 
     def __init__(self, units: int, probability: float, steps: int, stream: SecureStream) -> None:
-        if units < 1 or not 0 < probability <= 1 or steps < 0:
+        if units < 0 or not 0 < probability <= 1 or steps < 0:
             raise EngineError(
                 f"cannot sample {units} units with probability {probability} for {steps} steps",
-                fix="give at least one unit and a probability in (0, 1]",
+                fix="give a probability in (0, 1]",
             )
         self.units, self.probability, self.steps = units, probability, steps
         self._stream = stream
@@ -47,7 +47,7 @@ class PoissonSampler:
 
     def draw(self) -> NDArray[np.int64]:
         """The units of one step, ascending; may be empty."""
-        words = self._stream.words(self.units)
-        if self._threshold >= _ONE:
+        if self._threshold >= _ONE or not self.units:
             return np.arange(self.units, dtype=np.int64)
+        words = self._stream.words(self.units)
         return np.flatnonzero(words < np.uint64(self._threshold)).astype(np.int64)

@@ -18,6 +18,8 @@ _CHUNK_FLOATS = 1 << 24
 _EXACT = 4  # the longest segments that are never padded
 # Products of rows that cancel leave a sum much smaller than their rounding errors. So that no unit's norm is found too
 # small, this share of the squared sum of their lengths is added (docs/decisions/0022).
+# Beside a longer row, entries whose squares underflow float32 would matter, and a norm could be found too small.
+_LONGEST = 2.0**30
 ROUNDING = {torch.float64: 2.0**-48, torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -81,11 +83,11 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         b: `[M, q]`.
 
     Returns:
-        float64 `[S]`, in the order of `segments.unit`.
+        float64 `[S]`, in the order of `segments.unit`; not finite where a row is longer than 2**30.
     """
     if a.shape[1] > b.shape[1]:
         a, b = b, a
-    reach = (_length(a) * _length(b)).index_select(0, segments.rows).mul_(segments.real)
+    reach = (_bounded_length(a) * _bounded_length(b)).index_select(0, segments.rows).mul_(segments.real)
     narrow = a.index_select(0, segments.rows)
     narrow *= segments.real.to(a.dtype).unsqueeze(1)
     found, at = [reach[:0]], 0
@@ -116,6 +118,12 @@ def _length(a: Tensor) -> Tensor:
     """Lengths of rows, in float32."""
     found: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float32)
     return found
+
+
+def _bounded_length(a: Tensor) -> Tensor:
+    """Lengths of rows, infinite where one is too long for its neighbours' squares."""
+    found = _length(a)
+    return found.masked_fill_(found > _LONGEST, torch.inf)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Shard:
     def samples(self, sampler: PoissonSampler) -> Iterator[list[int]]:
         """This process's share of each step's sample, drawn by the first process alone; may be empty."""
         for _ in range(len(sampler)):
-            chosen = torch.zeros(sampler.units, dtype=torch.uint8)
+            chosen = torch.zeros(max(1, sampler.units), dtype=torch.uint8)
             if self.first:
                 chosen[torch.from_numpy(sampler.draw())] = 1
             chosen = chosen.to(self.device)
@@ -54,7 +54,7 @@ class Shard:
         dist.reduce(flat, 0)
         if self.first:
             for p, part in zip(held, _split(flat, parameters), strict=True):
-                p.summed_grad = part.to(device=p.device, dtype=p.dtype)
+                p.summed_grad = part.to(p.device)
 
     def share(self, parameters: list[nn.Parameter]) -> None:
         """Take over the first process's parameters, after its step."""

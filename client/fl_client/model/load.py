@@ -87,6 +87,12 @@ def load_model(directory: str | Path, device: str = "auto", dtype: torch.dtype |
         module = _load_plain(path, place, dtype)
     module.requires_grad_(requires_grad=False)
     module.eval()
+    known = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # a method of PreTrainedModel
+    if len(tokenizer) > known:
+        raise ModelError(
+            f"{path}: the tokenizer knows {len(tokenizer)} tokens, the model {known}",
+            fix="copy tokenizer and weights from the same model",
+        )
     mean, std = _features(path, module, place)
     return LoadedModel(module, tokenizer, config, directory_digest(path), mean, std, path)
 

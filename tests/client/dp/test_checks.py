@@ -178,3 +178,46 @@ def test_no_router_is_ever_planned(architecture: str) -> None:
         assert not any(f".{router}.lora" in name for router in routers)
     assert {p for p in made.classifier.parameters() if p.requires_grad} == set(made.plan.values())
     assert lora_layers.ADAPTER == "default"
+
+
+def test_nan_gradients_do_not_pass_the_probe(adapted: AdaptedModel) -> None:
+    """NaN is larger than no bound: it must not get lost in a maximum."""
+    adapted.classifier.backbone.get_submodule("norm").register_full_backward_pre_hook(
+        lambda _module, grads: tuple(g * float("nan") for g in grads)
+    )
+    with pytest.raises(EngineError, match="are off by inf"):
+        check_layers(adapted, vocabulary=96)
+    assert adapted.probe_error is None
+
+
+def test_a_probe_that_shows_nothing_does_not_pass(adapted: AdaptedModel) -> None:
+    """A head so sure of a unit's label that its gradient vanishes: typed, and no pass, whichever label it is."""
+    found = []
+    for label in range(5):
+        with torch.no_grad():
+            adapted.classifier.head.weight.zero_()
+            adapted.classifier.head.bias.zero_()
+            adapted.classifier.head.bias[label] = 200.0
+        adapted.probe_error = None
+        try:
+            found.append(check_layers(adapted, vocabulary=96) < 1e-5)
+        except EngineError:
+            found.append(False)
+    assert not all(found)  # some unit of the probe has one label alone
+    assert any(found)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_frequencies_that_follow_the_longest_record_are_refused(architecture: str, kind: str) -> None:
+    """Dynamic NTK and LongRoPE recompute the rotary frequencies from whatever shares the micro-batch."""
+    config = small_config(architecture)
+    config.max_position_embeddings = 16
+    head = int(getattr(config, "qk_rope_head_dim", None) or config.head_dim)
+    config.rope_parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4} | (
+        {"short_factor": [1.0] * (head // 2), "long_factor": [2.0] * (head // 2),
+         "original_max_position_embeddings": 16} if kind == "longrope" else {}
+    )  # fmt: skip
+    model = float_model(config)
+    with pytest.raises(EngineError, match=f"rope_type '{kind}'"):
+        adapt(model, LORA, 5, torch.zeros(136), torch.ones(136))

@@ -92,8 +92,14 @@ def test_empty_batches_are_steps() -> None:
     assert (drawn.sum(1) == 0).sum() > 300
 
 
-@pytest.mark.parametrize(("units", "probability", "steps"), [(0, 0.5, 1), (3, 0.0, 1), (3, 1.5, 1), (3, 0.5, -1)])
+@pytest.mark.parametrize("probability", [0.05, 1.0])
+def test_without_units_every_batch_is_empty(probability: float) -> None:
+    """No unit may have a label of a run; its steps are taken all the same."""
+    assert list(PoissonSampler(0, probability, 3, SecureStream())) == [[], [], []]
+
+
+@pytest.mark.parametrize(("units", "probability", "steps"), [(-1, 0.5, 1), (3, 0.0, 1), (3, 1.5, 1), (3, 0.5, -1)])
 def test_impossible_sampling_is_refused(units: int, probability: float, steps: int) -> None:
-    """No units, a probability outside (0, 1] or a negative number of steps is a typed error."""
+    """A negative number of units, a probability outside (0, 1] or a negative number of steps is a typed error."""
     with pytest.raises(EngineError, match="cannot sample"):
         PoissonSampler(units, probability, steps, SecureStream())

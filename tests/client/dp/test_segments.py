@@ -12,6 +12,7 @@ from fl_client.dp import segments as module
 from fl_client.dp.book import GradientBook
 from fl_client.dp.optimizer import FLOAT_SLACK
 from fl_client.dp.segments import find_segments, squared_norms
+from fl_shared.privacy import LEAST_CLIPPING_NORM
 
 torch.set_num_threads(1)
 
@@ -114,3 +115,18 @@ def test_cancelling_rows_add_no_more_than_is_paid_for(ratio: float, dtype: torch
         [(_, without)] = book.weighted_sums(others)
         change = float((whole.double() - without.double()).norm()) / clip
         assert change <= 1 + FLOAT_SLACK[dtype] / 8
+
+
+@pytest.mark.parametrize("size", [2.0**-75, 2.0**-100, 2.0**-20])
+@pytest.mark.parametrize("partner", [1.0, 2.0**29, 2.0**31, 2.0**60])
+def test_rows_whose_squares_underflow_hide_no_contribution(size: float, partner: float) -> None:
+    """What is found too small is too small to matter beside the least clipping norm; everything else is not finite."""
+    tokens, p, q = 64, 256, 8
+    a, b = torch.full((tokens, p), size), torch.full((tokens, q), partner)
+    key = torch.arange(tokens)  # each row in an expert of its own
+    found = squared_norms(a, b, find_segments(key, 1)).sum().sqrt()
+    truth = float((a.double() * b.double()[:, :1]).norm() * q**0.5)
+    if partner * q**0.5 > 2.0**30:
+        assert not torch.isfinite(found)
+    else:
+        assert truth - float(found) < LEAST_CLIPPING_NORM * FLOAT_SLACK[torch.float32] / 8
