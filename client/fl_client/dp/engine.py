@@ -23,6 +23,7 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, cut_units, pack_units
 from fl_client.dp.book import GradientBook
 from fl_client.dp.coverage import ExpertCoverage
+from fl_client.dp.noise import MAX_DRAWS
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.sampling import PoissonSampler
 from fl_client.dp.secure_random import SecureStream
@@ -57,7 +58,8 @@ class DPEngine:
         sampling, noise: random streams; only tests pass them.
 
     Raises:
-        EngineError: C is too small for float32, or the expected batch is not positive.
+        EngineError: C is too small for float32, the expected batch is not positive, or there are more draws of noise
+            in the round than its tables are good for.
     """
 
     def __init__(
@@ -103,6 +105,12 @@ class DPEngine:
             stream=noise or SecureStream(),
             precision=precision_of(adapted),
         )
+        draws = mechanism.steps * self.optimizer.dimensions * self.optimizer.grid.tables
+        if draws > MAX_DRAWS:
+            raise EngineError(
+                f"{mechanism.steps} steps over {self.optimizer.dimensions} coordinates need {draws:.1e} draws of noise",
+                fix=f"order fewer steps a round or a lower LoRA rank: at most {MAX_DRAWS:.1e}",
+            )
         self.sampler = PoissonSampler(
             records.units, mechanism.sampling_probability, mechanism.steps, sampling or SecureStream()
         )
@@ -165,7 +173,7 @@ class DPEngine:
         grid = self.optimizer.grid
         return {
             "engine": self.name,
-            "dimensions": sum(p.numel() for p in self.optimizer.params),
+            "dimensions": self.optimizer.dimensions,
             "grid_step": grid.step,
             "sensitivity": grid.sensitivity,
             "noise_standard_deviation": grid.step * grid.width,

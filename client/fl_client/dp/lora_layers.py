@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fl_client.dp.book import grouped_outer, outer
+from fl_client.dp.book import GradientBook, grouped_outer, outer
 from fl_client.dp.scope import BatchScope
 from fl_client.dp.segments import Segments, find_segments
 from fl_client.model.quant_layers import QuantExperts, QuantLinear, grouped_matmul, sort_by_expert, weighted_sum
@@ -124,7 +124,7 @@ class Routing:
             self.tokens = kept[self.tokens]
         self._units: tuple[Tensor, Segments] | None = None
 
-    def units(self, book: Any) -> tuple[Tensor, Segments]:
+    def units(self, book: GradientBook) -> tuple[Tensor, Segments]:
         """Unit of each sorted row, and the segments of equal (expert, unit): found once, used by every factor."""
         if self._units is None:
             unit = book.unit_of_token[self.tokens]

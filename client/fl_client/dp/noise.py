@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ SCALE = 1 << 10
 CELLS = 1 << 16  # outcomes -2**15 .. 2**15-1: 16 widths on either side
 THRESHOLD_BITS = 80  # 16 decide all but one draw in 2**16, and 64 more that one
 BLOCK = 1 << 13
+PART = 1 << 20  # coordinates beyond which parts are drawn side by side
+MAX_DRAWS = 1 << 40  # in one round: what the tables cost grows with them (docs/decisions/0021)
 MAX_ROUNDING = 2**-10  # of the clipping norm; decides between two and three tables
 _PRECISION = 320
 
@@ -81,13 +84,32 @@ def plan_grid(*, clipping_norm: float, noise_multiplier: float, dimensions: int,
     )
 
 
-def noisy_sum(total: NDArray[np.floating[Any]], grid: Grid, stream: SecureStream) -> NDArray[np.float32]:
+def noisy_sum(
+    total: NDArray[np.floating[Any]], grid: Grid, stream: SecureStream, threads: int = 1
+) -> NDArray[np.float32]:
     """Round `[d]` to the grid, add the noise as integers, and only then return to floats: float32 `[d]`.
 
     The integers stand in doubles: a noise value is below 2**37 and exact, and of a sum too large for 53 bits the
-    rounding is a function of the exact sum, so it is post-processing.
+    rounding is a function of the exact sum, so it is post-processing. Long sums are cut into parts, each with a stream
+    of its own, which up to `threads` threads draw side by side: numpy and the cipher let go of the interpreter.
     """
     out = np.empty(total.shape[0], np.float32)
+    if len(out) <= PART:
+        _add_noise(total, out, grid, stream)
+        return out
+    starts = range(0, len(out), PART)
+
+    def draw(at: int, own: SecureStream) -> None:
+        _add_noise(total[at : at + PART], out[at : at + PART], grid, own)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(draw, starts, [stream.fork() for _ in starts]))
+    return out
+
+
+def _add_noise(
+    total: NDArray[np.floating[Any]], out: NDArray[np.float32], grid: Grid, stream: SecureStream
+) -> None:
     draws = _Draws(grid.tables, stream)
     for at in range(0, len(out), BLOCK):
         block = total[at : at + BLOCK].astype(np.float64)
@@ -96,7 +118,6 @@ def noisy_sum(total: NDArray[np.floating[Any]], grid: Grid, stream: SecureStream
         block += draws.next(len(block))
         block *= grid.step
         out[at : at + BLOCK] = block
-    return out
 
 
 def discrete_gaussian(count: int, grid: Grid, stream: SecureStream) -> NDArray[np.int64]:

@@ -56,10 +56,11 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         self._book: GradientBook | None = None
         self._units: tuple[Tensor, int] | None = None
         self._sums: Sums | None = None
+        self.dimensions = sum(p.numel() for p in self.params)
         self.grid = plan_grid(
             clipping_norm=max_grad_norm,
             noise_multiplier=noise_multiplier,
-            dimensions=sum(p.numel() for p in self.params),
+            dimensions=self.dimensions,
             slack=FLOAT_SLACK[precision],
         )
 
@@ -141,7 +142,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
 
     def add_noise(self) -> None:
         """Round the sum to the grid, add integer noise, and only then return to floats."""
-        noisy = torch.from_numpy(noisy_sum(self.gather_sum(), self.grid, self._stream))
+        noisy = torch.from_numpy(noisy_sum(self.gather_sum(), self.grid, self._stream, threads=torch.get_num_threads()))
         at = 0
         for p in self.params:
             p.grad = noisy[at : at + p.numel()].view_as(p).to(p.device)

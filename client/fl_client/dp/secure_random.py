@@ -40,6 +40,10 @@ class SecureStream:
         self._rekeys += 1
         self._left = _REKEY_BYTES
 
+    def fork(self) -> SecureStream:
+        """A stream of its own for another thread: keyed by the operating system, or by this one under a test's key."""
+        return SecureStream(None if self._fixed is None else self.words(_KEY_BYTES // 8).tobytes())
+
     def words(self, count: int) -> NDArray[np.uint64]:
         """`count` independent uniform 64-bit words."""
         out = np.empty(count, dtype="<u8")

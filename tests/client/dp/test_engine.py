@@ -261,7 +261,11 @@ def test_products_are_never_rounded_to_tf32(adapted: AdaptedModel) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"norm": 1e-5}, "clipping norm 1e-05"), ({"expected_batch": 0.0}, "expected batch 0")],
+    [
+        ({"norm": 1e-5}, "clipping norm 1e-05"),
+        ({"expected_batch": 0.0}, "expected batch 0"),
+        ({"steps": 10**9}, "draws of noise"),
+    ],
 )
 def test_figures_that_floats_cannot_serve_are_refused(
     adapted: AdaptedModel, changes: dict[str, float], message: str

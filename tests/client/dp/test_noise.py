@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fl_client.dp import noise
 from fl_client.dp.noise import (
     BASE_WIDTH,
     BLOCK,
@@ -168,3 +169,17 @@ def test_ties_are_broken_by_the_lower_64_bits(below: int, kept: bool) -> None:
     stream = _Scripted((int(packed[cell]) >> 16 << 16) + cell, int(rest[cell]) - below)
     outcome = (cell if kept else cell ^ int(packed[cell]) & 0xFFFF) - CELLS // 2
     assert discrete_gaussian(3, _grid(2), stream).tolist() == [outcome * (1 + SCALE)] * 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_parts_drawn_side_by_side_have_streams_of_their_own(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """A long sum gets the same noise from any number of threads, no two parts the same, and all of it Gaussian."""
+    monkeypatch.setattr(noise, "PART", 1 << 14)
+    grid, count = _grid(2), (1 << 16) + 100
+    total = np.arange(count, dtype=np.float64) * grid.step
+    added = noisy_sum(total, grid, _stream(40), threads=threads) / np.float64(grid.step) - np.arange(count)
+    alone = noisy_sum(total, grid, _stream(40)) / np.float64(grid.step) - np.arange(count)
+    assert np.array_equal(added, alone)
+    parts = [added[at : at + 100].tobytes() for at in range(0, count, 1 << 14)]
+    assert len(set(parts)) == len(parts) == 5
+    assert stats.kstest(added / grid.width, "norm").pvalue > FALSE_ALARM

@@ -50,3 +50,12 @@ def test_a_short_key_is_refused() -> None:
     """A key that is not 32 bytes is a typed error."""
     with pytest.raises(EngineError, match="32 bytes"):
         SecureStream(b"short")
+
+
+def test_forks_share_nothing() -> None:
+    """Under a known key forks are known and differ; without one the operating system keys each."""
+    known, again = SecureStream(KEY), SecureStream(KEY)
+    forks = [known.fork().words(4).tolist() for _ in range(2)]
+    assert forks == [again.fork().words(4).tolist() for _ in range(2)]
+    assert not {*forks[0]} & ({*forks[1]} | {*SecureStream(KEY).words(100).tolist()})
+    assert SecureStream().fork().words(4).tolist() != SecureStream().fork().words(4).tolist()
