@@ -33,7 +33,7 @@ SCALE = 1 << 10
 CELLS = 1 << 16  # outcomes -2**15 .. 2**15-1: 16 widths on either side
 THRESHOLD_BITS = 80  # 16 decide all but one draw in 2**16, and 64 more that one
 BLOCK = 1 << 13
-PART = 1 << 20  # coordinates beyond which parts are drawn side by side
+PART, PART_BLOCK = 1 << 20, 1 << 15  # longer sums are drawn in parts side by side; short calls would queue for the GIL
 MAX_DRAWS = 1 << 40  # in one round: what the tables cost grows with them (docs/decisions/0021)
 MAX_ROUNDING = 2**-10  # of the clipping norm; decides between two and three tables
 _PRECISION = 320
@@ -95,12 +95,12 @@ def noisy_sum(
     """
     out = np.empty(total.shape[0], np.float32)
     if len(out) <= PART:
-        _add_noise(total, out, grid, stream)
+        _add_noise(total, out, grid, stream, BLOCK)
         return out
     starts = range(0, len(out), PART)
 
     def draw(at: int, own: SecureStream) -> None:
-        _add_noise(total[at : at + PART], out[at : at + PART], grid, own)
+        _add_noise(total[at : at + PART], out[at : at + PART], grid, own, PART_BLOCK)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(draw, starts, [stream.fork() for _ in starts]))
@@ -108,40 +108,41 @@ def noisy_sum(
 
 
 def _add_noise(
-    total: NDArray[np.floating[Any]], out: NDArray[np.float32], grid: Grid, stream: SecureStream
+    total: NDArray[np.floating[Any]], out: NDArray[np.float32], grid: Grid, stream: SecureStream, most: int
 ) -> None:
-    draws = _Draws(grid.tables, stream)
-    for at in range(0, len(out), BLOCK):
-        block = total[at : at + BLOCK].astype(np.float64)
+    """The same into `out`, at most `most` coordinates at a time."""
+    draws = _Draws(grid.tables, stream, most)
+    for at in range(0, len(out), most):
+        block = total[at : at + most].astype(np.float64)
         block /= grid.step
         np.rint(block, out=block)
         block += draws.next(len(block))
         block *= grid.step
-        out[at : at + BLOCK] = block
+        out[at : at + most] = block
 
 
 def discrete_gaussian(count: int, grid: Grid, stream: SecureStream) -> NDArray[np.int64]:
     """`count` independent integers of width `grid.width`."""
-    draws = _Draws(grid.tables, stream)
+    draws = _Draws(grid.tables, stream, BLOCK)
     found = [draws.next(min(BLOCK, count - at)).astype(np.int64) for at in range(0, count, BLOCK)]
     return np.concatenate([np.empty(0, np.int64), *found])
 
 
 class _Draws:
-    """Discrete Gaussian integers, at most `BLOCK` at a time, so that every array stays in the cache.
+    """Discrete Gaussian integers, at most `most` at a time, so that every array stays in the cache.
 
     Of each 32-bit word the lower half picks a cell of the alias table, and the upper half keeps it or takes its
     alias; one word in 2**16 ties, and 64 more bits decide.
     """
 
-    def __init__(self, tables: int, stream: SecureStream) -> None:
-        size = tables * BLOCK
+    def __init__(self, tables: int, stream: SecureStream, most: int) -> None:
+        size = tables * most
         self._tables, self._stream = tables, stream
         self._word, self._entry, self._value, self._floor = (np.empty(size, "<u4") for _ in range(4))
-        self._index, self._total = np.empty(size, np.intp), np.empty(BLOCK)
+        self._index, self._total = np.empty(size, np.intp), np.empty(most)
 
     def next(self, count: int) -> NDArray[np.float64]:
-        """`count <= BLOCK` draws, integers in doubles, valid until the next call."""
+        """`count <= most` draws, integers in doubles, valid until the next call."""
         value = self._base(self._tables * count)
         total = self._total[:count]
         np.copyto(total, value[-count:])
