@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from client_sites import spec_table
 
-from fl_client.dp import noise
+from fl_client.dp import canaries, noise
+from fl_client.dp.engine import DPEngine
+from fl_client.dp.secure_random import SecureStream
 from fl_shared.audit import cli
 from fl_shared.audit.report import page
 
@@ -70,25 +72,85 @@ def test_a_broken_engine_is_accused(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("code", "arguments", "message"),
     [
-        (("--noise-multiplier", "-1"), "noise_multiplier"),
-        (("--confidence", "1.5"), "--confidence"),
-        (("--spec", "/nowhere.toml"), "nowhere.toml"),
-        (("--model", "/nowhere"), "nowhere"),
-        (("--count", "10000000", "--canaries", "gradients"), "gradient canaries"),
-        (("--site", "hospital-001", "--home", "/nowhere"), "does not exist"),
+        (2, ("--noise-multiplier", "-1"), "noise_multiplier"),
+        (2, ("--noise-multiplier", "nan"), "noise_multiplier"),
+        (2, ("--noise-multiplier", "1e-9"), "noise 1e-09"),
+        (2, ("--noise-multiplier", "1e-3"), "which no audit can contradict"),
+        (2, ("--steps", "0"), "an audit of 0 steps"),
+        (2, ("--steps", "-3"), "an audit of -3 steps"),
+        (2, ("--steps", "100000000"), "an audit of 100000000 steps"),
+        (2, ("--steps", "90000"), "which no audit can contradict"),
+        (2, ("--sampling-probability", "0"), "sampling_probability"),
+        (2, ("--confidence", "1.5"), "--confidence 1.5"),
+        (2, ("--delta", "nan"), "--delta nan"),
+        (2, ("--spec", "/nowhere.toml"), "nowhere.toml"),
+        (14, ("--model", "/nowhere"), "nowhere"),
+        (2, ("--count", "10000000", "--canaries", "gradients"), "gradient canaries, because"),
+        (2, ("--count", "1000000", "--canaries", "records"), "record canaries, because"),
+        (2, ("--count", "200", "--guesses", "300"), "--guesses 300 for 200 record canaries"),
+        (2, ("--site", "hospital-001", "--home", "/nowhere"), "does not exist"),
+        (2, ("--out", "/nowhere/canaries.json"), "--out /nowhere/canaries.json"),
+        (2, ("--out", "/"), "--out /"),
     ],
 )
 def test_wrong_arguments_are_explained(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
-    """Each names the value and a fix, without a traceback."""
-    code, _, errors = run(capsys, *arguments)
-    assert code in (2, 14, 19)
+    """Each names the value and a fix, without a traceback, before anything is trained, and accuses nobody."""
+    monkeypatch.setattr(DPEngine, "__init__", lambda *_, **__: pytest.fail("the engine was made"))
+    found, _, errors = run(capsys, *arguments)
+    assert found == code
     assert message in errors
     assert "fix: " in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("count", ["3", "0", "-2", "x", "1e3"])
+def test_odd_numbers_of_canaries_are_refused_by_name(capsys: pytest.CaptureFixture[str], count: str) -> None:
+    """Half of the guesses say in, half out."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["canaries", f"--count={count}"])
+    assert caught.value.code == 2
+    assert f"'{count}' is not a positive even number" in capsys.readouterr().err
+
+
+def test_coins_that_leave_everybody_out_accuse_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two canaries that happens every fourth time: then the engine trains on nobody."""
+    monkeypatch.setattr(canaries, "SecureStream", lambda: Tails(bytes(32)))
+    code, text, _ = run(capsys, "--count", "2", "--guesses", "2")
+    assert code == 0
+    assert "nothing accuses the engine" in text
+
+
+class Tails(SecureStream):
+    """A coin that says out, always."""
+
+    def words(self, count: int) -> np.ndarray:
+        """Even words."""
+        return np.zeros(count, dtype=np.uint64)
+
+
+def test_a_result_that_cannot_be_written_is_shown_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The disk filled up meanwhile: what the audit found stands on the screen."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, text, errors = run(capsys, *SMALL, "--canaries", "gradients", "--json", "--out", str(tmp_path / "a.json"))
+    assert code == 2
+    assert not json.loads(text)["accused"]
+    assert "No space left" in errors
 
 
 def test_without_the_client_the_verb_says_what_to_install(

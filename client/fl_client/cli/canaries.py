@@ -12,6 +12,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from fl_shared.accounting import rdp_epsilon
 from fl_shared.audit.output import add_format, print_json, table
 from fl_shared.errors import ConfigError, EngineError
 from fl_shared.manifest import LORA_TARGETS, LoraSection, RunSpec
@@ -40,11 +42,13 @@ EXAMPLES = """examples:
 
 Gradient canaries stand in for units whose clipped gradient is one coordinate. Only a site can put them in; they reach
 sampler, sum and noise alone, and thousands of them give the audit its power. Record canaries pass through everything.
-exit codes: 0 nothing accuses the engine, 2 wrong arguments, 14 model, 19 the engine is accused.
+exit codes: 0 nothing accuses the engine, 2 wrong arguments, 14 model, 19 the engine is accused, or refuses the model.
 """
 ENOUGH = 0.95
 TESTED_BELOW = ("no noise", "noise at half scale", "shuffled batches")
 RECORD_CANARIES, GRADIENT_CANARIES, GRADIENT_GUESSES = 200, 20_000, 1000
+MAX_STEPS = 100_000
+MAX_EPSILON = 100.0  # what an audit can prove grows with the logarithm of its canaries: far below this
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guesses", type=_even, help="fixed beforehand (default: half the records, 1000 gradients)")
     parser.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="default: the spec's, or 3")
     parser.add_argument("--sampling-probability", type=float, metavar="Q", help="default: the spec's, or 1")
-    parser.add_argument("--steps", type=int, help="default: all of the spec's run, or 1")
+    parser.add_argument("--steps", type=int, help=f"at most {MAX_STEPS} (default: all of the spec's run, or 1)")
     parser.add_argument("--delta", type=float, default=1e-5, help="of the claim (default: 1e-5)")
     parser.add_argument("--confidence", type=float, default=0.95, help="of all audits together (default: 0.95)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON result, for `statement --empirical`")
@@ -79,9 +83,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _even(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 2 or value % 2:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive even number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive even number")
     return value
 
 
@@ -105,11 +109,32 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         lora, classes, tokens = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS), 50, 32
         sigma, q, steps, norm = 3.0, 1.0, 1, 1.0
     if not (0 < arguments.confidence < 1 and 0 < arguments.delta < 1):
-        raise ConfigError("--confidence and --delta lie between 0 and 1", fix="e.g. --confidence 0.95 --delta 1e-5")
+        raise ConfigError(
+            f"--confidence {arguments.confidence:g} and --delta {arguments.delta:g} do not both lie between 0 and 1",
+            fix="e.g. --confidence 0.95 --delta 1e-5",
+        )
+    _check_place(arguments.out)
     sigma = sigma if arguments.noise_multiplier is None else arguments.noise_multiplier
     q = q if arguments.sampling_probability is None else arguments.sampling_probability
     steps = steps if arguments.steps is None else arguments.steps
-    return Plan(model, device, lora, classes, tokens, Mechanism(sigma, q, steps, norm))
+    if not 1 <= steps <= MAX_STEPS:
+        raise ConfigError(f"an audit of {steps} steps", fix=f"give --steps from 1 to {MAX_STEPS}")
+    mechanism = Mechanism(sigma, q, steps, norm)
+    claimed = rdp_epsilon([mechanism], arguments.delta)
+    if not claimed <= MAX_EPSILON:
+        raise ConfigError(
+            f"noise {sigma:g}, q {q:g} and {steps} steps claim epsilon {claimed:.3g}, which no audit can contradict",
+            fix=f"audit a mechanism below epsilon {MAX_EPSILON:g}: give --noise-multiplier or --steps",
+        )
+    return Plan(model, device, lora, classes, tokens, mechanism)
+
+
+def _check_place(out: Path | None) -> None:
+    """ConfigError when the result could not be written there, before minutes of work."""
+    if out is None:
+        return
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(f"--out {out} cannot be written", fix="name a file in a directory that exists")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -130,15 +155,15 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(tasks[what], completed=done, total=total)
 
         result = audit(plan, arguments, progress)
-    if arguments.out is not None:
-        try:
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{arguments.out}: {error.strerror}", fix="name a file that can be written") from None
     if arguments.json:
         print_json(result)
     else:
         _show(result)
+    if arguments.out is not None:
+        try:
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{arguments.out}: {error.strerror}", fix="keep what was printed") from None
     return EngineError.exit_code if result["accused"] else 0
 
 
@@ -159,11 +184,12 @@ def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, in
     worst_case_adapter(adapted, np.random.default_rng())
     progress("model", 1, 1)
     kinds = ("records", "gradients") if arguments.canaries == "both" else (arguments.canaries,)
+    sizes = {kind: _sizes(kind, arguments, adapted) for kind in kinds}
     each = 1 - (1 - arguments.confidence) / len(kinds)  # together they accuse a right engine no more often
     reports = []
     for kind in kinds:
         said = functools.partial(_prefixed, progress, kind)
-        reports.append(_one(kind, plan, adapted, arguments, each, int(model.config["vocab_size"]), said))
+        reports.append(_one(kind, plan, adapted, arguments, sizes[kind], each, int(model.config["vocab_size"]), said))
     tests = check_distributions(adapted, plan.mechanism)
     return _result(plan, model.digest, arguments, reports, tests, FALSE_ALARM)
 
@@ -172,32 +198,49 @@ def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, d
     progress(f"{kind}: {what}", done, total)
 
 
+def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> tuple[int, int]:
+    """Canaries and guesses of one kind; ConfigError when there cannot be so many."""
+    from fl_client.dp.canaries import MAX_FLOATS
+
+    dimensions = sum(parameter.numel() for parameter in adapted.plan.values())
+    most = dimensions if kind == "gradients" else MAX_FLOATS // dimensions
+    default = min(GRADIENT_CANARIES if kind == "gradients" else RECORD_CANARIES, max(2, most // 2 * 2))
+    count = arguments.count or default
+    if count > most:
+        why = "they have one coordinate each" if kind == "gradients" else "their gradients must fit into memory"
+        raise ConfigError(
+            f"--count {count}: with {dimensions} coordinates there can be {most} {kind[:-1]} canaries, because {why}",
+            fix=f"take fewer, or a {'larger' if kind == 'gradients' else 'smaller'} LoRA rank; --canaries picks a kind",
+        )
+    guesses = arguments.guesses or (min(GRADIENT_GUESSES, count) if kind == "gradients" else max(2, count // 4 * 2))
+    if guesses > count:
+        raise ConfigError(f"--guesses {guesses} for {count} {kind[:-1]} canaries", fix=f"guess at most {count}")
+    return count, guesses
+
+
 def _one(
     kind: str,
     plan: Plan,
     adapted: AdaptedModel,
     arguments: argparse.Namespace,
+    size: tuple[int, int],
     confidence: float,
     vocabulary: int,
     progress: Callable[[str, int, int], None],
 ) -> CanaryReport:
     import numpy as np
 
-    from fl_client.dp.canaries import MAX_FLOATS, audit_gradients, audit_records, random_records
+    from fl_client.dp.canaries import audit_gradients, audit_records, random_records
 
-    dimensions = sum(parameter.numel() for parameter in adapted.plan.values())
+    count, guesses = size
     if kind == "gradients":
-        count = arguments.count or min(GRADIENT_CANARIES, dimensions)
-        guesses = arguments.guesses or min(GRADIENT_GUESSES, count // 2 * 2)
         return audit_gradients(
             adapted, plan.mechanism,
             canaries=count, guesses=guesses, delta=arguments.delta, confidence=confidence, progress=progress,
         )  # fmt: skip
-    count = arguments.count or max(2, min(RECORD_CANARIES, MAX_FLOATS // dimensions))
     records = random_records(
         count, vocabulary=vocabulary, tokens=plan.tokens, classes=plan.classes, rng=np.random.default_rng()
     )
-    guesses = arguments.guesses or max(2, count // 4 * 2)
     return audit_records(
         adapted, records, plan.mechanism,
         guesses=guesses, delta=arguments.delta, confidence=confidence, progress=progress,

@@ -152,8 +152,6 @@ def audit_records(
     gradients = clipped_gradients(adapted, records, mechanism.clipping_norm, progress=progress)
     included = (coins or SecureStream()).words(count) % np.uint64(2) == 1
     chosen = tuple(records.of_unit[unit] for unit in np.flatnonzero(included))
-    if not chosen:
-        raise EngineError("the coins left every canary out", fix="use more canaries")
     made = engine(
         adapted,
         dataclasses.replace(records, of_unit=chosen),
@@ -192,8 +190,6 @@ def audit_gradients(
         raise EngineError(f"{canaries} gradient canaries for {dimensions} coordinates", fix="use fewer canaries")
     included = (coins or SecureStream()).words(canaries) % np.uint64(2) == 1
     owners = np.flatnonzero(included)
-    if not owners.size:
-        raise EngineError("the coins left every canary out", fix="use more canaries")
     nothing = Records((), np.empty(0, dtype=np.int64), tuple(np.empty(0, dtype=np.int64) for _ in owners), 0)
     made = engine(
         adapted, nothing, mechanism,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from fl_client.dp import engine as engine_module
 from fl_client.dp import noise
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.book import GradientBook
 from fl_client.dp.canaries import (
     CanaryReport,
     audit_gradients,
@@ -24,6 +22,7 @@ from fl_client.dp.secure_random import SecureStream
 from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
+from helpers.broken_books import PerTokenBook, UnclippedExpertsBook
 from helpers.random_models import adapted_small
 
 DELTA = 1e-5
@@ -74,34 +73,6 @@ def scale_noise(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     monkeypatch.setattr(noise._Draws, "next", shrunk)
 
 
-class _PerTokenBook(GradientBook):
-    """What a layer that flattens tokens does to Opacus: every token is clipped as if it were an example."""
-
-    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
-        rows = unit_of_record.shape[0] * tokens
-        super().__init__(torch.arange(rows), rows, 1)
-        self._per_record = tokens
-
-    def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-        spread_a, spread_b = a.new_zeros(self.records, a.shape[1]), b.new_zeros(self.records, b.shape[1])
-        spread_a[:: self._per_record], spread_b[:: self._per_record] = a, b
-        super().add_record_outer(parameter, spread_a, spread_b)
-
-
-class _UnclippedExpertsBook(GradientBook):
-    """Experts outside the clipping, as when Opacus does not see them."""
-
-    def add_expert_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor, *rest) -> None:  # type: ignore[no-untyped-def]
-        before = self._squared.clone()
-        super().add_expert_factor(parameter, a, b, *rest)
-        self._squared = before
-
-    def weighted_sums(self, weights: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        clipped = super().weighted_sums(weights)
-        whole = super().weighted_sums(torch.ones_like(weights))
-        return [pair if pair[0].ndim == 3 else old for pair, old in zip(whole, clipped, strict=True)]
-
-
 def test_the_right_engine_is_not_accused(adapted: AdaptedModel, fixed_streams: None) -> None:
     """The proof stays below the claim, and the audit could have accused several faults."""
     report = _audit(adapted)
@@ -122,7 +93,7 @@ def test_per_token_clipping_is_accused(
     adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that clips tokens instead of units is accused."""
-    monkeypatch.setattr(engine_module, "GradientBook", _PerTokenBook)
+    monkeypatch.setattr(engine_module, "GradientBook", PerTokenBook)
     assert _audit(adapted, norm=0.02).accused
 
 
@@ -130,7 +101,7 @@ def test_unclipped_experts_are_accused(
     adapted: AdaptedModel, fixed_streams: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine that clips everything but the experts is accused."""
-    monkeypatch.setattr(engine_module, "GradientBook", _UnclippedExpertsBook)
+    monkeypatch.setattr(engine_module, "GradientBook", UnclippedExpertsBook)
     assert _audit(adapted, norm=0.02).accused
 
 

@@ -19,6 +19,7 @@ from fl_client.dp.book import GradientBook
 from fl_client.dp.engine import DPEngine, EngineName, precision_of
 from fl_client.dp.lora_layers import LoraExperts, Routing
 from fl_client.dp.optimizer import FLOAT_SLACK
+from helpers.broken_books import PerTokenBook, UnclippedExpertsBook
 from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config, units_of_records
@@ -121,29 +122,6 @@ def test_opacus_agrees(architecture: str, engine: EngineName) -> None:
     assert max(errors.values()) < TOLERANCE, errors
 
 
-class _PerTokenBook(GradientBook):
-    """A layer that flattens tokens, in Opacus: every token is clipped as if it were an example."""
-
-    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
-        rows = unit_of_record.shape[0] * tokens
-        super().__init__(torch.arange(rows), rows, 1)
-        self._per_record = tokens
-
-    def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-        spread_a, spread_b = a.new_zeros(self.records, a.shape[1]), b.new_zeros(self.records, b.shape[1])
-        spread_a[:: self._per_record], spread_b[:: self._per_record] = a, b
-        super().add_record_outer(parameter, spread_a, spread_b)
-
-
-class _UnclippedExpertsBook(GradientBook):
-    """Experts outside the norm, as when Opacus does not see them."""
-
-    def add_expert_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor, *rest) -> None:  # type: ignore[no-untyped-def]
-        before = self._squared.clone()
-        super().add_expert_factor(parameter, a, b, *rest)
-        self._squared = before
-
-
 class _RolledBook(GradientBook):
     """Expert rows booked to the neighbour's unit."""
 
@@ -152,7 +130,7 @@ class _RolledBook(GradientBook):
         self.unit_of_token = self.unit_of_token.roll(tokens)
 
 
-@pytest.mark.parametrize("broken", [_PerTokenBook, _UnclippedExpertsBook, _RolledBook])
+@pytest.mark.parametrize("broken", [PerTokenBook, UnclippedExpertsBook, _RolledBook])
 def test_the_comparison_notices_a_wrong_engine(broken: type[GradientBook], monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: per-token clipping, experts left out of the norm and rolled ids are all off by more than 1e-2."""
     adapted = adapted_small("deepseek_v3", quantised=True)
