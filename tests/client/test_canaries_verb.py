@@ -27,6 +27,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, shown.out, shown.err
 
 
+def write_spec(path: Path, **training: object) -> None:
+    """A run's spec with these fields of `[training]`."""
+    path.write_text(
+        "".join(
+            f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
+            for section, fields in spec_table(**training).items()
+        )
+    )
+
+
 def test_the_right_engine_is_not_accused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Both kinds of canaries and both tests on the shipped model; the file can be attached to a statement."""
     out = tmp_path / "canaries.json"
@@ -47,14 +57,8 @@ def test_the_right_engine_is_not_accused(capsys: pytest.CaptureFixture[str], tmp
 
 def test_a_runs_spec_sets_the_mechanism(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """All rounds' steps are audited, with the spec's LoRA; the text says for each fault whether the power suffices."""
-    table = spec_table(steps_per_round=2)
     spec = tmp_path / "run.toml"
-    spec.write_text(
-        "".join(
-            f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
-            for section, fields in table.items()
-        )
-    )
+    write_spec(spec, steps_per_round=2)
     code, text, _ = run(capsys, "--spec", str(spec), "--canaries", "gradients", *SMALL)
     assert code == 0
     assert "noise 1, q 0.1, 6 steps, clipping 1" in text
@@ -83,8 +87,16 @@ def test_a_broken_engine_is_accused(capsys: pytest.CaptureFixture[str], monkeypa
         (2, ("--steps", "100000000"), "an audit of 100000000 steps"),
         (2, ("--steps", "90000"), "which no audit can contradict"),
         (2, ("--sampling-probability", "0"), "sampling_probability"),
-        (2, ("--confidence", "1.5"), "--confidence 1.5"),
+        (2, ("--noise-multiplier", "1e6"), "too coarse for the noise grid"),
+        (2, ("--sampling-probability", "1.5"), "sampling_probability"),
+        (2, ("--sampling-probability", "nan"), "sampling_probability"),
+        (2, ("--confidence", "1.5"), "--confidence 1.5 does not lie between 0.5 and 0.999999"),
+        (2, ("--confidence", "0.9999999999999999"), "--confidence 0.9999999999999999"),
+        (2, ("--confidence", "nan"), "--confidence nan"),
         (2, ("--delta", "nan"), "--delta nan"),
+        (2, ("--delta", "0"), "--delta 0.0 does not lie between 1e-12 and 0.1"),
+        (2, ("--delta", "1e-300"), "--delta 1e-300"),
+        (2, ("--delta", "0.9"), "--delta 0.9"),
         (2, ("--spec", "/nowhere.toml"), "nowhere.toml"),
         (14, ("--model", "/nowhere"), "nowhere"),
         (2, ("--count", "10000000", "--canaries", "gradients"), "gradient canaries, because"),
@@ -93,6 +105,7 @@ def test_a_broken_engine_is_accused(capsys: pytest.CaptureFixture[str], monkeypa
         (2, ("--site", "hospital-001", "--home", "/nowhere"), "does not exist"),
         (2, ("--out", "/nowhere/canaries.json"), "--out /nowhere/canaries.json"),
         (2, ("--out", "/"), "--out /"),
+        (2, ("--out", f"{__file__}/canaries.json"), "cannot be written"),
     ],
 )
 def test_wrong_arguments_are_explained(
@@ -120,6 +133,25 @@ def test_odd_numbers_of_canaries_are_refused_by_name(capsys: pytest.CaptureFixtu
     assert f"'{count}' is not a positive even number" in capsys.readouterr().err
 
 
+def test_a_number_of_thousands_of_digits_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python does not even read it; no function's name comes out."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["canaries", f"--count={'8' * 5000}"])
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert "(5002 characters) is not a positive even number" in errors
+    assert "_even" not in errors
+
+
+def test_a_huge_clipping_norm_accuses_nobody(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The noise of the first step leaves the parameters alone, so the second has no loss of NaN."""
+    spec = tmp_path / "run.toml"
+    write_spec(spec, clipping_norm=1e12, noise_multiplier=5.0, sampling_probability=1.0, steps_per_round=4)
+    code, text, errors = run(capsys, "--spec", str(spec), "--canaries", "records", *SMALL)
+    assert (code, errors.strip()) == (0, "")  # 20 guesses prove no more than this mechanism claims
+    assert "clipping 1e+12" in text
+
+
 def test_coins_that_leave_everybody_out_accuse_nobody(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +173,7 @@ class Tails(SecureStream):
 def test_a_result_that_cannot_be_written_is_shown_all_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The disk filled up meanwhile: what the audit found stands on the screen."""
+    """The disk filled up meanwhile: what the audit found stands on the screen, and an accusation keeps its code."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -150,6 +182,12 @@ def test_a_result_that_cannot_be_written_is_shown_all_the_same(
     code, text, errors = run(capsys, *SMALL, "--canaries", "gradients", "--json", "--out", str(tmp_path / "a.json"))
     assert code == 2
     assert not json.loads(text)["accused"]
+    assert "No space left" in errors
+    monkeypatch.setattr(noise._Draws, "next", lambda self, count: np.zeros(count, dtype=np.int64))
+    large = ("--count", "400", "--guesses", "200")
+    code, text, errors = run(capsys, *large, "--canaries", "gradients", "--json", "--out", str(tmp_path / "a.json"))
+    assert code == 19
+    assert json.loads(text)["accused"]
     assert "No space left" in errors
 
 

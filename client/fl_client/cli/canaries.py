@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from rich.progress import Progress
 
 from fl_shared.accounting import rdp_epsilon
 from fl_shared.audit.output import add_format, print_json, table
-from fl_shared.errors import ConfigError, EngineError
+from fl_shared.errors import ConfigError, EngineError, shown
 from fl_shared.manifest import LORA_TARGETS, LoraSection, RunSpec
 from fl_shared.privacy import Mechanism
 
@@ -48,6 +49,8 @@ ENOUGH = 0.95
 TESTED_BELOW = ("no noise", "noise at half scale", "shuffled batches")
 RECORD_CANARIES, GRADIENT_CANARIES, GRADIENT_GUESSES = 200, 20_000, 1000
 MAX_STEPS = 100_000
+DELTAS = (1e-12, 0.1)  # below, the accountant's own tails are no smaller; above, a claim is worth nothing
+CONFIDENCES = (0.5, 0.999999)
 MAX_EPSILON = 100.0  # what an audit can prove grows with the logarithm of its canaries: far below this
 
 
@@ -76,16 +79,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-multiplier", type=float, metavar="SIGMA", help="default: the spec's, or 3")
     parser.add_argument("--sampling-probability", type=float, metavar="Q", help="default: the spec's, or 1")
     parser.add_argument("--steps", type=int, help=f"at most {MAX_STEPS} (default: all of the spec's run, or 1)")
-    parser.add_argument("--delta", type=float, default=1e-5, help="of the claim (default: 1e-5)")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of all audits together (default: 0.95)")
+    parser.add_argument("--delta", type=float, default=1e-5, help="of the claim, 1e-12 to 0.1 (default: 1e-5)")
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, help="of all audits together, 0.5 to 0.999999 (default: 0.95)"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON result, for `statement --empirical`")
     add_format(parser, with_csv=False)
 
 
 def _even(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0
     if value < 2 or value % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive even number")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a positive even number")
     return value
 
 
@@ -108,11 +113,15 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     else:
         lora, classes, tokens = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS), 50, 32
         sigma, q, steps, norm = 3.0, 1.0, 1, 1.0
-    if not (0 < arguments.confidence < 1 and 0 < arguments.delta < 1):
-        raise ConfigError(
-            f"--confidence {arguments.confidence:g} and --delta {arguments.delta:g} do not both lie between 0 and 1",
-            fix="e.g. --confidence 0.95 --delta 1e-5",
-        )
+    for name, value, (low, high) in (
+        ("--delta", arguments.delta, DELTAS),
+        ("--confidence", arguments.confidence, CONFIDENCES),
+    ):
+        if not low <= value <= high:
+            raise ConfigError(
+                f"{name} {value!r} does not lie between {low:g} and {high:g}",
+                fix="e.g. --confidence 0.95 --delta 1e-5",
+            )
     _check_place(arguments.out)
     sigma = sigma if arguments.noise_multiplier is None else arguments.noise_multiplier
     q = q if arguments.sampling_probability is None else arguments.sampling_probability
@@ -133,7 +142,7 @@ def _check_place(out: Path | None) -> None:
     """ConfigError when the result could not be written there, before minutes of work."""
     if out is None:
         return
-    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"--out {out} cannot be written", fix="name a file in a directory that exists")
 
 
@@ -155,16 +164,26 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(tasks[what], completed=done, total=total)
 
         result = audit(plan, arguments, progress)
+    lost = _write(result, arguments.out)
     if arguments.json:
         print_json(result)
     else:
         _show(result)
-    if arguments.out is not None:
-        try:
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{arguments.out}: {error.strerror}", fix="keep what was printed") from None
+    if lost is not None and not result["accused"]:
+        raise lost
+    if lost is not None:  # an accusation is not to be hidden by a full disk
+        print(f"error: {lost.message}", file=sys.stderr)
     return EngineError.exit_code if result["accused"] else 0
+
+
+def _write(result: dict[str, Any], out: Path | None) -> ConfigError | None:
+    """Write the result; what went wrong is for after it was printed."""
+    if out is not None:
+        try:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            return ConfigError(f"{out}: {error.strerror}", fix="keep what was printed")
+    return None
 
 
 def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -181,6 +200,7 @@ def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, in
     progress("model", 0, 1)
     model = load_model(plan.model, plan.device)
     adapted = adapt(model.module, plan.lora, plan.classes, model.feature_mean, model.feature_std)
+    _check_grid(plan.mechanism, adapted)
     worst_case_adapter(adapted, np.random.default_rng())
     progress("model", 1, 1)
     kinds = ("records", "gradients") if arguments.canaries == "both" else (arguments.canaries,)
@@ -196,6 +216,23 @@ def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, in
 
 def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, done: int, total: int) -> None:
     progress(f"{kind}: {what}", done, total)
+
+
+def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
+    """ConfigError when the engine has no noise so strong for so many coordinates."""
+    from fl_client.dp.engine import precision_of
+    from fl_client.dp.noise import plan_grid
+    from fl_client.dp.optimizer import FLOAT_SLACK
+
+    try:
+        plan_grid(
+            clipping_norm=mechanism.clipping_norm,
+            noise_multiplier=mechanism.noise_multiplier,
+            dimensions=sum(parameter.numel() for parameter in adapted.plan.values()),
+            slack=FLOAT_SLACK[precision_of(adapted)],
+        )
+    except EngineError as error:
+        raise ConfigError(error.message, fix=error.fix) from error
 
 
 def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> tuple[int, int]:

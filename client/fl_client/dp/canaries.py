@@ -33,7 +33,7 @@ from fl_shared.errors import EngineError
 from fl_shared.privacy import Mechanism
 
 MAX_FLOATS = 1 << 29  # 2 GiB of canary gradients
-_RATE = 1e-6  # the parameters stay where they are: the guesser's gradients hold for every step
+_RATE = 0.0  # the parameters stay where they are, whatever the clipping norm: the guesser's gradients hold throughout
 _POWER_RUNS = 100
 
 Progress = Callable[[str, int, int], None]
@@ -133,7 +133,7 @@ def audit_records(
     """Run the real engine on the canaries that the coins chose; guess the coins from the released sums.
 
     Args:
-        adapted: the model; its planned tensors move by next to nothing.
+        adapted: the model; its planned tensors stay as they are.
         records: one canary per unit.
         guesses: even, fixed beforehand.
         engine: what is audited; tests hand over engines that are broken on purpose.
