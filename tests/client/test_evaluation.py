@@ -40,6 +40,12 @@ def test_a_units_contribution_is_bounded_whatever_the_logits_are(values: list[fl
     assert (np.linalg.norm(found, axis=1) <= SENSITIVITY).all()
 
 
+def test_no_unit_makes_no_vector() -> None:
+    """Held-out records may have none of a run's labels: the sums are then noise alone."""
+    nobody = UnitData((), (), np.empty(0, np.int64), 0, "f")
+    assert unit_vectors(np.zeros((0, 3), np.float32), nobody, LABELS).shape == (0, 3)
+
+
 def test_the_noise_has_the_charged_deviation() -> None:
     """The sample deviation of 3,000 draws is sigma sqrt(3) within 8 % (six standard errors), the mean is the sum."""
     vectors, stream = np.ones((50, 3)), SecureStream(bytes(32))

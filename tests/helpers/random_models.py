@@ -54,6 +54,14 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
+def cast_base(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The base's floats in `dtype`, as `load_model` leaves them: scales and LoRA's factors stay float32."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not name.endswith("scale") and ".lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def random_records(units: int, *, low: int, high: int, vocabulary: int, classes: int, seed: int = 0) -> Records:
     """Units of one record with `low` to `high` random tokens."""
     rng = np.random.default_rng(seed)

@@ -259,8 +259,7 @@ class Rounds:
             fault("round.stored")
         except Stopping:
             raise  # nothing can have left: held for a repeat, like a round that a crash broke off
-        except Exception as error:
-            # Anything may fail in training, and the charge must not depend on what did.
+        except Exception as error:  # anything may fail in training, and the charge must not depend on what did
             self._ledger.charge_in_doubt(reservation, f"{type(error).__name__} after private data was read")
             log.exception("the round failed; it is charged in full", extra=_at(manifest))
             raise Refused("failed", "training failed at the site; see the site's own log") from error

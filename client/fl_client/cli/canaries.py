@@ -228,7 +228,7 @@ def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
         plan_grid(
             clipping_norm=mechanism.clipping_norm,
             noise_multiplier=mechanism.noise_multiplier,
-            dimensions=sum(parameter.numel() for parameter in adapted.plan.values()),
+            dimensions=adapted.dimensions,
             slack=FLOAT_SLACK[precision_of(adapted)],
         )
     except EngineError as error:
@@ -237,16 +237,16 @@ def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
 
 def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> tuple[int, int]:
     """Canaries and guesses of one kind; ConfigError when there cannot be so many."""
-    from fl_client.dp.canaries import MAX_FLOATS
+    from fl_client.dp.canaries import most_records
 
-    dimensions = sum(parameter.numel() for parameter in adapted.plan.values())
-    most = dimensions if kind == "gradients" else MAX_FLOATS // dimensions
+    most = adapted.dimensions if kind == "gradients" else most_records(adapted)
     default = min(GRADIENT_CANARIES if kind == "gradients" else RECORD_CANARIES, max(2, most // 2 * 2))
     count = arguments.count or default
     if count > most:
         why = "they have one coordinate each" if kind == "gradients" else "their gradients must fit into memory"
         raise ConfigError(
-            f"--count {count}: with {dimensions} coordinates there can be {most} {kind[:-1]} canaries, because {why}",
+            f"--count {count}: with {adapted.dimensions} coordinates there can be {most} {kind[:-1]} canaries, "
+            f"because {why}",
             fix=f"take fewer, or a {'larger' if kind == 'gradients' else 'smaller'} LoRA rank; --canaries picks a kind",
         )
     guesses = arguments.guesses or (min(GRADIENT_GUESSES, count) if kind == "gradients" else max(2, count // 4 * 2))

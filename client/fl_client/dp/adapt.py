@@ -112,6 +112,11 @@ class AdaptedModel:
     probe_error: float | None = None
 
     @property
+    def dimensions(self) -> int:
+        """Coordinates of all planned tensors together."""
+        return sum(p.numel() for p in self.plan.values())
+
+    @property
     def scope(self) -> BatchScope:
         """The batch scope of all its layers."""
         return self.classifier.scope

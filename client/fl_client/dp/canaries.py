@@ -118,6 +118,11 @@ def worst_case_adapter(adapted: AdaptedModel, rng: np.random.Generator, scale: f
         parameter.data = torch.from_numpy(values.astype(np.float32)).to(parameter.device)
 
 
+def most_records(adapted: AdaptedModel) -> int:
+    """How many record canaries' gradients fit into memory."""
+    return MAX_FLOATS // adapted.dimensions
+
+
 def audit_records(
     adapted: AdaptedModel,
     records: Records,
@@ -143,11 +148,10 @@ def audit_records(
         EngineError: the canaries' gradients would not fit into memory.
     """
     count = records.units
-    dimensions = sum(parameter.numel() for parameter in adapted.plan.values())
-    if count * dimensions > MAX_FLOATS:
+    if count > most_records(adapted):
         raise EngineError(
-            f"{count} canaries of {dimensions} coordinates do not fit into memory",
-            fix=f"take at most {MAX_FLOATS // dimensions} canaries, or a smaller LoRA rank",
+            f"{count} canaries of {adapted.dimensions} coordinates do not fit into memory",
+            fix=f"take at most {most_records(adapted)} canaries, or a smaller LoRA rank",
         )
     gradients = clipped_gradients(adapted, records, mechanism.clipping_norm, progress=progress)
     included = (coins or SecureStream()).words(count) % np.uint64(2) == 1
@@ -185,7 +189,7 @@ def audit_gradients(
     Raises:
         EngineError: more canaries than coordinates.
     """
-    dimensions = sum(parameter.numel() for parameter in adapted.plan.values())
+    dimensions = adapted.dimensions
     if canaries > dimensions:
         raise EngineError(f"{canaries} gradient canaries for {dimensions} coordinates", fix="use fewer canaries")
     included = (coins or SecureStream()).words(canaries) % np.uint64(2) == 1
@@ -253,7 +257,7 @@ def _blocks(adapted: AdaptedModel) -> list[slice]:
 def _listen(engine: DPEngine) -> list[NDArray[np.float64]]:
     """Add up the noisy sums of all steps, as whoever receives rounds of one step can; one array in a list."""
     optimizer = engine.optimizer
-    heard = [np.zeros(sum(p.numel() for p in optimizer.params))]
+    heard = [np.zeros(optimizer.dimensions)]
     account: Callable[[Any], None] | None = optimizer.step_hook
 
     def hook(stepped: Any) -> None:

@@ -18,10 +18,12 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MicroBatch, Records, pack_units
 from fl_client.dp.book import GradientBook
 from fl_client.dp.engine import per_record_loss, precision_of
+from fl_client.dp.initial import initial_tensors
 from fl_shared.errors import EngineError
 
 PROBE_LENGTHS = (5, 1, 9, 3)
 PROBE_UNITS = (0, 0, 1, 2)
+PROBE_SEED = 7
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 
 
@@ -57,8 +59,8 @@ def book_of(adapted: AdaptedModel, batch: MicroBatch) -> GradientBook:
 def check_layers(adapted: AdaptedModel, *, vocabulary: int) -> float:
     """Hold the engine's per-unit gradients against the batch-size-1 loop on public random tokens.
 
-    Weights are shaken first, since a zero factor B would hide factor A; they are put back afterwards. Runs once for
-    an adapted model.
+    The adapter that was sent has no say: weights start from public ones, shaken, since a zero factor B would hide
+    factor A, and are put back afterwards. Runs once for an adapted model.
 
     Returns:
         The largest relative error over units.
@@ -69,18 +71,19 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int) -> float:
     if adapted.probe_error is not None:
         return adapted.probe_error
     _only_planned(adapted)
-    chance = np.random.Generator(np.random.PCG64(7))
+    chance = np.random.Generator(np.random.PCG64(PROBE_SEED))
     ids = tuple(tuple(int(i) for i in chance.integers(0, vocabulary, size=n)) for n in PROBE_LENGTHS)
     classes = adapted.classifier.head.out_features
     labels = chance.integers(0, classes, size=len(ids))
     owners = np.array(PROBE_UNITS)
     records = Records(ids, labels, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
     kept = {name: p.detach().clone() for name, p in adapted.plan.items()}
+    start = initial_tensors(adapted, PROBE_SEED)
     try:
         with torch.no_grad():
-            for p in adapted.plan.values():
+            for name, p in adapted.plan.items():
                 noise = chance.normal(0, 0.05, size=tuple(p.shape)).astype(np.float32)
-                p.add_(torch.from_numpy(noise).to(p.device))
+                p.copy_(torch.from_numpy(start[name] + noise))
         error = _probe(adapted, records)
     finally:
         with torch.no_grad():

@@ -47,7 +47,7 @@ class PoissonSampler:
 
     def draw(self) -> NDArray[np.int64]:
         """The units of one step, ascending; may be empty."""
-        if self._threshold >= _ONE or not self.units:
-            return np.arange(self.units, dtype=np.int64)
         words = self._stream.words(self.units)
+        if self._threshold >= _ONE:
+            return np.arange(self.units, dtype=np.int64)
         return np.flatnonzero(words < np.uint64(self._threshold)).astype(np.int64)

@@ -52,6 +52,8 @@ class SecureStream:
 
     def fill(self, out: NDArray[Any]) -> None:
         """Overwrite a contiguous array of integers with keystream, `<u4` or `<u8` words for instance."""
+        if not out.size:
+            return  # an empty view cannot be cast
         target = memoryview(out.data).cast("B")
         for at in range(0, len(target), len(_ZEROS)):
             self._fill(target[at : at + len(_ZEROS)])

@@ -38,7 +38,7 @@ class Shard:
     def samples(self, sampler: PoissonSampler) -> Iterator[list[int]]:
         """This process's share of each step's sample, drawn by the first process alone; may be empty."""
         for _ in range(len(sampler)):
-            chosen = torch.zeros(max(1, sampler.units), dtype=torch.uint8)
+            chosen = torch.zeros(sampler.units, dtype=torch.uint8)
             if self.first:
                 chosen[torch.from_numpy(sampler.draw())] = 1
             chosen = chosen.to(self.device)

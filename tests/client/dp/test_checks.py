@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_client.dp import lora_layers
+from fl_client.dp import checks, lora_layers
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.architectures import architecture_of, known_architectures
 from fl_client.dp.book import GradientBook
 from fl_client.dp.checks import StepCheck, check_layers
+from fl_client.dp.initial import initial_tensors
 from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
@@ -190,14 +191,13 @@ def test_nan_gradients_do_not_pass_the_probe(adapted: AdaptedModel) -> None:
     assert adapted.probe_error is None
 
 
-def test_a_probe_that_shows_nothing_does_not_pass(adapted: AdaptedModel) -> None:
+def test_a_probe_that_shows_nothing_does_not_pass(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head so sure of a unit's label that its gradient vanishes: typed, and no pass, whichever label it is."""
     found = []
     for label in range(5):
-        with torch.no_grad():
-            adapted.classifier.head.weight.zero_()
-            adapted.classifier.head.bias.zero_()
-            adapted.classifier.head.bias[label] = 200.0
+        start = initial_tensors(adapted, 7)
+        start["classifier.bias"][label] = 200.0
+        monkeypatch.setattr(checks, "initial_tensors", lambda *_, start=start: start)
         adapted.probe_error = None
         try:
             found.append(check_layers(adapted, vocabulary=96) < 1e-5)

@@ -10,7 +10,7 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.engine import precision_of
 from fl_client.dp.lora_layers import LoraExperts
 from helpers.clipped import clipped_sum, group_errors
-from helpers.random_models import ARCHITECTURES, adapted_small, units_of_records
+from helpers.random_models import ARCHITECTURES, adapted_small, cast_base, units_of_records
 
 torch.set_num_threads(1)
 SIZES = [[5], [9], [1], [6], [7]]  # one record for each unit: ghost clipping knows nothing else
@@ -29,11 +29,7 @@ def _by_position(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def half(adapted: AdaptedModel) -> AdaptedModel:
     """The base in bfloat16, its scales and the planned tensors in float32, as on CUDA; routing is fixed."""
-    planned = {id(parameter) for parameter in adapted.plan.values()}
-    backbone = adapted.classifier.backbone
-    for name, parameter in backbone.named_parameters():
-        if parameter.is_floating_point() and id(parameter) not in planned and not name.endswith("scale"):
-            parameter.data = parameter.data.bfloat16()
+    backbone = cast_base(adapted.classifier.backbone, torch.bfloat16)
     for module in backbone.modules():
         if isinstance(module, LoraExperts):
             module.register_forward_pre_hook(_by_position)
