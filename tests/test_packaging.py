@@ -36,7 +36,7 @@ def test_no_package_with_a_common_name_is_installed() -> None:
     """Nobody's site-packages gets a package called server, client or shared from us."""
     for name in ("server", "client", "shared"):
         owners = importlib.metadata.packages_distributions().get(name, [])
-        assert "concordat" not in owners
+        assert "concordat-fl" not in owners
 
 
 def test_constraints_are_names_and_versions_only() -> None:

@@ -201,10 +201,10 @@ def test_without_the_client_the_verb_says_what_to_install(
         code, _, errors = run(capsys)
     assert code == 2
     assert "torch is not installed" in errors
-    assert "concordat[client]" in errors
+    assert "concordat-fl[client]" in errors
     entry = metadata.EntryPoint("canaries", "no_such_package.canaries", cli.MORE_VERBS)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [entry] if group == cli.MORE_VERBS else [])
     code, _, errors = run(capsys)
     assert code == 2
     assert "no_such_package" in errors
-    assert "concordat[client]" in errors
+    assert "concordat-fl[client]" in errors

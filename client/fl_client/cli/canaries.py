@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(
             f"fl-audit canaries runs the training engine, and {missing[0]} is not installed",
-            fix="install the client's parts where the engine runs: pip install 'concordat[client]'",
+            fix="install the client's parts where the engine runs: pip install 'concordat-fl[client]'",
         )
     plan = plan_of(arguments)
     with Progress(console=Console(stderr=True), transient=True) as bar:

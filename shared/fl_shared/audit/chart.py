@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 WIDTH = 48
 ROWS = 12
-_MISSING = ConfigError("drawing needs matplotlib", fix="pip install 'concordat[report]'")
+_MISSING = ConfigError("drawing needs matplotlib", fix="pip install 'concordat-fl[report]'")
 
 
 def lines(ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, float]]) -> Iterator[str]:

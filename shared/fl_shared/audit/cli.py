@@ -70,13 +70,13 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], entry: meta
         module = entry.load()
     except ImportError as error:
         missing = error.name or entry.module
-        sub = verbs.add_parser(entry.name, help="needs the client: pip install 'concordat[client]'")
+        sub = verbs.add_parser(entry.name, help="needs the client: pip install 'concordat-fl[client]'")
         sub.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
 
         def refuse(_: argparse.Namespace) -> int:
             raise errors.ConfigError(
                 f"fl-audit {entry.name} needs {missing}, which is not installed",
-                fix="install the client's parts where the engine runs: pip install 'concordat[client]'",
+                fix="install the client's parts where the engine runs: pip install 'concordat-fl[client]'",
             )
 
         sub.set_defaults(handle=refuse)

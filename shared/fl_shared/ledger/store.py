@@ -51,7 +51,7 @@ class Store:
         try:
             self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
         except (NoSuchModuleError, ModuleNotFoundError) as error:
-            raise ConfigError("the PostgreSQL driver is missing", fix="pip install 'concordat[postgres]'") from error
+            raise ConfigError("the PostgreSQL driver is missing", fix="pip install 'concordat-fl[postgres]'") from error
 
     @property
     def driver_error(self) -> type[Exception]:

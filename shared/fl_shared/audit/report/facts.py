@@ -267,7 +267,7 @@ def _policy(home: Path | None) -> dict[str, Any] | None:
 def code_digests() -> dict[str, str]:
     """Return versions, and one digest over the Python files of each of our packages that is installed."""
     found = {
-        "concordat": packages.version("concordat"),
+        "concordat": packages.version("concordat-fl"),
         "python": platform.python_version(),
         "cryptography": packages.version("cryptography"),
         "dp-accounting": packages.version("dp-accounting"),

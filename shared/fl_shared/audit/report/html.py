@@ -43,7 +43,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section], document: dic
     try:
         import jinja2
     except ImportError as error:
-        raise ConfigError("a statement in HTML needs jinja2", fix="pip install 'concordat[report]'") from error
+        raise ConfigError("a statement in HTML needs jinja2", fix="pip install 'concordat-fl[report]'") from error
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_TEMPLATE).render(
         title=title,

@@ -23,7 +23,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section], document: dic
         import matplotlib as mpl
         from fpdf import FPDF
     except ImportError as error:
-        raise ConfigError("a statement in PDF needs fpdf2", fix="pip install 'concordat[report]'") from error
+        raise ConfigError("a statement in PDF needs fpdf2", fix="pip install 'concordat-fl[report]'") from error
     pdf = FPDF(format="A4")
     pdf.set_title(title)
     pdf.set_creator("Concordat")
