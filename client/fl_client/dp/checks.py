@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import MicroBatch, Records, pack_units
-from fl_client.dp.book import GradientBook
-from fl_client.dp.engine import per_record_loss, precision_of
+from fl_client.dp.batches import Records, pack_units
+from fl_client.dp.engine import book_of, per_record_loss, precision_of
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.packing import pack
 from fl_shared.errors import EngineError
 
 PROBE_LENGTHS = (5, 1, 9, 3)
@@ -42,18 +42,6 @@ def unit_gradients_by_loop(adapted: AdaptedModel, records: Records, units: int) 
             if p.requires_grad
         }
     adapted.classifier.zero_grad(set_to_none=True)
-
-
-def book_of(adapted: AdaptedModel, batch: MicroBatch) -> GradientBook:
-    """The book of one micro-batch through the engine's own path."""
-    scope = adapted.scope
-    book = GradientBook(batch.unit_of_record, batch.units, batch.ids.shape[1])
-    scope.mode, scope.book = "book", book
-    try:
-        per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum().backward()
-    finally:
-        scope.mode, scope.book = "plain", None
-    return book
 
 
 def check_layers(adapted: AdaptedModel, *, vocabulary: int) -> float:
@@ -105,8 +93,7 @@ def _only_planned(adapted: AdaptedModel) -> None:
 def _probe(adapted: AdaptedModel, records: Records) -> float:
     device = next(iter(adapted.plan.values())).device
     names = {id(p): name for name, p in adapted.plan.items()}
-    batch = pack_units(records, list(range(records.units)), device)
-    book = book_of(adapted, batch)
+    book = book_of(adapted, pack(records, list(range(records.units)), device, heights=adapted.heights))
     reached = [names.get(id(p), "?") for p in book.parameters]
     trained = {name for name, p in adapted.plan.items() if p.requires_grad}
     if sorted(reached) != sorted(trained):
