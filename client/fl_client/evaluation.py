@@ -39,7 +39,6 @@ from fl_shared.privacy import Mechanism
 
 SENSITIVITY = math.sqrt(3.0)
 DIMENSIONS = 3
-FLOAT_SLACK = 1e-9
 
 
 def unit_vectors(logits: NDArray[np.float32], data: UnitData, labels: tuple[str, ...]) -> NDArray[np.float64]:
@@ -65,10 +64,8 @@ def unit_vectors(logits: NDArray[np.float32], data: UnitData, labels: tuple[str,
 
 def noisy_sums(vectors: NDArray[np.float64], noise_multiplier: float, stream: SecureStream) -> list[float]:
     """The sums over the units on the noise's grid, with discrete Gaussian noise, float `[3]`."""
-    grid = plan_grid(
-        clipping_norm=SENSITIVITY, noise_multiplier=noise_multiplier, dimensions=DIMENSIONS, slack=FLOAT_SLACK
-    )
-    sums = np.rint(vectors.sum(0) / grid.step).astype(np.int64)
+    grid = plan_grid(clipping_norm=SENSITIVITY, noise_multiplier=noise_multiplier, dimensions=DIMENSIONS, slack=0.0)
+    sums = np.rint(vectors / grid.step).astype(np.int64).sum(0)  # integers: no unit changes another's rounding
     return [float(value * grid.step) for value in sums + discrete_gaussian(DIMENSIONS, grid, stream)]
 
 

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.batches import MAX_UNITS, label_rows, pad_ids, token_ids, tokenise
+from fl_client.dp.batches import MAX_UNITS, Records, label_rows, token_ids, tokenise
 from fl_client.dp.checks import StepCheck, check_layers
-from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed
+from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, precision_of
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.kernels import independent_rows
+from fl_client.dp.packing import cut, pack
 from fl_client.dp.public import train_public
 from fl_client.dp.shard import Shard
 from fl_client.model.load import LoadedModel
@@ -35,7 +37,7 @@ from fl_shared.privacy import Mechanism
 log = logging.getLogger("fl_client.training")
 
 Tensors = dict[str, NDArray[np.float32]]
-_EVALUATION_BATCH = 128
+_EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -177,18 +179,23 @@ def evaluate(
 def predict(
     model: LoadedModel, offset: Mapping[str, NDArray[np.float32]], texts: Sequence[str], spec: RunSpec
 ) -> NDArray[np.float32]:
-    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are."""
+    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are.
+
+    The logits of a text are the same bits whichever others are asked for beside it.
+    """
     adapted = _adapted(model, spec)
     _load(adapted, spec, offset)
-    ids, _ = token_ids(texts, model.tokenizer, spec.task.max_tokens)
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
+    ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
+    nothing = np.zeros(len(ids), dtype=np.int64)
+    records = Records(ids, nothing, tuple(np.arange(len(ids))[:, None]), truncated)
     found = np.zeros((len(ids), len(spec.task.labels)), dtype=np.float32)
     adapted.classifier.eval()
-    with torch.no_grad():
-        for at in range(0, len(order), _EVALUATION_BATCH):
-            rows = order[at : at + _EVALUATION_BATCH]
-            tokens, mask = pad_ids([ids[row] for row in rows], model.device)
-            found[rows] = adapted.classifier(tokens, mask).float().cpu().numpy()
+    with torch.no_grad(), independent_rows(model.device, precision_of(adapted)):
+        for rows in cut(records, range(len(ids)), max_units=_EVALUATION_BATCH, heights=adapted.heights):
+            batch = pack(records, rows, model.device, heights=adapted.heights)
+            owners = [rows[at] for at in batch.unit_of_record.tolist()]
+            found[owners] = adapted.classifier.packed(batch).cpu().numpy()
     return found
 
 

@@ -65,12 +65,12 @@ def attend(
     found = []
     for (tokens, count), q, k, v in zip(batch.runs, *parts, strict=False):
         shaped = [each.unflatten(1, (count, tokens)).transpose(0, 1) for each in (q, k, v)]
-        found.append(_causal(*shaped, scaling, window).transpose(1, 2).flatten(0, 1))
+        found.append(causal(*shaped, scaling, window).transpose(1, 2).flatten(0, 1))
     filler = query.new_zeros(batch.lengths[-1], query.shape[1], value.shape[-1])
     return torch.cat([*found, filler]).unsqueeze(0), None
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """`[n, h, L, d]`, `[n, k, L, d]`, `[n, k, L, e]` to `[n, h, L, e]`."""
     tokens, width, wide = query.shape[2], query.shape[3], value.shape[3]
     if (groups := query.shape[1] // key.shape[1]) > 1:

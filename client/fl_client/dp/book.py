@@ -104,6 +104,19 @@ class GradientBook:
         """The parameters that the backward pass reached, in that order."""
         return [entry.parameter for entry in self._entries]
 
+    def rows_of(self, unit: int) -> list[Tensor]:
+        """All that a unit contributes, before it is weighted: its gradients, or the rows whose products they are."""
+        found = []
+        for entry in self._entries:
+            if isinstance(entry, _PerUnit):
+                found.append(entry.gradient[unit])
+            else:
+                own = entry.unit_of_row == unit
+                if entry.ends is not None:  # rows of filler belong to nobody
+                    own &= (entry.a != 0).any(1) & (entry.b != 0).any(1)
+                found += [entry.a[own], entry.b[own]]
+        return found
+
     def norms(self) -> Tensor:
         """L2 norm of each unit's gradient over all entries together: float64 `[U]`; not finite where an entry is not."""
         return self._squared.clamp(min=0).sqrt()

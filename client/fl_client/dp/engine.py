@@ -23,6 +23,7 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, pack_units
 from fl_client.dp.book import GradientBook
 from fl_client.dp.coverage import ExpertCoverage
+from fl_client.dp.kernels import independent_rows, use_exact_products
 from fl_client.dp.noise import MAX_DRAWS
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.packing import Packed, cut, height, pack, tokens_of
@@ -218,7 +219,7 @@ class DPEngine:
                 self._forward_backward_hooked(pack_units(self.records, [unit], self.device))
                 self.optimizer.clip_and_accumulate()
             return
-        with one_thread(self.device):
+        with independent_rows(self.device, precision_of(self.adapted)):
             waiting = cut(self.records, units, max_units=self.max_units, heights=self.adapted.heights)[::-1]
             while waiting:
                 chosen = waiting.pop()
@@ -286,17 +287,6 @@ def precision_of(adapted: AdaptedModel) -> torch.dtype:
     return next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
 
 
-def use_exact_products() -> None:
-    """Let no product be rounded further than its type says: the process's environment may order TF32 on CUDA.
-
-    What the noise pays for float arithmetic assumes float32 products, and sums of half-precision products in float32.
-    """
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_tf32 = False
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
-
-
 @contextlib.contextmanager
 def memory_errors_typed() -> Iterator[None]:
     """Turn memory that runs out, however a library says it, into an EngineError."""
@@ -329,20 +319,3 @@ def book_of(adapted: AdaptedModel, batch: Packed) -> GradientBook:
     finally:
         scope.mode, scope.book = "plain", None
     return book
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """On CPU, compute on one thread: how work is shared out among several follows from the size of the whole.
-
-    More cores are used by more processes (`[model] processes`).
-    """
-    before = torch.get_num_threads()
-    if device.type != "cpu" or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

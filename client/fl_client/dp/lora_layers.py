@@ -264,7 +264,7 @@ class PlainExperts(_Experts):
     def __init__(self, base_layer: nn.Module, scope: BatchScope) -> None:
         super().__init__()
         self.base_layer, self.scope = base_layer, scope
-        self.num_experts = _shape(base_layer)[0]
+        self.num_experts = shape_of(base_layer)[0]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the layer underneath."""
@@ -286,7 +286,7 @@ class LoraExperts(_Experts, _FrozenBase):
         self, base_layer: nn.Module, adapter_name: str, config: Any, r: int = 8, lora_alpha: float = 16, **_: Any
     ) -> None:
         self._begin(base_layer, adapter_name, r, lora_alpha, config)
-        experts, hidden, inner = _shape(base_layer)
+        experts, hidden, inner = shape_of(base_layer)
         self.num_experts = experts
         for name, out, inputs in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
             setattr(self, f"lora_A_{name}", nn.ModuleDict({adapter_name: ExpertFactor(experts, r, inputs)}))
@@ -312,7 +312,7 @@ class LoraExperts(_Experts, _FrozenBase):
         return y
 
 
-def _shape(base: Any) -> tuple[int, int, int]:
+def shape_of(base: Any) -> tuple[int, int, int]:
     """Experts, hidden and inner width of fused experts; EngineError when their layout is another."""
     if isinstance(base, QuantExperts):
         return base.num_experts, base.hidden, base.intermediate
