@@ -125,29 +125,21 @@ def test_units_without_records_do_not_exist() -> None:
         UnitData(("a", "b"), ("x", "y"), np.array([0, 2]), 3, "f" * 64)
 
 
-def test_a_poisoned_adapter_ends_the_round(model: LoadedModel) -> None:
-    """An offset that makes the loss infinite is a typed error; the next round works."""
+def test_a_poisoned_adapter_is_answered_with_noise(model: LoadedModel) -> None:
+    """An offset that makes every loss infinite leaves all units out: the round goes on, and tells nothing."""
     spec = made_for(("attention",))
     offset = {"classifier.weight": np.full((2, model.feature_mean.shape[0]), 3e38, np.float32)}
-    with pytest.raises(EngineError, match="NaN or infinite"):
-        train_round(model, data(), spec, MECHANISM, offset, round=1)
-    assert train_round(model, data(), spec, MECHANISM, {}, round=1).executed == MECHANISM
+    whole = dataclasses.replace(MECHANISM, sampling_probability=1.0)
+    made = train_round(model, data(), spec, whole, offset, round=1)
+    assert made.executed == whole
+    assert made.report["units_left_out"] == whole.steps * data().units
+    assert all(np.isfinite(value).all() for value in made.update.values())
 
 
-@pytest.mark.parametrize("broken", ["a tensor stands still", "a step is not counted"])
-def test_a_broken_engine_returns_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    """Whatever differs from the plan or the order raises; there is no update then."""
-    right = GridDPOptimizer.add_noise
-
-    def still(self: GridDPOptimizer) -> None:
-        right(self)
-        self.params[0].grad.zero_()
-
-    if broken == "a tensor stands still":
-        monkeypatch.setattr(GridDPOptimizer, "add_noise", still)
-    else:
-        monkeypatch.setattr(DPEngine, "step", lambda self, units: self.optimizer.original_optimizer.step())
-    with pytest.raises(EngineError, match="did not move"):
+def test_a_step_that_is_not_counted_returns_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs from the order raises; there is no update then."""
+    monkeypatch.setattr(DPEngine, "step", lambda self, units: self.optimizer.original_optimizer.step())
+    with pytest.raises(EngineError, match="the accountant counted"):
         train_round(model, data(), made_for(("attention",)), MECHANISM, {}, round=1)
 
 

@@ -99,7 +99,7 @@ class Classifier(nn.Module):
                 ).last_hidden_state
             runs = hidden.squeeze(0).float().split(batch.lengths)
             means = [run.unflatten(0, (count, -1)).mean(1) for run, (_, count) in zip(runs, batch.runs, strict=False)]
-            return self.head.logits((torch.cat(means) - self.feature_mean) / self.feature_std)
+            return self._classify(torch.cat(means))
         finally:
             self.scope.packed = None
 
@@ -112,7 +112,12 @@ class Classifier(nn.Module):
             self.scope.kept = None
         real = mask.unsqueeze(-1)
         pooled = hidden.masked_fill(real == 0, 0).sum(1) / real.sum(1)
-        return self.head.logits((pooled - self.feature_mean) / self.feature_std)
+        return self._classify(pooled)
+
+    def _classify(self, pooled: Tensor) -> Tensor:
+        mean: Any = self.feature_mean
+        std: Any = self.feature_std
+        return self.head.logits((pooled - mean) / std)
 
 
 @dataclass

@@ -64,8 +64,8 @@ def attend(
     parts = [each[0].split(batch.lengths, dim=1) for each in (query, key, value)]
     found = []
     for (tokens, count), q, k, v in zip(batch.runs, *parts, strict=False):
-        shaped = [each.unflatten(1, (count, tokens)).transpose(0, 1) for each in (q, k, v)]
-        found.append(causal(*shaped, scaling, window).transpose(1, 2).flatten(0, 1))
+        q, k, v = (each.unflatten(1, (count, tokens)).transpose(0, 1) for each in (q, k, v))
+        found.append(causal(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1))
     filler = query.new_zeros(batch.lengths[-1], query.shape[1], value.shape[-1])
     return torch.cat([*found, filler]).unsqueeze(0), None
 

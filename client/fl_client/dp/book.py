@@ -118,7 +118,7 @@ class GradientBook:
         return found
 
     def norms(self) -> Tensor:
-        """L2 norm of each unit's gradient over all entries together: float64 `[U]`; not finite where an entry is not."""
+        """Each unit's L2 norm over all entries together: float64 `[U]`; not finite where an entry is not."""
         return self._squared.clamp(min=0).sqrt()
 
     def weighted_sums(self, weights: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -130,8 +130,10 @@ class GradientBook:
         left_out = weights == 0
         sums = []
         for entry in self._entries:
-            units = isinstance(entry, _PerUnit)
-            total = _sum_units(entry, weights, left_out) if units else _sum_rows(entry, weights, left_out)
+            if isinstance(entry, _PerUnit):
+                total = _sum_units(entry, weights, left_out)
+            else:
+                total = _sum_rows(entry, weights, left_out)
             sums.append((entry.parameter, total.reshape(entry.parameter.shape)))
         return sums
 

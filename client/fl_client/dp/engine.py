@@ -214,12 +214,12 @@ class DPEngine:
         Raises:
             EngineError: a micro-batch of one unit does not fit into memory.
         """
-        if self._hooked is not None:
-            for unit in units:
-                self._forward_backward_hooked(pack_units(self.records, [unit], self.device))
-                self.optimizer.clip_and_accumulate()
-            return
         with independent_rows(self.device, precision_of(self.adapted)):
+            if self._hooked is not None:
+                for unit in units:
+                    self._forward_backward_hooked(pack_units(self.records, [unit], self.device))
+                    self.optimizer.clip_and_accumulate()
+                return
             waiting = cut(self.records, units, max_units=self.max_units, heights=self.adapted.heights)[::-1]
             while waiting:
                 chosen = waiting.pop()
@@ -229,7 +229,7 @@ class DPEngine:
                     if len(chosen) == 1:
                         raise EngineError(
                             "a micro-batch of one privacy unit does not fit into memory",
-                            fix="lower [task] max_tokens, max_records_per_unit or the LoRA rank, or use a larger machine",
+                            fix="lower [task] max_tokens, max_records_per_unit or the LoRA rank",
                         )
                     self.max_units = (len(chosen) + 1) // 2
                     log.warning("out of memory: micro-batches of at most %d units from here on", self.max_units)
@@ -274,6 +274,9 @@ class DPEngine:
         factors = optimizer.clip_factors(hooked.get_norm_sample().double()).to(losses.dtype)
         for parameter in optimizer.params:
             parameter.grad = None
+        if not bool(factors.any()):  # left out; its infinities are not multiplied
+            optimizer.take_sums([])
+            return
         hooked.disable_hooks()
         (losses * factors).sum().backward()
         hooked.enable_hooks()

@@ -61,7 +61,8 @@ def independent_rows(device: torch.device, dtype: torch.dtype) -> Iterator[None]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _Float32Products() if dtype in _HALF else contextlib.nullcontext():
+        wide: Any = _Float32Products
+        with wide() if dtype in _HALF else contextlib.nullcontext():
             yield
     finally:
         torch.set_num_threads(threads)

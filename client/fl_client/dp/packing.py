@@ -82,7 +82,8 @@ def cut(
     waiting = sorted(units, key=lambda unit: (longest[unit], unit))
     found = []
     while waiting:
-        ends, rows = [], 0
+        ends: list[int] = []
+        rows = 0
         for unit in waiting[:max_units]:
             rows += size[unit]
             if ends and rows > heights[-1]:

@@ -6,6 +6,8 @@ rounding of the sum of contributions, which is float64.
 
 from __future__ import annotations
 
+import math
+
 from fl_client.dp.segments import ROUNDING
 
 _UNIT = 2.0**-53
@@ -26,5 +28,5 @@ def slack(*, units: int, rows: int, ranks: int = 1) -> float:
         rows: rows of the experts' products in the largest micro-batch.
         ranks: processes whose sums are added.
     """
-    within = ROUNDING**-0.5 * (rows + 4)
+    within = math.sqrt(1 / ROUNDING) * (rows + 4)
     return _OWN + 2 * _MARGIN * _UNIT * units * (within + units + ranks)

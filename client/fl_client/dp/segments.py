@@ -130,6 +130,7 @@ def _squares(a: Tensor) -> Tensor:
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """`total[index] += rows`, added in the order of the rows, on CUDA as well."""
-    if total.is_cuda:
-        return total.index_put_((index,), rows, accumulate=True)
-    return total.index_add_(0, index, rows)
+    added: Tensor = (
+        total.index_put_((index,), rows, accumulate=True) if total.is_cuda else total.index_add_(0, index, rows)
+    )
+    return added
