@@ -86,7 +86,7 @@ def test_figures_leave_only_with_a_settled_row_and_once(tmp_path: Path) -> None:
         return figures_of([100.0, 50.0, 20.0], 10.0, 2)
 
     def ask() -> dict[str, Any]:
-        return _charged(site.ledger, site.outgoing, _dataset(site), tmp_path / "releases", request, SITE, compute)
+        return _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, compute)
 
     first, again = ask(), ask()
     assert open_document(first, site.key.public_hex) == first["body"] == again["body"]
@@ -114,7 +114,7 @@ def test_a_failure_is_charged_in_full_and_shows_nothing(tmp_path: Path) -> None:
 
     request = _Request(RunSpec.from_dict(_spec()), b"adapter", 10.0)
     with pytest.raises(ValueError, match="private"):
-        _charged(site.ledger, site.outgoing, _dataset(site), tmp_path / "releases", request, SITE, fail)
+        _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, fail)
     assert site.outcomes() == [(0, "in-doubt")]
 
 
