@@ -23,6 +23,7 @@ from fl_shared.adapter import digest, pack, unpack
 from fl_shared.aggregators import ROBUST
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
 from fl_shared.manifest import RoundManifest, RunSpec
+from fl_shared.names import ALONE
 from fl_shared.signing import SigningKey, sign_document
 
 _ERRORS = {"budget-exhausted": BudgetExhausted, "policy": PolicyRefusal}
@@ -46,7 +47,7 @@ def train_alone(
     """
     if site.config.site not in spec.run.sites:
         spec = _for_one(spec, site.config.site)
-    run = f"alone:{spec.run.name}"
+    run = f"{ALONE}{spec.run.name}"
     total: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     receipts: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,9 @@ def train_alone(
             error = _ERRORS.get(body["code"], RunError)
             raise error(
                 f"round {number} of {spec.run.rounds}: {body['message']}",
-                fix="change the spec, or the site's policy or budget; earlier rounds stay charged",
+                fix=f"fl-client resume --site {site.config.site} {run} --by NAME --reason TEXT, once the log is clear"
+                if body["code"] in ("suspended", "failed")
+                else "change the spec, or the site's policy or budget; earlier rounds stay charged",
             )
         receipts.append(document)
         for name, value in unpack(sealed.payload, wire=spec.run.wire).items():

@@ -12,7 +12,8 @@ from typing import Any
 
 from sqlalchemy.engine import make_url
 
-from fl_client.agent.site import load_base
+from fl_client.agent.policy import absent_targets, check_policy, other_base
+from fl_client.agent.site import base_targets, load_base
 from fl_client.config import ANY_APP, SiteConfig
 from fl_client.data.load import load_unit_data
 from fl_client.data.units import UnitData
@@ -25,6 +26,7 @@ from fl_client.supernode import describe_confinement
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 
 MAX_CLOCK_DIFFERENCE_S = 120.0
@@ -44,8 +46,11 @@ class Result:
         return asdict(self)
 
 
-def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
-    """Yield the result of each check as it is done; checks that need an earlier one are left out with it."""
+def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterator[Result]:
+    """Yield the result of each check as it is done; checks that need an earlier one are left out with it.
+
+    With a `spec`, also whether the site would take part in that run: everything of a round but the private data.
+    """
     coordinator: Coordinator | None = None
     config: SiteConfig | None = None
     data: UnitData | None = None
@@ -79,6 +84,9 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
         yield _checked("data", table)
         yield _checked("model", lambda: _model(found))
         yield _checked("policy", lambda: _policy(found))
+        if spec is not None:
+            asked = spec
+            yield _checked("spec", lambda: _spec(found, asked))
         yield _checked("budget", lambda: _budget(home, found, data))
         yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
     if coordinator is not None:
@@ -140,6 +148,21 @@ def _model(config: SiteConfig) -> str:
             fix="write processes = 1: several processes are for several GPUs",
         )
     return f"{text}, in {processes} processes on the CPU"
+
+
+def _spec(config: SiteConfig, spec: RunSpec) -> str:
+    """The run is for this site, its policy and its base model; the model takes the adapter and can be trained."""
+    from fl_client.training import prepare_round  # torch
+
+    if config.site not in spec.run.sites:
+        raise ConfigError(f"run {spec.run.name} does not name site {config.site}", fix="add it to [run] sites")
+    check_policy(spec, config.policy)
+    model = load_base(config)
+    for wrong in (other_base(spec, model.digest), absent_targets(spec, base_targets(config))):
+        if wrong:
+            raise ConfigError(wrong, fix="tell the coordinator's administrator; nothing was spent")
+    prepare_round(model, spec, {}, private=not config.policy.allow_non_private)
+    return f"run {spec.run.name}: base model, targets and policy suit; {spec.run.rounds} rounds"
 
 
 def _policy(config: SiteConfig) -> str:

@@ -35,7 +35,8 @@ class DataConfig:
     `text_columns` with more than one name are written as `name: value; name: value` into one text.
     `holdout` is the share of units that is never trained on, for `fl-client evaluate`.
     `expected_units` is a public round figure for the number of units, which scales the updates; without it
-    the exact number counts as public.
+    the exact number counts as public. `shares_units_with` names data sets of the same people: each one's mechanisms
+    count against both budgets, and the ledger records it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class DataConfig:
     expected_units: int | None
     public: bool
     holdout: float
+    shares_units_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come."""
+    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come.
+
+    `reply_every_s`: the answer to a computed round leaves a multiple of so many seconds after the order began, or, if
+    it is 0, at once.
+    """
 
     min_noise_multiplier: float
     max_clipping_norm: float
@@ -76,6 +82,7 @@ class PolicyConfig:
     allow_non_private: bool
     apps: tuple[str, ...]
     answer_plans: bool = True
+    reply_every_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,7 @@ def _data(fields: Fields) -> DataConfig:
         expected_units=(fields.integer("expected_units", low=1, high=10**12) if fields.has("expected_units") else None),
         public=fields.boolean("public", default=False),
         holdout=fields.number("holdout", low=0, high=0.9, default=0.0),
+        shares_units_with=fields.texts("shares_units_with", low=0, high=100, default=()),
     )
     fields.done()
     if unit != RECORD and made.unit_column is None:
@@ -251,6 +259,7 @@ def _policy(fields: Fields) -> PolicyConfig:
         allow_non_private=fields.boolean("allow_non_private", default=False),
         apps=apps,
         answer_plans=fields.boolean("answer_plans", default=True),
+        reply_every_s=fields.number("reply_every_s", low=0, high=7 * 86_400, default=1.0),
     )
     fields.done()
     return made
@@ -349,6 +358,7 @@ privacy_unit = "record"          # "patient" or "customer": all rows of one of t
 # max_records_per_unit = 5       # further rows of one patient are not used
 # expected_units = 3000          # a public round figure for their number; without it the exact number is public
 # holdout = 0.2                  # share of units kept out of training, for `fl-client evaluate`
+# shares_units_with = ["other"]  # data sets with the same people in them: what one spends, the other has spent, too
 public = false                   # true only for data that anyone may read
 
 [model]
@@ -365,6 +375,7 @@ max_steps_per_round = 20
 # targets = ["attention", "shared_experts", "routed_experts"]
 # apps = ["sha256:..."]          # allow-list of the apps that the coordinator may ship; default ["any"]
 # answer_plans = true            # tell `fl-admin runs plan` how many rounds the budget holds, and what is refused
+# reply_every_s = 1              # answers leave at multiples of this: how long a round took is private
 # allow_non_private = false      # training without noise; only with [data] public = true
 
 [budget]                         # the ceiling for this data set, for all runs together

@@ -85,6 +85,16 @@ class SiteHome:
         return self.root / "releases"
 
     @property
+    def ledger_head(self) -> Path:
+        """How far the ledger had come when this home last wrote to it."""
+        return self.root / "ledger-head.json"
+
+    @property
+    def progress(self) -> Path:
+        """The step that the running round is at."""
+        return self.run / "progress.json"
+
+    @property
     def run(self) -> Path:
         """Directory of sockets, locks and short-lived files."""
         return self.root / "run"

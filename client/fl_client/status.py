@@ -7,11 +7,13 @@ from typing import Any
 
 import grpc
 
+from fl_client.agent.progress import read_progress
 from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
 from fl_client.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
 from fl_shared.ledger.service import Ledger
+from fl_shared.ledger.suspension import Suspensions
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import InfoReply, InfoRequest
 
@@ -26,6 +28,8 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
     try:
         config = SiteConfig.load(home, site)
         found["agent"] = agent_state(home, config.supernode.socket)
+        if found["agent"] == "training" and (progress := read_progress(home.progress)):
+            found["training"] = progress
         ledger = Ledger.open(config.ledger_url, None, site)
         try:
             position = ledger.epsilon(config.data.name)
@@ -37,6 +41,7 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
                 "epsilon": position.epsilon,
                 "delta": position.delta,
             }
+            found["suspended"] = Suspensions(ledger).all()
             found["runs"] = len({spend.reservation.run for spend in ledger.spends()})
         finally:
             ledger.close()

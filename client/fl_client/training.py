@@ -71,9 +71,56 @@ class Evaluation:
     n: int
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model at a round's start. Nothing in it depends on private data.
+
+    Attributes:
+        adapted: the model, with the global adapter in it.
+        start: tensor name to what lies in it.
+        frozen: planned tensors that do not move in this run.
+    """
+
+    adapted: AdaptedModel
+    start: Tensors
+    frozen: frozenset[str]
+
+
 def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
     """The run's public start: the same at every site, from `spec.training.seed_adapter`."""
     return initial_tensors(_adapted(model, spec), spec.training.seed_adapter)
+
+
+@memory_errors_typed()
+def prepare_round(
+    model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], *, private: bool = True
+) -> Prepared:
+    """The public half of a round: adapt the model, load seeded start + `offset`, check the layers, try the engine.
+
+    It reads no private data, so whatever it raises may be told and costs nothing.
+
+    Raises:
+        ConfigError: the adapter does not belong to model and spec. EngineError: a group of layers that the model
+        does not have, layers whose per-unit gradients are not those of the batch-size-1 loop, or a mechanism that
+        the engine cannot execute.
+    """
+    adapted = _adapted(model, spec)
+    start = _load(adapted, spec, offset)
+    frozen = frozen_tensors(adapted, spec)
+    if private:
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
+        asked = spec.training
+        DPEngine(
+            adapted,
+            Records((), np.zeros(0, dtype=np.int64), (), 0),
+            spec.mechanism(),
+            learning_rate=asked.learning_rate,
+            head_learning_rate=asked.head_learning_rate,
+            momentum=asked.momentum,
+            expected_batch=1.0,
+            frozen=frozen,
+        ).close()
+    return Prepared(adapted, start, frozen)
 
 
 @memory_errors_typed()
@@ -114,13 +161,11 @@ def train_round(
         charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
-    adapted = _adapted(model, spec)
-    start = _load(adapted, spec, offset)
-    frozen = frozen_tensors(adapted, spec)
+    prepared = prepare_round(model, spec, offset, private=private)
+    adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
-        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
         runner = DPEngine(
             adapted,
             records,

@@ -84,7 +84,6 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         helpers.start_tunnel()
         renewer.start()
         site = open_site(home, config, PinnedKeys(home, coordinator).accepts, metrics.timed)
-        site.rounds.recover()
         if site.ranks is not None:
             site.ranks.start()
         _watch(metrics, site)

@@ -16,8 +16,8 @@ from collections import OrderedDict
 from typing import Any, Protocol
 
 from fl_client.agent.outgoing import Outgoing, Sealed
-from fl_client.agent.policy import other_base, refusals
-from fl_client.agent.rounds import CLOCK_SKEW_S, SiteFacts
+from fl_client.agent.policy import absent_targets, other_base, refusals
+from fl_client.agent.rounds import CLOCK_SKEW_S, SUSPENDED, SiteFacts
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError, SignatureError
 from fl_shared.questions import Objection, PlanQuestion
@@ -98,6 +98,10 @@ class Answerer:
         objections = [Objection("policy", refusal.message) for refusal in refusals(question.spec, facts.policy)]
         if other := other_base(question.spec, facts.model_digest):
             objections.append(Objection("unknown-base-model", other))
+        elif absent := absent_targets(question.spec, facts.targets):
+            objections.append(Objection("unsupported-spec", absent))
+        if self._outgoing.suspended(question.spec.run.name):
+            objections.append(Objection("suspended", SUSPENDED))
         return self._outgoing.plan(question, facts.dataset.name, objections)
 
     def _answer(self, document: Any) -> None:
@@ -106,6 +110,9 @@ class Answerer:
             sealed = self.answer(document)
         except ConcordatError as error:
             log.warning("a question of the coordinator gets no answer: %s", error.message)
+            return
+        except Exception:  # one question, whatever it holds, must not end the answers to all others
+            log.exception("a question of the coordinator could not be answered")
             return
         body = json.loads(sealed.document)["body"]
         log.info(
@@ -120,8 +127,13 @@ class Answerer:
             self._done.popitem(last=False)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self.look()):
-            pass
+        wait_s = 0.0
+        while not self._stopping.wait(wait_s):
+            try:
+                wait_s = self.look()
+            except Exception:  # a defect may cost one look, never the thread
+                log.exception("looking for the coordinator's questions failed")
+                wait_s = RETRY_S
 
 
 def _name(document: Any) -> str:

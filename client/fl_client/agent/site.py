@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fl_client.agent.head import LedgerHead, require_newest
 from fl_client.agent.outgoing import Outgoing
+from fl_client.agent.progress import Progress
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.config import SiteConfig
@@ -49,6 +51,7 @@ def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
         PUBLIC_UNIT if config.policy.allow_non_private else config.data.privacy_unit,
         data.units,
         config.data.max_records_per_unit,
+        shares_with=config.data.shares_units_with,
     )
     budget = config.budget
     ledger.set_budget(
@@ -91,6 +94,14 @@ def base_digest(config: SiteConfig) -> str:
     return directory_digest(resolve(config.model.directory))
 
 
+def base_targets(config: SiteConfig) -> tuple[str, ...]:
+    """The groups of layers that the base model has, from its configuration alone."""
+    from fl_client.model.layout import skeleton, target_groups  # torch
+    from fl_client.model.load import resolve
+
+    return target_groups(skeleton(resolve(config.model.directory)))
+
+
 @dataclass
 class OpenSite:
     """The trusted half, ready for rounds. `data` is trained on; `holdout` is for evaluation alone.
@@ -108,6 +119,7 @@ class OpenSite:
     base: Callable[[], LoadedModel]
     ranks: RankGroup | None
     facts: SiteFacts
+    store: ReleaseStore
 
     @property
     def model(self) -> LoadedModel:
@@ -126,13 +138,17 @@ def open_site(
     config: SiteConfig,
     accepts_key: Callable[[str], bool],
     timed: Callable[[Callable[..., None]], Callable[..., None]] = lambda progress: progress,
+    *,
+    namespace: str = "",
 ) -> OpenSite:
-    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key` as in `SiteFacts`.
+    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key`, `namespace`: see `SiteFacts`.
 
     `timed` wraps the training's progress callback, for whoever measures the steps.
     """
     ledger, key = open_ledger(home, config)
+    store, head = ReleaseStore(home.releases), LedgerHead(home.ledger_head)
     try:
+        require_newest(ledger, head, store)
         everything = load_unit_data(config.data, home.fingerprint_key)
         dataset = register(ledger, config, everything)
         data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
@@ -168,16 +184,34 @@ def open_site(
                 private=not config.policy.allow_non_private,
             )
 
+        def prepare(spec: RunSpec, offset: dict[str, Any]) -> None:
+            from fl_client.training import prepare_round
+
+            on = functools.partial(prepare_round, base()) if ranks is None else ranks.prepare
+            on(spec, offset, private=not config.policy.allow_non_private)
+
         facts = SiteFacts(
             site=config.site,
             accepts_key=accepts_key,
             model_digest=model_digest,
             policy=config.policy,
             dataset=dataset,
+            namespace=namespace,
+            targets=base_targets(config),
         )
-        outgoing = Outgoing(key, ledger)
-        rounds = Rounds(facts, ledger=ledger, store=ReleaseStore(home.releases), outgoing=outgoing, train=train)
+        outgoing = Outgoing(key, ledger, namespace)
+        rounds = Rounds(
+            facts,
+            ledger=ledger,
+            store=store,
+            outgoing=outgoing,
+            train=train,
+            prepare=prepare,
+            written=lambda: head.write(ledger),
+            progress=Progress(home.progress),
+        )
+        rounds.recover()
     except BaseException:
         ledger.close()
         raise
-    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts)
+    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts, store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
     texts = _texts([columns[name] for name in config.text_columns], config.text_columns)
     labels = [label.strip() for label in columns[config.label_column]]
     owners = columns[config.unit_column] if config.unit_column is not None else None
+    cells = zip(*(columns[name] for name in (*config.text_columns, config.label_column)), strict=True)
+    usable = [row for row, text, label in zip(cells, texts, labels, strict=True) if text and label]
     unit_of_record, kept = _units(texts, labels, owners, config)
     if not kept:
         raise DataError(f"{config.path}: no row has both a text and a label", fix="check the columns in [data]")
@@ -44,7 +46,7 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
         labels=tuple(labels),
         unit_of_record=unit_of_record,
         units=int(unit_of_record.max()) + 1,
-        fingerprint=fingerprint(texts, labels, unit_of_record, fingerprint_key),
+        fingerprint=fingerprint(usable, fingerprint_key),
     )
 
 
@@ -134,15 +136,20 @@ def _subset(data: UnitData, kept: list[int]) -> UnitData:
     )
 
 
-def fingerprint(texts: list[str], labels: list[str], unit_of_record: NDArray[np.int64], key_file: Path) -> str:
-    """Return `hmac-sha256:<hex>` over the used rows, keyed by the site's secret.
+def fingerprint(rows: Iterable[Sequence[str]], key_file: Path) -> str:
+    """Return `hmac-sha256:<hex>` over the cells of the usable rows, keyed by the site's secret.
 
-    It stands in the ledger, which others read: without a key anyone could test guesses of small tables.
+    It is stored in the ledger, which others read: without a key anyone could test guesses of small tables. The order
+    of rows, and of cells in a row, makes no difference, nor does how many rows of one unit are used: so the same data
+    under another name are recognised. Equality is all that it tells, not overlap.
     """
-    mac = hmac.new(_secret(key_file), digestmod=hashlib.sha256)
-    rows = zip(texts, labels, unit_of_record.tolist(), strict=True)
-    _absorb(mac, (part for text, label, unit in rows for part in (text, label, str(unit))))
-    return f"hmac-sha256:{mac.hexdigest()}"
+    key = _secret(key_file)
+    found = []
+    for row in rows:
+        mac = hmac.new(key, b"record", hashlib.sha256)
+        _absorb(mac, sorted(cell.strip() for cell in row if cell.strip()))
+        found.append(mac.digest())
+    return f"hmac-sha256:{hmac.new(key, b''.join(sorted(found)), hashlib.sha256).hexdigest()}"
 
 
 def _secret(key_file: Path) -> bytes:

@@ -118,7 +118,8 @@ def _squared(left: Tensor, right: Tensor, length: int) -> Tensor:
     p, q = left.shape[1], right.shape[1]
     left, right = left.view(-1, length, p), right.view(-1, length, q)
     if length * (p + q) <= p * q:
-        return torch.linalg.vecdot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
+        pairs: Tensor = torch.linalg.vecdot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
+        return pairs
     return _squares(torch.bmm(left.mT, right).flatten(1))
 
 

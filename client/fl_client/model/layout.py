@@ -187,6 +187,16 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if name.endswith(end)}
 
 
+def target_groups(model: nn.Module) -> tuple[str, ...]:
+    """Which of the groups of layers that a run may adapt the model has, in the order of the run spec."""
+    names = [name for name, _ in model.named_modules()]
+    return tuple(
+        group
+        for group, layers in _architecture(model).groups().items()
+        if any(re.search(rf"\blayers\.\d+\.{re.escape(layer)}$", name) for layer in layers for name in names)
+    )
+
+
 def _architecture(model: nn.Module) -> Architecture:
     config: Any = model.config
     return architecture_of(str(config.model_type))

@@ -132,6 +132,18 @@ class RankGroup:
             self.stop()
             raise
 
+    def prepare(self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool) -> None:
+        """Do on the first rank what `fl_client.training.prepare_round` does; what it raises ends no rank."""
+        self.start()
+        try:
+            send(self._channels[0], {"prepare": True, "spec": spec.to_dict(), "private": private}, pack(dict(offset)))
+            head, _ = receive(self._channels[0])
+        except (BrokenPipeError, EOFError):
+            self.stop()
+            raise _ended("rank 0") from None
+        if "error" in head:
+            raise _typed(0, head)
+
     def pids(self) -> list[int]:
         """The process id of each rank, by rank."""
         return [_peer(channel) for channel in self._channels]
