@@ -160,15 +160,24 @@ def _read_adapter(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: {error.strerror}", fix="check --adapter") from error
 
 
+def _say(text: str) -> None:
+    """One line of progress, apart from the result: loading torch and a base takes seconds to minutes."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
-    from fl_client.model.load import load_model
-    from fl_client.training import evaluate
     from fl_shared.manifest import RunSpec
 
     spec = RunSpec.from_toml(options.spec)
     rows = _read_rows(options.data, options.text_column, options.label_column)
     texts, labels = [row[0] for row in rows], [row[1] for row in rows]
+    offset = {} if options.zero_shot else _read_adapter(options.adapter)
+    _say(f"loading the base model {options.model}")
+    from fl_client.model.load import load_model
+    from fl_client.training import evaluate
+
     model = load_model(options.model, options.device)
+    _say(f"evaluating {len(texts)} rows")
     if options.zero_shot:
         from fl_client.model.zero_shot import nearest_title
 
@@ -179,21 +188,25 @@ def _evaluate(options: argparse.Namespace) -> int:
         majority = max(labels.count(label) for label in set(labels)) / len(labels)
         _print(options, {"accuracy": accuracy, "majority": majority, "n": len(labels), "adapter": None})
         return 0
-    result = evaluate(model, _read_adapter(options.adapter), texts, labels, spec)
+    result = evaluate(model, offset, texts, labels, spec)
     _print(options, {"accuracy": result.accuracy, "majority": result.majority, "n": result.n,
                      "adapter": str(options.adapter)})  # fmt: skip
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fl_client.model.load import load_model
-    from fl_client.training import export_peft
+    from fl_client.files import require_empty
     from fl_shared.manifest import RunSpec
 
-    if options.out.exists() and any(options.out.iterdir()):
-        raise ModelError(f"{options.out} holds files", fix="name a new or empty folder")
+    require_empty(options.out)
+    spec, offset = RunSpec.from_toml(options.spec), _read_adapter(options.adapter)
+    _say(f"loading the base model {options.model}")
+    from fl_client.model.load import load_model
+    from fl_client.training import export_peft
+
     model = load_model(options.model, options.device)
-    export_peft(model, RunSpec.from_toml(options.spec), _read_adapter(options.adapter), options.out)
+    _say(f"writing {options.out}, and loading it with PEFT")
+    export_peft(model, spec, offset, options.out)
     _print(options, {"directory": str(options.out)})
     return 0
 
