@@ -14,7 +14,7 @@ from sqlalchemy.engine import make_url
 
 from fl_client.agent.site import load_base
 from fl_client.config import ANY_APP, SiteConfig
-from fl_client.data.load import load_unit_data
+from fl_client.data.load import label_report, load_unit_data, require_labels
 from fl_client.data.units import UnitData
 from fl_client.enrolment import Coordinator
 from fl_client.hello import say_hello
@@ -25,6 +25,7 @@ from fl_client.supernode import describe_confinement
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 
 MAX_CLOCK_DIFFERENCE_S = 120.0
@@ -44,8 +45,11 @@ class Result:
         return asdict(self)
 
 
-def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
-    """Yield the result of each check as it is done; checks that need an earlier one are left out with it."""
+def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterator[Result]:
+    """Yield the result of each check as it is done; checks that need an earlier one are left out with it.
+
+    With `spec`, that of a run to come, also whether the data have its labels.
+    """
     coordinator: Coordinator | None = None
     config: SiteConfig | None = None
     data: UnitData | None = None
@@ -72,11 +76,17 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
             nonlocal data
             data = load_unit_data(found.data, home.fingerprint_key)
             unit = found.data.privacy_unit
-            text = f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
+            rows = len(data.texts)
+            total = rows + sum(number for _, number in data.left_out)
+            text = f"{found.data.path.name}: {rows} rows used of {total}, {data.units} units (each a {unit})"
+            if data.left_out:
+                text += "; left out: " + ", ".join(f"{number} {why}" for why, number in data.left_out)
             public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
             return text + public
 
         yield _checked("data", table)
+        if spec is not None and data is not None:
+            yield _checked("labels", lambda: _labels(data, spec))
         yield _checked("model", lambda: _model(found))
         yield _checked("policy", lambda: _policy(found))
         yield _checked("budget", lambda: _budget(home, found, data))
@@ -91,6 +101,12 @@ def _checked(name: str, check: Callable[[], str]) -> Result:
         return Result(name, True, check())
     except ConcordatError as error:
         return Result(name, False, error.message, error.fix)
+
+
+def _labels(data: UnitData, spec: RunSpec) -> str:
+    """Rows have the spec's labels; how many is told here alone."""
+    require_labels(data, spec.task.labels, "the data set")
+    return label_report(data, spec.task.labels)
 
 
 def _keys(home: SiteHome) -> str:

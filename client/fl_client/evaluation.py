@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fl_client.agent.outgoing import EVALUATION, Outgoing
 from fl_client.agent.site import OpenSite
-from fl_client.data.load import restrict_labels
+from fl_client.data.load import require_labels, restrict_labels
 from fl_client.data.units import UnitData
 from fl_client.dp.batches import label_rows
 from fl_client.dp.noise import discrete_gaussian, plan_grid
@@ -102,8 +102,9 @@ class _Request:
 def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: bytes, noise: float) -> dict[str, Any]:
     """Evaluate `adapter` on the hold-out units; return the signed document that may be shown.
 
-    Raises ConfigError without a hold-out, PolicyRefusal for too little noise, DataError for another base model or a
-    damaged adapter, BudgetExhausted. Whatever fails after the reservation is charged in full.
+    Raises ConfigError without a hold-out, PolicyRefusal for too little noise, DataError for another base model, a
+    damaged adapter or labels that no held-out record has, BudgetExhausted. Whatever fails after the reservation is
+    charged in full.
     """
     request = _Request(spec, adapter, noise)
     if site.holdout is None:
@@ -119,6 +120,7 @@ def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: b
     offset = unpack(adapter)
     require_finite(offset)
     holdout = site.holdout
+    require_labels(holdout, spec.task.labels, "the hold-out")
 
     def compute(mechanism: Mechanism) -> dict[str, Any]:
         from fl_client.training import predict  # torch

@@ -74,11 +74,12 @@ def parser() -> argparse.ArgumentParser:
         "--token", default=os.environ.get("FL_TOKEN"), help="from `fl-admin sites invite` [FL_TOKEN]"
     )
     enroll.add_argument("--force", action="store_true", help="replace the certificate of an enrolled site")
-    verb(
+    check = verb(
         "check",
         "dry run: config, data, model, policy, budget, server; each a pass or the fix",
         with_json=True,
     )
+    check.add_argument("--spec", type=Path, help="also hold the data's labels against those of a run to come")
     verb("status", "show enrolment, whether the agent runs, and what the ledger says", with_json=True)
     alone = verb(
         "train-alone", "train a run's spec at this site alone, charged like a federated run", with_json=True
@@ -175,9 +176,11 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _check(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.check import run_checks
+    from fl_shared.manifest import RunSpec
 
+    spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
-    for result in run_checks(home, options.site):
+    for result in run_checks(home, options.site, spec):
         results.append(result)
         if not options.json:
             print(f"{'PASS' if result.ok else 'FAIL'}  {result.name:<11} {result.message}", flush=True)

@@ -1,4 +1,4 @@
-"""What `fl-model export-adapter` writes: stock PEFT loads it onto the float base, and it computes what ours computes."""
+"""An exported adapter: stock PEFT loads it onto the float base, and there it computes what ours computes."""
 
 from __future__ import annotations
 
