@@ -63,7 +63,7 @@ def float_tensors(directory: Path, model: nn.Module) -> list[Stored]:
         raise ModelError(f"{directory} lacks {missing[0]} ({len(missing)} in all)", fix="copy the model again, whole")
     if tied and head in stored:
         own, shared = stored.pop(head), stored[embeddings]
-        if not torch.equal(*(next(each.read(by_expert=False)) for each in (own, shared))):
+        if not torch.equal(*(next(each.read(by_expert=False)).float() for each in (own, shared))):
             raise ModelError(
                 f"{directory}: {head} differs from the embeddings that config.json ties it to",
                 fix='write "tie_word_embeddings": false into config.json if the model has a head of its own',

@@ -94,6 +94,29 @@ def test_other_kinds_of_directories_are_refused_by_name(kind: str, float_model: 
     assert caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_attention_heads", 0), ("hidden_size", "abc"), ("moe_intermediate_size", -1), ("vocab_size", None),
+     ("hidden_size", 1.5), ("dtype", []), ("layer_types", True), ("model_type", []), ("rope_parameters", 3)],
+)  # fmt: skip
+def test_a_config_with_a_wrong_value_is_refused(
+    field: str, value: object, float_model: Make, tmp_path: Path
+) -> None:
+    """However the family's own code fails on it, the three commands that read it name config.json."""
+    shutil.copytree(float_model("qwen3_moe")[1], tmp_path / "bad")
+    path = tmp_path / "bad/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    for use in (
+        lambda: inspect_directory(tmp_path / "bad"),
+        lambda: quantise_directory(tmp_path / "bad", tmp_path / "out"),
+        lambda: load_model(tmp_path / "bad", "cpu"),
+    ):
+        with pytest.raises(ModelError, match=r"bad(/config\.json)?: ") as caught:
+            use()
+        assert caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
 CHANGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a bias that config.json denies": (
         lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.ones(200)},
