@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fl_client.agent.site import OpenSite
+from fl_client.data.load import require_labels
 from fl_client.files import write_durably
 from fl_shared.adapter import digest, pack, unpack
 from fl_shared.aggregators import ROBUST
@@ -43,8 +44,10 @@ def train_alone(
     """Run all rounds of `spec` at `site`; write `adapter.safetensors` and `receipts.json` into `out`.
 
     `order_key` is the key that the site's rounds accept orders from. A repeat with the same spec fetches
-    what was released before and spends nothing. Raises the refusal of the first round that is refused.
+    what was released before and spends nothing. Raises the refusal of the first round that is refused, and DataError,
+    before anything is charged, when no record has a label of the spec.
     """
+    require_labels(site.data, spec.task.labels, "the training data")
     if site.config.site not in spec.run.sites:
         spec = _for_one(spec, site.config.site)
     run = f"{ALONE}{spec.run.name}"

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from fl_client.agent.policy import absent_targets, check_policy, other_base
 from fl_client.agent.site import base_targets, load_base
 from fl_client.config import ANY_APP, SiteConfig
-from fl_client.data.load import load_unit_data
+from fl_client.data.load import label_report, load_unit_data, require_labels
 from fl_client.data.units import UnitData
 from fl_client.enrolment import Coordinator
 from fl_client.hello import say_hello
@@ -77,11 +77,17 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
             nonlocal data
             data = load_unit_data(found.data, home.fingerprint_key)
             unit = found.data.privacy_unit
-            text = f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
+            rows = len(data.texts)
+            total = rows + sum(number for _, number in data.left_out)
+            text = f"{found.data.path.name}: {rows} rows used of {total}, {data.units} units (each a {unit})"
+            if data.left_out:
+                text += "; left out: " + ", ".join(f"{number} {why}" for why, number in data.left_out)
             public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
             return text + public
 
         yield _checked("data", table)
+        if spec is not None and data is not None:
+            yield _checked("labels", lambda: _labels(data, spec))
         yield _checked("model", lambda: _model(found))
         yield _checked("policy", lambda: _policy(found))
         if spec is not None:
@@ -99,6 +105,12 @@ def _checked(name: str, check: Callable[[], str]) -> Result:
         return Result(name, True, check())
     except ConcordatError as error:
         return Result(name, False, error.message, error.fix)
+
+
+def _labels(data: UnitData, spec: RunSpec) -> str:
+    """Rows have the spec's labels; how many is told here alone."""
+    require_labels(data, spec.task.labels, "the data set")
+    return label_report(data, spec.task.labels)
 
 
 def _keys(home: SiteHome) -> str:

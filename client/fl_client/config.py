@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from fl_client.data.tables import UTF_8
 from fl_client.enrolment import server_url
 from fl_client.home import SiteHome
 from fl_client.sandbox import MODES
-from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.errors import ConfigError, EnrolmentError, shown
 from fl_shared.manifest import LORA_TARGETS, check_digest
 from fl_shared.names import site_id
 from fl_shared.settings import Fields, load_toml
@@ -35,8 +36,9 @@ class DataConfig:
     `text_columns` with more than one name are written as `name: value; name: value` into one text.
     `holdout` is the share of units that is never trained on, for `fl-client evaluate`.
     `expected_units` is a public round figure for the number of units, which scales the updates; without it
-    the exact number counts as public. `shares_units_with` names data sets of the same people: each one's mechanisms
-    count against both budgets, and the ledger records it.
+    the exact number counts as public. `encoding` is that of a text table without a byte order mark.
+    `shares_units_with` names data sets of the same people: each one's mechanisms count against both budgets, and the
+    ledger records it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class DataConfig:
     public: bool
     holdout: float
     shares_units_with: tuple[str, ...] = ()
+    encoding: str = UTF_8
 
 
 @dataclass(frozen=True)
@@ -199,8 +202,15 @@ def _data(fields: Fields) -> DataConfig:
         public=fields.boolean("public", default=False),
         holdout=fields.number("holdout", low=0, high=0.9, default=0.0),
         shares_units_with=fields.texts("shares_units_with", low=0, high=100, default=()),
+        encoding=fields.text("encoding", default=UTF_8),
     )
     fields.done()
+    try:
+        b"".decode(made.encoding)
+    except (LookupError, UnicodeError, ValueError):
+        raise fields.fail(
+            "encoding", f"is {shown(made.encoding)}", 'write "utf-8", "cp1252" or another of Python\'s text encodings'
+        ) from None
     if unit != RECORD and made.unit_column is None:
         raise fields.fail(
             "unit_column",
@@ -357,6 +367,7 @@ privacy_unit = "record"          # "patient" or "customer": all rows of one of t
 # unit_column = "patient_id"     # needed unless the unit is a record
 # max_records_per_unit = 5       # further rows of one patient are not used
 # expected_units = 3000          # a public round figure for their number; without it the exact number is public
+# encoding = "cp1252"            # of a text file that is not UTF-8 (a byte order mark wins)
 # holdout = 0.2                  # share of units kept out of training, for `fl-client evaluate`
 # shares_units_with = ["other"]  # data sets with the same people in them: what one spends, the other has spent, too
 public = false                   # true only for data that anyone may read

@@ -24,7 +24,7 @@ from fl_client.agent.outgoing import EVALUATION, Outgoing
 from fl_client.agent.policy import absent_targets
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.site import OpenSite
-from fl_client.data.load import restrict_labels
+from fl_client.data.load import require_labels, restrict_labels
 from fl_client.data.units import UnitData
 from fl_client.dp.batches import label_rows
 from fl_client.dp.noise import discrete_gaussian, plan_grid
@@ -152,6 +152,7 @@ def evaluate_privately(
     if not force:
         # The number of units is public or replaced by a public one (docs/decisions/0023); who is held out is not.
         require_usable(config.data.holdout * (config.data.expected_units or site.dataset.units), noise)
+    require_labels(holdout, spec.task.labels, "the hold-out")
 
     def compute(mechanism: Mechanism) -> dict[str, Any]:
         chosen = restrict_labels(holdout, spec.task.labels)

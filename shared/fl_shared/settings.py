@@ -35,7 +35,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     if len(text) > _MAX_BYTES:
         raise ConfigError(f"{where} is larger than 1 MiB", fix="a configuration is a small file")
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.removeprefix("\ufeff"))  # a byte order mark, as Windows editors write it
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
         raise ConfigError(f"{where}: {error}", fix="mend the TOML at that place") from error
 

@@ -197,8 +197,8 @@ def _check(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.check import run_checks
     from fl_shared.manifest import RunSpec
 
+    spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
-    spec = None if options.spec is None else RunSpec.from_toml(options.spec)
     for result in run_checks(home, options.site, spec):
         results.append(result)
         if not options.json:

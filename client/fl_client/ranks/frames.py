@@ -29,7 +29,10 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
     text, payload = _SIZES.unpack(_exactly(channel, _SIZES.size))
     if max(text, payload) > _MOST:
         raise EngineError("a message between agent and ranks is malformed", fix="report this defect")
-    head = json.loads(_exactly(channel, text))
+    try:
+        head = json.loads(_exactly(channel, text))
+    except (ValueError, RecursionError):
+        head = None
     if not isinstance(head, dict):
         raise EngineError("a message between agent and ranks is malformed", fix="report this defect")
     return head, _exactly(channel, payload)
