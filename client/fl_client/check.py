@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import make_url
 
@@ -26,6 +26,9 @@ from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
 from fl_shared.signing import SigningKey
+
+if TYPE_CHECKING:
+    from fl_client.model.load import LoadedModel
 
 MAX_CLOCK_DIFFERENCE_S = 120.0
 
@@ -49,6 +52,7 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
     coordinator: Coordinator | None = None
     config: SiteConfig | None = None
     data: UnitData | None = None
+    base: LoadedModel | None = None
 
     def enrolment() -> str:
         nonlocal coordinator
@@ -76,8 +80,16 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
             public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
             return text + public
 
+        def model() -> str:
+            nonlocal base
+            base = load_base(found)
+            return _model(found, base)
+
         yield _checked("data", table)
-        yield _checked("model", lambda: _model(found))
+        yield _checked("model", model)
+        if base is not None:
+            loaded = base
+            yield _checked("device", lambda: _device(loaded))
         yield _checked("policy", lambda: _policy(found))
         yield _checked("budget", lambda: _budget(home, found, data))
         yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
@@ -116,9 +128,8 @@ def _mode(path: Path) -> int:
         ) from None
 
 
-def _model(config: SiteConfig) -> str:
+def _model(config: SiteConfig, model: LoadedModel) -> str:
     """The model loads, and there is a GPU for each process that wants one."""
-    model = load_base(config)
     text = f"{config.model.directory.name}, digest {model.digest}"
     processes = config.model.processes
     if processes == 1:
@@ -140,6 +151,13 @@ def _model(config: SiteConfig) -> str:
             fix="write processes = 1: several processes are for several GPUs",
         )
     return f"{text}, in {processes} processes on the CPU"
+
+
+def _device(model: LoadedModel) -> str:
+    """The device computes one forward and one backward: what a round would find missing is missing here."""
+    from fl_client.device import try_device  # torch
+
+    return try_device(model)
 
 
 def _policy(config: SiteConfig) -> str:
