@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import make_url
 
@@ -28,6 +28,9 @@ from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
+
+if TYPE_CHECKING:
+    from fl_client.model.load import LoadedModel
 
 MAX_CLOCK_DIFFERENCE_S = 120.0
 
@@ -54,6 +57,7 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
     coordinator: Coordinator | None = None
     config: SiteConfig | None = None
     data: UnitData | None = None
+    base: LoadedModel | None = None
 
     def enrolment() -> str:
         nonlocal coordinator
@@ -85,14 +89,22 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
             public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
             return text + public
 
+        def model() -> str:
+            nonlocal base
+            base = load_base(found)
+            return _model(found, base)
+
         yield _checked("data", table)
         if spec is not None and data is not None:
             yield _checked("labels", lambda: _labels(data, spec))
-        yield _checked("model", lambda: _model(found))
+        yield _checked("model", model)
+        if base is not None:
+            loaded = base
+            yield _checked("device", lambda: _device(loaded))
         yield _checked("policy", lambda: _policy(found))
-        if spec is not None:
-            asked = spec
-            yield _checked("spec", lambda: _spec(found, asked))
+        if spec is not None and base is not None:
+            asked, loaded = spec, base
+            yield _checked("spec", lambda: _spec(found, asked, loaded))
         yield _checked("budget", lambda: _budget(home, found, data))
         yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
     if coordinator is not None:
@@ -136,9 +148,8 @@ def _mode(path: Path) -> int:
         ) from None
 
 
-def _model(config: SiteConfig) -> str:
+def _model(config: SiteConfig, model: LoadedModel) -> str:
     """The model loads, and there is a GPU for each process that wants one."""
-    model = load_base(config)
     text = f"{config.model.directory.name}, digest {model.digest}"
     processes = config.model.processes
     if processes == 1:
@@ -162,19 +173,25 @@ def _model(config: SiteConfig) -> str:
     return f"{text}, in {processes} processes on the CPU"
 
 
-def _spec(config: SiteConfig, spec: RunSpec) -> str:
+def _spec(config: SiteConfig, spec: RunSpec, model: LoadedModel) -> str:
     """The run is for this site, its policy and its base model; the model takes the adapter and can be trained."""
     from fl_client.training import prepare_round  # torch
 
     if config.site not in spec.run.sites:
         raise ConfigError(f"run {spec.run.name} does not name site {config.site}", fix="add it to [run] sites")
     check_policy(spec, config.policy)
-    model = load_base(config)
     for wrong in (other_base(spec, model.digest), absent_targets(spec, base_targets(config))):
         if wrong:
             raise ConfigError(wrong, fix="tell the coordinator's administrator; nothing was spent")
     prepare_round(model, spec, {}, private=not config.policy.allow_non_private)
     return f"run {spec.run.name}: base model, targets and policy suit; {spec.run.rounds} rounds"
+
+
+def _device(model: LoadedModel) -> str:
+    """The device computes one forward and one backward: what a round would find missing is missing here."""
+    from fl_client.device import try_device  # torch
+
+    return try_device(model)
 
 
 def _policy(config: SiteConfig) -> str:

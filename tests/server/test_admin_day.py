@@ -31,7 +31,8 @@ from fl_shared.privacy import Mechanism
 from fl_shared.questions import PlanAnswer, PlanQuestion
 from fl_shared.signing import SigningKey, open_document, sign_document
 from harness import Site, command_json, running
-from helpers.coordinators import BIN, Coordinator, Keys, environment, free_port, spec_toml, until
+from helpers.coordinators import BIN, Coordinator, Keys, environment, spec_toml, until
+from helpers.ports import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import httpx
@@ -13,13 +12,12 @@ from prometheus_client.registry import Collector
 
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.monitoring import serve_monitoring
+from helpers.ports import free_port
 
 
 def test_it_answers_metrics_health_and_readiness_and_nothing_else() -> None:
     """Readiness names what is missing; a ledger that cannot be read is a 503; a taken port names the field."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address: tuple[str, int] = probe.getsockname()
+    address = ("127.0.0.1", free_port())
     registry, lacking = CollectorRegistry(), ["the model loads"]
     Gauge("some_figure", "A figure.", registry=registry).set(7)
     server = serve_monitoring(address, registry, lambda: lacking)

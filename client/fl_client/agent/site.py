@@ -86,6 +86,15 @@ def load_base(config: SiteConfig) -> LoadedModel:
     return model
 
 
+def tried_base(config: SiteConfig) -> LoadedModel:
+    """The base model, after one forward and one backward on its device; raises as `try_device`."""
+    model = load_base(config)
+    from fl_client.device import try_device  # torch
+
+    log.info("device: %s", try_device(model))
+    return model
+
+
 def base_digest(config: SiteConfig) -> str:
     """The base model's digest, from its files alone."""
     from fl_client.model.layout import directory_digest  # torch
@@ -153,7 +162,7 @@ def open_site(
         dataset = register(ledger, config, everything)
         data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
         log.info("loading the model from %s", config.model.directory.name)
-        base = functools.cache(lambda: load_base(config))
+        base = functools.cache(lambda: tried_base(config))
         ranks: RankGroup | None = None
         if config.model.processes > 1:
             model_digest = base_digest(config)

@@ -20,6 +20,7 @@ import torch
 from torch import distributed as dist
 
 from fl_client.data.units import UnitData
+from fl_client.device import try_device
 from fl_client.dp.shard import Shard
 from fl_client.model.load import choose_device, load_model
 from fl_client.ranks.frames import receive, send
@@ -112,6 +113,7 @@ def serve(directory: Path, channel: socket.socket) -> None:
     shard = join(directory, hello["device"])
     model = load_model(hello["model"], device=str(shard.device))
     adopt_libraries()
+    log.info("device: %s", try_device(model))
     send(channel, {"ready": True, "digest": model.digest})
     while True:
         job, adapter = receive(channel)
