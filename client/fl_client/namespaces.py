@@ -58,7 +58,8 @@ def furnish(readable: list[str], writable: list[str], ports: list[int], unix: st
             links.update(_links(path))
             real = os.path.realpath(path)
             if real != _PROC and os.access(real, os.F_OK) and not _covered(real, trees, read_only):
-                trees[real] = (_tree(real, read_only), os.path.isdir(real))
+                directory = os.path.isdir(real)  # a device is written through a read-only mount, and keeps its mode
+                trees[real] = (_tree(real, read_only or not directory), directory)
     proc = _tree(_PROC, True)
     _check(libc.mount(b"tmpfs", _BASE.encode(), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=0755"), "mount a new root")
     for link, target in links.items():

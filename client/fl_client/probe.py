@@ -92,6 +92,18 @@ def sized(path: str) -> str:
     return f"{os.stat(path).st_size} bytes"
 
 
+def changed(act: Callable[[], None]) -> str:
+    """Do something to the decoy, and see whether it was done."""
+
+    def state() -> object:
+        now = os.stat(decoy)
+        return now.st_mode, now.st_mtime_ns, os.listxattr(decoy)
+
+    before = state()
+    act()
+    return "it was changed" if state() != before else ""
+
+
 def made(family: int, kind: int) -> str:
     """Open a socket."""
     socket.socket(family, kind).close()
@@ -138,9 +150,9 @@ for label, path in facts["files"].items():
     attempt(f"write {label}", partial(opened, path, os.O_WRONLY))
     attempt(f"see the size of {label}", partial(sized, path))
 decoy = facts["decoy"]
-attempt("change a file's mode", lambda: os.chmod(decoy, 0o640), "it was changed")
-attempt("change a file's times", lambda: os.utime(decoy, (1, 1)), "they were changed")
-attempt("change a file's attributes", lambda: os.setxattr(decoy, "user.probe", b"1"), "they were changed")
+attempt("change a file's mode", lambda: changed(lambda: os.chmod(decoy, 0o604)))
+attempt("change a file's times", lambda: changed(lambda: os.utime(decoy, (1, 1))))
+attempt("change a file's attributes", lambda: changed(lambda: os.setxattr(decoy, "user.probe", b"1")))
 attempt("link a file", lambda: os.link(decoy, "linked"), "it was linked")
 attempt("watch a file", lambda: done(libc.inotify_add_watch(libc.inotify_init(), os.fsencode(decoy), 0xFFF)))
 attempt("delete a file", lambda: os.unlink(decoy), "it was deleted")

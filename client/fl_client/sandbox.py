@@ -231,7 +231,7 @@ def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
             if walls.landlock:
                 confine(confinement)
             if not walls.no_filter:
-                seccomp.restrict()
+                seccomp.restrict(pretend=bool(walls.no_namespaces))
             if not walls.no_namespaces:
                 _leave_to_child()
         except OSError as error:

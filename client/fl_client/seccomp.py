@@ -1,9 +1,10 @@
 """The system calls that the untrusted half may not make: a seccomp filter of our own, put together here.
 
 It closes what Landlock and namespaces leave open: sockets other than TCP and Unix streams (UDP, MPTCP, netlink,
-vsock), data in a TCP handshake, io_uring, new namespaces and mounts, reading or steering other processes, and changing
-modes, owners, times and attributes of files. Numbers that are newer than this file do not exist for the caller, nor
-does another ABI than the machine's own (i386, x32).
+vsock), data in a TCP handshake, io_uring, new namespaces and mounts, and reading or steering other processes. Where no
+mount namespace keeps other files out of reach, changes of modes, owners, times and attributes are answered as done and
+not done: Flower copies its app with them and stops at a refusal. Numbers that are newer than this file do not exist for
+the caller, nor does another ABI than the machine's own (i386, x32).
 """
 
 from __future__ import annotations
@@ -31,12 +32,7 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
     "mount_setattr": (442, 442), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
     "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
-    # files: Landlock says nothing about these
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
-    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
-    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    # other files
     "inotify_init": (253, None), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
     "fanotify_init": (300, 262), "fanotify_mark": (301, 263),
     # memory and queues shared by key or name
@@ -51,6 +47,15 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "sethostname": (170, 161), "setdomainname": (171, 162), "lookup_dcookie": (212, 18), "modify_ldt": (154, None),
     "iopl": (172, None), "ioperm": (173, None),
 }  # fmt: skip
+ATTRIBUTES: dict[str, tuple[int | None, int | None]] = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+}  # fmt: skip
+"""Calls that change what is known about a file; Landlock says nothing about them."""
+
 CHECKED: dict[str, tuple[int, int]] = {
     "socket": (41, 198), "socketpair": (53, 199), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
     "clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
@@ -75,16 +80,19 @@ def offered() -> bool:
         return platform.machine() in _ARCHITECTURES and b"\nSeccomp:" in status.read()
 
 
-def program(machine: str) -> list[_Step]:
-    """Return the filter for `machine` as classic BPF instructions; KeyError for an architecture that it lacks."""
+def program(machine: str, *, pretend: bool) -> list[_Step]:
+    """Return the filter for `machine` as classic BPF instructions; KeyError for an architecture that it lacks.
+
+    With `pretend`, the calls in `ATTRIBUTES` do nothing and say that they did; without, they are let through.
+    """
     column = _COLUMN[machine]
     deny, allow = _give(_ERROR | errno.EPERM), _give(_ALLOW)
     steps = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, _ARCHITECTURES[machine]), _give(_KILL)]
     steps += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _FIRST_UNKNOWN), _give(_ERROR | errno.ENOSYS)]
-    for numbers in FORBIDDEN.values():
-        number = numbers[column]
-        if number is not None:
-            steps += [(_EQUAL, 0, 1, number), deny]
+    for group, answer in ((FORBIDDEN, deny), (ATTRIBUTES if pretend else {}, _give(_ERROR))):
+        numbers = [pair[column] for pair in group.values()]
+        for number in numbers:
+            steps += [] if number is None else [(_EQUAL, 0, 1, number), answer]
 
     def case(name: str, *checks: _Step) -> None:
         nonlocal steps
@@ -105,9 +113,9 @@ def program(machine: str) -> list[_Step]:
     return [*steps, allow]
 
 
-def restrict() -> None:
-    """Put the filter on the calling process and all that it starts, for good. Raises OSError when refused."""
-    steps = program(platform.machine())
+def restrict(*, pretend: bool) -> None:
+    """Put the filter (see `program`) on the caller and all that it starts, for good. Raises OSError when refused."""
+    steps = program(platform.machine(), pretend=pretend)
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     bundle = struct.pack("@HP", len(steps), ctypes.addressof(code))
     libc = ctypes.CDLL(None, use_errno=True)

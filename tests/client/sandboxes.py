@@ -12,7 +12,6 @@ from typing import Any
 from fl_client.sandbox import Confinement
 from fl_client.supernode import NodePlan, node_confinement
 
-
 NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" "$@"']
 """Before a command: run it where nobody may make user namespaces, as on machines that forbid them."""
 
