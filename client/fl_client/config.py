@@ -400,7 +400,7 @@ approver = "name of the privacy officer"
 # url = "sqlite:////path/ledger.sqlite"        # or postgresql://user@host/database
 
 # [supernode]                    # the untrusted half
-# confine = "auto"               # auto | require | off (Landlock)
+# confine = "auto"               # auto | require | off: namespaces, Landlock and seccomp (docs/security.md)
 # user = "concordat-node"        # run it as another user (the agent must be root)
 
 # [agent]

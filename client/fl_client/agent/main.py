@@ -26,7 +26,7 @@ from fl_client.metrics import Metrics
 from fl_client.renewal import Renewer, finish
 from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
-from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
+from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 from fl_shared.errors import ConfigError
 from fl_shared.monitoring import serve_monitoring
@@ -66,6 +66,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
     if config.policy.allow_non_private:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
     finish(home)
+    separation = describe_confinement(config.supernode.confine, config.supernode.user)  # refuses what is not offered
     helpers = _helpers(home, config, coordinator)
     renewer = Renewer(home, coordinator)
     site: OpenSite | None = None
@@ -100,7 +101,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
             "agent of %s is ready; epsilon spent %.3f, left %.3f at delta %g",
             config.site, position.spent, position.left, position.delta,
         )  # fmt: skip
-        log.info("untrusted half: %s", describe_confinement(config.supernode.confine, config.supernode.user))
+        log.info("untrusted half: %s", separation)
         ending.wait()
         log.info("stopping")
         answerer.stop()
@@ -165,7 +166,8 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
 
 
 def _prepare(home: SiteHome, directory: Path) -> None:
-    """Bring Flower's node key into an untrusted directory outside the home (readable by its group)."""
+    """Bring Flower's node key into a directory for the untrusted half outside the home (readable by its group)."""
+    require_own(directory)
     if directory == home.supernode:
         return
     try:
@@ -173,21 +175,20 @@ def _prepare(home: SiteHome, directory: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"[supernode] directory = {str(directory)!r}: {error.strerror}",
-            fix="create it, owned by the untrusted half's user, writable for the group of both (mode 2770)",
+            fix="create it, owned by the agent's user, readable for the group of both halves (mode 2750)",
         ) from None
 
 
 def _hand_to(home: SiteHome, node: SupernodeConfig) -> None:
-    """Give the untrusted directory to its user, and let that user reach the socket, and no more.
+    """Let the untrusted half's user read its node key and reach the socket, and no more.
 
-    We are root here, and what lies in the directory may be a link that its user made: links are not followed.
+    All these paths are in directories of our own; what is the other user's is made anew by `make_home`.
     """
     user = node.user
     try:
         owner = pwd.getpwnam(user).pw_uid
-        for path in (node.directory, *node.directory.rglob("*")):
-            os.lchown(path, owner, -1)
-        for path in (home.root, home.run):
+        os.lchown(node.directory / home.node_key.name, owner, -1)
+        for path in (home.root, home.run, node.directory):
             path.chmod(0o711)
         os.lchown(node.socket, owner, -1)
     except (LookupError, PermissionError) as error:
