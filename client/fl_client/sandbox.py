@@ -6,7 +6,7 @@ kernel offers it: it may read the Python environment and the system's libraries,
 directory, and connect to the named TCP ports; everything else on disk and on the network is refused
 by the kernel, signals and ptrace reach no process outside. When standard input ends (the agent is
 gone, however it died) or on SIGTERM, every descendant is killed, including those that left the
-process group.
+process group and those that fork faster than they are killed (`fl_client.reaping`).
 
 Landlock does not restrict connecting to Unix sockets by path: that is how the agent is reached, and
 why the production set-up also uses another user (docs/decisions/0041).
@@ -21,12 +21,13 @@ import os
 import pwd
 import select
 import signal
+import stat
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+
+from fl_client.reaping import Cgroup, kill_descendants, limit_tasks
 
 MODES = ("auto", "require", "off")
 
@@ -58,6 +59,7 @@ class Confinement:
     bind_ports: list[int]
     mode: str = "auto"  # auto: confine when the kernel can; require: refuse otherwise; off
     user: str = ""  # run as this user (the keeper must be root); "" keeps the user
+    tasks: int = 0  # processes and threads that it may have; 0 for no limit
 
     def to_line(self) -> bytes:
         """Return the JSON line that `python -m fl_client.sandbox` reads."""
@@ -143,23 +145,34 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"cannot {what}: {os.strerror(number)}")
 
 
-def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
-    """Start the command: own user if asked for, confined, killed when this process dies."""
+def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.Popen[bytes]:
+    """Start the command: own user if asked for, in its group, confined, killed when this process dies."""
     abi = landlock_abi()
     if confinement.mode == "require" and abi == 0:
         raise OSError("this kernel has no Landlock, and the site's configuration requires it")
 
+    door = group.door() if group else -1
+
     def restrict() -> None:
+        if door >= 0:
+            os.write(door, b"0")
+        if confinement.tasks:
+            limit_tasks(confinement.tasks)
         die_with_parent()
         drop_capabilities()
         if confinement.mode != "off" and abi > 0:
             confine(confinement)
 
     owner = _account(confinement.user) if confinement.user else None
-    # The directory is the other user's: a link in the log's place is not followed.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    log = os.fdopen(os.open(confinement.log, flags, 0o644), "ab", buffering=0)
+    # The directory is the other user's: a link in the log's place is not followed, and a pipe is not waited for.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    log = os.fdopen(os.open(confinement.log, flags, 0o600), "ab", buffering=0)
     try:
+        found = os.fstat(log.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise OSError(f"{confinement.log} is not a plain file of its own")
+        if owner:
+            os.fchown(log.fileno(), owner.pw_uid, owner.pw_gid)
         return subprocess.Popen(
             confinement.command,
             env=confinement.environment,
@@ -175,6 +188,8 @@ def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
         )
     finally:
         log.close()
+        if door >= 0:
+            os.close(door)
 
 
 def _account(user: str) -> pwd.struct_passwd:
@@ -182,23 +197,6 @@ def _account(user: str) -> pwd.struct_passwd:
         return pwd.getpwnam(user)
     except KeyError:
         raise OSError(f"there is no user {user!r} on this machine") from None
-
-
-def _kill_descendants() -> None:
-    """Kill every child until none is left; orphans come to us because we are a subreaper."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        pids = [int(word) for word in children.read_text().split()]
-        if not pids:
-            return
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.02)
 
 
 def main() -> int:
@@ -216,10 +214,14 @@ def main() -> int:
     signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, lambda _number, _frame: None)
+    group = Cgroup.make(confinement.directory, limited=confinement.tasks > 0)
     try:
-        process = _start(confinement)
+        process = _start(confinement, group)
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"cannot start the confined half: {error}", file=sys.stderr)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        print(f"it cannot be started: {why}", file=sys.stderr, flush=True)
+        if group is not None:
+            group.end()
         return 1
     status: int | None = None
     while status is None:
@@ -232,7 +234,9 @@ def main() -> int:
                 status = process.wait(_STOP_S)
             break
         status = process.poll()
-    _kill_descendants()
+    if group is not None:
+        group.end()
+    kill_descendants()
     return 0 if status is None else min(abs(status), 125)
 
 

@@ -8,26 +8,31 @@ confinement (`fl_client.sandbox`). Both processes end when the agent does, howev
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import fl_shared
 from fl_client.files import write_durably
+from fl_client.handover import account, give, mode_in
+from fl_client.reaping import MOST_TASKS
 from fl_client.sandbox import Confinement, landlock_abi
 from fl_client.tunnel import NODE_LEFT, READY, TunnelSettings
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.offline import OFFLINE
+from fl_shared.paths import socket_address
+from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_client.supernode")
 
@@ -36,9 +41,10 @@ _SYSTEM_READABLE = (
     "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
     "/etc/os-release", "/dev/urandom", "/dev/random", "/proc", "/sys/devices/system/cpu",
 )  # fmt: skip
-_RESTART_FIRST_S, _RESTART_MOST_S = 1.0, 30.0
 _TUNNEL_WAIT_S = 30.0
+_STOP_S = 30.0  # a keeper that has much to kill needs its time
 _LOG_LIMIT_BYTES = 8 << 20
+_OWN_DIRECTORIES = ("tmp", "flwr")
 PLAN_FILE = "launch.json"
 
 
@@ -59,7 +65,7 @@ class NodePlan:
         """Write the plan where `fl-client supernode` finds it, in the untrusted directory."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
-        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=0o644)
+        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=mode_in(self.directory))
 
     @classmethod
     def load(cls, directory: Path) -> NodePlan:
@@ -110,16 +116,10 @@ def node_environment(directory: Path) -> dict[str, str]:
 def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
     """Return the confined command that runs the SuperNode with its Runtime API on `runtime_port`."""
     directory = plan.directory
-    for name in ("tmp", "flwr"):
-        (directory / name).mkdir(mode=0o700, exist_ok=True)
     record = directory / "supernode.log"
-    if record.exists() and record.stat().st_size > _LOG_LIMIT_BYTES:
-        record.replace(directory / "supernode.log.1")
-    if any(character in str(plan.socket) for character in "\"'\\ "):
-        raise ConfigError(
-            f"the agent's socket {plan.socket} has a space or quote in its path",
-            fix="choose a home directory without spaces or quotes",
-        )
+    _clear_the_way(directory, record.name)
+    if plan.user:
+        give(directory, (*_OWN_DIRECTORIES, record.name), account(plan.user))
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink", f"127.0.0.1:{plan.tunnel_port}",
@@ -127,7 +127,7 @@ def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
         "--auth-supernode-private-key", str(plan.node_key),
         "--host", "127.0.0.1",
         "--port", str(runtime_port),
-        "--node-config", f'agent-socket="{plan.socket}"',
+        "--node-config", f'agent-socket="{socket_address(plan.socket)}"',
     ]  # fmt: skip
     source = shared_source()
     readable = [sys.prefix, sys.base_prefix, *_SYSTEM_READABLE, *([str(source)] if source else [])]
@@ -142,7 +142,27 @@ def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
         bind_ports=[runtime_port],
         mode=plan.mode,
         user=plan.user,
+        tasks=MOST_TASKS,
     )
+
+
+def _clear_the_way(directory: Path, record: str) -> None:
+    """Make what a start needs in the untrusted directory, in place of links, pipes and the like that an app left."""
+    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in (*_OWN_DIRECTORIES, record):
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(name, dir_fd=place, follow_symlinks=False)
+                if name == record and stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                    if found.st_size > _LOG_LIMIT_BYTES:
+                        os.replace(name, f"{name}.1", src_dir_fd=place, dst_dir_fd=place)
+                elif not stat.S_ISDIR(found.st_mode):
+                    os.unlink(name, dir_fd=place)
+        for name in _OWN_DIRECTORIES:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=place)
+    finally:
+        os.close(place)
 
 
 def describe_confinement(mode: str, user: str) -> str:
@@ -185,8 +205,8 @@ def listen_loopback(port: int = 0) -> socket.socket:
 class Helpers:
     """Keeps the tunnel and, if a plan is given, the SuperNode running until `stop`.
 
-    A process that dies is started again after 1 s, then 2 s, up to 30 s; the wait starts over after
-    a minute of life. So is a SuperNode that has taken leave of the coordinator (after an answer that it
+    A process that dies, or that cannot be started, is started again after 1 s, then 2 s, up to 30 s; the wait starts
+    over after a minute of life. So is a SuperNode that has taken leave of the coordinator (after an answer that it
     does not understand it does so, and then lives on without ever asking for work again), or that keeps
     a reply to itself (`fl_client.tunnel.Debts`).
     """
@@ -206,11 +226,12 @@ class Helpers:
         self._lock = threading.Lock()
         self._tunnel_ready = threading.Event()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._threads: list[threading.Thread] = []
+        names = ["tunnel"] + (["supernode"] if self._launch_node else [])
+        self._loops = {name: Loop(name, functools.partial(self._life, name)) for name in names}
 
     def start_tunnel(self) -> None:
         """Start the tunnel; it may come up while the model loads."""
-        self._start("tunnel")
+        self._loops["tunnel"].start()
 
     def start_node(self) -> None:
         """Start the SuperNode, if there is a plan for one, as soon as the tunnel is ready.
@@ -218,7 +239,7 @@ class Helpers:
         A SuperNode that finds nobody backs off for many seconds, so it is worth waiting.
         """
         if self._launch_node:
-            self._start("supernode")
+            self._loops["supernode"].start()
 
     def _node_left(self) -> None:
         """End the SuperNode that has taken leave; whoever keeps it starts the next one."""
@@ -232,11 +253,6 @@ class Helpers:
         if node is not None:
             node.terminate()
 
-    def _start(self, name: str) -> None:
-        thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
     def pids(self) -> dict[str, int]:
         """Return the process ids of what runs now, by name."""
         with self._lock:
@@ -245,11 +261,22 @@ class Helpers:
     def states(self) -> dict[str, bool]:
         """Return for each process that should run whether it does."""
         running = self.pids()
-        return {name: name in running for name in (["tunnel"] + (["supernode"] if self._launch_node else []))}
+        return {name: name in running for name in self._loops}
+
+    def problems(self) -> list[str]:
+        """What does not run, and why, in one line each."""
+        why = {name: loop.problem() for name, loop in self._loops.items()}
+        return [
+            f"the {name} does not run" + (f": {why[name]}" if why[name] else "")
+            for name, runs in self.states().items()
+            if not runs
+        ]
 
     def stop(self) -> None:
         """End both processes and everything that they started."""
         self._stopping.set()
+        for loop in self._loops.values():
+            loop.stopping.set()
         self._tunnel_ready.set()
         with self._lock:
             running = [self._running[name] for name in ("supernode", "tunnel") if name in self._running]
@@ -257,45 +284,48 @@ class Helpers:
             process.terminate()
         for process in running:
             try:
-                process.wait(15)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-        for thread in self._threads:
-            thread.join(5)
+        for loop in self._loops.values():
+            loop.stop(5)
         self._listener.close()
 
-    def _keep(self, name: str) -> None:
-        pause = _RESTART_FIRST_S
+    def _life(self, name: str) -> float | None:
+        """One life of a process, from its start to its end. Raises what kept it from starting, or Ended."""
         if name == "supernode":
             self._tunnel_ready.wait(_TUNNEL_WAIT_S)
-        while not self._stopping.is_set():
-            began = time.monotonic()
-            process = self._launch(name)
-            with self._lock:
-                self._running[name] = process
-            if self._stopping.is_set():
-                process.terminate()
-            if process.stdout is not None:
-                for raw in process.stdout:
-                    line = raw.decode("utf-8", "replace").strip()
-                    if line == READY:
-                        self._tunnel_ready.set()
-                    elif line == NODE_LEFT:
-                        self._node_left()
-                    else:
-                        logging.getLogger("fl_client.tunnel").info(line)
+        if self._stopping.is_set():
+            return None
+        process = self._launch(name)
+        with self._lock:
+            self._running[name] = process
+        if self._stopping.is_set():
+            process.terminate()
+        last = ""
+        try:
+            for raw in process.stdout or ():
+                line = raw.decode("utf-8", "replace").strip()
+                if line == READY:
+                    self._tunnel_ready.set()
+                elif line == NODE_LEFT:
+                    self._node_left()
+                elif line:
+                    last = line
+                    logging.getLogger(f"fl_client.{name}").info(line)
             status = process.wait()
+        except BaseException:
+            process.terminate()  # nobody would keep it: the next life starts another
+            raise
+        finally:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
+                    with contextlib.suppress(OSError):
                         pipe.close()
             with self._lock:
                 self._running.pop(name, None)
-            if self._stopping.is_set():
-                return
-            pause = _RESTART_FIRST_S if time.monotonic() - began > 60 else min(pause * 2, _RESTART_MOST_S)
-            log.warning("the %s ended with status %d; starting it again in %.0f s", name, status, pause)
-            self._stopping.wait(pause)
+        where = last if last else "see supernode.log in its directory" if name == "supernode" else ""
+        raise Ended(f"it ended with status {status}" + (f": {where[:200]}" if where else ""), fix="see its log")
 
     def _launch(self, name: str) -> subprocess.Popen[bytes]:
         if name == "tunnel":
@@ -313,18 +343,25 @@ class Helpers:
             return process
         if self._plan is None:
             raise RuntimeError("the SuperNode was asked for without a plan")
-        return start_node(self._plan)
+        return start_node(self._plan, says=subprocess.PIPE)
 
 
-def start_node(plan: NodePlan) -> subprocess.Popen[bytes]:
-    """Start the keeper of the confined SuperNode; the caller keeps its standard input open."""
+class Ended(ConcordatError):
+    """A helper process ended although it should run."""
+
+
+def start_node(plan: NodePlan, *, says: int | None = None) -> subprocess.Popen[bytes]:
+    """Start the keeper of the confined SuperNode; the caller keeps its standard input open.
+
+    What the keeper itself has to say goes to `says`, as for Popen; the SuperNode writes into its log.
+    """
     confinement = node_confinement(plan, free_port())
     path = os.environ.get("PYTHONPATH")
     process = subprocess.Popen(
         [sys.executable, "-m", "fl_client.sandbox"],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=says,
+        stderr=subprocess.STDOUT if says is not None else None,
         env={**OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})},
         cwd=plan.directory,
         start_new_session=True,
