@@ -23,7 +23,8 @@ from fl_client.hello import say_hello
 from fl_client.home import SiteHome
 from fl_client.renewal import certificate
 from fl_client.rotation import follow
-from fl_client.supernode import describe_confinement
+from fl_client.supernode import PLAN_FILE, describe_confinement
+from fl_client.walls import try_walls
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
@@ -84,6 +85,7 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
         yield _checked("policy", lambda: _policy(found))
         yield _checked("budget", lambda: _budget(home, found, data))
         yield _checked("separation", lambda: _separation(home, found))
+        yield from _walls(home, found)
     if coordinator is not None:
         pinned = coordinator
         yield _checked("server", lambda: _server(home, pinned))
@@ -207,6 +209,33 @@ def _budget(home: SiteHome, config: SiteConfig, data: UnitData | None) -> str:
         f"epsilon spent {position.spent:.3f}, left {position.left:.3f} of {position.epsilon:g} "
         f"at delta {position.delta:g}"
     )
+
+
+def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
+    """Each attempt of a confined process to get out, tried for real: refused, or what is open."""
+    node = config.supernode
+    if node.confine == "off":
+        yield Result("walls", True, "not tried: [supernode] confine is off")
+        return
+    url = make_url(config.ledger_url)
+    files = {
+        "the data": config.data.path, "the configuration": home.config, "the signing key": home.signing_key,
+        "the TLS key": home.client_key, "the fingerprint key": home.fingerprint_key,
+        "the launch plan": node.directory / PLAN_FILE, "the agent's log": home.logs / "agent.jsonl",
+    }  # fmt: skip
+    if url.drivername == "sqlite" and url.database:
+        files["the ledger"] = Path(url.database)
+    try:
+        findings = try_walls({name: path for name, path in files.items() if path.exists()}, node.confine, node.user)
+    except ConcordatError as error:
+        yield Result("walls", False, error.message, error.fix)
+        return
+    for name, why in findings.works.items():
+        told = f"the untrusted half cannot use it: {why}" if why else "the untrusted half can use it"
+        yield Result(f"door: {name}", not why, told, "report this as a defect, with the line 'separation'" if why else "")
+    fix = "give the untrusted half all walls, see the line 'separation', or another user (docs/security.md)"
+    for name, got in findings.open.items():
+        yield Result(f"wall: {name}", not got, f"OPEN: {got}" if got else "refused", fix if got else "")
 
 
 def _server(home: SiteHome, pinned: Coordinator) -> str:

@@ -1,18 +1,16 @@
 """Let another user run the untrusted half: what it needs lies outside the home, which stays closed.
 
-The agent is root here, and the user owns the directory that it is given: what lies there may be a link, a hard link
-or gone by the time it is touched. So only names that the agent itself makes are given away, each through a descriptor
-that was opened without following links, and never what lies below them (docs/decisions/0088).
+Beside the home the agent, who is root here, keeps a directory that the user's group may enter and read: the agent's
+socket, and the directory of the node key, the tunnel's certificate and the plan. The user owns nothing but
+`work/home` in there, which is made anew at each start (`fl_client.supernode.make_home`), so that no path that root
+touches leads through a directory that the user can write (docs/decisions/0088).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import pwd
-import shutil
-import stat
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,78 +39,35 @@ def account(user: str) -> pwd.struct_passwd:
 
 
 def mode_in(directory: Path) -> int:
-    """The mode of what is handed to the untrusted half: its group may read it where the directory is for a group."""
+    """The mode of what is handed to the untrusted half: the group may read it where the directory is for a group."""
     return 0o640 if directory.stat().st_mode & 0o070 else 0o600
 
 
 def make_meeting_place(directory: Path, socket: Path, owner: pwd.struct_passwd) -> None:
-    """Make the user's directory and the one that the agent's socket will lie in, as far as they are missing.
+    """Make the directories of the untrusted half and of the agent's socket, as far as they are missing.
 
-    ConfigError when the user could not reach them, or could put a link in the socket's place.
+    Both are root's, and the user's group may enter and read them. ConfigError when the user could not reach them, or
+    could put a link in the socket's place.
     """
+    group = "choose a home that others may pass by, such as /var/lib/concordat/SITE, or set directory and socket"
     try:
-        for place in dict.fromkeys((directory.parent, socket.parent)):
-            if not place.exists():
+        for place, mode in ((directory.parent, 0o710), (socket.parent, 0o710), (directory, 0o2750)):
+            if not os.path.lexists(place):
                 place.mkdir(mode=0o700)
                 os.chown(place, -1, owner.pw_gid, follow_symlinks=False)
-                place.chmod(0o710)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                place.chmod(mode)  # in a directory of our own: nobody can have put a link there
     except OSError as error:
         raise ConfigError(
-            f"[supernode] directory = {str(directory)!r}: {error.strerror}",
-            fix="create it, or name another place outside the site's home",
+            f"[supernode] directory = {str(directory)!r}: {error.strerror}", fix=f"create it, or {group}"
         ) from None
-    try:
-        if os.fstat(descriptor).st_uid in (0, owner.pw_uid):
-            os.fchown(descriptor, owner.pw_uid, -1)
-            os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o2770)
-    finally:
-        os.close(descriptor)
-    if not may(owner, "-w", directory):
-        raise ConfigError(
-            f"[supernode] user = {owner.pw_name!r} cannot reach {directory}",
-            fix="choose a home that others may pass by, such as /var/lib/concordat/SITE, or set directory and socket",
-        )
-    if not may(owner, "-x", socket.parent) or may(owner, "-w", socket.parent):
-        raise ConfigError(
-            f"[supernode] socket = {str(socket)!r}: its directory must let {owner.pw_name!r} pass, but not write",
-            fix="leave the field out, or choose a directory of root's with mode 0711",
-        )
-
-
-def give(directory: Path, names: Iterable[str], owner: pwd.struct_passwd) -> None:
-    """Make `owner` the owner of these files and directories in `directory`; what is missing or a link is left."""
-    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        for name in names:
-            try:
-                _give(place, name, owner)
-            except OSError as error:  # a link, or gone: the user's own doing, and its own loss
-                if not isinstance(error, FileNotFoundError):
-                    log.warning("%s in the untrusted directory is not handed over: %s", name, error.strerror)
-    finally:
-        os.close(place)
-
-
-def _give(place: int, name: str, owner: pwd.struct_passwd) -> None:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(name, flags, dir_fd=place)
-    try:
-        found = os.fstat(descriptor)
-        if found.st_uid == owner.pw_uid:
-            return
-        if stat.S_ISDIR(found.st_mode) and os.listdir(descriptor):  # of a time when the half ran as ourselves
-            shutil.rmtree(name, dir_fd=place)
-            os.mkdir(name, 0o700, dir_fd=place)
-            os.close(descriptor)
-            descriptor = os.open(name, flags | os.O_DIRECTORY, dir_fd=place)
-            found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):
-            os.fchown(descriptor, owner.pw_uid, owner.pw_gid)
-    finally:
-        os.close(descriptor)
+    for name, path in (("directory", directory), ("socket", socket.parent)):
+        if not may(owner, "-x", path):
+            raise ConfigError(f"[supernode] {name}: user {owner.pw_name!r} cannot enter {path}", fix=group)
+        if may(owner, "-w", path):
+            raise ConfigError(
+                f"[supernode] {name}: user {owner.pw_name!r} can write {path}, so that what lies there is not ours",
+                fix=f"leave the field out, or: chown root {path} && chmod 710 {path}",
+            )
 
 
 def may(owner: pwd.struct_passwd, how: str, path: Path) -> bool:

@@ -12,22 +12,23 @@ import functools
 import json
 import logging
 import os
+import pwd
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import fl_shared
 from fl_client.files import write_durably
-from fl_client.handover import account, give, mode_in
+from fl_client.handover import mode_in
 from fl_client.reaping import MOST_TASKS
-from fl_client.sandbox import Confinement, landlock_abi
+from fl_client.sandbox import Confinement, Walls
 from fl_client.tunnel import NODE_LEFT, READY, TunnelSettings
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.offline import OFFLINE
@@ -36,7 +37,7 @@ from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_client.supernode")
 
-_SYSTEM_READABLE = (
+SYSTEM_READABLE = (
     "/usr", "/bin", "/lib", "/lib64", "/etc/ssl", "/etc/pki", "/etc/localtime", "/etc/ld.so.cache",
     "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
     "/etc/os-release", "/dev/urandom", "/dev/random", "/proc", "/sys/devices/system/cpu",
@@ -44,14 +45,19 @@ _SYSTEM_READABLE = (
 _TUNNEL_WAIT_S = 30.0
 _STOP_S = 30.0  # a keeper that has much to kill needs its time
 _LOG_LIMIT_BYTES = 8 << 20
-_OWN_DIRECTORIES = ("tmp", "flwr")
 PLAN_FILE = "launch.json"
 
 
 @dataclass(frozen=True)
 class NodePlan:
     """Everything that one start of the SuperNode depends on. Holds no path outside its directory
-    but the agent's socket."""
+    but the agent's socket.
+
+    `directory` belongs to the agent's user: plan, node key and certificate lie there, and the untrusted half only
+    reads them. Below it, `work` belongs to the untrusted half's user, and the code that the coordinator ships may
+    write in `work/home` alone, which is new and empty at each start. So nothing that decides about a wall, and
+    nothing that is run or read outside of it, lies where the walled can write.
+    """
 
     directory: Path
     socket: Path
@@ -62,15 +68,21 @@ class NodePlan:
     user: str = ""
 
     def save(self) -> None:
-        """Write the plan where `fl-client supernode` finds it, in the untrusted directory."""
+        """Write the plan where `fl-client supernode` finds it."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
         write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=mode_in(self.directory))
 
+    @property
+    def home(self) -> Path:
+        """The only directory in which the untrusted half may write."""
+        return self.directory / "work" / "home"
+
     @classmethod
     def load(cls, directory: Path) -> NodePlan:
-        """Read the plan that the agent wrote into `directory`; ConfigError when there is none."""
+        """Read the plan that the agent wrote into `directory`; ConfigError when there is none, or not the agent's."""
         path = directory / PLAN_FILE
+        require_own(directory, path)
         try:
             table = json.loads(path.read_text("utf-8"))
             return cls(
@@ -113,13 +125,55 @@ def node_environment(directory: Path) -> dict[str, str]:
     return environment
 
 
+def require_own(directory: Path, plan: Path | None = None) -> None:
+    """Refuse a directory of the untrusted half that anybody but its owner may write, or a plan of another owner.
+
+    Without `plan`: as the agent, whose own the directory must be. Raises ConfigError.
+    """
+    fix = (
+        f"let the agent's user own {directory} (chown, chmod 2750, in the group of both halves), and give the other "
+        f"user {directory / 'work'} (install -d -m 700 -o USER)"
+    )
+    try:
+        found = directory.stat()
+        owner = os.geteuid() if plan is None else plan.stat(follow_symlinks=False).st_uid
+    except OSError as error:
+        hint = fix if plan is None else "start the site's agent first: it writes this file; check --directory"
+        raise ConfigError(f"{error.filename} cannot be used: {error.strerror}", fix=hint) from None
+    if found.st_mode & 0o022 or found.st_uid != owner:
+        raise ConfigError(f"{directory} can be written by others than the agent's user", fix=fix)
+
+
+def make_home(plan: NodePlan) -> None:
+    """Make the untrusted half's own directory anew: what an app left there meets no later app. Raises ConfigError."""
+    work = plan.home.parent
+    try:
+        work.mkdir(mode=0o711, exist_ok=True)
+        if os.path.lexists(plan.home):
+            plan.home.rename(work / f"old-{time.time_ns()}")
+        plan.home.mkdir(mode=0o700)
+        for name in ("tmp", "flwr"):
+            (plan.home / name).mkdir(mode=0o700)
+        if plan.user:  # we are root, `work` is ours and `home` is new: given away last, so that nobody has a hand in it
+            owner = pwd.getpwnam(plan.user)
+            for path in (plan.home / "tmp", plan.home / "flwr", plan.home):
+                os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+    except (OSError, LookupError) as error:
+        raise ConfigError(
+            f"[supernode] the untrusted half has no place to work in: {error}",
+            fix=f"let the user that runs it own {work}: install -d -m 700 -o USER {work}",
+        ) from None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
+        subprocess.run(["rm", "-rf", "--", *work.glob("old-*")], stderr=subprocess.DEVNULL, timeout=60, check=False)
+
+
 def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
     """Return the confined command that runs the SuperNode with its Runtime API on `runtime_port`."""
     directory = plan.directory
-    record = directory / "supernode.log"
-    _clear_the_way(directory, record.name)
-    if plan.user:
-        give(directory, (*_OWN_DIRECTORIES, record.name), account(plan.user))
+    make_home(plan)
+    record = (directory if os.access(directory, os.W_OK) else plan.home.parent) / "supernode.log"
+    if record.exists() and record.stat().st_size > _LOG_LIMIT_BYTES:
+        record.replace(record.with_suffix(".log.1"))
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink", f"127.0.0.1:{plan.tunnel_port}",
@@ -130,52 +184,64 @@ def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
         "--node-config", f'agent-socket="{socket_address(plan.socket)}"',
     ]  # fmt: skip
     source = shared_source()
-    readable = [sys.prefix, sys.base_prefix, *_SYSTEM_READABLE, *([str(source)] if source else [])]
+    readable = [sys.prefix, sys.base_prefix, *SYSTEM_READABLE, *([str(source)] if source else [])]
+    readable += [str(plan.node_key), str(plan.tunnel_certificate)]
     return Confinement(
         command=command,
-        environment=node_environment(directory),
-        directory=str(directory),
+        environment=node_environment(plan.home),
+        directory=str(plan.home),
         log=str(record),
         readable=readable,
-        writable=[str(directory), "/dev/null"],
+        writable=[str(plan.home), "/dev/null"],
         connect_ports=[plan.tunnel_port, runtime_port],
         bind_ports=[runtime_port],
         mode=plan.mode,
         user=plan.user,
         tasks=MOST_TASKS,
+        agent=str(plan.socket),
     )
 
 
-def _clear_the_way(directory: Path, record: str) -> None:
-    """Make what a start needs in the untrusted directory, in place of links, pipes and the like that an app left."""
-    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def offered_walls(mode: str, user: str) -> Walls:
+    """Which walls this machine offers. With mode "require" a missing one is a ConfigError that says what to do."""
+    tried = Confinement(
+        command=[], environment={}, directory="/", log="", readable=[sys.prefix, sys.base_prefix, *SYSTEM_READABLE],
+        writable=["/dev/null"], connect_ports=[], bind_ports=[], user=user,
+    )  # fmt: skip
+    words = [sys.executable, "-P", "-m", "fl_client.sandbox", "--walls"]
+    done = subprocess.run(
+        words, input=tried.to_line(), capture_output=True, env=keeper_environment(), cwd="/", check=False
+    )
     try:
-        for name in (*_OWN_DIRECTORIES, record):
-            with contextlib.suppress(FileNotFoundError):
-                found = os.stat(name, dir_fd=place, follow_symlinks=False)
-                if name == record and stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
-                    if found.st_size > _LOG_LIMIT_BYTES:
-                        os.replace(name, f"{name}.1", src_dir_fd=place, dst_dir_fd=place)
-                elif not stat.S_ISDIR(found.st_mode):
-                    os.unlink(name, dir_fd=place)
-        for name in _OWN_DIRECTORIES:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=place)
-    finally:
-        os.close(place)
+        walls = Walls(**json.loads(done.stdout))
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"[supernode] the walls around the untrusted half cannot be tried: {done.stderr.decode()[-300:].strip()}",
+            fix="check [supernode] user, and that the agent may start processes",
+        ) from None
+    if mode == "require" and walls.missing():
+        raise ConfigError(
+            f'[supernode] confine is "require", and this machine lacks {"; ".join(walls.missing())}',
+            fix="use a kernel of 5.13 or later with Landlock, and let this user make user namespaces (sysctl "
+            "kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces; in a container, its seccomp "
+            'profile), or accept what is missing with confine = "auto" (docs/security.md)',
+        )
+    return walls
 
 
 def describe_confinement(mode: str, user: str) -> str:
-    """Say in one line how far the untrusted half is separated on this machine."""
-    abi = landlock_abi()
-    kernel = f"Landlock (ABI {abi})" if mode != "off" and abi else ""
-    if kernel and user:
-        return f"user {user} and {kernel}"
-    if kernel:
-        return f"{kernel}, same user"
-    if user:
-        return f"user {user}, no Landlock"
-    return "NOT separated: same user and no Landlock; use [supernode] user, or a newer kernel"
+    """Say in one line how far the untrusted half is separated on this machine. ConfigError as `offered_walls`."""
+    own = f"user {user}" if user else "same user"
+    if mode == "off":
+        return f"{own}, confine is off" if user else "NOT separated: same user, and confine is off"
+    walls = offered_walls(mode, user)
+    kinds = [] if walls.no_namespaces else ["own network, files and processes (namespaces)"]
+    kinds += [f"Landlock (ABI {walls.landlock})"] if walls.landlock else []
+    kinds += [] if walls.no_filter else ["seccomp"]
+    if not kinds and not user:
+        return "NOT separated: same user and no wall in this kernel; use [supernode] user, or a newer kernel"
+    lacks = "; ".join(walls.missing())
+    return ", ".join([own, *kinds]) + (f"; WITHOUT {lacks}" if lacks else "")
 
 
 def free_port() -> int:
@@ -331,7 +397,7 @@ class Helpers:
         if name == "tunnel":
             kept = {k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)}
             process = subprocess.Popen(
-                [sys.executable, "-m", "fl_client.tunnel"],
+                [sys.executable, "-P", "-m", "fl_client.tunnel"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -356,19 +422,23 @@ def start_node(plan: NodePlan, *, says: int | None = None) -> subprocess.Popen[b
     What the keeper itself has to say goes to `says`, as for Popen; the SuperNode writes into its log.
     """
     confinement = node_confinement(plan, free_port())
-    path = os.environ.get("PYTHONPATH")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fl_client.sandbox"],
+        [sys.executable, "-P", "-m", "fl_client.sandbox"],  # -P: no module comes from the working directory
         stdin=subprocess.PIPE,
         stdout=says,
         stderr=subprocess.STDOUT if says is not None else None,
-        env={**OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})},
-        cwd=plan.directory,
+        env=keeper_environment(),
+        cwd="/",
         start_new_session=True,
         close_fds=True,
     )
     _hand_over(process, confinement.to_line())
     return process
+
+
+def keeper_environment() -> dict[str, str]:
+    path = os.environ.get("PYTHONPATH")
+    return {**OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})}
 
 
 def _hand_over(process: subprocess.Popen[bytes], line: bytes) -> None:
@@ -391,7 +461,9 @@ def run_alone(directory: Path) -> int:
     """
     directory = directory.absolute()
     written = (directory / PLAN_FILE).stat().st_mtime_ns if (directory / PLAN_FILE).exists() else 0
-    process = start_node(NodePlan.load(directory))
+    plan = NodePlan.load(directory)
+    log.info("untrusted half: %s", describe_confinement(plan.mode, ""))
+    process = start_node(plan)
 
     def end(_number: int, _frame: FrameType | None) -> None:
         process.terminate()

@@ -18,14 +18,14 @@ from fl_client.agent.site import OpenSite, open_site
 from fl_client.config import SiteConfig, SupernodeConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
-from fl_client.handover import account, exposed, give, make_meeting_place, mode_in
+from fl_client.handover import account, exposed, make_meeting_place, mode_in
 from fl_client.hello import call
 from fl_client.home import SiteHome
 from fl_client.metrics import Metrics
 from fl_client.renewal import Renewer, finish
 from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
-from fl_client.supernode import PLAN_FILE, Helpers, NodePlan, describe_confinement, listen_loopback
+from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 from fl_shared.errors import ConfigError
 from fl_shared.monitoring import serve_monitoring
@@ -79,6 +79,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
     if config.policy.allow_non_private:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
     finish(home)
+    separation = describe_confinement(config.supernode.confine, config.supernode.user)  # refuses what is not offered
     helpers = _helpers(home, config, coordinator)
     renewer = Renewer(home, coordinator)
     site: OpenSite | None = None
@@ -120,7 +121,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
             "agent of %s is ready; epsilon spent %.3f, left %.3f at delta %g",
             config.site, position.spent, position.left, position.delta,
         )  # fmt: skip
-        log.info("untrusted half: %s", describe_confinement(config.supernode.confine, config.supernode.user))
+        log.info("untrusted half: %s", separation)
         ending.wait()
         log.info("stopping")
         answerer.stop()
@@ -170,8 +171,6 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
         user=node.user,
     )
     plan.save()
-    if node.user:
-        give(node.directory, (home.node_key.name, local_certificate.name, PLAN_FILE), account(node.user))
     settings = TunnelSettings(
         listen_fd=listener.fileno(),
         fleet_url=coordinator.server + coordinator.fleet_path,
@@ -190,6 +189,7 @@ def _prepare(home: SiteHome, node: SupernodeConfig) -> None:
     """Make what the untrusted half needs outside the home, and bring Flower's node key there."""
     if node.user:
         make_meeting_place(node.directory, node.socket, account(node.user))
+    require_own(node.directory)
     if node.directory == home.supernode:
         return
     try:
@@ -197,5 +197,5 @@ def _prepare(home: SiteHome, node: SupernodeConfig) -> None:
     except OSError as error:
         raise ConfigError(
             f"[supernode] directory = {str(node.directory)!r}: {error.strerror}",
-            fix="create it, owned by the untrusted half's user, writable for the group of both (mode 2770)",
+            fix="create it, owned by the agent's user, readable for the group of both halves (mode 2750)",
         ) from None
