@@ -122,6 +122,15 @@ def descendants() -> set[int]:
     return found
 
 
+def reap_orphans(command: int) -> None:
+    """Take leave of ended children other than `command`: each would hold one of the places that it may have."""
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == command:
+                return
+            os.waitpid(ended.si_pid, 0)
+
+
 def kill_descendants() -> None:
     """Stop and kill every descendant until none is left. This process must be a child subreaper.
 

@@ -32,7 +32,7 @@ from typing import NoReturn
 
 from fl_client import namespaces, seccomp
 from fl_client.forwarder import Target, forward
-from fl_client.reaping import Cgroup, kill_descendants, limit_tasks
+from fl_client.reaping import Cgroup, kill_descendants, limit_tasks, reap_orphans
 
 MODES = ("auto", "require", "off")
 
@@ -370,6 +370,7 @@ def main() -> int:
                 status = process.wait(_STOP_S)
             break
         status = process.poll()
+        reap_orphans(process.pid)
     _end_all(group)
     return 0 if status is None else min(abs(status), 125)
 
