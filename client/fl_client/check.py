@@ -232,7 +232,7 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
         return
     for name, why in findings.works.items():
         told = f"the untrusted half cannot use it: {why}" if why else "the untrusted half can use it"
-        yield Result(f"door: {name}", not why, told, "report this as a defect, with the line 'separation'" if why else "")
+        yield Result(f"door: {name}", not why, told, "report this, with the line 'separation'" if why else "")
     fix = "give the untrusted half all walls, see the line 'separation', or another user (docs/security.md)"
     for name, got in findings.open.items():
         yield Result(f"wall: {name}", not got, f"OPEN: {got}" if got else "refused", fix if got else "")

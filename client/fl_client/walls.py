@@ -19,13 +19,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fl_client.sandbox import Confinement
 from fl_client.supernode import SYSTEM_READABLE, keeper_environment, node_environment
 from fl_shared.errors import ConfigError
 
 _PROBE_S = 120.0
-_STAND_IN = "import ctypes, sys; a = ctypes.create_string_buffer(8); print(ctypes.addressof(a), flush=True); sys.stdin.read()"
+_STAND_IN = """
+import ctypes, sys
+byte = ctypes.create_string_buffer(8)
+print(ctypes.addressof(byte), flush=True)
+sys.stdin.read()
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,6 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
     Nothing of the site is changed. Raises ConfigError when the probe cannot be run.
     """
     with contextlib.ExitStack() as stack:
-        # Not through ExitStack's own clean-up order alone: the directory must outlive the sockets in it.
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walls-")))
         home, outside = place / "home", place / "outside"
         home.mkdir(mode=0o700)
@@ -88,11 +93,11 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
 
 
 @contextlib.contextmanager
-def _targets(place: Path, outside: Path, user: str) -> Iterator[dict[str, object]]:
+def _targets(place: Path, outside: Path, user: str) -> Iterator[dict[str, Any]]:
     """Listening sockets and a process of the same user, and where they are."""
     with contextlib.ExitStack() as stack:
 
-        def listen(family: int, kind: int, address: object) -> socket.socket:
+        def listen(family: int, kind: int, address: Any) -> socket.socket:
             made = stack.enter_context(socket.socket(family, kind))
             made.bind(address)
             if kind == socket.SOCK_STREAM:
@@ -120,6 +125,7 @@ def _targets(place: Path, outside: Path, user: str) -> Iterator[dict[str, object
             user=user or None,
         )  # fmt: skip
         stack.callback(agent.communicate)
+        stack.callback(agent.kill)
         if agent.stdout is None:
             raise RuntimeError("the stand-in has no pipe")
         yield {
