@@ -1,4 +1,4 @@
-"""Nothing outlives its keeper: programs that fork faster than they are killed, each within a hard limit of processes."""
+"""Nothing outlives its keeper: programs that fork faster than they are killed, within a hard limit of processes."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_the_keeper_ends_whatever_forks(tmp_path: Path, bomb: str) -> None:
     user, tasks = pwd.getpwnam("nobody"), 100
     before = len(of_user(user.pw_uid))
     confinement = Confinement(
-        command=["/usr/bin/perl", "-e", f"{PERL_START} if (fork) {{ sleep 60 }} {PERL_BOMBS[bomb]}"], environment={}, directory="/",
-        log=str(tmp_path / "log"), readable=[], writable=[], connect_ports=[], bind_ports=[], mode="off",
+        command=["/usr/bin/perl", "-e", f"{PERL_START} if (fork) {{ sleep 60 }} {PERL_BOMBS[bomb]}"],
+        environment={}, directory="/", log=str(tmp_path / "log"), readable=[], writable=[], connect_ports=[], bind_ports=[], mode="off",
         user="nobody", tasks=tasks,
     )  # fmt: skip
     keeper = subprocess.Popen(
