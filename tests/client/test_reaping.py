@@ -119,7 +119,8 @@ def test_the_keeper_ends_whatever_forks(tmp_path: Path, bomb: str) -> None:
     before = len(of_user(user.pw_uid))
     confinement = Confinement(
         command=["/usr/bin/perl", "-e", f"{PERL_START} if (fork) {{ sleep 60 }} {PERL_BOMBS[bomb]}"],
-        environment={}, directory="/", log=str(tmp_path / "log"), readable=[], writable=[], connect_ports=[], bind_ports=[], mode="off",
+        environment={}, directory="/", log=str(tmp_path / "log"),
+        readable=[], writable=[], connect_ports=[], bind_ports=[], mode="off",
         user="nobody", tasks=tasks,
     )  # fmt: skip
     keeper = subprocess.Popen(

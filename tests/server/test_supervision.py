@@ -115,7 +115,7 @@ def test_a_full_disk_ends_nothing(place: Path) -> None:
 
 
 def test_a_door_that_nobody_keeps_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the loop at the gateway's door meets, the gateway does not live on deaf: it ends, to be started again."""
+    """Whatever the loop at the gateway's door meets, the gateway does not live on deaf: it ends."""
 
     class Server:
         should_exit = False
