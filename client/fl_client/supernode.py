@@ -43,6 +43,7 @@ SYSTEM_READABLE = (
     "/etc/os-release", "/dev/urandom", "/dev/random", "/proc", "/sys/devices/system/cpu",
 )  # fmt: skip
 _TUNNEL_WAIT_S = 30.0
+_PROVEN_S = 10.0  # after a failure a process that runs for so long is well again
 _STOP_S = 30.0  # a keeper that has much to kill needs its time
 _LOG_LIMIT_BYTES = 8 << 20
 PLAN_FILE = "launch.json"
@@ -292,6 +293,7 @@ class Helpers:
         self._lock = threading.Lock()
         self._tunnel_ready = threading.Event()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._began: dict[str, float] = {}
         names = ["tunnel"] + (["supernode"] if self._launch_node else [])
         self._loops = {name: Loop(name, functools.partial(self._life, name)) for name in names}
 
@@ -330,13 +332,14 @@ class Helpers:
         return {name: name in running for name in self._loops}
 
     def problems(self) -> list[str]:
-        """What does not run, and why, in one line each."""
-        why = {name: loop.problem() for name, loop in self._loops.items()}
-        return [
-            f"the {name} does not run" + (f": {why[name]}" if why[name] else "")
-            for name, runs in self.states().items()
-            if not runs
-        ]
+        """What does not run, or has only just been started again, and why, in one line each."""
+        found = []
+        for name, runs in self.states().items():
+            why = self._loops[name].problem()
+            young = time.monotonic() - self._began.get(name, 0.0) < _PROVEN_S
+            if not runs or (why and young):
+                found.append(f"the {name} does not run" + (f": {why}" if why else ""))
+        return found
 
     def stop(self) -> None:
         """End both processes and everything that they started."""
@@ -366,6 +369,7 @@ class Helpers:
         process = self._launch(name)
         with self._lock:
             self._running[name] = process
+            self._began[name] = time.monotonic()
         if self._stopping.is_set():
             process.terminate()
         last = ""

