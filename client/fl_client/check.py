@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import make_url
@@ -18,6 +19,7 @@ from fl_client.config import ANY_APP, SiteConfig
 from fl_client.data.load import label_report, load_unit_data, require_labels
 from fl_client.data.units import UnitData
 from fl_client.enrolment import Coordinator
+from fl_client.handover import account, exposed
 from fl_client.hello import say_hello
 from fl_client.home import SiteHome
 from fl_client.renewal import certificate
@@ -28,6 +30,7 @@ from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
 from fl_shared.manifest import RunSpec
+from fl_shared.private import open_to_others
 from fl_shared.signing import SigningKey
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
             asked, loaded = spec, base
             yield _checked("spec", lambda: _spec(found, asked, loaded))
         yield _checked("budget", lambda: _budget(home, found, data))
-        yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
+        yield _checked("separation", lambda: _separation(home, found))
         yield from _walls(home, found)
     if coordinator is not None:
         pinned = coordinator
@@ -132,12 +135,28 @@ def _keys(home: SiteHome) -> str:
     for path in (home.signing_key, home.client_key, home.node_key, home.fingerprint_key):
         mode = _mode(path)
         if mode & 0o077:
-            raise ConfigError(f"{path} can be read by others (mode {mode:o})", fix=f"chmod 600 {path}")
+            raise ConfigError(f"{path} can be read by others (mode {mode:o})", fix=f"chmod 600 {quote(str(path))}")
     mode = _mode(home.root)
-    if mode & 0o066:
-        raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod 700 {home.root}")
+    if mode & 0o077:
+        raise ConfigError(
+            f"{home.root} is open to others (mode {mode:o})", fix=f"chmod -R go= {quote(str(home.root))}"
+        )
     key = SigningKey.load(home.signing_key)
-    return f"private; signing key {spoken_key(key.public_hex)}"
+    told = f"private; signing key {spoken_key(key.public_hex)}"
+    if behind := open_to_others(home.root):
+        told += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
+    return told
+
+
+def _separation(home: SiteHome, config: SiteConfig) -> str:
+    """The other user is there and can read none of the site's secrets."""
+    user = config.supernode.user
+    if user:
+        for path in exposed(account(user), config.secrets(home)):
+            raise ConfigError(
+                f"the untrusted half's user {user} can read {path}", fix=f"chmod go= {quote(str(path))}"
+            )
+    return describe_confinement(config.supernode.confine, user)
 
 
 def _mode(path: Path) -> int:

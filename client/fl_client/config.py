@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from sqlalchemy.engine import make_url
+
 from fl_client.data.tables import UTF_8
 from fl_client.enrolment import server_url
 from fl_client.home import SiteHome
@@ -19,6 +21,7 @@ from fl_client.sandbox import MODES
 from fl_shared.errors import ConfigError, EnrolmentError, shown
 from fl_shared.manifest import LORA_TARGETS, check_digest
 from fl_shared.names import site_id
+from fl_shared.paths import check_socket, sqlite_url
 from fl_shared.settings import Fields, load_toml
 
 ANY_APP = "any"
@@ -132,6 +135,13 @@ class SiteConfig:
     stop_grace_s: float
     source: Path
 
+    def secrets(self, home: SiteHome) -> list[Path]:
+        """The files that the untrusted half must never read."""
+        ledger = make_url(self.ledger_url) if self.ledger_url.startswith("sqlite:") else None
+        keys = [home.signing_key, home.client_key, home.fingerprint_key]
+        places = [home.config, *keys, self.data.path, *([Path(ledger.database)] if ledger and ledger.database else [])]
+        return [path for path in places if path.exists()]
+
     @classmethod
     def load(cls, home: SiteHome, site: str) -> SiteConfig:
         """Read `site.toml` of `home`; ConfigError names the first wrong field and its fix."""
@@ -156,6 +166,8 @@ class SiteConfig:
             source=path,
         )
         top.done()
+        if made.model.processes > 1:
+            check_socket(home.ranks / "r12345678" / "s", fix="choose a home with a shorter path, or processes = 1")
         if made.policy.allow_non_private and not made.data.public:
             raise ConfigError(
                 f"{path} [policy]: allow_non_private is true, but [data] public is false",
@@ -305,7 +317,7 @@ def _date(fields: Fields, name: str) -> str | None:
 
 
 def _ledger(fields: Fields, home: SiteHome) -> str:
-    url = fields.text("url", default=f"sqlite:///{home.ledger}")
+    url = fields.text("url", default=sqlite_url(home.ledger))
     fields.done()
     if not re.match(r"(sqlite|postgresql(\+psycopg)?)://", url):
         raise fields.fail("url", f"is {url!r}", "write sqlite:////path/ledger.sqlite or postgresql://user@host/db")
@@ -313,16 +325,26 @@ def _ledger(fields: Fields, home: SiteHome) -> str:
 
 
 def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
+    other = fields.text("user", default="", empty=True)
     made = SupernodeConfig(
         launch=fields.boolean("launch", default=True),
         confine=fields.choice("confine", MODES, default="auto"),
-        user=fields.text("user", default="", empty=True),
+        user=other,
         tunnel_port=fields.integer("tunnel_port", low=0, high=65535, default=0),
         socket_group=fields.text("socket_group", default="", empty=True),
-        directory=fields.path("directory", default=home.supernode),
-        socket=fields.path("socket", default=home.socket),
+        directory=fields.path("directory", default=home.meeting / "supernode" if other else home.supernode),
+        socket=fields.path("socket", default=home.meeting / "agent.sock" if other else home.socket),
     )
     fields.done()
+    check_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{home.root.name[:30]}.sock" or the like')
+    if made.user or made.socket_group:
+        for name, path in (("socket", made.socket), *([("directory", made.directory)] if made.user else [])):
+            if path.is_relative_to(home.root):
+                raise fields.fail(
+                    name,
+                    f"is {str(path)!r}, in the site's home, which no other user can enter",
+                    "leave it out, or name a place outside the home" if made.user else "name one in /run/concordat",
+                )
     if not made.launch and made.tunnel_port == 0:
         raise fields.fail("tunnel_port", "is 0, but launch is false", "choose a fixed port for the other service")
     return made

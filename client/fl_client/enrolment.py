@@ -354,7 +354,7 @@ def _put_in_place(
         if source.exists():
             source.rename(target)
             sync_directory(target.parent)
-    write_durably(home.node_key.with_suffix(".pub"), _ssh_public(pending.node_key) + b"\n", mode=0o644)
+    write_durably(home.node_key.with_suffix(".pub"), _ssh_public(pending.node_key) + b"\n")
     write_durably(home.ca, ca_pem.encode("ascii"))
     write_durably(home.client_certificate, certificate_pem.encode("ascii"))
     if not home.fingerprint_key.exists():

@@ -5,7 +5,8 @@
 the kernel offers it: namespaces of its own (`fl_client.namespaces`), in which there is no other file, process or
 network; Landlock, which lets it read the Python environment and the system's libraries and write its own
 directory; and a filter of system calls (`fl_client.seccomp`). When standard input ends (the agent is gone, however
-it died) or on SIGTERM, every descendant is killed, including those that left the process group.
+it died) or on SIGTERM, every descendant is killed, including those that left the process
+group and those that fork faster than they are killed (`fl_client.reaping`).
 
 With `--walls` it starts nothing and says which of the walls this machine offers for the confinement
 (docs/decisions/0084).
@@ -25,14 +26,13 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from fl_client import namespaces, seccomp
 from fl_client.forwarder import Target, forward
+from fl_client.reaping import Cgroup, kill_descendants, limit_tasks, reap_orphans
 
 MODES = ("auto", "require", "off")
 
@@ -64,6 +64,7 @@ class Confinement:
     bind_ports: list[int]
     mode: str = "auto"  # auto: each wall that the kernel offers; require: all of them or no start; off
     user: str = ""  # run as this user (the keeper must be root); "" keeps the user
+    tasks: int = 0  # processes and threads that it may have; 0 for no limit
     agent: str = ""  # the agent's Unix socket, brought into the namespaces at its own path
 
     @property
@@ -214,16 +215,22 @@ def _try_namespaces(confinement: Confinement) -> str:
     return reason
 
 
-def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
-    """Start the command: own user if asked for, confined, killed when this process dies."""
+def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.Popen[bytes]:
+    """Start the command: own user if asked for, in its group, confined, killed when this process dies."""
     off = confinement.mode == "off"
     walls = Walls(0, "off", "off") if off else Walls.offered(confinement)
     if confinement.mode == "require" and walls.missing():
         raise OSError(f"the site's configuration requires what this machine lacks: {', '.join(walls.missing())}")
     near, far = socket.socketpair()
 
+    door = group.door() if group else -1
+
     def restrict() -> None:
         try:
+            if door >= 0:
+                os.write(door, b"0")
+            if confinement.tasks:
+                limit_tasks(confinement.tasks)
             die_with_parent()
             if not walls.no_namespaces:
                 _move_inside(confinement, far)
@@ -241,7 +248,7 @@ def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
     owner = _account(confinement.user) if confinement.user else None
     # In a directory of another user: what is no file of one name (a link, a pipe) is not written to.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    log = os.fdopen(os.open(confinement.log, flags, 0o644), "ab", buffering=0)
+    log = os.fdopen(os.open(confinement.log, flags, 0o600), "ab", buffering=0)
     try:
         found = os.fstat(log.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
@@ -262,6 +269,8 @@ def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
     finally:
         log.close()
         far.close()
+        if door >= 0:
+            os.close(door)
     if not walls.no_namespaces:
         targets: list[Target] = [("127.0.0.1", port) for port in confinement.tunnelled]
         targets += [confinement.agent] if confinement.agent else []
@@ -318,21 +327,10 @@ def _account(user: str) -> pwd.struct_passwd:
         raise OSError(f"there is no user {user!r} on this machine") from None
 
 
-def _kill_descendants() -> None:
-    """Kill every child until none is left; orphans come to us because we are a subreaper."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        pids = [int(word) for word in children.read_text().split()]
-        if not pids:
-            return
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.02)
+def _end_all(group: Cgroup | None) -> None:
+    if group is not None:
+        group.end()
+    kill_descendants()
 
 
 def main() -> int:
@@ -353,10 +351,13 @@ def main() -> int:
     signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, lambda _number, _frame: None)
+    group = Cgroup.make(confinement.directory, limited=confinement.tasks > 0)
     try:
-        process = _start(confinement)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"cannot start the confined half: {error}", file=sys.stderr)
+        process = _start(confinement, group)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no thread for the forwarder
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        print(f"it cannot be started: {why}", file=sys.stderr, flush=True)
+        _end_all(group)
         return 1
     status: int | None = None
     while status is None:
@@ -369,7 +370,8 @@ def main() -> int:
                 status = process.wait(_STOP_S)
             break
         status = process.poll()
-    _kill_descendants()
+        reap_orphans(process.pid)
+    _end_all(group)
     return 0 if status is None else min(abs(status), 125)
 
 

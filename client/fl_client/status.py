@@ -14,6 +14,7 @@ from fl_client.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.suspension import Suspensions
+from fl_shared.paths import socket_address
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import InfoReply, InfoRequest
 
@@ -30,6 +31,8 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
         found["agent"] = agent_state(home, config.supernode.socket)
         if found["agent"] == "training" and (progress := read_progress(home.progress)):
             found["training"] = progress
+        if found["agent"] != "stopped":
+            found["problems"] = agent_problems(config.supernode.socket)
         ledger = Ledger.open(config.ledger_url, None, site)
         try:
             position = ledger.epsilon(config.data.name)
@@ -53,13 +56,23 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
 
 def agent_state(home: SiteHome, socket: Path | None = None) -> str:
     """Return `idle` or `training` as the agent at `socket` says, by default the home's; `stopped` when none answers."""
-    at = socket or home.socket
-    if not at.exists():
-        return "stopped"
-    with grpc.insecure_channel(f"unix:{at}") as channel:
+    reply = _info(socket or home.socket)
+    return str(reply.state) if reply else "stopped"
+
+
+def agent_problems(socket: Path) -> list[str]:
+    """What the agent at `socket` says does not run, and why; nothing when no agent answers."""
+    reply = _info(socket)
+    return [str(each) for each in reply.problems] if reply else []
+
+
+def _info(socket: Path) -> InfoReply | None:
+    if not socket.exists():
+        return None
+    with grpc.insecure_channel(f"unix:{socket_address(socket)}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)
         try:
             reply: InfoReply = stub.Info(InfoRequest(), timeout=3)
         except grpc.RpcError:
-            return "stopped"
-    return str(reply.state)
+            return None
+    return reply

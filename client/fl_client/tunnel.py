@@ -108,8 +108,8 @@ class TunnelSettings:
         return json.dumps(asdict(self)).encode("utf-8") + b"\n"
 
 
-def make_local_certificate(certificate: Path, key: Path) -> None:
-    """Write a fresh self-signed certificate for 127.0.0.1, valid a year, and its key (0600)."""
+def make_local_certificate(certificate: Path, key: Path, *, mode: int = 0o600) -> None:
+    """Write a fresh self-signed certificate for 127.0.0.1 (`mode`), valid a year, and its key (0600)."""
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "concordat site tunnel")])
     now = dt.datetime.now(dt.UTC)
@@ -135,7 +135,7 @@ def make_local_certificate(certificate: Path, key: Path) -> None:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ),
     )
-    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=0o644)
+    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode)
 
 
 def sole_app(answer: bytes) -> tuple[str, bytes]:

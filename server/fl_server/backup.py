@@ -37,6 +37,7 @@ from fl_server.db.store import Store
 from fl_server.home import ServerHome, ServerSettings
 from fl_server.pki import Authority
 from fl_shared.errors import ConfigError, RunError
+from fl_shared.paths import sqlite_url
 from fl_shared.signing import SigningKey
 
 MANIFEST = "MANIFEST.json"
@@ -193,7 +194,7 @@ def _add(archive: tarfile.TarFile, name: str, path: Path) -> dict[str, Any]:
 
 def _damaged(database: Path, hashes: dict[str, str]) -> list[str]:
     """Adapters of committed rounds whose file is missing or is not the one that was committed."""
-    store = Store(f"sqlite:///{database}")
+    store = Store(sqlite_url(database))
     try:
         store.migrate()
         with store.read() as session:
@@ -309,7 +310,7 @@ def _check_sqlite(root: Path) -> None:
 
 def _going(database: Path) -> dict[str, int]:
     """Runs that have not ended, and their last committed round."""
-    store = Store(f"sqlite:///{database}")
+    store = Store(sqlite_url(database))
     try:
         store.migrate()
         with store.read() as session:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -46,6 +45,7 @@ from fl_shared.logs import set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 from fl_shared.stopping import StopRequest
+from fl_shared.threads import running_pool
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.chunks import split
 from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
@@ -454,7 +454,7 @@ def serve(home: ServerHome) -> grpc.Server:
     """
     settings = home.settings()
     server = grpc.server(
-        ThreadPoolExecutor(WORKERS, thread_name_prefix="control"),
+        running_pool(WORKERS, "control"),
         options=[("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)],
         maximum_concurrent_rpcs=4 * WORKERS,
     )

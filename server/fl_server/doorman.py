@@ -202,8 +202,12 @@ async def serve(server: uvicorn.Server, tls: ssl.SSLContext, listening: socket.s
             task.add_done_callback(greetings.discard)
 
     admitting = asyncio.create_task(admit())
+    # A door that nobody keeps is no service: the process ends then, and the supervisor starts another.
+    admitting.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         await serving
+        if admitting.done() and not admitting.cancelled() and (error := admitting.exception()):
+            raise error
     finally:
         for task in (admitting, *greetings):
             task.cancel()

@@ -40,6 +40,11 @@ def script(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
+def _toml(value: str) -> str:
+    """A TOML string without a quote inside: Flower looks for the next one before it reads TOML."""
+    return '"' + json.dumps(value)[1:-1].replace('\\"', "\\u0022") + '"'
+
+
 class Flower:
     """Commands to the SuperLink of one coordinator home."""
 
@@ -143,7 +148,7 @@ class Flower:
 
     def start_run(self, app: Path, config: dict[str, str]) -> str:
         """Start a Flower run; its id."""
-        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        pairs = " ".join(f"{key}={_toml(value)}" for key, value in config.items())
         answer = self._flwr("run", str(app), CONNECTION, "--run-config", pairs)
         if not answer.get("success"):
             raise RunError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_shared.errors import ConfigError
+from fl_shared.paths import sqlite_url
 from fl_shared.settings import Fields, load_toml
 
 
@@ -168,4 +169,4 @@ class ServerHome:
 
     def database_url(self) -> str:
         """The SQL address: `[server] database`, or the SQLite file in the home."""
-        return self.settings().database or f"sqlite:///{self.database}"
+        return self.settings().database or sqlite_url(self.database)

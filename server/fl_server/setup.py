@@ -12,6 +12,7 @@ from fl_server.operators import write_credentials
 from fl_server.pki import Authority
 from fl_shared.errors import ConfigError
 from fl_shared.names import operator_name
+from fl_shared.paths import sqlite_url
 from fl_shared.signing import SigningKey
 
 # The server's key lies beside the CA's: a certificate with a shorter life than the CA's would protect nothing.
@@ -56,7 +57,7 @@ def initialise(
     authority = Authority.create(home.ca_key, home.ca)
     authority.issue_server(home.server_key, home.server_certificate, host, SERVER_DAYS)
     write_credentials(authority, settings, role="admin", name=admin, out=home.admin)
-    Store(f"sqlite:///{home.database}").migrate()
+    Store(sqlite_url(home.database)).migrate()
     draft.rename(home.settings_file)  # last: a home is initialised exactly when this file is there
     return home
 

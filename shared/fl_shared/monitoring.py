@@ -5,15 +5,15 @@ Plain HTTP without a login, so it belongs on loopback. Needs prometheus_client (
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.threads import Loop
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -26,9 +26,22 @@ class _Silent(WSGIRequestHandler):
         """Requests are not logged."""
 
 
+class MonitoringServer(ThreadingWSGIServer):
+    """A thread for each request; where the system gives no more threads, it answers by itself."""
+
+    loop: Loop
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, or here: that there are no more threads is a thing to be told."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self.process_request_thread(request, client_address)
+
+
 def serve_monitoring(
     address: tuple[str, int], registry: CollectorRegistry, missing: Callable[[], list[str]]
-) -> WSGIServer:
+) -> MonitoringServer:
     """Serve on `address` in a thread and return the server.
 
     `missing` names what is not ready yet; `/readyz` answers 503 with these lines until it names nothing.
@@ -62,11 +75,12 @@ def serve_monitoring(
 
     host, port = address
     try:
-        server = make_server(host, port, app, ThreadingWSGIServer, _Silent)
+        server = make_server(host, port, app, MonitoringServer, _Silent)
     except OSError as error:
         raise ConfigError(
             f"[metrics] listen: {host}:{port} cannot be used ({error.strerror})",
             fix="choose another port, or leave [metrics] out",
         ) from None
-    threading.Thread(target=server.serve_forever, name="monitoring", daemon=True).start()
+    server.loop = Loop("monitoring", server.serve_forever)
+    server.loop.start()
     return server

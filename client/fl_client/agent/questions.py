@@ -7,10 +7,8 @@ Answers pass `agent.outgoing`; they depend on the policy, the base model's diges
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import threading
 import time
 from collections import OrderedDict
 from typing import Any, Protocol
@@ -22,6 +20,7 @@ from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError, SignatureError
 from fl_shared.questions import Objection, PlanQuestion
 from fl_shared.signing import open_document
+from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_client.questions")
 
@@ -47,19 +46,16 @@ class Answerer:
         self._outgoing = outgoing
         self._done: OrderedDict[str, None] = OrderedDict()
         self._reached = True
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="questions", daemon=True)
+        self.loop = Loop("the answering of plans", lambda: self.look(), most_pause_s=2 * RETRY_S)
 
     def start(self) -> None:
         """Look now, and then every few seconds; does nothing when the policy answers no plans."""
         if self._facts.policy.answer_plans:
-            self._thread.start()
+            self.loop.start()
 
     def stop(self) -> None:
         """End the thread; a request in progress is not waited for longer than a second."""
-        self._stopping.set()
-        with contextlib.suppress(RuntimeError):
-            self._thread.join(1)
+        self.loop.stop()
 
     def look(self) -> float:
         """Fetch and answer what there is; the seconds until the next look."""
@@ -67,8 +63,14 @@ class Answerer:
             found = self._call("GET", "/v1/questions").get("questions")
             for document in found[:MAX_AT_ONCE] if isinstance(found, list) else ():
                 name = _name(document)
-                if name and name not in self._done and not self._stopping.is_set():
-                    self._answer(document)
+                if name and name not in self._done and not self.loop.stopping.is_set():
+                    try:
+                        self._answer(document)
+                    except ConcordatError:
+                        raise
+                    except Exception:  # a defect met by one question must not keep back the next ones
+                        self._remember(name)
+                        raise
                     self._remember(name)
         except ConcordatError as error:
             if self._reached:  # once, not every few seconds
@@ -125,15 +127,6 @@ class Answerer:
         self._done[name] = None
         if len(self._done) > REMEMBERED:
             self._done.popitem(last=False)
-
-    def _run(self) -> None:
-        wait_s = 0.0
-        while not self._stopping.wait(wait_s):
-            try:
-                wait_s = self.look()
-            except Exception:  # a defect may cost one look, never the thread
-                log.exception("looking for the coordinator's questions failed")
-                wait_s = RETRY_S
 
 
 def _name(document: Any) -> str:

@@ -167,7 +167,7 @@ def open_site(
         if config.model.processes > 1:
             model_digest = base_digest(config)
             ranks = RankGroup(
-                config.model, digest=model_digest, directory=home.run / "ranks", log_file=home.logs / "ranks.log"
+                config.model, digest=model_digest, directory=home.ranks, log_file=home.logs / "ranks.log"
             )
         else:
             model_digest = base().digest

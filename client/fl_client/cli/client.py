@@ -20,6 +20,8 @@ from fl_shared.errors import ConfigError, cli_main
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
+from fl_shared.paths import check_socket
+from fl_shared.private import create_privately
 
 VERBS = ("run", "enroll", "check", "status", "resume", "train-alone", "evaluate", "supernode")
 EXAMPLES = """\
@@ -160,6 +162,7 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
     for name, value in (("--server", options.server), ("--token", options.token)):
         if not value:
             raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
+    check_socket(home.socket, fix="choose a shorter --home; nothing was made, and the token is still good")
     pinned = enrol(home, site=options.site, server=options.server, token=options.token, force=options.force)
     made = not home.config.exists()
     if made:
@@ -225,6 +228,8 @@ def _status(home: SiteHome, options: argparse.Namespace) -> int:
                 for run, why in value.items():
                     print(f"{name:<10} {run}: {why}; when it may go on: {_resume_line(options.site, run)}")
                 continue
+            if isinstance(value, list):
+                value = "; ".join(value) or "none"
             if isinstance(value, dict):
                 value = ", ".join(
                     f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}"
@@ -335,6 +340,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     stay_offline()
+    create_privately()
     return cli_main(run, argv)
 
 

@@ -19,6 +19,7 @@ from fl_shared.errors import cli_main
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
+from fl_shared.private import create_privately
 from fl_shared.signing import SigningKey
 
 EXAMPLES = """examples:
@@ -99,7 +100,8 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ready": ready, **state}))
     else:
         for each in state["components"]:
-            print(f"{each['name']:<10} {each['state']:<14} {each['address']}")
+            why = f"  {each['why']}" if each.get("why") else ""
+            print(f"{each['name']:<10} {each['state']:<14} {each['address']}{why}")
     return 0 if ready else 1
 
 
@@ -121,6 +123,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `fl-server`."""
     stay_offline()
+    create_privately()
     return cli_main(_run, argv)
 
 

@@ -14,6 +14,7 @@ from fl_shared.completion import completed_by, known_sites
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import Ledger, LedgerReader, bundle
 from fl_shared.names import site_id
+from fl_shared.paths import sqlite_url
 from fl_shared.settings import load_toml
 
 HOME_VARIABLE = "FL_CLIENT_HOME"
@@ -55,7 +56,7 @@ def ledger_url(arguments: argparse.Namespace) -> str:
             return url
         if url is not None:
             raise ConfigError(f"{config} [ledger]: url is {url!r}", fix="write the database address in quotes")
-    return f"sqlite:///{home / 'ledger.sqlite'}"
+    return sqlite_url(home / "ledger.sqlite")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger.migrations import HEAD
+from fl_shared.private import create_file
 
 BUSY_SECONDS = 120
 _ADVISORY_LOCK = 0x1ED6E4
@@ -73,6 +74,9 @@ class Store:
                 raise LedgerError(f"no ledger at {path}", fix="check --site and --home, or give --ledger")
             mode = "mode=ro" if _may_write(path) else "mode=ro&immutable=1"
             url = make_url(f"sqlite:///file:{path.absolute()}?{mode}&uri=true")
+        else:
+            with contextlib.suppress(OSError):  # what is wrong with the path, SQLite says
+                create_file(path)
         engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
 
         @sa.event.listens_for(engine, "connect")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,16 +15,14 @@ from pathlib import Path
 import pytest
 from client_agents import RealSite
 from client_gateway import Gateway
+from client_users import MEET, MEETING, as_user, barrier
 
 from fl_client.status import agent_state
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root to be two other users"),
 ]
-AGENT, NODE, STRANGER, MEETING = 61002, 61003, 61004, 61005
-
-MEET = "users-of-a-test"
-"""The group of the socket: it must have a name, so it is made in a mount namespace with its own /etc/group."""
+AGENT, NODE, STRANGER = 61002, 61003, 61004
 
 ASK = """
 import sys, grpc
@@ -63,30 +60,6 @@ data.write_text("private")
 found = {mode: try_walls({"the data": data}, mode) for mode in ("off", "auto", "require")}
 print(json.dumps({mode: [each.open, each.works] for mode, each in found.items()}))
 """
-
-
-def barrier(path: Path) -> Path | None:
-    """The outermost directory above `path` that other users may not pass through; None when there is none."""
-    return next((each for each in reversed(path.parents) if not each.stat().st_mode & 0o001), None)
-
-
-def as_user(top: Path, user: int, groups: list[int], *words: str) -> list[str]:
-    """A command line that runs `words` as another user without root's powers, in a mount namespace of its own.
-
-    There the meeting group has a name, and the interpreter can be reached although it may lie below root's home.
-    """
-    (top / "group").write_text(Path("/etc/group").read_text() + f"{MEET}:x:{MEETING}:\n")
-    (top / "group").chmod(0o644)
-    setup = ["umask 022", "mount --make-rprivate /", f"mount --bind {top}/group /etc/group"]
-    base = Path(sys.base_prefix)
-    closed = barrier(base)
-    if closed is not None:
-        seen = top / "seen" / base.relative_to(closed)
-        setup += [f"mkdir -p {seen}", f"mount --bind {base} {seen}", f"mount --rbind {top}/seen {closed}"]
-    allowed = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
-    become = ["setpriv", f"--reuid={user}", f"--regid={user}", allowed, "--inh-caps=-all", "--bounding-set=-all"]
-    line = " && ".join([*setup, "cd /", "umask 077", "exec " + shlex.join([*become, *words])])
-    return ["unshare", "--mount", "sh", "-c", line]
 
 
 def run_as(top: Path, user: int, groups: list[int], script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
