@@ -32,9 +32,9 @@ from cryptography.x509.oid import NameOID
 
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
-from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
+from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
 from fl_shared.names import site_id
-from fl_shared.signing import SigningKey
+from fl_shared.signing import SigningKey, ed25519_key
 
 TOKEN_PATTERN = re.compile(r"ct1\.([a-z0-9-]+)\.([A-Za-z0-9_-]{16,})\.([0-9a-f]{64})")
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -87,6 +87,7 @@ class Coordinator:
         """Read `coordinator.json`; EnrolmentError when the site is not enrolled or it is damaged."""
         try:
             body = json.loads(home.coordinator.read_text("utf-8"))
+            ed25519_key(body["coordinator_key"])
             return cls(
                 **{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()},
                 previous_key=str(body.get("previous_key", "")),
@@ -98,7 +99,7 @@ class Coordinator:
                 fix="ask the coordinator for a token and run "
                 "`fl-client enroll --site ID --server URL --token TOKEN`",
             ) from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (SignatureError, ValueError, KeyError, TypeError, OSError) as error:
             raise EnrolmentError(
                 f"{home.coordinator} cannot be read: {error}",
                 fix="restore it from a backup, or enrol again with a new token and --force",
@@ -328,8 +329,10 @@ def _checked(
     if names != [site]:
         raise wrong(f"the certificate that came back names {names}, not {site}", fix=fix)
     key = str(answer.get("coordinator_key", ""))
-    if not re.fullmatch(r"[0-9a-f]{64}", key):
-        raise wrong("the coordinator sent no valid signing key", fix=fix)
+    try:
+        ed25519_key(key)
+    except SignatureError as error:
+        raise wrong(f"the coordinator sent no valid signing key: {error.message}", fix=fix) from None
     fleet_path = str(answer.get("fleet_path", ""))
     if not re.fullmatch(r"/[A-Za-z0-9/_-]{1,100}", fleet_path):
         raise wrong(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)

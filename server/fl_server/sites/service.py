@@ -27,8 +27,9 @@ from fl_server.db.models import EventRow, InvitationRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.pki import Authority, Identity, fingerprint
-from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.errors import ConfigError, EnrolmentError, SignatureError
 from fl_shared.names import site_id
+from fl_shared.signing import ed25519_key
 
 TTL_S = 7 * 86_400.0
 MAX_TTL_S = 90 * 86_400.0
@@ -155,10 +156,14 @@ class Sites:
             EnrolmentError: bad, used or expired token; a bad request or key; a key of another site.
             TransportError: the SuperLink does not answer.
         """
-        if re.fullmatch(r"[0-9a-f]{64}", signing_key) is None:
+        try:
+            ed25519_key(signing_key)
+        except SignatureError as error:
             raise EnrolmentError(
-                "the signing key is not 64 hex digits", fix="enrol with `fl-client enroll`", code="bad-signing-key"
-            )
+                f"the signing key is refused: {error.message}",
+                fix="enrol with `fl-client enroll`",
+                code="bad-signing-key",
+            ) from error
         node_key = _node_key(node_key)
         with self._store.read() as session:
             self._invitation(session, site, token, authority.sha256)
