@@ -260,7 +260,9 @@ class Tunnel:
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made = Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made.router.redirect_slashes = False
+        return made
 
     async def forward(self, request: Request) -> Response:
         """Pass one Fleet call on; anything else is a 404 that never leaves the site."""

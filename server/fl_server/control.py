@@ -146,7 +146,7 @@ def site_message(row: SiteRow) -> pb.Site:
         certificate_expires_at=row.certificate_expires_at,
         last_seen_at=row.last_seen_at,
         revoked_at=row.revoked_at,
-        online=row.state == "enrolled" and time.time() - row.last_seen_at < ONLINE_S,
+        online=row.state == "enrolled" and time.time() - row.node_seen_at < ONLINE_S,
     )
 
 

@@ -155,6 +155,14 @@ class ServerHome:
         return self.root / "run" / "counters"
 
     @property
+    def rebuild_wanted(self) -> Path:
+        return self.root / "run" / "rebuild-superlink"
+
+    @property
+    def node_doubted(self) -> Path:
+        return self.root / "run" / "node-doubted"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -118,6 +118,8 @@ class Supervisor:
         ]
 
     def _superlink(self) -> list[str]:
+        if self._flower.set_aside():
+            log.warning("superlink: its database is unusable; set aside in %s", self._home.flower / "aside")
         port = free_port()
         self._component("superlink").address = f"127.0.0.1:{port}"
         self._flower.configure(port)
@@ -131,7 +133,7 @@ class Supervisor:
         try:
             context = ssl.create_default_context(cafile=str(self._home.ca))
             with httpx.Client(verify=context, timeout=3.0, trust_env=False) as client:
-                return client.get(f"https://{host}:{port}/healthz").status_code == 200
+                return client.get(f"https://{host}:{port}/healthz").status_code in (200, 429)
         except httpx.HTTPError:
             return False
 
@@ -155,6 +157,9 @@ class Supervisor:
         try:
             self._migrate()
             while not self._stopping:
+                superlink = self._component("superlink").process
+                if superlink is not None and self._flower.rebuild_wanted():
+                    end_group(superlink, STOP_S)  # its turn finds it dead, and starts it with an empty database
                 for component in self._components:
                     self._turn(component)
                 self._write_state()
