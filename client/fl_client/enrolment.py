@@ -32,7 +32,8 @@ from cryptography.x509.oid import NameOID
 
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
-from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
+from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
+from fl_shared.hosts import by_proxy, host_and_port, host_name
 from fl_shared.names import site_id
 from fl_shared.signing import SigningKey, ed25519_key
 
@@ -118,17 +119,21 @@ _COORDINATOR_FIELDS: dict[str, type] = {
 
 def server_url(text: str) -> str:
     """Return `https://host:port` without a trailing slash; EnrolmentError for anything else."""
-    parts = urlsplit(text)
+    fix = "give the coordinator's gateway, e.g. --server https://coordinator.example:9443"
+    wrong = EnrolmentError(f"server {text!r} is not an address of the form https://HOST:PORT", fix=fix)
     try:
+        parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        port = None
-    if parts.scheme != "https" or not parts.hostname or port is None or parts.path not in ("", "/"):
-        raise EnrolmentError(
-            f"server {text!r} is not an address of the form https://HOST:PORT",
-            fix="give the coordinator's gateway, e.g. --server https://coordinator.example:9443",
-        )
-    return f"https://{parts.netloc}"
+        raise wrong from None
+    rest = (parts.username, parts.password, parts.query, parts.fragment, parts.path.strip("/"))
+    if parts.scheme != "https" or not port or any(rest):
+        raise wrong
+    try:
+        host = host_name(parts.hostname)
+    except ConfigError as error:
+        raise EnrolmentError(f"server {text!r}: {error.message}", fix=error.fix) from None
+    return f"https://{host_and_port(host, port)}"
 
 
 def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
@@ -253,7 +258,7 @@ def _request(
 ) -> httpx.Response:
     """One HTTPS request; TransportError when no answer came, EnrolmentError for a refusal."""
     try:
-        with httpx.Client(verify=context, timeout=TIMEOUT) as client:
+        with httpx.Client(verify=context, timeout=TIMEOUT, trust_env=by_proxy(url)) as client:
             answer = client.request(method, url, json=body)
     except httpx.HTTPError as error:
         raise TransportError(

@@ -20,6 +20,7 @@ from typing import Any
 from fl_server.files import write_durably
 from fl_server.home import ServerHome
 from fl_shared.errors import ConcordatError, RunError, TransportError
+from fl_shared.hosts import is_proxy_variable
 from fl_shared.offline import OFFLINE
 
 CONNECTION = "concordat"
@@ -27,8 +28,10 @@ COMMAND_TIMEOUT_S = 90.0
 
 
 def environment(home: ServerHome) -> dict[str, str]:
-    """The environment of every Flower process: private FLWR_HOME, nothing is sent to Flower Labs."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "FL_"))}
+    """The environment of our processes and Flower's: private FLWR_HOME, no proxy, nothing is sent to Flower Labs."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "FL_")) and not is_proxy_variable(k)
+    }  # everything that these processes call is on loopback
     return kept | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "/usr/bin:/bin")]),
         "FLWR_HOME": str(home.flower / "home"),

@@ -53,7 +53,7 @@ class Nodes:
             status = known.get(row.node_id, GONE)
             if row.state == "revoked" and status != GONE:
                 self._flower.unregister_node(row.node_id)
-            if row.state != "enrolled" or status != GONE:
+            if row.state != "enrolled" or status != GONE or not row.node_public_key:
                 continue
             node_id = self._flower.register_node(row.node_public_key, row.site)
             if node_id is None:

@@ -29,6 +29,7 @@ from fl_server.flower import Flower, environment
 from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.process import end_group, spawn
 from fl_shared.errors import ConfigError
+from fl_shared.hosts import host_and_port
 
 log = logging.getLogger("fl_server.supervisor")
 
@@ -97,19 +98,21 @@ class Supervisor:
         if settings.metrics is not None:
             host, port = settings.metrics
             monitor = [
-                Component("monitor", f"{host}:{port}", module("monitor"), lambda: _listens(reachable(host), port))
+                Component(
+                    "monitor", host_and_port(host, port), module("monitor"), lambda: _listens(reachable(host), port)
+                )
             ]
         return [
             superlink,
             Component(
                 "gateway",
-                f"https://{settings.listen}:{settings.gateway_port}",
+                f"https://{host_and_port(settings.listen, settings.gateway_port)}",
                 module("gateway"),
                 lambda: self._healthy(reachable(settings.listen), settings.gateway_port),
             ),
             Component(
                 "control",
-                f"{settings.control_host}:{settings.control_port}",
+                host_and_port(settings.control_host, settings.control_port),
                 module("control"),
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
@@ -132,8 +135,9 @@ class Supervisor:
     def _healthy(self, host: str, port: int) -> bool:
         try:
             context = ssl.create_default_context(cafile=str(self._home.ca))
+            context.check_hostname = False  # it listens at addresses that the certificate does not name
             with httpx.Client(verify=context, timeout=3.0, trust_env=False) as client:
-                return client.get(f"https://{host}:{port}/healthz").status_code in (200, 429)
+                return client.get(f"https://{host_and_port(host, port)}/healthz").status_code in (200, 429)
         except httpx.HTTPError:
             return False
 

@@ -98,7 +98,7 @@ class Answerer:
         objections = [Objection("policy", refusal.message) for refusal in refusals(question.spec, facts.policy)]
         if other := other_base(question.spec, facts.model_digest):
             objections.append(Objection("unknown-base-model", other))
-        return self._outgoing.plan(question, facts.dataset.name, objections)
+        return self._outgoing.plan(question, facts.dataset.name, objections, facts.policy.min_noise_multiplier)
 
     def _answer(self, document: Any) -> None:
         """Answer and bring the answer; a question that cannot be answered is logged and left alone."""
