@@ -58,11 +58,12 @@ def identity(der: bytes) -> Identity:
     """Read role and name from a certificate that TLS has already verified; EnrolmentError otherwise."""
     try:
         certificate = x509.load_der_x509_certificate(der)
+        name = certificate.subject  # read only now, and may be no name after all
     except ValueError as error:
         raise EnrolmentError("the client certificate cannot be read", fix="enrol again") from error
     values = {}
     for oid in (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME):
-        found = certificate.subject.get_attributes_for_oid(oid)
+        found = name.get_attributes_for_oid(oid)
         if len(found) != 1:
             raise EnrolmentError("the client certificate has another subject", fix="enrol again")
         values[oid] = str(found[0].value)

@@ -16,7 +16,8 @@ from fl_shared.errors import ConfigError, EnrolmentError
 from fl_shared.hosts import by_proxy, host_and_port, host_name, is_loopback, is_proxy_variable
 
 GOOD = {
-    "coordinator.example": "coordinator.example", "Coordinator.Example": "coordinator.example", "localhost": "localhost",
+    "coordinator.example": "coordinator.example", "Coordinator.Example": "coordinator.example",
+    "localhost": "localhost",
     "10.0.0.1": "10.0.0.1", "2001:db8::1": "2001:db8::1", "[2001:DB8::1]": "2001:db8::1", "::1": "::1",
     "xn--kln-rna.example": "xn--kln-rna.example", "a-b.c3": "a-b.c3",
 }  # fmt: skip
@@ -77,11 +78,11 @@ def test_anything_else_is_refused_with_what_to_write(
 
 def test_an_address_to_listen_on_is_no_host(tmp_path: Path) -> None:
     """0.0.0.0 and :: reach nobody; as --listen they are fine."""
-    for text in ("0.0.0.0", "::", "[::]"):  # noqa: S104  # written, not bound
+    for text in ("0.0.0.0", "::", "[::]"):  # written, not bound
         with pytest.raises(ConfigError, match="listen on"):
             host_name(text)
         assert host_name(text, to_listen=True)
-    assert main(["init", "--home", str(tmp_path / "c"), "--host", "0.0.0.0", "--json"]) == 2  # noqa: S104  # the same
+    assert main(["init", "--home", str(tmp_path / "c"), "--host", "0.0.0.0", "--json"]) == 2  # the same
 
 
 @pytest.mark.parametrize(
