@@ -158,7 +158,7 @@ def fetch_ca(server: str, expected_sha256: str) -> str:
     answer = _request("GET", f"{server}/v1/ca", unverified)
     try:
         certificate = x509.load_pem_x509_certificate(answer.content)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise EnrolmentError(
             f"{server}/v1/ca did not answer with a certificate",
             fix="check that --server names the coordinator's gateway and its port",
@@ -326,7 +326,7 @@ def _checked(
         certificate = x509.load_pem_x509_certificate(str(answer["certificate_pem"]).encode("ascii"))
         ca = x509.load_pem_x509_certificate(ca_pem.encode("ascii"))
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise wrong(f"the certificate that came back is not valid: {error}", fix=fix) from None
     if certificate.public_key() != pending.tls_key.public_key():
         raise wrong("the certificate that came back is for another key", fix=fix)

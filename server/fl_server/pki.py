@@ -59,7 +59,7 @@ def identity(der: bytes) -> Identity:
     try:
         certificate = x509.load_der_x509_certificate(der)
         name = certificate.subject  # read only now, and may be no name after all
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise EnrolmentError("the client certificate cannot be read", fix="enrol again") from error
     values = {}
     for oid in (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME):
@@ -218,7 +218,7 @@ class Authority:
             request = x509.load_pem_x509_csr(csr_pem.encode("ascii"))
             key = request.public_key()
             proven = request.is_signature_valid
-        except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
+        except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise EnrolmentError("the certificate request cannot be read", fix=fix, code="bad-csr") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in ("secp256r1", "secp384r1"):
             raise EnrolmentError("the certificate request's key is not EC P-256 or P-384", fix=fix, code="bad-csr")

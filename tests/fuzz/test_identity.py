@@ -227,3 +227,18 @@ def test_a_signature_of_other_bytes_never_fits(payload: bytes, other: bytes) -> 
     if payload != other:
         with pytest.raises(ConcordatError):
             verify(key.public_hex, other, key.sign(payload))
+
+
+def test_versions_that_do_not_exist(authority: pki.Authority, asked: dict[str, str]) -> None:
+    """Found by the long profile: the library has an exception of its own for these."""
+    raw = bytearray(authority.certificate.public_bytes(Encoding.DER))
+    place = raw.index(b"\xa0\x03\x02\x01\x02") + 4
+    raw[place] = 1
+    with pytest.raises(ConcordatError):
+        pki.identity(bytes(raw))
+    der = bytearray(base64.b64decode("".join(asked["csr_pem"].splitlines()[1:-1])))
+    der[der.index(b"\x02\x01\x00") + 2] = 5
+    text = base64.encodebytes(bytes(der)).decode()
+    csr = f"-----BEGIN CERTIFICATE REQUEST-----\n{text}-----END CERTIFICATE REQUEST-----\n"
+    with pytest.raises(ConcordatError):
+        authority.sign_request(csr, "site", SITE, 1.0)

@@ -250,7 +250,7 @@ def test_a_stopped_run_ends_and_watch_shows_its_end(one: Coordinator) -> None:
 
 def test_watch_streams_what_each_site_does_inside_a_round(one: Coordinator) -> None:
     """With --json one object a line, each as it happens: a site's order is told while the site is at work on it."""
-    slow, *others = HONEST
+    slow, *_ = HONEST
     one.plan(slow, **{"seen/1": "sleep:20"})
     one.launch("seen", HONEST, rounds=1, quorum=len(HONEST))
     watching = subprocess.Popen(
