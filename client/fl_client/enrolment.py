@@ -32,9 +32,10 @@ from cryptography.x509.oid import NameOID
 
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
-from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
+from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
+from fl_shared.hosts import by_proxy, host_and_port, host_name
 from fl_shared.names import site_id
-from fl_shared.signing import SigningKey
+from fl_shared.signing import SigningKey, ed25519_key
 
 TOKEN_PATTERN = re.compile(r"ct1\.([a-z0-9-]+)\.([A-Za-z0-9_-]{16,})\.([0-9a-f]{64})")
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -87,6 +88,7 @@ class Coordinator:
         """Read `coordinator.json`; EnrolmentError when the site is not enrolled or it is damaged."""
         try:
             body = json.loads(home.coordinator.read_text("utf-8"))
+            ed25519_key(body["coordinator_key"])
             return cls(
                 **{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()},
                 previous_key=str(body.get("previous_key", "")),
@@ -98,7 +100,7 @@ class Coordinator:
                 fix="ask the coordinator for a token and run "
                 "`fl-client enroll --site ID --server URL --token TOKEN`",
             ) from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (SignatureError, ValueError, KeyError, TypeError, OSError) as error:
             raise EnrolmentError(
                 f"{home.coordinator} cannot be read: {error}",
                 fix="restore it from a backup, or enrol again with a new token and --force",
@@ -117,17 +119,21 @@ _COORDINATOR_FIELDS: dict[str, type] = {
 
 def server_url(text: str) -> str:
     """Return `https://host:port` without a trailing slash; EnrolmentError for anything else."""
-    parts = urlsplit(text)
+    fix = "give the coordinator's gateway, e.g. --server https://coordinator.example:9443"
+    wrong = EnrolmentError(f"server {text!r} is not an address of the form https://HOST:PORT", fix=fix)
     try:
+        parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        port = None
-    if parts.scheme != "https" or not parts.hostname or port is None or parts.path not in ("", "/"):
-        raise EnrolmentError(
-            f"server {text!r} is not an address of the form https://HOST:PORT",
-            fix="give the coordinator's gateway, e.g. --server https://coordinator.example:9443",
-        )
-    return f"https://{parts.netloc}"
+        raise wrong from None
+    rest = (parts.username, parts.password, parts.query, parts.fragment, parts.path.strip("/"))
+    if parts.scheme != "https" or not port or any(rest):
+        raise wrong
+    try:
+        host = host_name(parts.hostname)
+    except ConfigError as error:
+        raise EnrolmentError(f"server {text!r}: {error.message}", fix=error.fix) from None
+    return f"https://{host_and_port(host, port)}"
 
 
 def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
@@ -152,7 +158,7 @@ def fetch_ca(server: str, expected_sha256: str) -> str:
     answer = _request("GET", f"{server}/v1/ca", unverified)
     try:
         certificate = x509.load_pem_x509_certificate(answer.content)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise EnrolmentError(
             f"{server}/v1/ca did not answer with a certificate",
             fix="check that --server names the coordinator's gateway and its port",
@@ -252,7 +258,7 @@ def _request(
 ) -> httpx.Response:
     """One HTTPS request; TransportError when no answer came, EnrolmentError for a refusal."""
     try:
-        with httpx.Client(verify=context, timeout=TIMEOUT) as client:
+        with httpx.Client(verify=context, timeout=TIMEOUT, trust_env=by_proxy(url)) as client:
             answer = client.request(method, url, json=body)
     except httpx.HTTPError as error:
         raise TransportError(
@@ -320,7 +326,7 @@ def _checked(
         certificate = x509.load_pem_x509_certificate(str(answer["certificate_pem"]).encode("ascii"))
         ca = x509.load_pem_x509_certificate(ca_pem.encode("ascii"))
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise wrong(f"the certificate that came back is not valid: {error}", fix=fix) from None
     if certificate.public_key() != pending.tls_key.public_key():
         raise wrong("the certificate that came back is for another key", fix=fix)
@@ -328,8 +334,10 @@ def _checked(
     if names != [site]:
         raise wrong(f"the certificate that came back names {names}, not {site}", fix=fix)
     key = str(answer.get("coordinator_key", ""))
-    if not re.fullmatch(r"[0-9a-f]{64}", key):
-        raise wrong("the coordinator sent no valid signing key", fix=fix)
+    try:
+        ed25519_key(key)
+    except SignatureError as error:
+        raise wrong(f"the coordinator sent no valid signing key: {error.message}", fix=fix) from None
     fleet_path = str(answer.get("fleet_path", ""))
     if not re.fullmatch(r"/[A-Za-z0-9/_-]{1,100}", fleet_path):
         raise wrong(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)

@@ -5,7 +5,7 @@ be in its reach. So it talks to this process, which belongs to the trusted half,
 the Fleet calls named in `FLEET_CALLS`, and holds the shipped app against the site's allow-list when
 it passes by (`get-fab`). What was hashed is what is delivered: answers come without any content coding,
 a new message is made around the hashed bytes, and neither redirects nor foreign headers reach the
-SuperNode, which would follow them. Outbound connections honour `HTTPS_PROXY`.
+SuperNode, which would follow them. Outbound connections honour `HTTPS_PROXY`, but not to this machine itself.
 
 Run as `python -m fl_client.tunnel` with one JSON line on standard input (`TunnelSettings`) and the
 listening socket inherited as a file descriptor; it ends when standard input does.
@@ -44,6 +44,7 @@ from fl_client.config import ANY_APP
 from fl_client.enrolment import verified_context
 from fl_client.files import write_durably
 from fl_client.sandbox import die_with_parent, forbid_inspection
+from fl_shared.hosts import by_proxy
 
 log = logging.getLogger("fl_client.tunnel")
 
@@ -246,10 +247,10 @@ class Tunnel:
         self._debts = Debts()
         self._client = self._outgoing(credentials.context())
 
-    @staticmethod
-    def _outgoing(context: ssl.SSLContext) -> httpx.AsyncClient:
+    def _outgoing(self, context: ssl.SSLContext) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             verify=context,
+            trust_env=by_proxy(self._url),
             timeout=httpx.Timeout(TIMEOUT_S, connect=15.0),
             limits=httpx.Limits(max_connections=32, max_keepalive_connections=8),
             follow_redirects=False,
@@ -272,7 +273,9 @@ class Tunnel:
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made = Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made.router.redirect_slashes = False
+        return made
 
     async def forward(self, request: Request) -> Response:
         """Pass one Fleet call on; anything else is a 404 that never leaves the site."""

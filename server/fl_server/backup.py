@@ -46,7 +46,7 @@ IN_HOME = "home"
 """Stands for the SQLite file in the home where a database's address is asked for."""
 _TRANSIENT = frozenset(
     {"logs", "run", "attempts", "supervisor.json", "supervisor.lock"}
-    | {"flower/home", "flower/app", "flower/superlink.json"}
+    | {"flower/home", "flower/app", "flower/aside", "flower/superlink.json"}
 )  # made anew at every start
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _BLOCK = 1 << 20

@@ -41,6 +41,7 @@ from fl_server.sites.service import ONLINE_S, Sites
 from fl_server.supervisor import read_state
 from fl_shared.canonical import sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.hosts import host_and_port
 from fl_shared.logs import set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
@@ -146,7 +147,7 @@ def site_message(row: SiteRow) -> pb.Site:
         certificate_expires_at=row.certificate_expires_at,
         last_seen_at=row.last_seen_at,
         revoked_at=row.revoked_at,
-        online=row.state == "enrolled" and time.time() - row.last_seen_at < ONLINE_S,
+        online=row.state == "enrolled" and time.time() - row.node_seen_at < ONLINE_S,
     )
 
 
@@ -464,7 +465,7 @@ def serve(home: ServerHome) -> grpc.Server:
         root_certificates=home.ca.read_bytes(),
         require_client_auth=True,
     )
-    address = f"{settings.control_host}:{settings.control_port}"
+    address = host_and_port(settings.control_host, settings.control_port)
     try:
         server.add_secure_port(address, credentials)
     except RuntimeError as error:

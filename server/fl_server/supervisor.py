@@ -32,6 +32,7 @@ from fl_server.flower import Flower, environment
 from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.process import end_group, spawn
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.hosts import host_and_port
 from fl_shared.private import close_to_others
 from fl_shared.threads import reason
 
@@ -104,19 +105,21 @@ class Supervisor:
         if settings.metrics is not None:
             host, port = settings.metrics
             monitor = [
-                Component("monitor", f"{host}:{port}", module("monitor"), lambda: _listens(reachable(host), port))
+                Component(
+                    "monitor", host_and_port(host, port), module("monitor"), lambda: _listens(reachable(host), port)
+                )
             ]
         return [
             superlink,
             Component(
                 "gateway",
-                f"https://{settings.listen}:{settings.gateway_port}",
+                f"https://{host_and_port(settings.listen, settings.gateway_port)}",
                 module("gateway"),
                 lambda: self._healthy(reachable(settings.listen), settings.gateway_port),
             ),
             Component(
                 "control",
-                f"{settings.control_host}:{settings.control_port}",
+                host_and_port(settings.control_host, settings.control_port),
                 module("control"),
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
@@ -125,6 +128,8 @@ class Supervisor:
         ]
 
     def _superlink(self) -> list[str]:
+        if self._flower.set_aside():
+            log.warning("superlink: its database is unusable; set aside in %s", self._home.flower / "aside")
         port = free_port()
         self._component("superlink").address = f"127.0.0.1:{port}"
         self._flower.configure(port)
@@ -137,8 +142,9 @@ class Supervisor:
     def _healthy(self, host: str, port: int) -> bool:
         try:
             context = ssl.create_default_context(cafile=str(self._home.ca))
+            context.check_hostname = False  # it listens at addresses that the certificate does not name
             with httpx.Client(verify=context, timeout=3.0, trust_env=False) as client:
-                return client.get(f"https://{host}:{port}/healthz").status_code == 200
+                return client.get(f"https://{host_and_port(host, port)}/healthz").status_code in (200, 429)
         except httpx.HTTPError:
             return False
 
@@ -165,6 +171,9 @@ class Supervisor:
         try:
             self._migrate()
             while not self._stopping:
+                superlink = self._component("superlink").process
+                if superlink is not None and self._flower.rebuild_wanted():
+                    end_group(superlink, STOP_S)  # its turn finds it dead, and starts it with an empty database
                 for component in self._components:
                     self._turn(component)
                 self._write_state()

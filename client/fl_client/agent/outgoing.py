@@ -104,8 +104,12 @@ class Outgoing:
             return f"ledger entry {number} belongs to {order['purpose']} of run {order['run']}, round {order['round']}"
         return ""
 
-    def plan(self, question: PlanQuestion, dataset: str, objections: Sequence[Objection]) -> Sealed:
+    def plan(
+        self, question: PlanQuestion, dataset: str, objections: Sequence[Objection], least_noise: float
+    ) -> Sealed:
         """Seal the answer to a plan: `objections` of the policy, and what the ledger says of the budgets.
+
+        Noise that would fit is never less than the policy's `least_noise`, under which nothing would be accepted.
 
         It depends on mechanisms, ceilings and what was asked alone, and neither reserves nor promises anything.
         """
@@ -116,13 +120,14 @@ class Outgoing:
         full = [text for one in found if (text := _refused(one, rounds, fits[one.name], stamp))]
         every = [*objections, *(Objection("budget-exhausted", text) for text in full)]
         noise = [one.noise_for(asked.sampling_probability, asked.steps * rounds) for one in found if full]
+        enough = [max(each, least_noise) for each in noise if each]
         answer = PlanAnswer(
             question=question.question,
             question_digest=question.digest,
             site=question.site,
             rounds_asked=rounds,
             rounds_affordable=min(MAX_ROUNDS, *fits.values()),
-            noise_that_fits=0.0 if None in noise else max((each for each in noise if each), default=0.0),
+            noise_that_fits=0.0 if None in noise else max(enough, default=0.0),
             objections=tuple({str(each): each for each in every}.values())[:MAX_OBJECTIONS],
             created_at=time.time(),
         )

@@ -104,7 +104,7 @@ class Answerer:
             objections.append(Objection("unsupported-spec", absent))
         if self._outgoing.suspended(question.spec.run.name):
             objections.append(Objection("suspended", SUSPENDED))
-        return self._outgoing.plan(question, facts.dataset.name, objections)
+        return self._outgoing.plan(question, facts.dataset.name, objections, facts.policy.min_noise_multiplier)
 
     def _answer(self, document: Any) -> None:
         """Answer and bring the answer; a question that cannot be answered is logged and left alone."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fl_shared.completion import completed_by, known_sites
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, SignatureError
 from fl_shared.ledger import Ledger, LedgerReader, bundle
 from fl_shared.names import site_id
 from fl_shared.paths import sqlite_url
 from fl_shared.settings import load_toml
+from fl_shared.signing import ed25519_key
 
 HOME_VARIABLE = "FL_CLIENT_HOME"
 
@@ -99,6 +100,10 @@ def key_text(given: str) -> str:
     source = f"the file {given}" if Path(given).is_file() else "--public-key"
     text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
     found = text.strip().lower()
-    if len(found) != 64 or any(character not in "0123456789abcdef" for character in found):
-        raise ConfigError(f"{source} holds no Ed25519 public key", fix="give 64 hex digits or the file with them")
+    try:
+        ed25519_key(found)
+    except SignatureError as error:
+        raise ConfigError(
+            f"{source} holds no Ed25519 public key: {error.message}", fix="give 64 hex digits or the file with them"
+        ) from error
     return found

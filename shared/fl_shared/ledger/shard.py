@@ -23,6 +23,7 @@ from fl_shared.ledger.merkle import leaf_hash, whole
 from fl_shared.ledger.models import TYPED, entries
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
+from fl_shared.signing import ed25519_key
 
 LEVEL = 12
 SIZE = 1 << LEVEL  # entries of one stretch
@@ -164,7 +165,7 @@ def _walk(
 ) -> dict[tuple[int, int], str]:
     """Check each entry and its typed row; return the tree's inner nodes by (level, position)."""
     job, problems = result.job, result.problems
-    signers = [(start, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))) for start, key in job.keys]
+    signers = [(start, ed25519_key(key)) for start, key in job.keys]
     leaves: list[bytes] = []
     seen: dict[Any, Any] = {}
     links = Links(job.site, job.first, prev=None)

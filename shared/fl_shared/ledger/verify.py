@@ -28,7 +28,7 @@ from fl_shared.ledger.records import Entry, Problem
 from fl_shared.ledger.replay import Place, Replay
 from fl_shared.ledger.schema import schema_problems
 from fl_shared.ledger.store import Store
-from fl_shared.signing import verify
+from fl_shared.signing import ed25519_key, verify
 
 MOST_PROBLEMS = 1000
 
@@ -125,7 +125,7 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
         try:
             entry = chain.entry_of(row)
             key = str(entry.body["public_key"])
-            bytes.fromhex(key)
+            ed25519_key(key)
             if entry.kind == "genesis":
                 _check_genesis(entry, site, pinned, report)
             else:
