@@ -76,7 +76,8 @@ class PolicyConfig:
     """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come.
 
     `reply_every_s`: the answer to a computed round leaves a multiple of so many seconds after the order began, or, if
-    it is 0, at once.
+    it is 0, at once. `max_adapter_norm`: how many times as large as the base's own weight a factor of the adapter that
+    a coordinator sends may be, in L2 norm.
     """
 
     min_noise_multiplier: float
@@ -89,6 +90,7 @@ class PolicyConfig:
     apps: tuple[str, ...]
     answer_plans: bool = True
     reply_every_s: float = 0.0
+    max_adapter_norm: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ def _policy(fields: Fields) -> PolicyConfig:
         apps=apps,
         answer_plans=fields.boolean("answer_plans", default=True),
         reply_every_s=fields.number("reply_every_s", low=0, high=7 * 86_400, default=1.0),
+        max_adapter_norm=fields.number("max_adapter_norm", low=0, high=1e6, above=True, default=10.0),
     )
     fields.done()
     return made
@@ -408,6 +411,7 @@ max_steps_per_round = 20
 # targets = ["attention", "shared_experts", "routed_experts"]
 # apps = ["sha256:..."]          # allow-list of the apps that the coordinator may ship; default ["any"]
 # answer_plans = true            # tell `fl-admin runs plan` how many rounds the budget holds, and what is refused
+# max_adapter_norm = 10          # factors of an adapter that is sent, as multiples of the base's own weights
 # reply_every_s = 1              # answers leave at multiples of this: how long a round took is private
 # allow_non_private = false      # training without noise; only with [data] public = true
 

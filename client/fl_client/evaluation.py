@@ -143,11 +143,15 @@ def evaluate_privately(
         )
     if absent := absent_targets(spec, site.facts.targets):
         raise DataError(absent, fix="evaluate with the spec that the adapter was trained with")
-    from fl_client.training import predict, prepare_round  # torch
+    from fl_client.dp.checks import check_layers  # torch
+    from fl_client.training import predict, prepare_round
 
     offset = unpack(adapter)
     require_finite(offset)
-    prepare_round(site.model, spec, offset, private=False)  # what does not fit is said before anything is charged
+    # What does not fit is said before anything is charged.
+    most = config.policy.max_adapter_norm
+    adapted = prepare_round(site.model, spec, offset, private=False, max_adapter_norm=most).adapted
+    check_layers(adapted, vocabulary=site.model.tokenizer.vocab_size)
     holdout = site.holdout
     if not force:
         # The number of units is public or replaced by a public one (docs/decisions/0023); who is held out is not.

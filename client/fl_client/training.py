@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, preci
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.kernels import independent_rows
+from fl_client.dp.magnitude import check_magnitude
 from fl_client.dp.packing import cut, pack
 from fl_client.dp.public import train_public
 from fl_client.dp.shard import Shard
@@ -93,7 +95,12 @@ def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
 
 @memory_errors_typed()
 def prepare_round(
-    model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], *, private: bool = True
+    model: LoadedModel,
+    spec: RunSpec,
+    offset: Mapping[str, NDArray[np.float32]],
+    *,
+    private: bool = True,
+    max_adapter_norm: float = math.inf,
 ) -> Prepared:
     """The public half of a round: adapt the model, load seeded start + `offset`, check the layers, try the engine.
 
@@ -102,11 +109,12 @@ def prepare_round(
     Raises:
         ConfigError: the adapter does not belong to model and spec. EngineError: a group of layers that the model
         does not have, layers whose per-unit gradients are not those of the batch-size-1 loop, or a mechanism that
-        the engine cannot execute.
+        the engine cannot execute. PolicyRefusal: a factor is larger than `max_adapter_norm` times the base's weight.
     """
     adapted = _adapted(model, spec)
     start = _load(adapted, spec, offset)
     frozen = frozen_tensors(adapted, spec)
+    check_magnitude(adapted, max_adapter_norm)
     if private:
         check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
         asked = spec.training

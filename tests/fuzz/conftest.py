@@ -26,8 +26,6 @@ settings.register_profile(
 )
 
 
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fuzz tests alone run under these profiles; one that is asked to go on for minutes is not ended for it."""
     for item in items:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fl_client.ranks.frames import receive, send
@@ -19,7 +19,6 @@ from fl_shared.errors import ConcordatError, DataError, EngineError, TransportEr
 from fl_shared.wire.agent_pb2 import Chunk
 from fl_shared.wire.chunks import join, split
 
-BUDGET = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NUMBERS = st.one_of(st.integers(-2, 80), st.sampled_from([2**31, 2**63, 2**64, 10**400, 1.0, True, None, "1", [], {}]))
 ENTRIES = st.one_of(
     st.fixed_dictionaries({
@@ -54,7 +53,6 @@ def read(data: bytes, wire: str) -> None:
 @given(data=st.binary(max_size=200), wire=st.sampled_from(WIRES))
 @example(data=struct.pack("<Q", 2**63), wire="float32")
 @example(data=struct.pack("<Q", 6000) + b"[" * 6000, wire="float32")
-@BUDGET
 def test_any_bytes_as_an_adapter(data: bytes, wire: str) -> None:
     """Tensors or DataError."""
     read(data, wire)
@@ -63,7 +61,6 @@ def test_any_bytes_as_an_adapter(data: bytes, wire: str) -> None:
 @given(header=HEADERS, body=st.binary(max_size=64), wire=st.sampled_from(WIRES))
 @example(header={"a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}, body=b"", wire="float32")
 @example(header={"a": {"dtype": "F32", "shape": [10**400, 0], "data_offsets": [0, 0]}}, body=b"", wire="float32")
-@BUDGET
 def test_any_header_as_an_adapter(header: dict[str, Any], body: bytes, wire: str) -> None:
     """A header that is JSON, with entries that are wrong in one way or another."""
     text = json.dumps(header).encode()  # surrogates are written as escapes
@@ -74,7 +71,6 @@ def test_any_header_as_an_adapter(header: dict[str, Any], body: bytes, wire: str
     wire=st.sampled_from(WIRES), read_as=st.sampled_from(WIRES), at=st.integers(0, 400), byte=st.integers(0, 255),
     cut=st.integers(0, 400),
 )  # fmt: skip
-@BUDGET
 def test_a_changed_byte_and_a_cut_end(wire: str, read_as: str, at: int, byte: int, cut: int) -> None:
     """One byte of a valid adapter changed, its end cut off, read as any wire form."""
     data = bytearray(GOOD[wire])
@@ -89,7 +85,6 @@ def test_a_changed_byte_and_a_cut_end(wire: str, read_as: str, at: int, byte: in
 @example(data=(b"[]", b""))
 @example(data=(b"9" * 5000, b""))
 @example(data=struct.pack(">QQ", 2**40, 0))
-@BUDGET
 def test_any_bytes_as_a_frame(data: bytes | tuple[bytes, bytes]) -> None:
     """A head and a payload, the end of the connection, or EngineError; over a real socket."""
     here, there = socket.socketpair()
@@ -118,7 +113,6 @@ def test_what_is_sent_arrives() -> None:
     pieces=st.lists(st.binary(max_size=8), max_size=6), announced=st.integers(-1, 30), right=st.booleans(),
     limit=st.integers(0, 30),
 )  # fmt: skip
-@BUDGET
 def test_any_pieces_of_a_message(pieces: list[bytes], announced: int, right: bool, limit: int) -> None:
     """The very bytes that were announced, or TransportError; `split` and `join` are each other's inverse."""
     whole = b"".join(pieces)
@@ -136,7 +130,6 @@ def test_any_pieces_of_a_message(pieces: list[bytes], announced: int, right: boo
 
 
 @given(st.binary(max_size=100))
-@BUDGET
 def test_any_bytes_as_a_chunk(data: bytes) -> None:
     """Protobuf's own error or a chunk that is written again as it is understood."""
     try:

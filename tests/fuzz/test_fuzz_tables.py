@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fl_client.config import DataConfig
@@ -14,9 +14,6 @@ from fl_client.data.load import load_unit_data, restrict_labels
 from fl_client.data.tables import read_columns
 from fl_shared.errors import ConcordatError, DataError
 
-BUDGET = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 ENDINGS = st.sampled_from(["csv", "tsv", "jsonl", "json"])
 ENCODINGS = st.sampled_from(["utf-8", "utf-16-le", "cp1252", "utf-7", "idna", "punycode", "unicode_escape"])
 PIECES = [
@@ -38,7 +35,6 @@ def told(error: ConcordatError) -> None:
 @example(content=b'{"id": 1' + b"0" * 5000 + b"}", ending="jsonl", encoding="utf-8")
 @example(content=b'{"id": 1, "text": "\\ud800", "label": "S"}', ending="jsonl", encoding="utf-8")
 @example(content=b"id\x00text", ending="csv", encoding="utf-8")
-@BUDGET
 def test_any_bytes_are_columns_or_a_data_error(content: bytes, ending: str, encoding: str, tmp_path: Path) -> None:
     """Whatever the ending and the declared encoding say."""
     path = tmp_path / f"t.{ending}"
@@ -56,7 +52,6 @@ def test_any_bytes_are_columns_or_a_data_error(content: bytes, ending: str, enco
 
 @given(content=CONTENT, ending=ENDINGS, unit=st.booleans(), limit=st.integers(1, 3))
 @example(content=b"id,text,label\n" + b"9" * 5000 + b".0,a,S\n", ending="csv", unit=True, limit=1)
-@BUDGET
 def test_any_bytes_are_units_or_a_data_error(
     content: bytes, ending: str, unit: bool, limit: int, tmp_path: Path
 ) -> None:

@@ -252,6 +252,8 @@ class Rounds:
         """Do all that needs no private data. Nothing is reserved yet, so whatever fails may be told, and is free."""
         try:
             self._prepare(manifest.spec, offset)
+        except PolicyRefusal:
+            raise
         except ConcordatError as error:
             log.warning("the round cannot be prepared: %s", error.message, extra=_at(manifest))
             raise Refused("unsupported-spec", f"{error.message}; fix: {error.fix}") from error

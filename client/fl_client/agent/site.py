@@ -197,7 +197,8 @@ def open_site(
             from fl_client.training import prepare_round
 
             on = functools.partial(prepare_round, base()) if ranks is None else ranks.prepare
-            on(spec, offset, private=not config.policy.allow_non_private)
+            private = not config.policy.allow_non_private
+            on(spec, offset, private=private, max_adapter_norm=config.policy.max_adapter_norm)
 
         facts = SiteFacts(
             site=config.site,

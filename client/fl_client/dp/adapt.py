@@ -132,6 +132,7 @@ class AdaptedModel:
         core: whether an r x r core lies between the factors.
         plain_experts: path to routed experts without LoRA.
         heights: numbers of rows that a packed micro-batch may have.
+        base_norms: set by `magnitude.check_magnitude`.
         probe_error: set by `checks.check_layers` once the layers have passed.
     """
 
@@ -145,6 +146,7 @@ class AdaptedModel:
     plain_experts: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     heights: tuple[int, ...] = HEIGHTS
     probe_error: float | None = None
+    base_norms: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def dimensions(self) -> int:

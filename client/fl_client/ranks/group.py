@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import shutil
@@ -132,11 +133,16 @@ class RankGroup:
             self.stop()
             raise
 
-    def prepare(self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool) -> None:
+    def prepare(
+        self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool, max_adapter_norm: float = math.inf
+    ) -> None:
         """Do on the first rank what `fl_client.training.prepare_round` does; what it raises ends no rank."""
         self.start()
         try:
-            send(self._channels[0], {"prepare": True, "spec": spec.to_dict(), "private": private}, pack(dict(offset)))
+            job = {
+                "prepare": True, "spec": spec.to_dict(), "private": private, "max_adapter_norm": max_adapter_norm,
+            }  # fmt: skip
+            send(self._channels[0], job, pack(dict(offset)))
             head, _ = receive(self._channels[0])
         except (BrokenPipeError, EOFError):
             self.stop()
