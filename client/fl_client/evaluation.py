@@ -151,7 +151,7 @@ def evaluate_privately(
     # What does not fit is said before anything is charged.
     most = config.policy.max_adapter_norm
     adapted = prepare_round(site.model, spec, offset, private=False, max_adapter_norm=most).adapted
-    check_layers(adapted, vocabulary=site.model.tokenizer.vocab_size)
+    check_layers(adapted, vocabulary=site.model.tokenizer.vocab_size, rows=spec.task.max_tokens)
     holdout = site.holdout
     if not force:
         # The number of units is public or replaced by a public one (docs/decisions/0023); who is held out is not.

@@ -101,10 +101,12 @@ def prepare_round(
     *,
     private: bool = True,
     max_adapter_norm: float = math.inf,
+    records_per_unit: int = 1,
 ) -> Prepared:
     """The public half of a round: adapt the model, load seeded start + `offset`, check the layers, try the engine.
 
-    It reads no private data, so whatever it raises may be told and costs nothing.
+    It reads no private data, so whatever it raises may be told and costs nothing. `records_per_unit` is the most that
+    the site's configuration allows.
 
     Raises:
         ConfigError: the adapter does not belong to model and spec. EngineError: a group of layers that the model
@@ -116,7 +118,8 @@ def prepare_round(
     frozen = frozen_tensors(adapted, spec)
     check_magnitude(adapted, max_adapter_norm)
     if private:
-        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
+        rows = spec.task.max_tokens * records_per_unit
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=rows)
         asked = spec.training
         DPEngine(
             adapted,
@@ -169,7 +172,8 @@ def train_round(
         charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
-    prepared = prepare_round(model, spec, offset, private=private)
+    per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
+    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=per_unit)
     adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
@@ -238,7 +242,7 @@ def predict(
     """
     adapted = _adapted(model, spec)
     _load(adapted, spec, offset)
-    check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
+    check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens)
     ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
     nothing = np.zeros(len(ids), dtype=np.int64)
     records = Records(ids, nothing, tuple(np.arange(len(ids))[:, None]), truncated)

@@ -198,7 +198,10 @@ def open_site(
 
             on = functools.partial(prepare_round, base()) if ranks is None else ranks.prepare
             private = not config.policy.allow_non_private
-            on(spec, offset, private=private, max_adapter_norm=config.policy.max_adapter_norm)
+            on(
+                spec, offset, private=private, max_adapter_norm=config.policy.max_adapter_norm,
+                records_per_unit=config.data.max_records_per_unit,
+            )  # fmt: skip
 
         facts = SiteFacts(
             site=config.site,

@@ -26,7 +26,7 @@ from fl_client.dp.coverage import ExpertCoverage
 from fl_client.dp.kernels import independent_rows, use_exact_products
 from fl_client.dp.noise import MAX_DRAWS
 from fl_client.dp.optimizer import GridDPOptimizer
-from fl_client.dp.packing import Packed, cut, height, pack, tokens_of
+from fl_client.dp.packing import Packed, cut, pack
 from fl_client.dp.rounding import slack
 from fl_client.dp.sampling import PoissonSampler
 from fl_client.dp.secure_random import SecureStream
@@ -124,10 +124,8 @@ class DPEngine:
 
     def _most_rows(self) -> int:
         """Rows of the experts' products in the largest micro-batch."""
-        largest = max((tokens_of(self.records, unit) for unit in range(self.records.units)), default=1)
-        heights = self.adapted.heights
         config: Any = self.adapted.classifier.backbone.config
-        return max(heights[-1], height(largest, heights)) * int(config.num_experts_per_tok)
+        return self.adapted.heights[-1] * int(config.num_experts_per_tok)
 
     def _wrap(self) -> GradSampleModule:
         grad_samplers.register()

@@ -19,9 +19,9 @@ from fl_client.dp.batches import MAX_UNITS, Records
 from fl_shared.errors import EngineError
 
 FULL = 2048
-"""Rows of a full micro-batch."""
-HEIGHTS = (*range(128, 1025, 128), 1280, 1536, 1792, FULL)
-"""Numbers of rows that a micro-batch may have; a unit with more tokens takes a multiple of `FULL`."""
+"""Rows of a full micro-batch, unless a single unit may have more."""
+HEIGHTS = (64, 128, 256, 512, 1024, FULL)
+"""Numbers of rows that a micro-batch may have."""
 TILE = 8
 """Rows of a product come in multiples of this wherever their number follows from the data."""
 EVEN = 32
@@ -60,13 +60,27 @@ def tokens_of(records: Records, unit: int) -> int:
     return sum(len(records.ids[record]) for record in records.of_unit[unit])
 
 
+def heights_for(rows: int) -> tuple[int, ...]:
+    """`HEIGHTS`, and twice the last one again until a unit of so many rows finds room."""
+    found = [*HEIGHTS]
+    while found[-1] < rows:
+        found.append(2 * found[-1])
+    return tuple(found)
+
+
 def height(rows: int, heights: Sequence[int] = HEIGHTS) -> int:
-    """The least public height that holds so many rows."""
+    """The least public height that holds so many rows.
+
+    Raises:
+        EngineError: none does.
+    """
     for each in heights:
         if rows <= each:
             return each
-    full = heights[-1]
-    return -(-rows // full) * full
+    raise EngineError(
+        f"a unit has {rows} tokens, and at most {heights[-1]} were tried on this machine",
+        fix="lower [task] max_tokens or [data] max_records_per_unit",
+    )
 
 
 def cut(
@@ -86,7 +100,7 @@ def cut(
         rows = 0
         for unit in waiting[:max_units]:
             rows += size[unit]
-            if ends and rows > heights[-1]:
+            if ends and rows > min(FULL, heights[-1]):
                 break
             ends.append(rows)
         if len(ends) < len(waiting):  # more will come: leave what would need filler to the next

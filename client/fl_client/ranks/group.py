@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import select
 import shutil
@@ -134,13 +133,14 @@ class RankGroup:
             raise
 
     def prepare(
-        self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool, max_adapter_norm: float = math.inf
+        self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool, max_adapter_norm: float, records_per_unit: int
     ) -> None:
         """Do on the first rank what `fl_client.training.prepare_round` does; what it raises ends no rank."""
         self.start()
         try:
             job = {
                 "prepare": True, "spec": spec.to_dict(), "private": private, "max_adapter_norm": max_adapter_norm,
+                "records_per_unit": records_per_unit,
             }  # fmt: skip
             send(self._channels[0], job, pack(dict(offset)))
             head, _ = receive(self._channels[0])

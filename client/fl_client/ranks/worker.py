@@ -102,7 +102,7 @@ def prepare(model: LoadedModel, job: dict[str, Any], adapter: bytes) -> dict[str
     try:
         prepare_round(
             model, RunSpec.from_dict(job["spec"]), unpack(adapter), private=job["private"],
-            max_adapter_norm=job["max_adapter_norm"],
+            max_adapter_norm=job["max_adapter_norm"], records_per_unit=job["records_per_unit"],
         )  # fmt: skip
     except ConcordatError as error:
         return {"error": type(error).__name__, "message": error.message, "fix": error.fix}

@@ -13,7 +13,7 @@ from fl_client.dp import invariance, lora_layers
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.checks import check_layers
 from fl_client.dp.invariance import check_invariance
-from fl_client.dp.packing import FULL, HEIGHTS, cut, height, tokens_of
+from fl_client.dp.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
 from fl_client.dp.rounding import slack
 from fl_shared.errors import EngineError
 from helpers.hostile_adapters import ATTACKS, change_of_evaluation, change_of_sum, company, is_bitwise
@@ -56,7 +56,7 @@ def test_nor_on_float_bases_and_cores(architecture: str, how: dict[str, bool]) -
 def test_units_of_several_records_in_many_micro_batches() -> None:
     """Units that own records of many lengths, cut into micro-batches by rows, contribute the same bits."""
     adapted = attacked("deepseek_v3", "large", torch.float32)
-    adapted.heights = (64, 128, 256)
+    adapted.heights = (64, 128, 512)
     rng = np.random.default_rng(2)
     sizes = [rng.integers(1, 40, rng.integers(1, 5)).tolist() for _ in range(60)]
     assert is_bitwise(adapted, units_of_records([*sizes, [200, 100]]))
@@ -85,13 +85,26 @@ def test_a_cut_keeps_units_whole_and_within_bounds(seed: int) -> None:
     """Every unit once, whole; no micro-batch above its bounds unless one unit alone is."""
     rng = np.random.default_rng(seed)
     records = units_of_records([rng.integers(1, 300, rng.integers(1, 4)).tolist() for _ in range(80)])
-    found = cut(records, range(80), max_units=17)
+    heights = heights_for(1000)
+    found = cut(records, range(80), max_units=17, heights=heights)
     assert sorted(unit for chosen in found for unit in chosen) == list(range(80))
     for chosen in found:
         rows = sum(tokens_of(records, unit) for unit in chosen)
         assert len(chosen) <= 17
         assert rows <= FULL or len(chosen) == 1
-        assert height(rows) in HEIGHTS or height(rows) % FULL == 0
+        assert height(rows, heights) in HEIGHTS
+
+
+def test_a_unit_larger_than_what_was_tried_is_refused() -> None:
+    """Heights double until the site's largest unit finds room; they are tried, and none is used that was not."""
+    assert heights_for(5000) == (*HEIGHTS, 4096, 8192)
+    with pytest.raises(EngineError, match="a unit has 5000 tokens, and at most 2048 were tried"):
+        height(5000)
+    adapted = adapted_small("mixtral", quantised=True)
+    check_layers(adapted, vocabulary=96)
+    assert adapted.heights == HEIGHTS
+    check_layers(adapted, vocabulary=96, rows=3000)
+    assert adapted.heights == (*HEIGHTS, 4096)
 
 
 def test_a_machine_whose_products_follow_the_number_of_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +127,7 @@ def test_a_height_that_computes_otherwise_is_not_used(monkeypatch: pytest.Monkey
     """Where the router's product differs at one height, that height is dropped; at the full one, all is refused."""
     adapted = adapted_small("mixtral", quantised=True)
     layer = adapted.classifier.backbone.get_submodule("layers.0.self_attn.o_proj")
-    odd = {512}
+    odd = {512}  # one of them
 
     def other(_: object, args: object, out: Tensor) -> Tensor:
         return out * (1 + 2**-20) if out.shape[1] in odd else out
