@@ -62,7 +62,7 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         "format": FORMAT,
         "site": ledger.site,
         "exported_at": chain.timestamp(datetime.now(UTC)),
-        "program": f"concordat {packages.version('concordat')}",
+        "program": f"concordat {packages.version('concordat-fl')}",
         **pinned,
         "public_keys": site_keys(ledger),
         "receipts": len(kept),

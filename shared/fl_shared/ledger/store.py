@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger.migrations import HEAD
+from fl_shared.ledger.readable import ReadableFile
 
 BUSY_SECONDS = 120
 _ADVISORY_LOCK = 0x1ED6E4
@@ -48,6 +49,7 @@ class Store:
         self.url = parse_url(url)
         self.read_only = read_only
         self.sqlite = self.url.drivername == "sqlite"
+        self._file: ReadableFile | None = None
         try:
             self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
         except (NoSuchModuleError, ModuleNotFoundError) as error:
@@ -65,14 +67,18 @@ class Store:
         """The address without its password, for messages."""
         return self.url.render_as_string(hide_password=True)
 
+    @property
+    def reading_url(self) -> str:
+        """The address at which another process of this command reads the same; with its password."""
+        if self._file is not None:
+            return f"sqlite:///{self._file.path}"
+        return self.url.render_as_string(hide_password=False)
+
     def _sqlite_engine(self) -> sa.Engine:
-        path = Path(str(self.url.database))
         url: URL = self.url
         if self.read_only:
-            if not path.is_file():
-                raise LedgerError(f"no ledger at {path}", fix="check --site and --home, or give --ledger")
-            mode = "mode=ro" if _may_write(path) else "mode=ro&immutable=1"
-            url = make_url(f"sqlite:///file:{path.absolute()}?{mode}&uri=true")
+            self._file = ReadableFile(Path(str(self.url.database)))
+            url = self._file.url
         engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
 
         @sa.event.listens_for(engine, "connect")
@@ -112,12 +118,19 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """One read transaction: everything read in it is of one moment."""
-        with self._translated(), self.engine.connect() as connection:
-            if not self.sqlite:
-                connection = connection.execution_options(isolation_level="REPEATABLE READ")
-            with connection.begin():
-                yield connection
+        """One read transaction: everything read in it is of one moment.
+
+        Raises LedgerError when an SQLite file that nobody had open was written to meanwhile.
+        """
+        try:
+            with self._translated(), self.engine.connect() as connection:
+                if not self.sqlite:
+                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
+                with connection.begin():
+                    yield connection
+        finally:
+            if self._file is not None:
+                self._file.require_unchanged()
 
     def migrate(self) -> None:
         """Bring the schema up to date; many processes may do so at once."""
@@ -153,6 +166,8 @@ class Store:
     def close(self) -> None:
         """Give the connections back."""
         self.engine.dispose()
+        if self._file is not None:
+            self._file.close()
 
 
 def upgrade(connection: sa.Connection, revision: str = "head") -> None:
@@ -195,13 +210,6 @@ def _schema_version(connection: sa.Connection) -> str | None:
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-
-
-def _may_write(path: Path) -> bool:
-    """Say whether SQLite could make its shared-memory file beside `path`."""
-    import os
-
-    return os.access(path.parent, os.W_OK)
 
 
 def _in_our_words(error: DBAPIError, name: str) -> LedgerError:

@@ -178,7 +178,7 @@ def _walk(
     keys: tuple[tuple[int, str], ...],
     processes: int,
 ) -> None:
-    url = store.url.render_as_string(hide_password=False)
+    url = store.reading_url
     jobs = (
         shard.Job(url, report.site, keys, first, min(first + shard.SIZE - 1, report.entries))
         for first in range(1, report.entries + 1, shard.SIZE)
