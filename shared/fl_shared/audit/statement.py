@@ -13,10 +13,10 @@ from typing import Any
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.report import facts, html, page, pdf
-from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable
+from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
-from fl_shared.errors import ConfigError, LedgerError, SignatureError
+from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
 from fl_shared.ledger import Ledger, receipts
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import run_id, site_id
@@ -56,8 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     with reachable(arguments) as url:
         report = verify_ledger(url, site, public_key=public_key(arguments), checkpoints=pins(kept))
         if not report.intact:
+            if report.damaged:
+                raise damaged(summary(report.damaged))
             raise LedgerError(
-                f"the ledger is not intact: {report.problems[0].message}",
+                f"the ledger is not intact: {summary(report.problems)}",
                 fix="run fl-audit verify; nothing can be stated about it",
             )
         with Ledger.open(url, None, site) as ledger:

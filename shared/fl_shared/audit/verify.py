@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,7 @@ def pins(kept: Sequence[receipts.Kept]) -> list[Checkpoint]:
     for one in kept:
         claims = one.claims
         size, head, root = (claims.get(name) for name in ("ledger_entries", "ledger_head", "merkle_root"))
-        if isinstance(size, int) and isinstance(head, str) and isinstance(root, str):
+        if type(size) is int and isinstance(head, str) and isinstance(root, str):
             source = f"receipt for run {claims.get('run')}, round {claims.get('round')}"
             found.append(Checkpoint(size, head, root, source))
     return found
@@ -85,7 +86,7 @@ def pins(kept: Sequence[receipts.Kept]) -> list[Checkpoint]:
 def parse_checkpoint(text: str) -> Checkpoint:
     """Return the checkpoint in `entries:hash`; raises ConfigError for anything else."""
     count, _, digest = text.partition(":")
-    if not count.isdigit() or len(digest) != 64:
+    if not re.fullmatch(r"[0-9]{1,18}", count) or not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
         raise ConfigError(f"checkpoint {text!r} is not usable", fix="write ENTRIES:HASH, e.g. from a receipt")
     return Checkpoint(int(count), digest.lower(), source=f"checkpoint {count}")
 

@@ -11,7 +11,9 @@ To be checked, it is turned back into a ledger (an SQLite file in a temporary di
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata as packages
@@ -21,7 +23,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fl_shared.canonical import parse_json
-from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.errors import ConfigError, LedgerError, shown
 from fl_shared.ledger import chain, merkle, receipts
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader
@@ -85,18 +87,31 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
 
 
 def is_bundle(path: Path) -> bool:
-    """Say whether the file at `path` looks like a bundle."""
-    return path.is_file() and zipfile.is_zipfile(path)
+    """Say whether the file at `path` looks like a bundle, if a damaged one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as source:
+        return source.read(2) == b"PK" or zipfile.is_zipfile(source)
 
 
 def about(path: Path) -> dict[str, Any]:
     """Return `bundle.json`; raises LedgerError when the file is no bundle or damaged."""
-    found = parse_json(_member(path, "bundle.json"), "bundle.json")
+    try:
+        found = parse_json(_member(path, "bundle.json"), "bundle.json")
+    except ConfigError as error:
+        raise _damaged(path, error.message) from error
     wanted = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
     table: dict[str, Any] = found if isinstance(found, dict) else {}
-    if table.get("format") != FORMAT or not all(isinstance(table.get(name), kind) for name, kind in wanted.items()):
+    if table.get("format") != FORMAT or not all(type(table.get(name)) is kind for name, kind in wanted.items()):
         raise LedgerError(f"{path} is no bundle of the form {FORMAT}", fix="export it again with this program")
     return table | {"site": site_id(table["site"])}
+
+
+_UNREADABLE = (
+    *(OSError, KeyError, ValueError, EOFError, RuntimeError, OverflowError),  # RuntimeError: marked as encrypted
+    *(zipfile.BadZipFile, zlib.error, struct.error, ConfigError),
+)
+"""What zipfile raises for a damaged file, and our own reading of what is in it."""
 
 
 def receipts_in(path: Path) -> list[Kept]:
@@ -108,8 +123,14 @@ def _member(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(name)
-    except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
-        raise LedgerError(f"{path}: {name} cannot be read: {error}", fix="have the bundle sent again") from error
+    except _UNREADABLE as error:
+        raise _damaged(path, f"{name} cannot be read: {error}") from error
+
+
+def _damaged(path: Path, what: str) -> LedgerError:
+    return LedgerError(
+        f"the record is damaged: {path}: {what}", fix="have the bundle sent again", code="ledger-damaged"
+    )
 
 
 def unpack(path: Path, directory: Path) -> str:
@@ -132,7 +153,7 @@ def unpack(path: Path, directory: Path) -> str:
                 connection.exec_driver_sql(sql)
     except LedgerError as error:
         raise LedgerError(
-            f"{path} holds no ledger: {error.message.removeprefix(f'ledger {store.name}: ')}",
+            f"the record is damaged: {path} holds no ledger: {error.message.removeprefix(f'ledger {store.name}: ')}",
             fix="have the bundle sent again; if it comes the same, it was forged",
             code="bundle-broken",
         ) from error
@@ -156,11 +177,21 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             while line := source.readline(_LONGEST_LINE):
                 number += 1
                 found = parse_json(line, f"line {number}")
-                if not isinstance(found, dict) or set(found) != set(_COLUMNS) or not isinstance(found["seq"], int):
+                if not isinstance(found, dict) or set(found) != set(_COLUMNS):
                     raise LedgerError(f"line {number} of entries.jsonl is no entry")
+                for name, value in found.items():
+                    if type(value) is not (int if name == "seq" else str) or not _storable(value):
+                        raise LedgerError(f"line {number} of entries.jsonl: {name} is {shown(value)}")
                 yield number, found
-    except (OSError, KeyError, zipfile.BadZipFile, ConfigError) as error:
+    except _UNREADABLE as error:
         raise LedgerError(f"entries.jsonl cannot be read: {error}") from error
+
+
+def _storable(value: Any) -> bool:
+    """Whether SQLite can hold the value: a number of 64 bits, or text that is Unicode."""
+    if isinstance(value, int):
+        return -(1 << 63) <= value < 1 << 63
+    return not any("\ud800" <= each <= "\udfff" for each in value)
 
 
 def _fill(connection: sa.Connection, path: Path) -> None:

@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
-from fl_shared.errors import LedgerError
+from fl_shared.errors import LedgerError, damaged, shown
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import entries
 from fl_shared.ledger.records import Entry, Head, Problem
@@ -83,11 +83,17 @@ def head_of(entry: Entry | None) -> Head:
 
 
 def entry_of(row: Mapping[str, Any] | sa.RowMapping) -> Entry:
-    """Return the entry in a database row."""
+    """Return the entry in a database row; raises LedgerError when its body is no table in JSON."""
+    try:
+        seq, body = int(row["seq"]), json.loads(row["body"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise damaged(f"entries.body of row {shown(row['seq'])} is no JSON") from error
+    if not isinstance(body, dict):
+        raise damaged(f"entries.body of row {seq} is no table")
     return Entry(
-        seq=int(row["seq"]),
+        seq=seq,
         kind=str(row["kind"]),
-        body=json.loads(row["body"]),
+        body=body,
         prev_hash=str(row["prev_hash"]),
         hash=str(row["hash"]),
         signature=str(row["signature"]),

@@ -58,8 +58,9 @@ class Replay:
         self._changed = None
         try:
             handler(seq, body, created_at)
-        except (KeyError, TypeError, ValueError, ConcordatError) as error:
-            self._say(seq, f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, ConcordatError) as error:
+            what = f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})"
+            self.problems.append(Problem(what, seq))
             return None
         return self._changed
 
@@ -76,7 +77,7 @@ class Replay:
         return found[0], found[1]
 
     def _say(self, seq: int, message: str) -> None:
-        self.problems.append(Problem(message, seq))
+        self.problems.append(Problem(message, seq, breach=True))
 
     def _dataset(self, seq: int, body: dict[str, Any], _at: str) -> None:
         last = self.datasets.get(body["name"])

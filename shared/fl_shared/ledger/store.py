@@ -212,13 +212,16 @@ def _schema_version(connection: sa.Connection) -> str | None:
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
+_CORRUPT = ("malformed", "not a database", "could not decode", "no such", "too big", "unsupported file format")
+
+
 def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
     text = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
     lowered = text.lower()
     hints = (
         ("append-only", "refused", "the ledger only grows; correct a mistake by a new entry"),
-        ("malformed", "corrupt", "restore the newest backup, then run fl-audit verify and reconcile"),
-        ("not a database", "corrupt", "restore the newest backup, then run fl-audit verify and reconcile"),
+        *((word, "corrupt", "keep it as evidence; restore the newest backup, then run fl-audit verify and reconcile")
+          for word in _CORRUPT),
         ("disk is full", "disk-full", "free disk space; nothing was granted or lost"),
         ("disk i/o", "disk", "check the disk; nothing was granted"),
         ("locked", "busy", "another process holds the ledger; try again"),
@@ -228,5 +231,6 @@ def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
     )
     for word, code, fix in hints:
         if word in lowered:
-            return LedgerError(f"ledger {name}: {text}", fix=fix, code=f"ledger-{code}")
+            what = "the record is damaged: " if code == "corrupt" else ""
+            return LedgerError(f"{what}ledger {name}: {text}", fix=fix, code=f"ledger-{code}")
     return LedgerError(f"ledger {name}: {text}", fix="nothing was granted; run fl-audit verify")
