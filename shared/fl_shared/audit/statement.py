@@ -112,8 +112,9 @@ def _check(arguments: argparse.Namespace) -> int:
     known = key_text(arguments.public_key) if arguments.public_key is not None else public_key(arguments)
     if known is None:
         raise ConfigError("the site's public key is not at hand", fix="give --public-key, as the site told you")
-    text = path.read_text(encoding="utf-8")
-    document = parse_json(html.embedded(text) if path.suffix == ".html" else text, str(path), limit=_LARGEST)
+    data = path.read_bytes()
+    signed = html.embedded(data.decode(errors="replace")) if path.suffix == ".html" else data
+    document = parse_json(signed, str(path), limit=_LARGEST)
     body = open_document(document, known)
     if body.get("kind") != "privacy-statement":
         raise SignatureError(f"{path} is signed, but is no privacy statement", fix="give the statement's .json file")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, public_key, reachable
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, printable
 from fl_shared.ledger import Ledger, bundle, receipts
 from fl_shared.ledger.reconcile import reconcile
 from fl_shared.ledger.records import Problem
@@ -93,7 +93,7 @@ def parse_checkpoint(text: str) -> Checkpoint:
 
 def _print(report: Report) -> None:
     for problem in report.problems:
-        print(f"PROBLEM  {problem.message}")
+        print(printable(f"PROBLEM  {problem.message}"))
     ended = ", ".join(f"{count} {outcome}" for outcome, count in report.settled.items())
     print(f"entries      {report.entries}, from {report.first} to {report.last}")
     print(f"head         {report.head}")

@@ -11,9 +11,7 @@ To be checked, it is turned back into a ledger (an SQLite file in a temporary di
 from __future__ import annotations
 
 import json
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata as packages
@@ -27,7 +25,7 @@ from fl_shared.errors import ConfigError, LedgerError, shown
 from fl_shared.ledger import chain, merkle, receipts
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader
-from fl_shared.ledger.receipts import Kept
+from fl_shared.ledger.receipts import UNREADABLE_ZIP, Kept, damaged_file, zip_member
 from fl_shared.ledger.reconcile import site_keys
 from fl_shared.ledger.replay import Replay
 from fl_shared.ledger.shard import EVENT_FIELDS
@@ -97,40 +95,22 @@ def is_bundle(path: Path) -> bool:
 def about(path: Path) -> dict[str, Any]:
     """Return `bundle.json`; raises LedgerError when the file is no bundle or damaged."""
     try:
-        found = parse_json(_member(path, "bundle.json"), "bundle.json")
+        found = parse_json(zip_member(path, "bundle.json"), "bundle.json")
     except ConfigError as error:
-        raise _damaged(path, error.message) from error
+        raise damaged_file(path, error.message) from error
     wanted = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
     table: dict[str, Any] = found if isinstance(found, dict) else {}
     if table.get("format") != FORMAT or not all(type(table.get(name)) is kind for name, kind in wanted.items()):
-        raise LedgerError(f"{path} is no bundle of the form {FORMAT}", fix="export it again with this program")
-    return table | {"site": site_id(table["site"])}
-
-
-_UNREADABLE = (
-    *(OSError, KeyError, ValueError, EOFError, RuntimeError, OverflowError),  # RuntimeError: marked as encrypted
-    *(zipfile.BadZipFile, zlib.error, struct.error, ConfigError),
-)
-"""What zipfile raises for a damaged file, and our own reading of what is in it."""
+        raise damaged_file(path, f"bundle.json is not of the form {FORMAT}")
+    try:
+        return table | {"site": site_id(table["site"])}
+    except ConfigError as error:
+        raise damaged_file(path, f"bundle.json: {error.message}") from error
 
 
 def receipts_in(path: Path) -> list[Kept]:
     """Return the coordinator's receipts that were packed with the ledger."""
-    return receipts.parse(_member(path, "receipts.json"), f"{path}: receipts.json")
-
-
-def _member(path: Path, name: str) -> bytes:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name)
-    except _UNREADABLE as error:
-        raise _damaged(path, f"{name} cannot be read: {error}") from error
-
-
-def _damaged(path: Path, what: str) -> LedgerError:
-    return LedgerError(
-        f"the record is damaged: {path}: {what}", fix="have the bundle sent again", code="ledger-damaged"
-    )
+    return receipts.parse(zip_member(path, "receipts.json"), f"{path}, receipts.json")
 
 
 def unpack(path: Path, directory: Path) -> str:
@@ -151,9 +131,10 @@ def unpack(path: Path, directory: Path) -> str:
             _fill(connection, path)
             for _name, sql in guards:
                 connection.exec_driver_sql(sql)
-    except LedgerError as error:
+    except (LedgerError, OverflowError, UnicodeError) as error:  # the latter two: values that SQLite cannot hold
+        what = error.message if isinstance(error, LedgerError) else str(error)
         raise LedgerError(
-            f"the record is damaged: {path} holds no ledger: {error.message.removeprefix(f'ledger {store.name}: ')}",
+            f"the record is damaged: {path} holds no ledger: {what.removeprefix(f'ledger {store.name}: ')}",
             fix="have the bundle sent again; if it comes the same, it was forged",
             code="bundle-broken",
         ) from error
@@ -183,7 +164,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     if type(value) is not (int if name == "seq" else str) or not _storable(value):
                         raise LedgerError(f"line {number} of entries.jsonl: {name} is {shown(value)}")
                 yield number, found
-    except _UNREADABLE as error:
+    except (*UNREADABLE_ZIP, ConfigError) as error:
         raise LedgerError(f"entries.jsonl cannot be read: {error}") from error
 
 

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import LedgerError, damaged, shown
 from fl_shared.ledger.faults import fault
-from fl_shared.ledger.models import entries
+from fl_shared.ledger.models import ENTRY_KINDS, entries
 from fl_shared.ledger.records import Entry, Head, Problem
 from fl_shared.signing import SigningKey
 
@@ -180,13 +180,9 @@ class Links:
             seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
         )
         if sha256_hex(message) != digest:
-            problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit", seq))
-        try:
-            raw = bytes.fromhex(signature)
-            if raw.hex() != signature:  # fromhex takes capitals and spaces, too
-                raise ValueError("not in lower-case hex digits")
-            signer.verify(raw, message)
-        except (InvalidSignature, ValueError):
+            column = self._changed(row, message, signer)
+            problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit: {column}", seq))
+        if not _is_signed(signature, message, signer):
             problems.append(Problem(f"entry {seq}: its signature does not fit", seq))
         if created_at < self.time:
             problems.append(Problem(f"entry {seq}: created_at {created_at} is before the entry before", seq))
@@ -196,3 +192,26 @@ class Links:
             problems.append(Problem(f"entry {seq}: created_at {created_at!r} is no time", seq))
         self.expected, self.prev, self.time = seq + 1, digest, created_at
         return problems
+
+    def _changed(self, row: Sequence[Any], message: bytes, signer: Ed25519PublicKey) -> str:
+        """Say which column no longer is what was hashed and signed, as far as the others tell."""
+        if _is_signed(row[5], message, signer):
+            return "column hash"
+        seq, kind, body, prev_hash, digest, _signature, created_at = row
+        for column, changed in (*(("kind", {"kind": other}) for other in ENTRY_KINDS), ("prev_hash", {"prev_hash": self.prev})):
+            parts = {"seq": seq, "kind": kind, "body": body, "prev_hash": prev_hash, "created_at": created_at}
+            if sha256_hex(message_bytes(**parts | changed, site=self._site)) == digest:
+                return f"column {column}"
+        return "column body or created_at"
+
+
+def _is_signed(signature: str, message: bytes, signer: Ed25519PublicKey) -> bool:
+    """Whether `signature`, in lower-case hex digits and no other spelling, is the signer's over `message`."""
+    try:
+        raw = bytes.fromhex(signature)
+        if raw.hex() != signature:  # fromhex takes capitals and spaces, too
+            return False
+        signer.verify(raw, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

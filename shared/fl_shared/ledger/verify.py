@@ -359,6 +359,9 @@ def _check_counts(connection: sa.Connection, report: Report) -> None:
 
 
 def _check_checkpoint(connection: sa.Connection, report: Report, known: Checkpoint) -> None:
+    if known.entries < 0:
+        report.problems.append(Problem(f"{known.source}: it pins {known.entries} entries"))
+        return
     if known.entries > report.entries:
         report.problems.append(
             Problem(
