@@ -13,6 +13,7 @@ from typing import Any
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.report import facts, html, page, pdf
+from fl_shared.audit.report.stated import stated_of
 from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
@@ -30,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_source(parser, required=False)
     parser.add_argument("--run", metavar="RUN", help="only this run's mechanisms; cumulative figures stay whole")
+    parser.add_argument("--purpose", metavar="TEXT", help="what the data is used for (default: [statement] in site.toml)")
+    parser.add_argument("--partner", metavar="NAME", action="append", help="who takes part; give it once for each")
+    parser.add_argument("--approved-on", metavar="DATE", help="when the budget was approved, e.g. 2027-01-31")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where to write (default: here)")
     parser.add_argument(
         "--key", metavar="FILE", type=Path, help="the site's signing key (default: HOME/keys/signing.pem)"
@@ -51,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.run is not None:
         run_id(arguments.run)
     home = home_of(arguments)
+    said = stated_of(arguments, home)
     key = SigningKey.load(arguments.key or home / "keys" / "signing.pem")
     kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
     with reachable(arguments) as url:
@@ -73,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                 run=arguments.run,
                 home=home if home.is_dir() else None,
                 empirical=arguments.empirical,
+                stated=said,
             )
     names = write(sign_document(key, body), key, arguments.out)
     if arguments.json:
@@ -88,13 +94,11 @@ def write(document: dict[str, Any], key: SigningKey, directory: Path) -> list[Pa
     body = document["body"]
     suffix = f"-{body['run'].replace(':', '_')}" if body["run"] else ""
     stem = f"statement-{body['site']}{suffix}"
-    title = f"Privacy statement of {body['site']}" + (f", run {body['run']}" if body["run"] else "")
-    subtitle = f"Made {body['made_at'][:19].replace('T', ' ')} UTC from {body['ledger']['entries']} ledger entries."
     sections = list(page.sections(body))
     made = {
         f"{stem}.json": (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(),
-        f"{stem}.html": html.render(title, subtitle, sections, document).encode(),
-        f"{stem}.pdf": pdf.render(title, subtitle, sections, document, f"{stem}.json"),
+        f"{stem}.html": html.render(sections, document).encode(),
+        f"{stem}.pdf": pdf.render(sections, document, f"{stem}.json"),
     }
     files = {"kind": "statement-files", "files": {name: sha256_hex(data) for name, data in made.items()}}
     made[f"{stem}.signatures.json"] = (json.dumps(sign_document(key, files), indent=1) + "\n").encode()

@@ -198,9 +198,12 @@ class Links:
         if _is_signed(row[5], message, signer):
             return "column hash"
         seq, kind, body, prev_hash, digest, _signature, created_at = row
-        for column, changed in (*(("kind", {"kind": other}) for other in ENTRY_KINDS), ("prev_hash", {"prev_hash": self.prev})):
-            parts = {"seq": seq, "kind": kind, "body": body, "prev_hash": prev_hash, "created_at": created_at}
-            if sha256_hex(message_bytes(**parts | changed, site=self._site)) == digest:
+        parts = {"seq": seq, "kind": kind, "body": body, "prev_hash": prev_hash, "created_at": created_at}
+        others: list[tuple[str, str]] = [("kind", other) for other in ENTRY_KINDS]
+        if self.prev is not None:
+            others.append(("prev_hash", self.prev))
+        for column, value in others:
+            if sha256_hex(message_bytes(**parts | {column: value}, site=self._site)) == digest:
                 return f"column {column}"
         return "column body or created_at"
 

@@ -322,7 +322,7 @@ class _Sums:
             return
         if self._keys.get(number) != changed and number not in self._versions:
             named = "is missing" if number not in self._keys else f"says {self._keys[number]}"
-            self._say(f"tally_keys: row {number} {named}, entry {seq} says {changed}", seq)
+            self._say(f"tally_keys: row {number}, tallies.key of row {seq}, {named}; entry {seq} says {changed}", seq)
         elif self._keys.get(number) != changed:
             self._say(f"tallies.key of row {seq} is {number}, which does not stand for {changed}", seq)
         self._versions[number] = version
