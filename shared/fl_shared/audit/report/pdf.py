@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _GREY, _INK, _PALE = (240, 243, 246), (20, 24, 28), (110, 116, 122)
 _MARGIN = 18.0  # mm
-_DIGEST = 40  # letters of a word that no line can be expected to hold
+_DIGEST = 63  # letters; a longer word is a digest, which may be broken anywhere
 
 
 def render(sections: Sequence[Section], document: dict[str, Any], name: str) -> bytes:
