@@ -65,8 +65,12 @@ def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
     made = Figure(figsize=(7, 3.0), layout="constrained")
     axes = made.subplots()
     at = range(len(past) + 1)
-    axes.step(at, [0.0, *(point.epsilon / ceiling for point in past)], where="post", label="epsilon, share of the ceiling")
-    axes.step(at, [0.0, *(point.used for point in past)], "--", where="post", label="gate, share of its bound (decides)")
+    axes.step(
+        at, [0.0, *(point.epsilon / ceiling for point in past)], where="post", label="epsilon, share of the ceiling"
+    )
+    axes.step(
+        at, [0.0, *(point.used for point in past)], "--", where="post", label="gate, share of its bound (decides)"
+    )
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set(title=title, xlabel=f"charges, {past[0].at[:10]} to {past[-1].at[:10]}", ylim=(0, 1.08))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

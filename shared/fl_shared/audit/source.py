@@ -104,15 +104,11 @@ def summary(problems: Sequence[Problem]) -> str:
 
 
 def public_key(arguments: argparse.Namespace) -> str | None:
-    """Return the site's public key (64 hex digits) from `--public-key` or the home; None when there is none.
+    """Return the site's public key (64 hex digits) from `--public-key`; None when it was not given.
 
     Raises ConfigError for a key that is not 64 hex digits.
     """
-    given = getattr(arguments, "public_key", None)
-    if given is not None:
-        return key_text(str(given))
-    path = home_of(arguments) / "keys" / "signing.pub"
-    return key_text(str(path)) if path.is_file() else None
+    return None if arguments.public_key is None else key_text(str(arguments.public_key))
 
 
 def key_text(given: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.report import facts, html, page, pdf
 from fl_shared.audit.report.stated import stated_of
-from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable, summary
+from fl_shared.audit.source import add_source, home_of, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
@@ -31,7 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_source(parser, required=False)
     parser.add_argument("--run", metavar="RUN", help="only this run's mechanisms; cumulative figures stay whole")
-    parser.add_argument("--purpose", metavar="TEXT", help="what the data is used for (default: [statement] in site.toml)")
+    parser.add_argument(
+        "--purpose", metavar="TEXT", help="what the data is used for (default: [statement] in site.toml)"
+    )
     parser.add_argument("--partner", metavar="NAME", action="append", help="who takes part; give it once for each")
     parser.add_argument("--approved-on", metavar="DATE", help="when the budget was approved, e.g. 2027-01-31")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where to write (default: here)")
@@ -111,11 +113,9 @@ def write(document: dict[str, Any], key: SigningKey, directory: Path) -> list[Pa
 def _check(arguments: argparse.Namespace) -> int:
     """Check a statement's signature, and the files that were signed with it when they lie beside it."""
     path: Path = arguments.check
-    if arguments.public_key is None and not arguments.site:
-        raise ConfigError("whose statement is it?", fix="give --public-key, as the site told you")
-    known = key_text(arguments.public_key) if arguments.public_key is not None else public_key(arguments)
+    known = public_key(arguments)
     if known is None:
-        raise ConfigError("the site's public key is not at hand", fix="give --public-key, as the site told you")
+        raise ConfigError("whose statement is it?", fix="give --public-key, as the site told you")
     data = path.read_bytes()
     signed = html.embedded(data.decode(errors="replace")) if path.suffix == ".html" else data
     document = parse_json(signed, str(path), limit=_LARGEST)

@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a file of fl-audit export, checked offline")
     add_source(parser, required=False)
     parser.add_argument(
-        "--public-key", metavar="HEX|FILE", help="the site's key as you know it (default: HOME/keys/signing.pub)"
+        "--public-key", metavar="HEX|FILE", help="the site's key as you know it from the site, not from this ledger"
     )
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="N:HASH", help="a head that you noted before"

@@ -57,11 +57,11 @@ def _wrong_types(connection: sa.Connection, table: sa.Table) -> list[Problem]:
     kinds = ", ".join(f'typeof("{column.name}")' for column in columns)
     allowed = {column.name: {_wanted(column)[0], *(["null"] if column.nullable else [])} for column in columns}
     wrong = " OR ".join(
-        f"typeof(\"{name}\") NOT IN ({', '.join(repr(kind) for kind in sorted(types))})"
+        f'typeof("{name}") NOT IN ({", ".join(repr(kind) for kind in sorted(types))})'
         for name, types in allowed.items()
     )
     first = columns[0].name
-    row = f"CASE typeof(\"{first}\") WHEN 'integer' THEN \"{first}\" ELSE rowid END"
+    row = f'CASE typeof("{first}") WHEN \'integer\' THEN "{first}" ELSE rowid END'
     query = f'SELECT {row}, {kinds} FROM "{table.name}" WHERE {wrong} LIMIT {MOST}'  # noqa: S608  # our own names
     return [
         Problem(f"{table.name}.{column.name} of row {number} is {_said(kind)}, not {_wanted(column)[1]}", number)

@@ -271,6 +271,8 @@ def _difference(kind: str, seq: int, signed: dict[str, Any], said: dict[str, Any
 
 
 def _check_nodes(result: Result, expected: dict[tuple[int, int], str], stored: list[Sequence[Any]]) -> None:
+    if len(stored) == len(expected) and {(level, at): digest for level, at, digest in stored} == expected:
+        return
     for level, position, digest in stored:
         if (position + 1) << level > result.job.last:
             continue  # written after this check began; `verify` holds the number of nodes against that of entries

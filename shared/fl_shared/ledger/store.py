@@ -71,7 +71,7 @@ class Store:
     def reading_url(self) -> str:
         """The address at which another process of this command reads the same; with its password."""
         if self._file is not None:
-            return f"sqlite:///{self._file.path}"
+            return URL.create("sqlite", database=str(self._file.path)).render_as_string()
         return self.url.render_as_string(hide_password=False)
 
     def _sqlite_engine(self) -> sa.Engine:
@@ -220,8 +220,10 @@ def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
     lowered = text.lower()
     hints = (
         ("append-only", "refused", "the ledger only grows; correct a mistake by a new entry"),
-        *((word, "corrupt", "keep it as evidence; restore the newest backup, then run fl-audit verify and reconcile")
-          for word in _CORRUPT),
+        *(
+            (word, "corrupt", "keep it as evidence; restore the newest backup, then run fl-audit verify and reconcile")
+            for word in _CORRUPT
+        ),
         ("disk is full", "disk-full", "free disk space; nothing was granted or lost"),
         ("disk i/o", "disk", "check the disk; nothing was granted"),
         ("locked", "busy", "another process holds the ledger; try again"),

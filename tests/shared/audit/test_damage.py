@@ -321,7 +321,17 @@ def test_any_value_in_a_bundle_or_in_receipts(
         ["verify", str(path), "--public-key", KEY.public_hex],
         ["verify", str(path), "--public-key", KEY.public_hex, "--json"],
         ["reconcile", "--site", SITE, "--ledger", str(path), "--receipts", str(path)],
-        ["verify", "--site", SITE, "--home", str(original.home), "--receipts", str(kept), "--public-key", KEY.public_hex],
+        [
+            "verify",
+            "--site",
+            SITE,
+            "--home",
+            str(original.home),
+            "--receipts",
+            str(kept),
+            "--public-key",
+            KEY.public_hex,
+        ],
         ["reconcile", "--site", SITE, "--home", str(original.home), "--receipts", str(kept), "--json"],
     ):
         code, said = ran(capsys, line)
@@ -343,7 +353,9 @@ def test_any_bytes_in_receipts(
         assert code in {0, DAMAGED}, said
 
 
-@pytest.mark.parametrize("checkpoint", ["²:" + "0" * 64, "9" * 5000 + ":" + "0" * 64, "-1:" + "0" * 64, "1:" + "g" * 64])
+@pytest.mark.parametrize(
+    "checkpoint", ["²:" + "0" * 64, "9" * 5000 + ":" + "0" * 64, "-1:" + "0" * 64, "1:" + "g" * 64]
+)
 def test_a_checkpoint_that_is_none(record: Record, capsys: pytest.CaptureFixture[str], checkpoint: str) -> None:
     """Digits of other scripts, endless ones and no hash are refused in words."""
     code, said = ran(capsys, [*verbs(record)["verify"], f"--checkpoint={checkpoint}"])

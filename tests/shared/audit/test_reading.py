@@ -200,8 +200,8 @@ def test_a_log_that_lies_elsewhere_is_missed_by_name(home: Path, agent: Agent) -
 
 
 def test_a_name_with_the_letters_of_an_address(home: Path) -> None:
-    """Blanks, number signs and percent signs in a path mean themselves."""
-    odd = home / "a b#c%41"
+    """Blanks, number signs and letters beyond ASCII in a path mean themselves."""
+    odd = home / "a b#c Größe"
     odd.mkdir()
     shutil.copy(home / "ledger.sqlite", odd / "ledger.sqlite")
     assert main(["budgets", "--site", SITE, "--home", str(odd)]) == 0

@@ -120,7 +120,10 @@ def _about(body: dict[str, Any]) -> Section:
         ("Site", body["site"]),
         ("Statement", body["id"]),
         ("Made", f"{body['made_at'][:19].replace('T', ' ')} UTC, from {body['ledger']['entries']} ledger entries"),
-        ("Covers", f"run {body['run']}; cumulative figures cover everything" if body["run"] else "everything in the ledger"),
+        (
+            "Covers",
+            f"run {body['run']}; cumulative figures cover everything" if body["run"] else "everything in the ledger",
+        ),
         ("Purpose", stated["purpose"] or NOT_STATED),
         ("Partners", "; ".join(stated["partners"] or ()) or NOT_STATED),
         ("Approved by", "\n".join(approvals) or "nobody: the ledger has no budget"),

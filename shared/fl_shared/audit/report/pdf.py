@@ -89,7 +89,9 @@ def _paper(left: str, right: str) -> FPDF:
 
 def _section(pdf: FPDF, section: Section) -> None:
     # A heading stays with what it heads; room to sign is not torn apart.
-    needed = 30.0 + max((pdf.epw * 3.6 / 7 if isinstance(block, Figure) else 0.0 for block in section.blocks), default=0)
+    needed = 30.0 + max(
+        (pdf.epw * 3.6 / 7 if isinstance(block, Figure) else 0.0 for block in section.blocks), default=0
+    )
     if any(isinstance(block, Lines) for block in section.blocks):
         needed = 95.0
     if section.title and pdf.will_page_break(needed):
@@ -156,7 +158,9 @@ def _table(pdf: FPDF, table: Table) -> None:
         line_height=3.6,
         padding=(0.7, 1.0),
         text_align="LEFT",
-        wrapmode="CHAR" if any(len(word) > _DIGEST for row in rows for cell in row for word in cell.split()) else "WORD",
+        wrapmode="CHAR"
+        if any(len(word) > _DIGEST for row in rows for cell in row for word in cell.split())
+        else "WORD",
     ) as drawn:
         if head:
             drawn.row(list(table.head))
