@@ -181,7 +181,7 @@ def _header(wal: Path) -> bytes:
 
 
 def _refuse_hidden_log(path: Path) -> None:
-    """Raise LedgerError when a program holds the file open and its log is not beside it: a hard link, a mounted file."""
+    """Raise LedgerError when a program has the file open and its log is not beside it: a hard link, a mounted file."""
     if sys.platform != "linux":
         return
     with path.open("rb") as source:
@@ -194,7 +194,7 @@ def _refuse_hidden_log(path: Path) -> None:
             return
     if kind != fcntl.F_UNLCK and not _beside(path, "-wal").exists():
         raise LedgerError(
-            f"a program has the ledger {path} open, and the log with its last entries ({path.name}-wal) is not beside it",
+            f"a program has the ledger {path} open, and the log with its last entries is not beside it",
             fix="give the ledger by its own name, in the directory where the agent keeps it",
             code="ledger-partial",
         )

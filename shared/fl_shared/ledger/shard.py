@@ -43,7 +43,8 @@ EVENT_FIELDS = {
 }
 _decode = json.JSONDecoder().raw_decode
 _COLUMNS = {
-    kind: tuple(column.name for column in table.columns if column.name != "seq") for kind, table in TYPED.items()
+    kind: tuple(sorted(column.name for column in table.columns if column.name != "seq"))
+    for kind, table in TYPED.items()  # sorted: as in canonical JSON
 }
 _values = {kind: itemgetter(*columns) for kind, columns in _COLUMNS.items()}
 _event = {kind: itemgetter(*names) for kind, names in EVENT_FIELDS.items()}
@@ -55,11 +56,9 @@ class _Frequent:
     def __init__(self, kind: str) -> None:
         columns = _COLUMNS[kind]
         texts = [name for name in columns if isinstance(TYPED[kind].columns[name].type, sa.Text | sa.String)]
-        names = sorted(columns)
-        self._ordered = itemgetter(*(columns.index(name) for name in names))
         self._texts = itemgetter(*(columns.index(name) for name in texts))
         self._numbers = itemgetter(*(columns.index(name) for name in columns if name not in texts))
-        self._form = ",".join(f'"{name}":"%s"' if name in texts else f'"{name}":%r' for name in names)
+        self._form = ",".join(f'"{name}":"%s"' if name in texts else f'"{name}":%r' for name in columns)
         self._form = f"{{{self._form}}}"
         self.event = itemgetter(*(columns.index(name) for name in EVENT_FIELDS[kind]))
 
@@ -70,7 +69,7 @@ class _Frequent:
                 return False
         except TypeError:  # no text in a column of texts, or no number in one of numbers
             return False
-        return bool(self._form % self._ordered(row) == body)
+        return bool(self._form % row == body)
 
 
 _frequent = {kind: _Frequent(kind) for kind in EVENT_FIELDS}

@@ -29,9 +29,11 @@ th { background: #f3f3f3 } svg { max-width: 100%; height: auto } .seal { overflo
 {% for section in sections %}{% if section.title %}<h2>{{ section.title }}</h2>{% endif %}
 {% for block in section.blocks %}{% if block is string %}<p>{{ block }}</p>
 {% elif block.svg is defined %}<figure role="img" aria-label="{{ block.alt }}">{{ block.svg | safe }}</figure>
-{% elif block.signers is defined %}<table class="sign"><thead><tr><th></th><th>Name</th><th>Function</th><th>Date</th>
-<th>Signature</th></tr></thead><tbody>{% for signer in block.signers %}<tr><th>{{ signer }}</th><td></td><td></td><td></td>
-<td></td></tr>{% endfor %}</tbody></table>
+{% elif block.signers is defined %}
+<table class="sign"><thead><tr><th></th>
+<th>Name</th><th>Function</th><th>Date</th><th>Signature</th></tr></thead>
+<tbody>{% for signer in block.signers %}<tr><th>{{ signer }}</th>
+<td></td><td></td><td></td><td></td></tr>{% endfor %}</tbody></table>
 {% else %}<table>{% if block.head | join %}<thead><tr>
 {% for cell in block.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>{% endif %}<tbody>
 {% for row in block.rows %}<tr>{% for cell in row %}<td class="lead">{{ cell }}</td>{% endfor %}</tr>

@@ -130,7 +130,10 @@ def _about(body: dict[str, Any]) -> Section:
         ("Approved on", stated["approved_on"] or f"{NOT_STATED}; see the ledger's dates above"),
         ("Contact", stated["contact"] or NOT_STATED),
     ]
-    note = "Institution, purpose, partners, date of approval and contact are the site's word; all else is read from its ledger."
+    note = (
+        "Institution, purpose, partners, date of approval and contact are the site's word; "
+        "all else is read from its ledger."
+    )
     return Section("", [Table(("", ""), rows, (1, 4.6)), note])
 
 
