@@ -136,7 +136,7 @@ def _opened(path: Path) -> sqlite3.Connection | None:
     except sqlite3.OperationalError:
         made.close()
         return None
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError):
         pass  # damaged: whoever reads next says so
     return made
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.errors import ConfigError, LedgerError, damaged
 from fl_shared.ledger.migrations import HEAD
 from fl_shared.ledger.readable import ReadableFile
 
@@ -162,6 +162,8 @@ class Store:
             raise _in_our_words(error, self.name) from error
         except SQLAlchemyError as error:
             raise LedgerError(f"ledger {self.name}: {error}", fix="run fl-audit verify") from error
+        except UnicodeDecodeError as error:  # SQLite quotes a damaged name in its own message
+            raise damaged(f"ledger {self.name}: a name in its schema is no text ({error})") from error
 
     def close(self) -> None:
         """Give the connections back."""

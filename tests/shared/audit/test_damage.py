@@ -226,6 +226,23 @@ def test_any_byte_of_the_file(original: Record, tmp_path: Path, capsys: pytest.C
     check(expected, ran(capsys, verbs(record)[verb]), verb)
 
 
+def test_each_index_and_each_name_in_the_schema(record: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index that points elsewhere, through which rows would go missing, and a schema that is no text: found."""
+    whole = record.ledger.read_bytes()
+    size = 4096
+    leaves = [at for at in range(size, len(whole), size) if whole[at] == 0x0A and whole[at + 3 : at + 5] != b"\0\0"]
+    assert len(leaves) > 10
+    names_ = [each.start() + 16 for each in re.finditer(b"CREATE TRIGGER|CREATE TABLE", whole)]
+    for number, (place, flip) in enumerate([*((at + size - 4, 1) for at in leaves), *((at, 0x80) for at in names_)]):
+        raw = bytearray(whole)
+        raw[place] ^= flip
+        record.ledger.write_bytes(raw)
+        lines = verbs(record)
+        name = sorted(lines)[number % len(lines)]
+        code, said = ran(capsys, lines[name])
+        assert (code, "record is damaged" in said or "NOT INTACT" in said) == (DAMAGED, True), (place, name, said)
+
+
 def check(before: tuple[int, str], after: tuple[int, str], verb: str) -> None:
     code, said = after
     assert "Traceback" not in said
