@@ -18,6 +18,7 @@ from fl_client.data.tables import UTF_8
 from fl_client.enrolment import server_url
 from fl_client.home import SiteHome
 from fl_client.sandbox import MODES
+from fl_shared.audit.report.stated import read_stated
 from fl_shared.errors import ConfigError, EnrolmentError, shown
 from fl_shared.manifest import LORA_TARGETS, check_digest
 from fl_shared.names import site_id
@@ -167,6 +168,7 @@ class SiteConfig:
             stop_grace_s=_grace(top.section("agent", optional=True)),
             source=path,
         )
+        read_stated(top.section("statement", optional=True))  # fl-audit statement repeats it; here it is only checked
         top.done()
         if made.model.processes > 1:
             check_socket(home.ranks / "r12345678" / "s", fix="choose a home with a shorter path, or processes = 1")
@@ -421,6 +423,13 @@ delta = 1e-5                     # must be below 1 / number of units
 approver = "name of the privacy officer"
 # valid_from = "2027-01-01"
 # valid_to = "2027-12-31"
+
+# [statement]                    # what `fl-audit statement` repeats on your word; the ledger does not know it
+# institution = "name of the hospital"
+# purpose = "what the model is trained for"
+# partners = ["University Hospital North", "City Clinics"]
+# approved_on = "2027-01-14"     # of the budget, by its approver
+# contact = "dpo@example.org"
 
 # [ledger]
 # url = "sqlite:////path/ledger.sqlite"        # or postgresql://user@host/database
