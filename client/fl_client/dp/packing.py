@@ -20,8 +20,9 @@ from fl_shared.errors import EngineError
 
 FULL = 2048
 """Rows of a full micro-batch, unless a single unit may have more."""
-HEIGHTS = (64, 128, 256, 512, 1024, FULL)
-"""Numbers of rows that a micro-batch may have."""
+HEIGHTS = (64, 128, *range(256, FULL + 1, 256))
+"""Numbers of rows that a micro-batch may have. Each costs a pass through the model at start-up."""
+_PASS = 256  # what one more micro-batch costs, in rows: weights are dequantised again
 TILE = 8
 """Rows of a product come in multiples of this wherever their number follows from the data."""
 EVEN = 32
@@ -105,7 +106,7 @@ def cut(
             ends.append(rows)
         if len(ends) < len(waiting):  # more will come: leave what would need filler to the next
             later = range(len(ends) // 2, len(ends))
-            best = min(later, key=lambda at: (height(ends[at], heights) / ends[at], -at))
+            best = min(later, key=lambda at: ((height(ends[at], heights) + _PASS) / ends[at], -at))
             ends = ends[: best + 1]
         found.append(waiting[: len(ends)])
         waiting = waiting[len(ends) :]
