@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sqlalchemy.engine import make_url
@@ -22,7 +23,9 @@ from fl_client.home import SiteHome
 from fl_client.renewal import certificate
 from fl_client.rotation import follow
 from fl_client.supernode import describe_confinement
+from fl_shared import __version__
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
+from fl_shared.extras import DISTRIBUTION, missing_package, require
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
 from fl_shared.signing import SigningKey
@@ -62,6 +65,7 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
         config = SiteConfig.load(home, site)
         return str(home.config)
 
+    yield _checked("packages", _packages)
     yield _checked("enrolled", enrolment)
     yield _checked("keys", lambda: _keys(home))
     yield _checked("config", configuration)
@@ -91,6 +95,17 @@ def _checked(name: str, check: Callable[[], str]) -> Result:
         return Result(name, True, check())
     except ConcordatError as error:
         return Result(name, False, error.message, error.fix)
+    except ImportError as error:
+        missing = missing_package(error, "fl_client")
+        if missing is None:
+            raise
+        return Result(name, False, missing.message, missing.fix)
+
+
+def _packages() -> str:
+    """What the agent will import is installed, also what only its helpers need."""
+    require("client")
+    return f"{DISTRIBUTION} {__version__} with all of its extra 'client'"
 
 
 def _keys(home: SiteHome) -> str:
@@ -98,10 +113,10 @@ def _keys(home: SiteHome) -> str:
     for path in (home.signing_key, home.client_key, home.node_key, home.fingerprint_key):
         mode = _mode(path)
         if mode & 0o077:
-            raise ConfigError(f"{path} can be read by others (mode {mode:o})", fix=f"chmod 600 {path}")
+            raise ConfigError(f"{path} can be read by others (mode {mode:o})", fix=f"chmod 600 {quote(str(path))}")
     mode = _mode(home.root)
     if mode & 0o066:
-        raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod 700 {home.root}")
+        raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod 700 {quote(str(home.root))}")
     key = SigningKey.load(home.signing_key)
     return f"private; signing key {spoken_key(key.public_hex)}"
 

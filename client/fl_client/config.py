@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from fl_client.enrolment import server_url
+from fl_client.address import server_url
 from fl_client.home import SiteHome
 from fl_client.sandbox import MODES
 from fl_shared.errors import ConfigError, EnrolmentError

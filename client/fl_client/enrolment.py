@@ -21,7 +21,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from cryptography import x509
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fl_client.address import server_url
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
@@ -113,21 +113,6 @@ _COORDINATOR_FIELDS: dict[str, type] = {
     "ca_sha256": str,
     "enrolled_at": int,
 }
-
-
-def server_url(text: str) -> str:
-    """Return `https://host:port` without a trailing slash; EnrolmentError for anything else."""
-    parts = urlsplit(text)
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    if parts.scheme != "https" or not parts.hostname or port is None or parts.path not in ("", "/"):
-        raise EnrolmentError(
-            f"server {text!r} is not an address of the form https://HOST:PORT",
-            fix="give the coordinator's gateway, e.g. --server https://coordinator.example:9443",
-        )
-    return f"https://{parts.netloc}"
 
 
 def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:

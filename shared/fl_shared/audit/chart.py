@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 WIDTH = 48
 ROWS = 12
-_MISSING = ConfigError("drawing needs matplotlib", fix="pip install 'concordat-fl[report]'")
 
 
 def lines(ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, float]]) -> Iterator[str]:
@@ -38,11 +37,9 @@ def _thinned(points: Sequence[_T]) -> list[_T]:
 
 
 def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, float]]) -> Figure:
-    """Return the curve; ConfigError when matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _MISSING from error
+    """Return the curve."""
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(7, 3.6), layout="constrained")
     axes = made.subplots()
     axes.step([0, *range(1, len(past) + 1)], [0.0, *(point.epsilon for point in past)], where="post", label="charged")
@@ -57,10 +54,8 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
 
 def privacy_curve(title: str, curves: dict[str, list[tuple[float, float]]], at: float) -> Figure:
     """Return epsilon against delta, one line of (delta, epsilon) for each accountant, the budget's delta marked."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _MISSING from error
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(7, 3.6), layout="constrained")
     axes = made.subplots()
     for label, points in curves.items():

@@ -17,12 +17,18 @@ from fl_shared.audit.source import add_source, home_of, key_text, public_key, re
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
 from fl_shared.errors import ConfigError, LedgerError, SignatureError
+from fl_shared.extras import require
 from fl_shared.ledger import Ledger, receipts
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import run_id, site_id
 from fl_shared.signing import SigningKey, open_document, sign_document
 
 HELP = "a signed privacy statement (PDF, HTML, JSON)"
+EXAMPLES = """
+fl-audit statement --site hospital-001 --out statements
+fl-audit statement --site hospital-001 --run demo --empirical canaries.json
+fl-audit statement --check statement-hospital-001.json --public-key signing.pub
+"""
 _LARGEST = 1 << 28
 
 
@@ -50,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     site = site_id(arguments.site)
     if arguments.run is not None:
         run_id(arguments.run)
+    require("report")  # now, and not after the whole ledger was verified
     home = home_of(arguments)
     key = SigningKey.load(arguments.key or home / "keys" / "signing.pem")
     kept = receipts.load(arguments.receipts, site) if arguments.receipts else []

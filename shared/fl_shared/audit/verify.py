@@ -17,6 +17,10 @@ from fl_shared.ledger.verify import Checkpoint, Report, verify_ledger
 from fl_shared.names import site_id
 
 HELP = "is the record intact?"
+EXAMPLES = """
+fl-audit verify --site hospital-001 --public-key signing.pub --receipts receipts.json
+fl-audit verify hospital-001.zip --public-key signing.pub
+"""
 BROKEN = 13
 
 

@@ -14,12 +14,12 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from fl_shared import __version__
 from fl_shared.canonical import parse_json
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import chain, merkle, receipts
@@ -62,7 +62,7 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         "format": FORMAT,
         "site": ledger.site,
         "exported_at": chain.timestamp(datetime.now(UTC)),
-        "program": f"concordat {packages.version('concordat')}",
+        "program": f"concordat {__version__}",
         **pinned,
         "public_keys": site_keys(ledger),
         "receipts": len(kept),

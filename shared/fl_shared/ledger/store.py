@@ -16,9 +16,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.extras import require
 from fl_shared.ledger.migrations import HEAD
 
 BUSY_SECONDS = 120
@@ -48,10 +49,9 @@ class Store:
         self.url = parse_url(url)
         self.read_only = read_only
         self.sqlite = self.url.drivername == "sqlite"
-        try:
-            self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
-        except (NoSuchModuleError, ModuleNotFoundError) as error:
-            raise ConfigError("the PostgreSQL driver is missing", fix="pip install 'concordat-fl[postgres]'") from error
+        if not self.sqlite:
+            require("postgres")
+        self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
 
     @property
     def driver_error(self) -> type[Exception]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_shared.audit.report.page import Figure, Section, Table, clean
-from fl_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from fpdf import FPDF
@@ -18,12 +17,10 @@ _GREY = (243, 243, 243)
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section], document: dict[str, Any], name: str) -> bytes:
-    """Return the PDF; `name` is the attachment's. ConfigError when fpdf2 or matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-        from fpdf import FPDF
-    except ImportError as error:
-        raise ConfigError("a statement in PDF needs fpdf2", fix="pip install 'concordat-fl[report]'") from error
+    """Return the PDF; `name` is the attachment's. Needs fpdf2 and matplotlib (the extra `report`)."""
+    import matplotlib as mpl
+    from fpdf import FPDF
+
     pdf = FPDF(format="A4")
     pdf.set_title(title)
     pdf.set_creator("Concordat")
