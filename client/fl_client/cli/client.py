@@ -257,6 +257,7 @@ def _log_to_file(home: SiteHome, site: str, verb: str) -> None:
 
 
 def _alone(home: SiteHome, options: argparse.Namespace) -> int:
+    require("client")  # before a reservation that would be charged for it
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
     from fl_client.alone import train_alone
@@ -298,6 +299,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
 
 
 def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
+    require("client")  # before a reservation that would be charged for it
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
     from fl_client.evaluation import evaluate_privately

@@ -14,6 +14,7 @@ from fl_shared.commands import add_quiet, add_version, describe
 from fl_shared.completion import complete
 from fl_shared.console import facts, working
 from fl_shared.errors import DataError, ModelError, cli_main
+from fl_shared.extras import require
 from fl_shared.offline import stay_offline
 
 EXAMPLES = """\
@@ -224,6 +225,8 @@ def _run(argv: Sequence[str] | None) -> int:
     made = parser()
     complete(made)
     options = made.parse_args(argv)
+    for extra in ("client", "demo") if options.verb == "build" else ("client",):
+        require(extra)
     with working(f"{options.verb}: loading", quiet=options.quiet, json=options.json) as options.say:
         table = options.run(options)
     _print(options, table)

@@ -42,12 +42,13 @@ exit codes: 0 done, 1 not everything is ready (status), 2 wrong arguments or set
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = argparse.ArgumentParser(
         prog="fl-server", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_version(parser)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add_version(made)
+    verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--home", type=Path, default=default_home(), help="the coordinator's directory")
     common.add_argument("--json", action="store_true", help="print one JSON object")
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     keys.add_verbs(verbs, common)
     backup.add_verbs(verbs, common)
-    return parser
+    return made
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -132,9 +133,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _parser()
-    complete(parser)
-    arguments = parser.parse_args(argv)
+    made = parser()
+    complete(made)
+    arguments = made.parse_args(argv)
     if arguments.verb == "init":
         return _init(arguments)
     if arguments.verb == "status":

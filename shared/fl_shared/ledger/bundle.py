@@ -11,6 +11,7 @@ To be checked, it is turned back into a ledger (an SQLite file in a temporary di
 from __future__ import annotations
 
 import json
+import shlex
 import zipfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -80,7 +81,7 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         document = {"format": receipts.FORMAT, "receipts": [one.to_dict() for one in kept]}
         archive.writestr("receipts.json", json.dumps(document, indent=1, ensure_ascii=False))
         archive.writestr("bundle.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        archive.writestr("README.txt", README.format(site=ledger.site, count=pinned["entries"], name=path.name))
+        archive.writestr("README.txt", README.format(site=ledger.site, count=pinned["entries"], name=shlex.quote(path.name)))
     return about
 
 
