@@ -50,9 +50,9 @@ def missing_package(error: ImportError, ours: str) -> ConfigError | None:
     extra = extra_of(module, ours)
     whose = f"the extra {extra!r}" if extra else f"what {DISTRIBUTION} needs"
     if isinstance(error, ModuleNotFoundError):
-        said = f"the package {module} is not installed; it belongs to {whose}"
+        said = f"the package {module} is not installed; it takes {whose}"
     else:  # an older version, or a library of the system that it needs
-        said = f"the package {module or '(unnamed)'} cannot be used: {error}; it belongs to {whose}"
+        said = f"the package {module or '(unnamed)'} cannot be used: {error}; it takes {whose}"
     return ConfigError(said, fix=install_command(extra), code="missing-package")
 
 
@@ -60,7 +60,8 @@ def require(extra: str) -> None:
     """ConfigError naming what is missing of an extra, before anything is started that would need it later."""
     absent = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
     if absent:
+        what = f"package {absent[0]} is" if len(absent) == 1 else f"packages {', '.join(absent)} are"
         raise ConfigError(
-            f"not installed: {', '.join(absent)}; it belongs to the extra {extra!r}",
+            f"the {what} not installed; it takes the extra {extra!r}",
             fix=install_command(extra), code="missing-package",
         )  # fmt: skip
