@@ -24,7 +24,7 @@ NO_DATA = {("fl-client", "run"), ("fl-client", "supernode"), ("fl-audit", "roles
 
 @pytest.mark.parametrize("path", sorted(VERBS), ids=" ".join)
 def test_every_verb_has_a_description_and_examples_that_parse(path: tuple[str, ...]) -> None:
-    """The help says what the verb does and shows whole lines, of this very verb for the most part, that are accepted."""
+    """The help says what the verb does and shows whole lines, of this verb for the most part, that are accepted."""
     made = VERBS[path]
     assert len(made.description or "") > 15
     lines = [each.strip() for each in (made.epilog or "").partition("examples:\n")[2].split("\n\n")[0].splitlines()]
@@ -139,7 +139,8 @@ def test_what_every_message_tells_to_type_exists() -> None:
     wrong, seen = [], 0
     for place, text in messages():
         for line in told_to_type(text):
-            words = [each for each in (typed(line) if f"`{line}`" in text else line.split()) if each not in ("...", "…")]
+            words = typed(line) if f"`{line}`" in text else line.split()
+            words = [each for each in words if each not in ("...", "…")]
             seen += 1
             if words[0] == "make":
                 good = words[1] in targets

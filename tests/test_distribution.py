@@ -134,14 +134,15 @@ def told_to_install(text: str) -> list[str]:
 
 def test_nobody_is_told_to_install_a_strangers_package() -> None:
     """No tracked file says `pip install concordat`, which is another project on the index."""
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    wrong = {}
-    for name in filter(None, tracked.stdout.split("\0")):
+    listed = ["git", "ls-files", "-z"]
+    tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    wrong = []
+    for name in filter(None, tracked.split("\0")):
         path = ROOT / name
         if path == Path(__file__).resolve() or not path.is_file() or path.suffix in {".safetensors", ".pdf", ".png"}:
             continue
         found = told_to_install(path.read_text(encoding="utf-8", errors="replace"))
-        wrong |= {name: each for each in found if not re.match(r"(\S*/)?concordat[-_]fl\b", each)}
+        wrong += [(name, each) for each in found if not re.match(r"(\S*/)?concordat[-_]fl\b", each)]
     assert not wrong
     assert told_to_install('`pip install\nconcordat` alone; pip install -c x "concordat[server]"') == [
         "concordat", "concordat[server]"

@@ -41,7 +41,7 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An enrolled site with data, its ledger's key, a coordinator's home, a spec, and the module that hides packages."""
+    """An enrolled site with data and a ledger, a coordinator's home, a spec, and the module that hides packages."""
     root = tmp_path_factory.mktemp("place")
     for name in ("gateway", "hiding"):
         (root / name).mkdir()

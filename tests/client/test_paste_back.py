@@ -33,7 +33,8 @@ def place(tmp_path: Path) -> Path:
 
 def test_the_next_lines_of_enroll_and_check_run(gateway: Gateway, place: Path) -> None:
     """`then: fl-client check ...` checks the very home; the fix for a mode that is too open closes it."""
-    done = shell(f"fl-client enroll --site {SITE} --home site --server {gateway.url} --token {gateway.token(SITE)}", place)
+    asked = f"fl-client enroll --site {SITE} --home site --server {gateway.url} --token {gateway.token(SITE)}"
+    done = shell(asked, place)
     assert done.returncode == 0, done.stderr
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith(("next: ", "then: ")))
     assert shell(told["next"].replace("edit", "test -f"), place).returncode == 0

@@ -16,6 +16,8 @@ from fl_shared.audit.report import facts, html, page, pdf
 from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
+from fl_shared.commands import add_quiet
+from fl_shared.console import working
 from fl_shared.errors import ConfigError, LedgerError, SignatureError
 from fl_shared.extras import require
 from fl_shared.ledger import Ledger, receipts
@@ -44,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--empirical", metavar="FILE", type=Path, help="result of an empirical audit (JSON)")
     parser.add_argument("--check", metavar="FILE", type=Path, help="check a statement (.json or .html) instead")
     parser.add_argument("--public-key", metavar="HEX|FILE", help="the site's key as you know it")
+    add_quiet(parser)
     add_format(parser, with_csv=False)
 
 
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     home = home_of(arguments)
     key = SigningKey.load(arguments.key or home / "keys" / "signing.pem")
     kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
-    with reachable(arguments) as url:
+    with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(url, site, public_key=public_key(arguments), checkpoints=pins(kept))
         if not report.intact:
             raise LedgerError(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, public_key, reachable
+from fl_shared.commands import add_quiet
+from fl_shared.console import working
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import Ledger, bundle, receipts
 from fl_shared.ledger.reconcile import reconcile
@@ -38,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--receipts", metavar="FILE|URL", help="the coordinator's receipts, each of which pins the ledger"
     )
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
+    add_quiet(parser)
     add_format(parser, with_csv=False)
 
 
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         kept += bundle.receipts_in(Path(arguments.bundle))
         said = bundle.about(Path(arguments.bundle))
         known.append(Checkpoint(int(said["entries"]), str(said["head"]), str(said["merkle_root"]), "bundle.json"))
-    with reachable(arguments) as url:
+    with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(
             url,
             site,

@@ -81,7 +81,8 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         document = {"format": receipts.FORMAT, "receipts": [one.to_dict() for one in kept]}
         archive.writestr("receipts.json", json.dumps(document, indent=1, ensure_ascii=False))
         archive.writestr("bundle.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        archive.writestr("README.txt", README.format(site=ledger.site, count=pinned["entries"], name=shlex.quote(path.name)))
+        name = shlex.quote(path.name)
+        archive.writestr("README.txt", README.format(site=ledger.site, count=pinned["entries"], name=name))
     return about
 
 
