@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from urllib.parse import urlsplit
 
-from fl_shared.errors import EnrolmentError, shown
+from fl_shared.errors import ConfigError, EnrolmentError, shown
+from fl_shared.hosts import host_and_port, host_name
 
 EXAMPLE = "https://coordinator.example:9443"
-_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
 def server_url(text: str) -> str:
@@ -27,8 +26,7 @@ def server_url(text: str) -> str:
     if slash and path:
         raise _wrong(text, f"goes on after the port: {shown('/' + path)}", f"https://{place}")
     host, port = _parts(text, place)
-    name = f"[{host}]" if ":" in host else host
-    return f"https://{name}:{port}"
+    return f"https://{host_and_port(host, port)}"
 
 
 def _parts(text: str, place: str) -> tuple[str, int]:
@@ -42,7 +40,7 @@ def _parts(text: str, place: str) -> tuple[str, int]:
         raise _wrong(text, "holds brackets that enclose no IPv6 address", "https://[2001:db8::1]:9443") from None
     if not host:
         raise _wrong(text, "names no host")
-    _check_host(text, host)
+    host = _check_host(text, host)
     try:
         port = parts.port
     except ValueError:
@@ -55,22 +53,19 @@ def _parts(text: str, place: str) -> tuple[str, int]:
     return host, port
 
 
-def _check_host(text: str, host: str) -> None:
-    if ":" in host:
-        try:
-            ipaddress.IPv6Address(host)
-        except ValueError:
-            raise _wrong(text, f"holds {shown(host)}, which is no IPv6 address") from None
-        if "%" in host:
-            raise _wrong(text, "holds an IPv6 address with a zone, which no certificate can name")
-        return
-    if not host.isascii():
+def _check_host(text: str, host: str) -> str:
+    """The host as `host_name` writes it; the forms that a certificate cannot name have a fault of their own."""
+    if "%" in host:
+        raise _wrong(text, "holds an IPv6 address with a zone, which no certificate can name")
+    if host and not host.isascii():
         raise EnrolmentError(
             f"server {shown(text)} holds {shown(host)}, whose letters may be taken for others",
             fix="write the name in its ASCII form (xn--…), as the coordinator's certificate has it",
         )
-    if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in host.split(".")):
-        raise _wrong(text, f"holds {shown(host)}, which is no name of a host")
+    try:
+        return host_name(host)
+    except ConfigError as error:
+        raise EnrolmentError(f"server {shown(text)}: {error.message}", fix=error.fix) from None
 
 
 def _wrong(text: str, why: str, better: str = EXAMPLE) -> EnrolmentError:

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from fl_client.agent.site import OpenSite
+from fl_client.data.load import require_labels
 from fl_client.files import write_durably
 from fl_shared.adapter import digest, pack, unpack
 from fl_shared.aggregators import ROBUST
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
 from fl_shared.manifest import RoundManifest, RunSpec
+from fl_shared.names import ALONE
 from fl_shared.signing import SigningKey, sign_document
 
 _ERRORS = {"budget-exhausted": BudgetExhausted, "policy": PolicyRefusal}
@@ -42,11 +44,13 @@ def train_alone(
     """Run all rounds of `spec` at `site`; write `adapter.safetensors` and `receipts.json` into `out`.
 
     `order_key` is the key that the site's rounds accept orders from. A repeat with the same spec fetches
-    what was released before and spends nothing. Raises the refusal of the first round that is refused.
+    what was released before and spends nothing. Raises the refusal of the first round that is refused, and DataError,
+    before anything is charged, when no record has a label of the spec.
     """
+    require_labels(site.data, spec.task.labels, "the training data")
     if site.config.site not in spec.run.sites:
         spec = _for_one(spec, site.config.site)
-    run = f"alone:{spec.run.name}"
+    run = f"{ALONE}{spec.run.name}"
     total: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     receipts: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,9 @@ def train_alone(
             error = _ERRORS.get(body["code"], RunError)
             raise error(
                 f"round {number} of {spec.run.rounds}: {body['message']}",
-                fix="change the spec, or the site's policy or budget; earlier rounds stay charged",
+                fix=f"fl-client resume --site {site.config.site} {run} --by NAME --reason TEXT, once the log is clear"
+                if body["code"] in ("suspended", "failed")
+                else "change the spec, or the site's policy or budget; earlier rounds stay charged",
             )
         receipts.append(document)
         for name, value in unpack(sealed.payload, wire=spec.run.wire).items():

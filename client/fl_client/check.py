@@ -9,26 +9,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import make_url
 
-from fl_client.agent.site import load_base
+from fl_client.agent.policy import absent_targets, check_policy, other_base
+from fl_client.agent.site import base_targets, load_base
 from fl_client.config import ANY_APP, SiteConfig
-from fl_client.data.load import load_unit_data
+from fl_client.data.load import label_report, load_unit_data, require_labels
 from fl_client.data.units import UnitData
 from fl_client.enrolment import Coordinator
+from fl_client.handover import account, exposed
 from fl_client.hello import say_hello
 from fl_client.home import SiteHome
 from fl_client.renewal import certificate
 from fl_client.rotation import follow
-from fl_client.supernode import describe_confinement
+from fl_client.supernode import PLAN_FILE, describe_confinement
+from fl_client.walls import try_walls
 from fl_shared import __version__
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.extras import DISTRIBUTION, missing_package, require
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
+from fl_shared.manifest import RunSpec
+from fl_shared.private import open_to_others
 from fl_shared.signing import SigningKey
+
+if TYPE_CHECKING:
+    from fl_client.model.load import LoadedModel
 
 MAX_CLOCK_DIFFERENCE_S = 120.0
 
@@ -47,11 +55,15 @@ class Result:
         return asdict(self)
 
 
-def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
-    """Yield the result of each check as it is done; checks that need an earlier one are left out with it."""
+def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterator[Result]:
+    """Yield the result of each check as it is done; checks that need an earlier one are left out with it.
+
+    With a `spec`, also whether the site would take part in that run: everything of a round but the private data.
+    """
     coordinator: Coordinator | None = None
     config: SiteConfig | None = None
     data: UnitData | None = None
+    base: LoadedModel | None = None
 
     def enrolment() -> str:
         nonlocal coordinator
@@ -76,15 +88,33 @@ def run_checks(home: SiteHome, site: str) -> Iterator[Result]:
             nonlocal data
             data = load_unit_data(found.data, home.fingerprint_key)
             unit = found.data.privacy_unit
-            text = f"{found.data.path.name}: {len(data.texts)} rows, {data.units} units (each a {unit})"
+            rows = len(data.texts)
+            total = rows + sum(number for _, number in data.left_out)
+            text = f"{found.data.path.name}: {rows} rows used of {total}, {data.units} units (each a {unit})"
+            if data.left_out:
+                text += "; left out: " + ", ".join(f"{number} {why}" for why, number in data.left_out)
             public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
             return text + public
 
+        def model() -> str:
+            nonlocal base
+            base = load_base(found)
+            return _model(found, base)
+
         yield _checked("data", table)
-        yield _checked("model", lambda: _model(found))
+        if spec is not None and data is not None:
+            yield _checked("labels", lambda: _labels(data, spec))
+        yield _checked("model", model)
+        if base is not None:
+            loaded = base
+            yield _checked("device", lambda: _device(loaded))
         yield _checked("policy", lambda: _policy(found))
+        if spec is not None and base is not None:
+            asked, loaded = spec, base
+            yield _checked("spec", lambda: _spec(found, asked, loaded))
         yield _checked("budget", lambda: _budget(home, found, data))
-        yield _checked("separation", lambda: describe_confinement(found.supernode.confine, found.supernode.user))
+        yield _checked("separation", lambda: _separation(home, found))
+        yield from _walls(home, found)
     if coordinator is not None:
         pinned = coordinator
         yield _checked("server", lambda: _server(home, pinned))
@@ -108,6 +138,12 @@ def _packages() -> str:
     return f"{DISTRIBUTION} {__version__} with all of its extra 'client'"
 
 
+def _labels(data: UnitData, spec: RunSpec) -> str:
+    """Rows have the spec's labels; how many is told here alone."""
+    require_labels(data, spec.task.labels, "the data set")
+    return label_report(data, spec.task.labels)
+
+
 def _keys(home: SiteHome) -> str:
     """Every private file exists and is readable by its owner alone."""
     for path in (home.signing_key, home.client_key, home.node_key, home.fingerprint_key):
@@ -115,10 +151,26 @@ def _keys(home: SiteHome) -> str:
         if mode & 0o077:
             raise ConfigError(f"{path} can be read by others (mode {mode:o})", fix=f"chmod 600 {quote(str(path))}")
     mode = _mode(home.root)
-    if mode & 0o066:
-        raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod 700 {quote(str(home.root))}")
+    if mode & 0o077:
+        raise ConfigError(
+            f"{home.root} is open to others (mode {mode:o})", fix=f"chmod -R go= {quote(str(home.root))}"
+        )
     key = SigningKey.load(home.signing_key)
-    return f"private; signing key {spoken_key(key.public_hex)}"
+    told = f"private; signing key {spoken_key(key.public_hex)}"
+    if behind := open_to_others(home.root):
+        told += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
+    return told
+
+
+def _separation(home: SiteHome, config: SiteConfig) -> str:
+    """The other user is there and can read none of the site's secrets."""
+    user = config.supernode.user
+    if user:
+        for path in exposed(account(user), config.secrets(home)):
+            raise ConfigError(
+                f"the untrusted half's user {user} can read {path}", fix=f"chmod go= {quote(str(path))}"
+            )
+    return describe_confinement(config.supernode.confine, user)
 
 
 def _mode(path: Path) -> int:
@@ -131,9 +183,8 @@ def _mode(path: Path) -> int:
         ) from None
 
 
-def _model(config: SiteConfig) -> str:
+def _model(config: SiteConfig, model: LoadedModel) -> str:
     """The model loads, and there is a GPU for each process that wants one."""
-    model = load_base(config)
     text = f"{config.model.directory.name}, digest {model.digest}"
     processes = config.model.processes
     if processes == 1:
@@ -155,6 +206,27 @@ def _model(config: SiteConfig) -> str:
             fix="write processes = 1: several processes are for several GPUs",
         )
     return f"{text}, in {processes} processes on the CPU"
+
+
+def _spec(config: SiteConfig, spec: RunSpec, model: LoadedModel) -> str:
+    """The run is for this site, its policy and its base model; the model takes the adapter and can be trained."""
+    from fl_client.training import prepare_round  # torch
+
+    if config.site not in spec.run.sites:
+        raise ConfigError(f"run {spec.run.name} does not name site {config.site}", fix="add it to [run] sites")
+    check_policy(spec, config.policy)
+    for wrong in (other_base(spec, model.digest), absent_targets(spec, base_targets(config))):
+        if wrong:
+            raise ConfigError(wrong, fix="tell the coordinator's administrator; nothing was spent")
+    prepare_round(model, spec, {}, private=not config.policy.allow_non_private)
+    return f"run {spec.run.name}: base model, targets and policy suit; {spec.run.rounds} rounds"
+
+
+def _device(model: LoadedModel) -> str:
+    """The device computes one forward and one backward: what a round would find missing is missing here."""
+    from fl_client.device import try_device  # torch
+
+    return try_device(model)
 
 
 def _policy(config: SiteConfig) -> str:
@@ -203,6 +275,33 @@ def _budget(home: SiteHome, config: SiteConfig, data: UnitData | None) -> str:
         f"epsilon spent {position.spent:.3f}, left {position.left:.3f} of {position.epsilon:g} "
         f"at delta {position.delta:g}"
     )
+
+
+def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
+    """Each attempt of a confined process to get out, tried for real: refused, or what is open."""
+    node = config.supernode
+    if node.confine == "off":
+        yield Result("walls", True, "not tried: [supernode] confine is off")
+        return
+    url = make_url(config.ledger_url)
+    files = {
+        "the data": config.data.path, "the configuration": home.config, "the signing key": home.signing_key,
+        "the TLS key": home.client_key, "the fingerprint key": home.fingerprint_key,
+        "the launch plan": node.directory / PLAN_FILE, "the agent's log": home.logs / "agent.jsonl",
+    }  # fmt: skip
+    if url.drivername == "sqlite" and url.database:
+        files["the ledger"] = Path(url.database)
+    try:
+        findings = try_walls({name: path for name, path in files.items() if path.exists()}, node.confine, node.user)
+    except ConcordatError as error:
+        yield Result("walls", False, error.message, error.fix)
+        return
+    for name, why in findings.works.items():
+        told = f"the untrusted half cannot use it: {why}" if why else "the untrusted half can use it"
+        yield Result(f"door: {name}", not why, told, "report this, with the line 'separation'" if why else "")
+    fix = "give the untrusted half all walls, see the line 'separation', or another user (docs/security.md)"
+    for name, got in findings.open.items():
+        yield Result(f"wall: {name}", not got, f"OPEN: {got}" if got else "refused", fix if got else "")
 
 
 def _server(home: SiteHome, pinned: Coordinator) -> str:

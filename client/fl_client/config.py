@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from sqlalchemy.engine import make_url
+
 from fl_client.address import server_url
+from fl_client.data.tables import UTF_8
 from fl_client.home import SiteHome
 from fl_client.sandbox import MODES
-from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.audit.report.stated import read_stated
+from fl_shared.errors import ConfigError, EnrolmentError, shown
 from fl_shared.manifest import LORA_TARGETS, check_digest
 from fl_shared.names import site_id
+from fl_shared.paths import check_socket, sqlite_url
 from fl_shared.settings import Fields, load_toml
 
 ANY_APP = "any"
@@ -35,7 +40,9 @@ class DataConfig:
     `text_columns` with more than one name are written as `name: value; name: value` into one text.
     `holdout` is the share of units that is never trained on, for `fl-client evaluate`.
     `expected_units` is a public round figure for the number of units, which scales the updates; without it
-    the exact number counts as public.
+    the exact number counts as public. `encoding` is that of a text table without a byte order mark.
+    `shares_units_with` names data sets of the same people: each one's mechanisms count against both budgets, and the
+    ledger records it.
     """
 
     name: str
@@ -48,6 +55,8 @@ class DataConfig:
     expected_units: int | None
     public: bool
     holdout: float
+    shares_units_with: tuple[str, ...] = ()
+    encoding: str = UTF_8
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come."""
+    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come.
+
+    `reply_every_s`: the answer to a computed round leaves a multiple of so many seconds after the order began, or, if
+    it is 0, at once. `max_adapter_norm`: how many times as large as the base's own weight a factor of the adapter that
+    a coordinator sends may be, in L2 norm.
+    """
 
     min_noise_multiplier: float
     max_clipping_norm: float
@@ -76,6 +90,8 @@ class PolicyConfig:
     allow_non_private: bool
     apps: tuple[str, ...]
     answer_plans: bool = True
+    reply_every_s: float = 0.0
+    max_adapter_norm: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,13 @@ class SiteConfig:
     stop_grace_s: float
     source: Path
 
+    def secrets(self, home: SiteHome) -> list[Path]:
+        """The files that the untrusted half must never read."""
+        ledger = make_url(self.ledger_url) if self.ledger_url.startswith("sqlite:") else None
+        keys = [home.signing_key, home.client_key, home.fingerprint_key]
+        places = [home.config, *keys, self.data.path, *([Path(ledger.database)] if ledger and ledger.database else [])]
+        return [path for path in places if path.exists()]
+
     @classmethod
     def load(cls, home: SiteHome, site: str) -> SiteConfig:
         """Read `site.toml` of `home`; ConfigError names the first wrong field and its fix."""
@@ -145,7 +168,10 @@ class SiteConfig:
             stop_grace_s=_grace(top.section("agent", optional=True)),
             source=path,
         )
+        read_stated(top.section("statement", optional=True))  # fl-audit statement repeats it; here it is only checked
         top.done()
+        if made.model.processes > 1:
+            check_socket(home.ranks / "r12345678" / "s", fix="choose a home with a shorter path, or processes = 1")
         if made.policy.allow_non_private and not made.data.public:
             raise ConfigError(
                 f"{path} [policy]: allow_non_private is true, but [data] public is false",
@@ -191,8 +217,16 @@ def _data(fields: Fields) -> DataConfig:
         expected_units=(fields.integer("expected_units", low=1, high=10**12) if fields.has("expected_units") else None),
         public=fields.boolean("public", default=False),
         holdout=fields.number("holdout", low=0, high=0.9, default=0.0),
+        shares_units_with=fields.texts("shares_units_with", low=0, high=100, default=()),
+        encoding=fields.text("encoding", default=UTF_8),
     )
     fields.done()
+    try:
+        b"".decode(made.encoding)
+    except (LookupError, UnicodeError, ValueError):
+        raise fields.fail(
+            "encoding", f"is {shown(made.encoding)}", 'write "utf-8", "cp1252" or another of Python\'s text encodings'
+        ) from None
     if unit != RECORD and made.unit_column is None:
         raise fields.fail(
             "unit_column",
@@ -251,6 +285,8 @@ def _policy(fields: Fields) -> PolicyConfig:
         allow_non_private=fields.boolean("allow_non_private", default=False),
         apps=apps,
         answer_plans=fields.boolean("answer_plans", default=True),
+        reply_every_s=fields.number("reply_every_s", low=0, high=7 * 86_400, default=1.0),
+        max_adapter_norm=fields.number("max_adapter_norm", low=0, high=1e6, above=True, default=10.0),
     )
     fields.done()
     return made
@@ -286,7 +322,7 @@ def _date(fields: Fields, name: str) -> str | None:
 
 
 def _ledger(fields: Fields, home: SiteHome) -> str:
-    url = fields.text("url", default=f"sqlite:///{home.ledger}")
+    url = fields.text("url", default=sqlite_url(home.ledger))
     fields.done()
     if not re.match(r"(sqlite|postgresql(\+psycopg)?)://", url):
         raise fields.fail("url", f"is {url!r}", "write sqlite:////path/ledger.sqlite or postgresql://user@host/db")
@@ -294,16 +330,26 @@ def _ledger(fields: Fields, home: SiteHome) -> str:
 
 
 def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
+    other = fields.text("user", default="", empty=True)
     made = SupernodeConfig(
         launch=fields.boolean("launch", default=True),
         confine=fields.choice("confine", MODES, default="auto"),
-        user=fields.text("user", default="", empty=True),
+        user=other,
         tunnel_port=fields.integer("tunnel_port", low=0, high=65535, default=0),
         socket_group=fields.text("socket_group", default="", empty=True),
-        directory=fields.path("directory", default=home.supernode),
-        socket=fields.path("socket", default=home.socket),
+        directory=fields.path("directory", default=home.meeting / "supernode" if other else home.supernode),
+        socket=fields.path("socket", default=home.meeting / "agent.sock" if other else home.socket),
     )
     fields.done()
+    check_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{home.root.name[:30]}.sock" or the like')
+    if made.user or made.socket_group:
+        for name, path in (("socket", made.socket), *([("directory", made.directory)] if made.user else [])):
+            if path.is_relative_to(home.root):
+                raise fields.fail(
+                    name,
+                    f"is {str(path)!r}, in the site's home, which no other user can enter",
+                    "leave it out, or name a place outside the home" if made.user else "name one in /run/concordat",
+                )
     if not made.launch and made.tunnel_port == 0:
         raise fields.fail("tunnel_port", "is 0, but launch is false", "choose a fixed port for the other service")
     return made
@@ -348,7 +394,9 @@ privacy_unit = "record"          # "patient" or "customer": all rows of one of t
 # unit_column = "patient_id"     # needed unless the unit is a record
 # max_records_per_unit = 5       # further rows of one patient are not used
 # expected_units = 3000          # a public round figure for their number; without it the exact number is public
+# encoding = "cp1252"            # of a text file that is not UTF-8 (a byte order mark wins)
 # holdout = 0.2                  # share of units kept out of training, for `fl-client evaluate`
+# shares_units_with = ["other"]  # data sets with the same people in them: what one spends, the other has spent, too
 public = false                   # true only for data that anyone may read
 
 [model]
@@ -365,6 +413,8 @@ max_steps_per_round = 20
 # targets = ["attention", "shared_experts", "routed_experts"]
 # apps = ["sha256:..."]          # allow-list of the apps that the coordinator may ship; default ["any"]
 # answer_plans = true            # tell `fl-admin runs plan` how many rounds the budget holds, and what is refused
+# max_adapter_norm = 10          # factors of an adapter that is sent, as multiples of the base's own weights
+# reply_every_s = 1              # answers leave at multiples of this: how long a round took is private
 # allow_non_private = false      # training without noise; only with [data] public = true
 
 [budget]                         # the ceiling for this data set, for all runs together
@@ -374,11 +424,18 @@ approver = "name of the privacy officer"
 # valid_from = "2027-01-01"
 # valid_to = "2027-12-31"
 
+# [statement]                    # what `fl-audit statement` repeats on your word; the ledger does not know it
+# institution = "name of the hospital"
+# purpose = "what the model is trained for"
+# partners = ["University Hospital North", "City Clinics"]
+# approved_on = "2027-01-14"     # of the budget, by its approver
+# contact = "dpo@example.org"
+
 # [ledger]
 # url = "sqlite:////path/ledger.sqlite"        # or postgresql://user@host/database
 
 # [supernode]                    # the untrusted half
-# confine = "auto"               # auto | require | off (Landlock)
+# confine = "auto"               # auto | require | off: namespaces, Landlock and seccomp (docs/security.md)
 # user = "concordat-node"        # run it as another user (the agent must be root)
 
 # [agent]

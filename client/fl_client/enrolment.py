@@ -32,9 +32,10 @@ from cryptography.x509.oid import NameOID
 from fl_client.address import server_url
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
-from fl_shared.errors import ConcordatError, EnrolmentError, TransportError
+from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
+from fl_shared.hosts import by_proxy
 from fl_shared.names import site_id
-from fl_shared.signing import SigningKey
+from fl_shared.signing import SigningKey, ed25519_key
 
 TOKEN_PATTERN = re.compile(r"ct1\.([a-z0-9-]+)\.([A-Za-z0-9_-]{16,})\.([0-9a-f]{64})")
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -87,6 +88,7 @@ class Coordinator:
         """Read `coordinator.json`; EnrolmentError when the site is not enrolled or it is damaged."""
         try:
             body = json.loads(home.coordinator.read_text("utf-8"))
+            ed25519_key(body["coordinator_key"])
             return cls(
                 **{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()},
                 previous_key=str(body.get("previous_key", "")),
@@ -98,7 +100,7 @@ class Coordinator:
                 fix="ask the coordinator for a token and run "
                 "`fl-client enroll --site ID --server URL --token TOKEN`",
             ) from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (SignatureError, ValueError, KeyError, TypeError, OSError) as error:
             raise EnrolmentError(
                 f"{home.coordinator} cannot be read: {error}",
                 fix="restore it from a backup, or enrol again with a new token and --force",
@@ -137,7 +139,7 @@ def fetch_ca(server: str, expected_sha256: str) -> str:
     answer = _request("GET", f"{server}/v1/ca", unverified)
     try:
         certificate = x509.load_pem_x509_certificate(answer.content)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise EnrolmentError(
             f"{server}/v1/ca did not answer with a certificate",
             fix="check that --server names the coordinator's gateway and its port",
@@ -237,7 +239,7 @@ def _request(
 ) -> httpx.Response:
     """One HTTPS request; TransportError when no answer came, EnrolmentError for a refusal."""
     try:
-        with httpx.Client(verify=context, timeout=TIMEOUT) as client:
+        with httpx.Client(verify=context, timeout=TIMEOUT, trust_env=by_proxy(url)) as client:
             answer = client.request(method, url, json=body)
     except httpx.HTTPError as error:
         raise TransportError(
@@ -305,7 +307,7 @@ def _checked(
         certificate = x509.load_pem_x509_certificate(str(answer["certificate_pem"]).encode("ascii"))
         ca = x509.load_pem_x509_certificate(ca_pem.encode("ascii"))
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise wrong(f"the certificate that came back is not valid: {error}", fix=fix) from None
     if certificate.public_key() != pending.tls_key.public_key():
         raise wrong("the certificate that came back is for another key", fix=fix)
@@ -313,8 +315,10 @@ def _checked(
     if names != [site]:
         raise wrong(f"the certificate that came back names {names}, not {site}", fix=fix)
     key = str(answer.get("coordinator_key", ""))
-    if not re.fullmatch(r"[0-9a-f]{64}", key):
-        raise wrong("the coordinator sent no valid signing key", fix=fix)
+    try:
+        ed25519_key(key)
+    except SignatureError as error:
+        raise wrong(f"the coordinator sent no valid signing key: {error.message}", fix=fix) from None
     fleet_path = str(answer.get("fleet_path", ""))
     if not re.fullmatch(r"/[A-Za-z0-9/_-]{1,100}", fleet_path):
         raise wrong(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)
@@ -339,7 +343,7 @@ def _put_in_place(
         if source.exists():
             source.rename(target)
             sync_directory(target.parent)
-    write_durably(home.node_key.with_suffix(".pub"), _ssh_public(pending.node_key) + b"\n", mode=0o644)
+    write_durably(home.node_key.with_suffix(".pub"), _ssh_public(pending.node_key) + b"\n")
     write_durably(home.ca, ca_pem.encode("ascii"))
     write_durably(home.client_certificate, certificate_pem.encode("ascii"))
     if not home.fingerprint_key.exists():

@@ -13,16 +13,18 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.agent.outgoing import EVALUATION, Outgoing
+from fl_client.agent.policy import absent_targets
+from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.site import OpenSite
-from fl_client.data.load import restrict_labels
+from fl_client.data.load import require_labels, restrict_labels
 from fl_client.data.units import UnitData
 from fl_client.dp.batches import label_rows
 from fl_client.dp.noise import discrete_gaussian, plan_grid
@@ -30,16 +32,20 @@ from fl_client.dp.secure_random import SecureStream
 from fl_client.files import write_durably
 from fl_shared.adapter import digest, require_finite, unpack
 from fl_shared.canonical import canonical_bytes
-from fl_shared.errors import ConfigError, DataError, LedgerError, PolicyRefusal
+from fl_shared.errors import ConfigError, DataError, LedgerError, PolicyRefusal, RunError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger
+from fl_shared.ledger.suspension import FAILED_REASON, Suspensions
 from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 
 SENSITIVITY = math.sqrt(3.0)
 DIMENSIONS = 3
-FLOAT_SLACK = 1e-9
+USABLE = 2.0
+"""Figures are told when the noisy number of units exceeds this many standard deviations of its noise."""
+SURELY_USABLE = 5.0
+"""From this many on, expected from public numbers, they are told but once in 700 evaluations."""
 
 
 def unit_vectors(logits: NDArray[np.float32], data: UnitData, labels: tuple[str, ...]) -> NDArray[np.float64]:
@@ -65,10 +71,8 @@ def unit_vectors(logits: NDArray[np.float32], data: UnitData, labels: tuple[str,
 
 def noisy_sums(vectors: NDArray[np.float64], noise_multiplier: float, stream: SecureStream) -> list[float]:
     """The sums over the units on the noise's grid, with discrete Gaussian noise, float `[3]`."""
-    grid = plan_grid(
-        clipping_norm=SENSITIVITY, noise_multiplier=noise_multiplier, dimensions=DIMENSIONS, slack=FLOAT_SLACK
-    )
-    sums = np.rint(vectors.sum(0) / grid.step).astype(np.int64)
+    grid = plan_grid(clipping_norm=SENSITIVITY, noise_multiplier=noise_multiplier, dimensions=DIMENSIONS, slack=0.0)
+    sums = np.rint(vectors / grid.step).astype(np.int64).sum(0)  # integers: no unit changes another's rounding
     return [float(value * grid.step) for value in sums + discrete_gaussian(DIMENSIONS, grid, stream)]
 
 
@@ -76,7 +80,7 @@ def figures_of(sums: list[float], noise_multiplier: float, labels: int) -> dict[
     """Accuracy and mean loss from the noisy sums, with the noise's share of their error. Post-processing."""
     units, right, loss = sums
     deviation = noise_multiplier * SENSITIVITY
-    usable = units > 2 * deviation
+    usable = units > USABLE * deviation
     return {
         "noisy_sums": {"units": units, "right": right, "clipped_loss": loss},
         "noise_deviation": deviation,
@@ -99,15 +103,36 @@ class _Request:
         return f"evaluation:{self.spec.digest[7:19]}:{digest(self.adapter)[7:19]}"
 
 
-def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: bytes, noise: float) -> dict[str, Any]:
+def require_usable(expected: float, noise: float) -> None:
+    """Raise ConfigError when noise would hide the figures of about `expected` units (a public number).
+
+    It is asked before anything is charged, and looks at no data.
+    """
+    needed = SURELY_USABLE * noise * SENSITIVITY
+    if expected < needed:
+        raise ConfigError(
+            f"about {expected:.0f} units are held out, and noise multiplier {noise:g} needs {needed:.0f} for usable "
+            "figures; nothing was charged",
+            fix=f"give --noise {expected / (SURELY_USABLE * SENSITIVITY):.2g} or less (it costs more), "
+            "or hold out more units before the first training, or --force to be charged all the same",
+        )
+
+
+def evaluate_privately(
+    site: OpenSite, spec: RunSpec, adapter: bytes, noise: float, *, force: bool = False
+) -> dict[str, Any]:
     """Evaluate `adapter` on the hold-out units; return the signed document that may be shown.
 
-    Raises ConfigError without a hold-out, PolicyRefusal for too little noise, DataError for another base model or a
-    damaged adapter, BudgetExhausted. Whatever fails after the reservation is charged in full.
+    Raises ConfigError without a hold-out, or when the noise would hide the figures (unless `force`), PolicyRefusal for
+    too little noise, DataError for another base model or a damaged adapter, RunError when the same evaluation failed
+    and nobody has confirmed, BudgetExhausted. Whatever fails after the reservation is charged in full.
     """
     request = _Request(spec, adapter, noise)
+    config = site.config
     if site.holdout is None:
         raise ConfigError("this site holds nothing out", fix="set [data] holdout, e.g. 0.2, before the first training")
+    if not noise > 0 or not math.isfinite(noise):
+        raise ConfigError(f"noise multiplier {noise!r} is not usable", fix="give --noise a number above 0")
     least = site.config.policy.min_noise_multiplier
     if not noise >= least:
         raise PolicyRefusal(f"noise multiplier {noise:g} < {least:g}", fix=f"give --noise {least:g} or more")
@@ -116,13 +141,24 @@ def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: b
             f"the spec is for base model {spec.run.base_model}, this site has {site.model.digest}",
             fix="evaluate with the spec that the adapter was trained with",
         )
+    if absent := absent_targets(spec, site.facts.targets):
+        raise DataError(absent, fix="evaluate with the spec that the adapter was trained with")
+    from fl_client.dp.checks import check_layers  # torch
+    from fl_client.training import predict, prepare_round
+
     offset = unpack(adapter)
     require_finite(offset)
+    # What does not fit is said before anything is charged.
+    most = config.policy.max_adapter_norm
+    adapted = prepare_round(site.model, spec, offset, private=False, max_adapter_norm=most).adapted
+    check_layers(adapted, vocabulary=site.model.tokenizer.vocab_size, rows=spec.task.max_tokens)
     holdout = site.holdout
+    if not force:
+        # The number of units is public or replaced by a public one (docs/decisions/0023); who is held out is not.
+        require_usable(config.data.holdout * (config.data.expected_units or site.dataset.units), noise)
+    require_labels(holdout, spec.task.labels, "the hold-out")
 
     def compute(mechanism: Mechanism) -> dict[str, Any]:
-        from fl_client.training import predict  # torch
-
         chosen = restrict_labels(holdout, spec.task.labels)
         logits = predict(site.model, offset, chosen.texts, spec)
         sums = noisy_sums(
@@ -130,14 +166,20 @@ def evaluate_privately(site: OpenSite, releases: Path, spec: RunSpec, adapter: b
         )
         return figures_of(sums, mechanism.noise_multiplier, len(spec.task.labels))
 
-    return _charged(site.ledger, site.outgoing, site.dataset, releases, request, site.config.site, compute)
+    return _charged(site.ledger, site.outgoing, site.dataset, site.store, request, site.config.site, compute)
 
 
 def _charged(
-    ledger: Ledger, outgoing: Outgoing, dataset: Dataset, releases: Path, request: _Request, site: str, compute: Any
+    ledger: Ledger,
+    outgoing: Outgoing,
+    dataset: Dataset,
+    store: ReleaseStore,
+    request: _Request,
+    site: str,
+    compute: Callable[[Mechanism], dict[str, Any]],
 ) -> dict[str, Any]:
     """Reserve, compute, keep, settle, seal; or seal again what was settled before."""
-    path = releases / f"{request.run.replace(':', '_')}.figures"
+    path = store.figures_path(request.run)
     settled = [spend for spend in ledger.spends(run=request.run) if spend.outcome == "settled"]
     if settled:
         entry = ledger.entry(settled[-1].settled_seq or 0)
@@ -148,7 +190,18 @@ def _charged(
                 f"this was evaluated and charged (entry {entry.seq}), but {path} is gone",
                 fix="restore it from a backup; another adapter can be evaluated",
             ) from None
+        named = json.loads(figures)
+        if (named["spec_digest"], named["adapter_digest"]) != (request.spec.digest, digest(request.adapter)):
+            raise LedgerError(
+                f"{path} holds the figures of another spec or adapter whose digest begins alike",
+                fix="change the spec in one place, for example [run] name, and evaluate that",
+            )
     else:
+        if why := Suspensions(ledger).of(request.run):
+            raise RunError(
+                f"this evaluation is suspended: {why}",
+                fix=f"look into the log, then: fl-client resume --site {site} {request.run} --by NAME --reason TEXT",
+            )
         mechanism = Mechanism(request.noise_multiplier, 1.0, 1, SENSITIVITY)
         held = ledger.reserve(dataset, mechanism, run=request.run, round=0, purpose=EVALUATION, retry=True)
         fault("evaluation.reserved")
@@ -165,7 +218,7 @@ def _charged(
             figures = canonical_bytes(made)
             write_durably(path, figures)
         except Exception as error:  # anything may fail here, and the charge must not depend on what did
-            ledger.charge_in_doubt(held, f"{type(error).__name__} after private data was read")
+            ledger.charge_in_doubt(held, f"{type(error).__name__} {FAILED_REASON}")
             raise
         fault("evaluation.stored")
         entry = ledger.settle(held, mechanism, digest(figures))

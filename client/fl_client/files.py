@@ -1,10 +1,16 @@
-"""Writing small files so that a crash leaves the old content or the new, never half of either."""
+"""Writing files and folders so that a failure leaves the old content or the new, never half of either."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fl_shared.errors import ModelError
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:
@@ -33,3 +39,36 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_empty(directory: Path) -> None:
+    """ModelError when `directory` is there and is no empty folder."""
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            raise ModelError(f"{directory} holds files", fix="name a new or empty folder")
+    except OSError as error:
+        raise ModelError(f"{directory}: {error.strerror}", fix="name a new or empty folder") from error
+
+
+@contextlib.contextmanager
+def filled_or_gone(directory: Path) -> Iterator[None]:
+    """A new or empty folder that the block fills; whatever ends the block early, Ctrl-C too, leaves it as it was.
+
+    After a power cut or kill -9 part of it may lie there: who fills it writes last what makes the folder valid.
+    Raises ModelError when it holds files, is none, or the disk refuses.
+    """
+    require_empty(directory)
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        if directory.is_dir():
+            for each in directory.iterdir():
+                each.unlink()
+            if made:
+                directory.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            said = getattr(error, "strerror", None) or error
+            raise ModelError(f"{directory}: {said}", fix="make room, or name another folder") from error
+        raise

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from fl_client.enrolment import Coordinator, verified_context
 from fl_client.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
+from fl_shared.hosts import by_proxy
 
 TIMEOUT_S = 15.0
 MAX_ANSWER_BYTES = 1 << 20
@@ -27,8 +28,8 @@ def call(
 ) -> dict[str, Any]:
     """One call of the gateway under mutual TLS 1.3; the JSON object that it answers.
 
-    Honours HTTPS_PROXY. Raises TransportError when no answer came, EnrolmentError when the certificate
-    cannot be used or is refused.
+    Honours HTTPS_PROXY, but not to this machine itself. Raises TransportError when no answer came, EnrolmentError
+    when the certificate cannot be used or is refused.
     """
     url = f"{pinned.server}{path}"
     try:
@@ -39,7 +40,7 @@ def call(
             f"the client certificate cannot be used: {error}", fix="enrol again with a new token and --force"
         ) from None
     try:
-        with httpx.Client(verify=context, timeout=TIMEOUT_S) as client:
+        with httpx.Client(verify=context, timeout=TIMEOUT_S, trust_env=by_proxy(url)) as client:
             answer = client.request(method, url, json=body)
         if len(answer.content) > MAX_ANSWER_BYTES:
             raise TransportError(f"the answer of {url} is too large", fix="check that [server] url is the gateway")

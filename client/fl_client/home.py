@@ -1,7 +1,8 @@
 """Where a site keeps its files: one directory per site, with fixed names inside.
 
 The directory is `$FL_CLIENT_HOME`, or `~/.concordat/site/<ID>`. Everything in it belongs to the
-trusted half except `supernode/`, the only part that the untrusted half may see.
+trusted half except `supernode/`, the only part that the untrusted half may see. No file of it can be opened by
+another user; with `[supernode] user` the untrusted half's part lies beside it (`SiteHome.meeting`).
 """
 
 from __future__ import annotations
@@ -85,6 +86,16 @@ class SiteHome:
         return self.root / "releases"
 
     @property
+    def ledger_head(self) -> Path:
+        """How far the ledger had come when this home last wrote to it."""
+        return self.root / "ledger-head.json"
+
+    @property
+    def progress(self) -> Path:
+        """The step that the running round is at."""
+        return self.run / "progress.json"
+
+    @property
     def run(self) -> Path:
         """Directory of sockets, locks and short-lived files."""
         return self.root / "run"
@@ -95,9 +106,19 @@ class SiteHome:
         return self.run / "agent.sock"
 
     @property
+    def ranks(self) -> Path:
+        """Where the sockets of several training processes lie, one directory each time that they start."""
+        return self.run / "ranks"
+
+    @property
     def supernode(self) -> Path:
         """The untrusted half's directory: Flower's node key and nothing else of value."""
         return self.root / "supernode"
+
+    @property
+    def meeting(self) -> Path:
+        """Beside the home: what another user needs that runs the untrusted half, its directory and the socket."""
+        return self.root.with_name(f"{self.root.name}.node")
 
     @property
     def node_key(self) -> Path:

@@ -11,9 +11,7 @@ and `finish` completes the exchange after a crash in between.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from fl_client.files import sync_directory, write_durably
 from fl_client.hello import call
 from fl_client.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_client.renewal")
 
@@ -120,18 +119,15 @@ class Renewer:
         """Take the site's home and whom to ask."""
         self._home = home
         self._pinned = pinned
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
+        self.loop = Loop("the renewal of the certificate", lambda: self.look(), most_pause_s=RETRY_S)
 
     def start(self) -> None:
         """Look now, and then every few hours."""
-        self._thread.start()
+        self.loop.start()
 
     def stop(self) -> None:
         """End the thread; a request in progress is not waited for longer than a second."""
-        self._stopping.set()
-        with contextlib.suppress(RuntimeError):
-            self._thread.join(1)
+        self.loop.stop()
 
     def look(self) -> float:
         """Renew if it is time; return the seconds until the next look."""
@@ -145,7 +141,3 @@ class Renewer:
             return RETRY_S
         log.info("renewed the certificate; valid until %s", f"{made.not_valid_after_utc:%Y-%m-%d}")
         return EVERY_S
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self.look()):
-            pass

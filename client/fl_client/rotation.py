@@ -6,12 +6,17 @@ Enrolment pins one key. A new one is believed only with a document that the pinn
 
 The gateway hands out its documents, oldest first, in `/v1/hello` under `rotations`. The site follows the chain,
 writes the new pin and the old key's last day durably, and accepts orders of the old key until then.
+
+A key that was stolen ends with such a document, so whoever holds it would keep the document from the site. Therefore
+a key is accepted only for `VOUCHED_S` after the gateway, over TLS that the pinned CA vouches for, has last named it
+as the one in use: a site that gets orders but hears nothing refuses them (decision 0090).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from typing import Any
@@ -21,11 +26,14 @@ from fl_client.hello import say_hello
 from fl_client.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
 from fl_shared.settings import Fields
-from fl_shared.signing import open_document
+from fl_shared.signing import ed25519_key, open_document
 
 log = logging.getLogger("fl_client.rotation")
 
 ASK_EVERY_S = 60.0
+ASK_AGAIN_S = 3.0
+VOUCH_EVERY_S = 300.0
+VOUCHED_S = 3600.0
 MAX_GRACE_S = 90 * 86_400.0
 MAX_ROTATIONS = 1000
 _FIX = "compare the coordinator's key with its administrator by telephone; after a loss of the old key enrol anew"
@@ -48,10 +56,9 @@ def follow(pinned: Coordinator, rotations: Any, now: float) -> Coordinator:
             created = fields.number("created_at", low=0)
             until = fields.number("old_until", low=0)
             fields.done()
+            ed25519_key(new_key)
         except ConcordatError as error:
             raise EnrolmentError(f"a change of the coordinator's key is not valid: {error.message}", fix=_FIX) from None
-        if len(new_key) != 64 or set(new_key) - set("0123456789abcdef"):
-            raise EnrolmentError("a change of the coordinator's key names no key", fix=_FIX)
         pinned = dataclasses.replace(
             pinned,
             coordinator_key=new_key,
@@ -69,17 +76,23 @@ class PinnedKeys:
         self._home = home
         self._pinned = pinned
         self._lock = threading.Lock()
-        self._asked = 0.0
+        self._asked = -math.inf
+        self._vouched = -math.inf
 
     def accepts(self, key: str) -> bool:
-        """Whether `key` may sign orders. An unknown key makes the site ask for a rotation, once a minute at most."""
+        """Whether `key` may sign orders: it is pinned, and the gateway has named it in the last `VOUCHED_S`.
+
+        An unknown key makes the site ask for a rotation, once a minute at most; a known one every `VOUCH_EVERY_S`.
+        """
         with self._lock:
-            if self._known(key):
-                return True
-            if self._asked and time.monotonic() - self._asked < ASK_EVERY_S:
+            known, now = self._known(key), _uptime()
+            wanted = not known or now - self._vouched > VOUCH_EVERY_S
+            if wanted and now - self._asked >= (ASK_AGAIN_S if known else ASK_EVERY_S):
+                self._asked = now
+                self._refresh()
+            if self._known(key) and now - self._vouched > VOUCHED_S:
+                log.warning("orders are refused: the gateway has not confirmed the coordinator's key lately")
                 return False
-            self._asked = time.monotonic()
-            self._refresh()
             return self._known(key)
 
     def _known(self, key: str) -> bool:
@@ -90,7 +103,8 @@ class PinnedKeys:
 
     def _refresh(self) -> None:
         try:
-            changed = follow(self._pinned, say_hello(self._home, self._pinned).get("rotations", []), time.time())
+            said = say_hello(self._home, self._pinned)
+            changed = follow(self._pinned, said.get("rotations", []), time.time())
         except ConcordatError as error:
             log.warning("cannot ask for the coordinator's keys: %s", error.message)
             return
@@ -98,3 +112,12 @@ class PinnedKeys:
             changed.save(self._home)
             self._pinned = changed
             log.warning("the coordinator's key is now %s, vouched for by the former one", changed.coordinator_key)
+        if said.get("coordinator_key") == changed.coordinator_key:
+            self._vouched = _uptime()
+        else:
+            log.warning("the gateway names another key than the pinned one, and nothing vouches for it")
+
+
+def _uptime() -> float:
+    """Seconds that go on while the machine sleeps and that no clock setting changes."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,15 +1,15 @@
 """Run the untrusted half confined, and make sure that nothing of it outlives its keeper.
 
-`python -m fl_client.sandbox` reads one JSON object from the first line of standard input (see
-`Confinement`), starts the command in it and waits. The command is confined by Landlock where the
-kernel offers it: it may read the Python environment and the system's libraries, write its own
-directory, and connect to the named TCP ports; everything else on disk and on the network is refused
-by the kernel, signals and ptrace reach no process outside. When standard input ends (the agent is
-gone, however it died) or on SIGTERM, every descendant is killed, including those that left the
-process group.
+`python -P -m fl_client.sandbox` reads one JSON object from the first line of standard input (see
+`Confinement`), starts the command in it and waits. Three walls of the kernel stand around the command, each where
+the kernel offers it: namespaces of its own (`fl_client.namespaces`), in which there is no other file, process or
+network; Landlock, which lets it read the Python environment and the system's libraries and write its own
+directory; and a filter of system calls (`fl_client.seccomp`). When standard input ends (the agent is gone, however
+it died) or on SIGTERM, every descendant is killed, including those that left the process
+group and those that fork faster than they are killed (`fl_client.reaping`).
 
-Landlock does not restrict connecting to Unix sockets by path: that is how the agent is reached, and
-why the production set-up also uses another user (docs/decisions/0041).
+With `--walls` it starts nothing and says which of the walls this machine offers for the confinement
+(docs/decisions/0084).
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ import os
 import pwd
 import select
 import signal
+import socket
+import stat
 import struct
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import NoReturn
+
+from fl_client import namespaces, seccomp
+from fl_client.forwarder import Target, forward
+from fl_client.reaping import Cgroup, kill_descendants, limit_tasks, reap_orphans
 
 MODES = ("auto", "require", "off")
 
@@ -56,8 +62,15 @@ class Confinement:
     writable: list[str]
     connect_ports: list[int]
     bind_ports: list[int]
-    mode: str = "auto"  # auto: confine when the kernel can; require: refuse otherwise; off
+    mode: str = "auto"  # auto: each wall that the kernel offers; require: all of them or no start; off
     user: str = ""  # run as this user (the keeper must be root); "" keeps the user
+    tasks: int = 0  # processes and threads that it may have; 0 for no limit
+    agent: str = ""  # the agent's Unix socket, brought into the namespaces at its own path
+
+    @property
+    def tunnelled(self) -> list[int]:
+        """The ports that are reached outside of the namespaces; the others are the command's own."""
+        return [port for port in self.connect_ports if port not in self.bind_ports]
 
     def to_line(self) -> bytes:
         """Return the JSON line that `python -m fl_client.sandbox` reads."""
@@ -143,27 +156,107 @@ def _check(result: int, what: str) -> None:
         raise OSError(number, f"cannot {what}: {os.strerror(number)}")
 
 
-def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
-    """Start the command: own user if asked for, confined, killed when this process dies."""
-    abi = landlock_abi()
-    if confinement.mode == "require" and abi == 0:
-        raise OSError("this kernel has no Landlock, and the site's configuration requires it")
+@dataclass(frozen=True)
+class Walls:
+    """Which walls this machine offers for a confinement: Landlock's version (0: none), and why not the others."""
+
+    landlock: int
+    no_namespaces: str
+    no_filter: str
+
+    @classmethod
+    def offered(cls, confinement: Confinement) -> Walls:
+        """Find out by trying in a process of its own."""
+        lacks_filter = "" if seccomp.offered() else "no seccomp filters for this kernel or processor"
+        return cls(landlock_abi(), _try_namespaces(confinement), lacks_filter)
+
+    def missing(self) -> list[str]:
+        """What `confine = "require"` asks for in vain, in words."""
+        lacks = [] if self.landlock else ["Landlock (not in this kernel)"]
+        lacks += [f"namespaces ({self.no_namespaces})"] if self.no_namespaces else []
+        return lacks + ([f"a filter of system calls ({self.no_filter})"] if self.no_filter else [])
+
+
+def _try_namespaces(confinement: Confinement) -> str:
+    """Make the namespaces as `_start` will, in a process that ends at once; why that failed, "" when it did not."""
+    read, write = os.pipe()
+
+    def attempt(act: Callable[[], object]) -> NoReturn:
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, this process must end here and tell
+            os.write(write, str(getattr(error, "strerror", "") or error).encode("utf-8", "replace")[:500])
+        os._exit(0)
+
+    def inside() -> None:
+        namespaces.enter()
+        first = os.fork()
+        if first == 0:
+            arguments = (confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
+            attempt(lambda: namespaces.furnish(*arguments))
+        os.waitpid(first, 0)
+
+    def try_all() -> None:
+        if confinement.user:
+            owner = _account(confinement.user)
+            os.setgroups([])
+            os.setgid(owner.pw_gid)
+            os.setuid(owner.pw_uid)
+        inside()
+
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        attempt(try_all)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        reason = pipe.read().decode("utf-8", "replace")
+    os.waitpid(child, 0)
+    return reason
+
+
+def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.Popen[bytes]:
+    """Start the command: own user if asked for, in its group, confined, killed when this process dies."""
+    off = confinement.mode == "off"
+    walls = Walls(0, "off", "off") if off else Walls.offered(confinement)
+    if confinement.mode == "require" and walls.missing():
+        raise OSError(f"the site's configuration requires what this machine lacks: {', '.join(walls.missing())}")
+    near, far = socket.socketpair()
+
+    door = group.door() if group else -1
 
     def restrict() -> None:
-        die_with_parent()
-        drop_capabilities()
-        if confinement.mode != "off" and abi > 0:
-            confine(confinement)
+        try:
+            if door >= 0:
+                os.write(door, b"0")
+            if confinement.tasks:
+                limit_tasks(confinement.tasks)
+            die_with_parent()
+            if not walls.no_namespaces:
+                _move_inside(confinement, far)
+            drop_capabilities()
+            if walls.landlock:
+                confine(confinement)
+            if not walls.no_filter:
+                seccomp.restrict(pretend=bool(walls.no_namespaces))
+            if not walls.no_namespaces:
+                _leave_to_child()
+        except OSError as error:
+            os.write(2, f"cannot confine the untrusted half: {error}\n".encode())
+            raise
 
     owner = _account(confinement.user) if confinement.user else None
-    # The directory is the other user's: a link in the log's place is not followed.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    log = os.fdopen(os.open(confinement.log, flags, 0o644), "ab", buffering=0)
+    # In a directory of another user: what is no file of one name (a link, a pipe) is not written to.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    log = os.fdopen(os.open(confinement.log, flags, 0o600), "ab", buffering=0)
     try:
-        return subprocess.Popen(
+        found = os.fstat(log.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise OSError(f"{confinement.log} is not a file of its own")
+        process = subprocess.Popen(
             confinement.command,
             env=confinement.environment,
-            cwd=confinement.directory,
+            cwd="/" if not walls.no_namespaces else confinement.directory,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -175,6 +268,56 @@ def _start(confinement: Confinement) -> subprocess.Popen[bytes]:
         )
     finally:
         log.close()
+        far.close()
+        if door >= 0:
+            os.close(door)
+    if not walls.no_namespaces:
+        targets: list[Target] = [("127.0.0.1", port) for port in confinement.tunnelled]
+        targets += [confinement.agent] if confinement.agent else []
+        _, descriptors, _, _ = socket.recv_fds(near, 1, len(targets) + 1)
+        listeners = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        forward(list(zip(listeners, targets, strict=True)))
+    near.close()
+    return process
+
+
+def _move_inside(confinement: Confinement, keeper: socket.socket) -> None:
+    """Go on as the first process of new namespaces, and hand what listens there to the keeper.
+
+    The process that was called stays outside and ends with the one inside.
+    """
+    namespaces.enter()
+    first = os.fork()
+    if first:
+        _stand_for(first)
+    die_with_parent()
+    listening = namespaces.furnish(
+        confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent
+    )
+    socket.send_fds(keeper, [b"."], [each.fileno() for each in listening])
+    for each in listening:
+        each.close()
+    os.chdir(confinement.directory)  # the former working directory still leads to the machine's files
+
+
+def _leave_to_child() -> None:
+    """Go on in a child; the first process of the namespaces reaps orphans, and when it ends all end with it."""
+    child = os.fork()
+    if child:
+        _stand_for(child)
+
+
+def _stand_for(child: int) -> NoReturn:
+    """Pass SIGTERM on to `child`, reap whoever else comes, and end as it does."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: os.kill(child, signal.SIGTERM))
+    os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
 
 
 def _account(user: str) -> pwd.struct_passwd:
@@ -184,25 +327,14 @@ def _account(user: str) -> pwd.struct_passwd:
         raise OSError(f"there is no user {user!r} on this machine") from None
 
 
-def _kill_descendants() -> None:
-    """Kill every child until none is left; orphans come to us because we are a subreaper."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        pids = [int(word) for word in children.read_text().split()]
-        if not pids:
-            return
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.02)
+def _end_all(group: Cgroup | None) -> None:
+    if group is not None:
+        group.end()
+    kill_descendants()
 
 
 def main() -> int:
-    """Keep one confined command; return its exit status."""
+    """Keep one confined command, or say which walls there are; return the exit status."""
     line = b""
     while not line.endswith(b"\n"):
         block = os.read(0, 1)
@@ -210,16 +342,22 @@ def main() -> int:
             return 1
         line += block
     confinement = Confinement(**json.loads(line))
+    if "--walls" in sys.argv[1:]:
+        print(json.dumps(asdict(Walls.offered(confinement))))
+        return 0
     _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     forbid_inspection()
     stop_read, stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, lambda _number, _frame: None)
+    group = Cgroup.make(confinement.directory, limited=confinement.tasks > 0)
     try:
-        process = _start(confinement)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"cannot start the confined half: {error}", file=sys.stderr)
+        process = _start(confinement, group)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no thread for the forwarder
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        print(f"it cannot be started: {why}", file=sys.stderr, flush=True)
+        _end_all(group)
         return 1
     status: int | None = None
     while status is None:
@@ -232,7 +370,8 @@ def main() -> int:
                 status = process.wait(_STOP_S)
             break
         status = process.poll()
-    _kill_descendants()
+        reap_orphans(process.pid)
+    _end_all(group)
     return 0 if status is None else min(abs(status), 125)
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import grpc
 
+from fl_client.agent.progress import read_progress
 from fl_client.config import SiteConfig
 from fl_client.enrolment import Coordinator
 from fl_client.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
 from fl_shared.ledger.service import Ledger
+from fl_shared.ledger.suspension import Suspensions
+from fl_shared.paths import socket_address
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import InfoReply, InfoRequest
 
@@ -26,6 +29,10 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
     try:
         config = SiteConfig.load(home, site)
         found["agent"] = agent_state(home, config.supernode.socket)
+        if found["agent"] == "training" and (progress := read_progress(home.progress)):
+            found["training"] = progress
+        if found["agent"] != "stopped":
+            found["problems"] = agent_problems(config.supernode.socket)
         ledger = Ledger.open(config.ledger_url, None, site)
         try:
             position = ledger.epsilon(config.data.name)
@@ -37,6 +44,7 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
                 "epsilon": position.epsilon,
                 "delta": position.delta,
             }
+            found["suspended"] = Suspensions(ledger).all()
             found["runs"] = len({spend.reservation.run for spend in ledger.spends()})
         finally:
             ledger.close()
@@ -48,13 +56,23 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
 
 def agent_state(home: SiteHome, socket: Path | None = None) -> str:
     """Return `idle` or `training` as the agent at `socket` says, by default the home's; `stopped` when none answers."""
-    at = socket or home.socket
-    if not at.exists():
-        return "stopped"
-    with grpc.insecure_channel(f"unix:{at}") as channel:
+    reply = _info(socket or home.socket)
+    return str(reply.state) if reply else "stopped"
+
+
+def agent_problems(socket: Path) -> list[str]:
+    """What the agent at `socket` says does not run, and why; nothing when no agent answers."""
+    reply = _info(socket)
+    return [str(each) for each in reply.problems] if reply else []
+
+
+def _info(socket: Path) -> InfoReply | None:
+    if not socket.exists():
+        return None
+    with grpc.insecure_channel(f"unix:{socket_address(socket)}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)
         try:
             reply: InfoReply = stub.Info(InfoRequest(), timeout=3)
         except grpc.RpcError:
-            return "stopped"
-    return str(reply.state)
+            return None
+    return reply

@@ -8,9 +8,11 @@ confinement (`fl_client.sandbox`). Both processes end when the agent does, howev
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
+import pwd
 import re
 import signal
 import socket
@@ -24,20 +26,25 @@ from types import FrameType
 
 import fl_shared
 from fl_client.files import write_durably
-from fl_client.sandbox import Confinement, landlock_abi
+from fl_client.handover import mode_in
+from fl_client.reaping import MOST_TASKS
+from fl_client.sandbox import Confinement, Walls
 from fl_client.tunnel import NODE_LEFT, READY, TunnelSettings
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.offline import OFFLINE
+from fl_shared.paths import socket_address
+from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_client.supernode")
 
-_SYSTEM_READABLE = (
+SYSTEM_READABLE = (
     "/usr", "/bin", "/lib", "/lib64", "/etc/ssl", "/etc/pki", "/etc/localtime", "/etc/ld.so.cache",
     "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf",
     "/etc/os-release", "/dev/urandom", "/dev/random", "/proc", "/sys/devices/system/cpu",
 )  # fmt: skip
-_RESTART_FIRST_S, _RESTART_MOST_S = 1.0, 30.0
 _TUNNEL_WAIT_S = 30.0
+_PROVEN_S = 10.0  # after a failure a process that runs for so long is well again
+_STOP_S = 30.0  # a keeper that has much to kill needs its time
 _LOG_LIMIT_BYTES = 8 << 20
 PLAN_FILE = "launch.json"
 
@@ -45,7 +52,13 @@ PLAN_FILE = "launch.json"
 @dataclass(frozen=True)
 class NodePlan:
     """Everything that one start of the SuperNode depends on. Holds no path outside its directory
-    but the agent's socket."""
+    but the agent's socket.
+
+    `directory` belongs to the agent's user: plan, node key and certificate lie there, and the untrusted half only
+    reads them. Below it, `work` belongs to the untrusted half's user, and the code that the coordinator ships may
+    write in `work/home` alone, which is new and empty at each start. So nothing that decides about a wall, and
+    nothing that is run or read outside of it, lies where the walled can write.
+    """
 
     directory: Path
     socket: Path
@@ -56,15 +69,21 @@ class NodePlan:
     user: str = ""
 
     def save(self) -> None:
-        """Write the plan where `fl-client supernode` finds it, in the untrusted directory."""
+        """Write the plan where `fl-client supernode` finds it."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
-        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=0o644)
+        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=mode_in(self.directory))
+
+    @property
+    def home(self) -> Path:
+        """The only directory in which the untrusted half may write."""
+        return self.directory / "work" / "home"
 
     @classmethod
     def load(cls, directory: Path) -> NodePlan:
-        """Read the plan that the agent wrote into `directory`; ConfigError when there is none."""
+        """Read the plan that the agent wrote into `directory`; ConfigError when there is none, or not the agent's."""
         path = directory / PLAN_FILE
+        require_own(directory, path)
         try:
             table = json.loads(path.read_text("utf-8"))
             return cls(
@@ -107,19 +126,55 @@ def node_environment(directory: Path) -> dict[str, str]:
     return environment
 
 
+def require_own(directory: Path, plan: Path | None = None) -> None:
+    """Refuse a directory of the untrusted half that anybody but its owner may write, or a plan of another owner.
+
+    Without `plan`: as the agent, whose own the directory must be. Raises ConfigError.
+    """
+    fix = (
+        f"let the agent's user own {directory} (chown, chmod 2750, in the group of both halves), and give the other "
+        f"user {directory / 'work'} (install -d -m 700 -o USER)"
+    )
+    try:
+        found = directory.stat()
+        owner = os.geteuid() if plan is None else plan.stat(follow_symlinks=False).st_uid
+    except OSError as error:
+        hint = fix if plan is None else "start the site's agent first: it writes this file; check --directory"
+        raise ConfigError(f"{error.filename} cannot be used: {error.strerror}", fix=hint) from None
+    if found.st_mode & 0o022 or found.st_uid != owner:
+        raise ConfigError(f"{directory} can be written by others than the agent's user", fix=fix)
+
+
+def make_home(plan: NodePlan) -> None:
+    """Make the untrusted half's own directory anew: what an app left there meets no later app. Raises ConfigError."""
+    work = plan.home.parent
+    try:
+        work.mkdir(mode=0o711, exist_ok=True)
+        if os.path.lexists(plan.home):
+            plan.home.rename(work / f"old-{time.time_ns()}")
+        plan.home.mkdir(mode=0o700)
+        for name in ("tmp", "flwr"):
+            (plan.home / name).mkdir(mode=0o700)
+        if plan.user:  # we are root, `work` is ours and `home` is new: given away last, so that nobody has a hand in it
+            owner = pwd.getpwnam(plan.user)
+            for path in (plan.home / "tmp", plan.home / "flwr", plan.home):
+                os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+    except (OSError, LookupError) as error:
+        raise ConfigError(
+            f"[supernode] the untrusted half has no place to work in: {error}",
+            fix=f"let the user that runs it own {work}: install -d -m 700 -o USER {work}",
+        ) from None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
+        subprocess.run(["rm", "-rf", "--", *work.glob("old-*")], stderr=subprocess.DEVNULL, timeout=60, check=False)
+
+
 def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
     """Return the confined command that runs the SuperNode with its Runtime API on `runtime_port`."""
     directory = plan.directory
-    for name in ("tmp", "flwr"):
-        (directory / name).mkdir(mode=0o700, exist_ok=True)
-    record = directory / "supernode.log"
+    make_home(plan)
+    record = (directory if os.access(directory, os.W_OK) else plan.home.parent) / "supernode.log"
     if record.exists() and record.stat().st_size > _LOG_LIMIT_BYTES:
-        record.replace(directory / "supernode.log.1")
-    if any(character in str(plan.socket) for character in "\"'\\ "):
-        raise ConfigError(
-            f"the agent's socket {plan.socket} has a space or quote in its path",
-            fix="choose a home directory without spaces or quotes",
-        )
+        record.replace(record.with_suffix(".log.1"))
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink", f"127.0.0.1:{plan.tunnel_port}",
@@ -127,35 +182,67 @@ def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
         "--auth-supernode-private-key", str(plan.node_key),
         "--host", "127.0.0.1",
         "--port", str(runtime_port),
-        "--node-config", f'agent-socket="{plan.socket}"',
+        "--node-config", f'agent-socket="{socket_address(plan.socket)}"',
     ]  # fmt: skip
     source = shared_source()
-    readable = [sys.prefix, sys.base_prefix, *_SYSTEM_READABLE, *([str(source)] if source else [])]
+    readable = [sys.prefix, sys.base_prefix, *SYSTEM_READABLE, *([str(source)] if source else [])]
+    readable += [str(plan.node_key), str(plan.tunnel_certificate)]
     return Confinement(
         command=command,
-        environment=node_environment(directory),
-        directory=str(directory),
+        environment=node_environment(plan.home),
+        directory=str(plan.home),
         log=str(record),
         readable=readable,
-        writable=[str(directory), "/dev/null"],
+        writable=[str(plan.home), "/dev/null"],
         connect_ports=[plan.tunnel_port, runtime_port],
         bind_ports=[runtime_port],
         mode=plan.mode,
         user=plan.user,
+        tasks=MOST_TASKS,
+        agent=str(plan.socket),
     )
 
 
+def offered_walls(mode: str, user: str) -> Walls:
+    """Which walls this machine offers. With mode "require" a missing one is a ConfigError that says what to do."""
+    tried = Confinement(
+        command=[], environment={}, directory="/", log="", readable=[sys.prefix, sys.base_prefix, *SYSTEM_READABLE],
+        writable=["/dev/null"], connect_ports=[], bind_ports=[], user=user,
+    )  # fmt: skip
+    words = [sys.executable, "-P", "-m", "fl_client.sandbox", "--walls"]
+    done = subprocess.run(
+        words, input=tried.to_line(), capture_output=True, env=keeper_environment(), cwd="/", check=False
+    )
+    try:
+        walls = Walls(**json.loads(done.stdout))
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"[supernode] the walls around the untrusted half cannot be tried: {done.stderr.decode()[-300:].strip()}",
+            fix="check [supernode] user, and that the agent may start processes",
+        ) from None
+    if mode == "require" and walls.missing():
+        raise ConfigError(
+            f'[supernode] confine is "require", and this machine lacks {"; ".join(walls.missing())}',
+            fix="use a kernel of 5.13 or later with Landlock, and let this user make user namespaces (sysctl "
+            "kernel.apparmor_restrict_unprivileged_userns=0, user.max_user_namespaces; in a container, its seccomp "
+            'profile), or accept what is missing with confine = "auto" (docs/security.md)',
+        )
+    return walls
+
+
 def describe_confinement(mode: str, user: str) -> str:
-    """Say in one line how far the untrusted half is separated on this machine."""
-    abi = landlock_abi()
-    kernel = f"Landlock (ABI {abi})" if mode != "off" and abi else ""
-    if kernel and user:
-        return f"user {user} and {kernel}"
-    if kernel:
-        return f"{kernel}, same user"
-    if user:
-        return f"user {user}, no Landlock"
-    return "NOT separated: same user and no Landlock; use [supernode] user, or a newer kernel"
+    """Say in one line how far the untrusted half is separated on this machine. ConfigError as `offered_walls`."""
+    own = f"user {user}" if user else "same user"
+    if mode == "off":
+        return f"{own}, confine is off" if user else "NOT separated: same user, and confine is off"
+    walls = offered_walls(mode, user)
+    kinds = [] if walls.no_namespaces else ["own network, files and processes (namespaces)"]
+    kinds += [f"Landlock (ABI {walls.landlock})"] if walls.landlock else []
+    kinds += [] if walls.no_filter else ["seccomp"]
+    if not kinds and not user:
+        return "NOT separated: same user and no wall in this kernel; use [supernode] user, or a newer kernel"
+    lacks = "; ".join(walls.missing())
+    return ", ".join([own, *kinds]) + (f"; WITHOUT {lacks}" if lacks else "")
 
 
 def free_port() -> int:
@@ -185,8 +272,8 @@ def listen_loopback(port: int = 0) -> socket.socket:
 class Helpers:
     """Keeps the tunnel and, if a plan is given, the SuperNode running until `stop`.
 
-    A process that dies is started again after 1 s, then 2 s, up to 30 s; the wait starts over after
-    a minute of life. So is a SuperNode that has taken leave of the coordinator (after an answer that it
+    A process that dies, or that cannot be started, is started again after 1 s, then 2 s, up to 30 s; the wait starts
+    over after a minute of life. So is a SuperNode that has taken leave of the coordinator (after an answer that it
     does not understand it does so, and then lives on without ever asking for work again), or that keeps
     a reply to itself (`fl_client.tunnel.Debts`).
     """
@@ -206,11 +293,13 @@ class Helpers:
         self._lock = threading.Lock()
         self._tunnel_ready = threading.Event()
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._threads: list[threading.Thread] = []
+        self._began: dict[str, float] = {}
+        names = ["tunnel"] + (["supernode"] if self._launch_node else [])
+        self._loops = {name: Loop(name, functools.partial(self._life, name)) for name in names}
 
     def start_tunnel(self) -> None:
         """Start the tunnel; it may come up while the model loads."""
-        self._start("tunnel")
+        self._loops["tunnel"].start()
 
     def start_node(self) -> None:
         """Start the SuperNode, if there is a plan for one, as soon as the tunnel is ready.
@@ -218,7 +307,7 @@ class Helpers:
         A SuperNode that finds nobody backs off for many seconds, so it is worth waiting.
         """
         if self._launch_node:
-            self._start("supernode")
+            self._loops["supernode"].start()
 
     def _node_left(self) -> None:
         """End the SuperNode that has taken leave; whoever keeps it starts the next one."""
@@ -232,11 +321,6 @@ class Helpers:
         if node is not None:
             node.terminate()
 
-    def _start(self, name: str) -> None:
-        thread = threading.Thread(target=self._keep, args=(name,), name=f"keep-{name}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
     def pids(self) -> dict[str, int]:
         """Return the process ids of what runs now, by name."""
         with self._lock:
@@ -245,11 +329,23 @@ class Helpers:
     def states(self) -> dict[str, bool]:
         """Return for each process that should run whether it does."""
         running = self.pids()
-        return {name: name in running for name in (["tunnel"] + (["supernode"] if self._launch_node else []))}
+        return {name: name in running for name in self._loops}
+
+    def problems(self) -> list[str]:
+        """What does not run, or has only just been started again, and why, in one line each."""
+        found = []
+        for name, runs in self.states().items():
+            why = self._loops[name].problem()
+            young = time.monotonic() - self._began.get(name, 0.0) < _PROVEN_S
+            if not runs or (why and young):
+                found.append(f"the {name} does not run" + (f": {why}" if why else ""))
+        return found
 
     def stop(self) -> None:
         """End both processes and everything that they started."""
         self._stopping.set()
+        for loop in self._loops.values():
+            loop.stopping.set()
         self._tunnel_ready.set()
         with self._lock:
             running = [self._running[name] for name in ("supernode", "tunnel") if name in self._running]
@@ -257,51 +353,55 @@ class Helpers:
             process.terminate()
         for process in running:
             try:
-                process.wait(15)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-        for thread in self._threads:
-            thread.join(5)
+        for loop in self._loops.values():
+            loop.stop(5)
         self._listener.close()
 
-    def _keep(self, name: str) -> None:
-        pause = _RESTART_FIRST_S
+    def _life(self, name: str) -> float | None:
+        """One life of a process, from its start to its end. Raises what kept it from starting, or Ended."""
         if name == "supernode":
             self._tunnel_ready.wait(_TUNNEL_WAIT_S)
-        while not self._stopping.is_set():
-            began = time.monotonic()
-            process = self._launch(name)
-            with self._lock:
-                self._running[name] = process
-            if self._stopping.is_set():
-                process.terminate()
-            if process.stdout is not None:
-                for raw in process.stdout:
-                    line = raw.decode("utf-8", "replace").strip()
-                    if line == READY:
-                        self._tunnel_ready.set()
-                    elif line == NODE_LEFT:
-                        self._node_left()
-                    else:
-                        logging.getLogger("fl_client.tunnel").info(line)
+        if self._stopping.is_set():
+            return None
+        process = self._launch(name)
+        with self._lock:
+            self._running[name] = process
+            self._began[name] = time.monotonic()
+        if self._stopping.is_set():
+            process.terminate()
+        last = ""
+        try:
+            for raw in process.stdout or ():
+                line = raw.decode("utf-8", "replace").strip()
+                if line == READY:
+                    self._tunnel_ready.set()
+                elif line == NODE_LEFT:
+                    self._node_left()
+                elif line:
+                    last = line
+                    logging.getLogger(f"fl_client.{name}").info(line)
             status = process.wait()
+        except BaseException:
+            process.terminate()  # nobody would keep it: the next life starts another
+            raise
+        finally:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
+                    with contextlib.suppress(OSError):
                         pipe.close()
             with self._lock:
                 self._running.pop(name, None)
-            if self._stopping.is_set():
-                return
-            pause = _RESTART_FIRST_S if time.monotonic() - began > 60 else min(pause * 2, _RESTART_MOST_S)
-            log.warning("the %s ended with status %d; starting it again in %.0f s", name, status, pause)
-            self._stopping.wait(pause)
+        where = last if last else "see supernode.log in its directory" if name == "supernode" else ""
+        raise Ended(f"it ended with status {status}" + (f": {where[:200]}" if where else ""), fix="see its log")
 
     def _launch(self, name: str) -> subprocess.Popen[bytes]:
         if name == "tunnel":
             kept = {k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)}
             process = subprocess.Popen(
-                [sys.executable, "-m", "fl_client.tunnel"],
+                [sys.executable, "-P", "-m", "fl_client.tunnel"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -313,25 +413,36 @@ class Helpers:
             return process
         if self._plan is None:
             raise RuntimeError("the SuperNode was asked for without a plan")
-        return start_node(self._plan)
+        return start_node(self._plan, says=subprocess.PIPE)
 
 
-def start_node(plan: NodePlan) -> subprocess.Popen[bytes]:
-    """Start the keeper of the confined SuperNode; the caller keeps its standard input open."""
+class Ended(ConcordatError):
+    """A helper process ended although it should run."""
+
+
+def start_node(plan: NodePlan, *, says: int | None = None) -> subprocess.Popen[bytes]:
+    """Start the keeper of the confined SuperNode; the caller keeps its standard input open.
+
+    What the keeper itself has to say goes to `says`, as for Popen; the SuperNode writes into its log.
+    """
     confinement = node_confinement(plan, free_port())
-    path = os.environ.get("PYTHONPATH")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fl_client.sandbox"],
+        [sys.executable, "-P", "-m", "fl_client.sandbox"],  # -P: no module comes from the working directory
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})},
-        cwd=plan.directory,
+        stdout=says,
+        stderr=subprocess.STDOUT if says is not None else None,
+        env=keeper_environment(),
+        cwd="/",
         start_new_session=True,
         close_fds=True,
     )
     _hand_over(process, confinement.to_line())
     return process
+
+
+def keeper_environment() -> dict[str, str]:
+    path = os.environ.get("PYTHONPATH")
+    return {**OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **({"PYTHONPATH": path} if path else {})}
 
 
 def _hand_over(process: subprocess.Popen[bytes], line: bytes) -> None:
@@ -354,7 +465,9 @@ def run_alone(directory: Path) -> int:
     """
     directory = directory.absolute()
     written = (directory / PLAN_FILE).stat().st_mtime_ns if (directory / PLAN_FILE).exists() else 0
-    process = start_node(NodePlan.load(directory))
+    plan = NodePlan.load(directory)
+    log.info("untrusted half: %s", describe_confinement(plan.mode, ""))
+    process = start_node(plan)
 
     def end(_number: int, _frame: FrameType | None) -> None:
         process.terminate()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.batches import MAX_UNITS, label_rows, pad_ids, token_ids, tokenise
+from fl_client.dp.batches import MAX_UNITS, Records, label_rows, token_ids, tokenise
 from fl_client.dp.checks import StepCheck, check_layers
-from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed
+from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, precision_of
 from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.kernels import independent_rows
+from fl_client.dp.magnitude import check_magnitude
+from fl_client.dp.packing import cut, pack
 from fl_client.dp.public import train_public
 from fl_client.dp.shard import Shard
 from fl_client.model.load import LoadedModel
@@ -35,7 +39,7 @@ from fl_shared.privacy import Mechanism
 log = logging.getLogger("fl_client.training")
 
 Tensors = dict[str, NDArray[np.float32]]
-_EVALUATION_BATCH = 128
+_EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,65 @@ class Evaluation:
     n: int
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model at a round's start. Nothing in it depends on private data.
+
+    Attributes:
+        adapted: the model, with the global adapter in it.
+        start: tensor name to what lies in it.
+        frozen: planned tensors that do not move in this run.
+    """
+
+    adapted: AdaptedModel
+    start: Tensors
+    frozen: frozenset[str]
+
+
 def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
     """The run's public start: the same at every site, from `spec.training.seed_adapter`."""
     return initial_tensors(_adapted(model, spec), spec.training.seed_adapter)
+
+
+@memory_errors_typed()
+def prepare_round(
+    model: LoadedModel,
+    spec: RunSpec,
+    offset: Mapping[str, NDArray[np.float32]],
+    *,
+    private: bool = True,
+    max_adapter_norm: float = math.inf,
+    records_per_unit: int = 1,
+) -> Prepared:
+    """The public half of a round: adapt the model, load seeded start + `offset`, check the layers, try the engine.
+
+    It reads no private data, so whatever it raises may be told and costs nothing. `records_per_unit` is the most that
+    the site's configuration allows.
+
+    Raises:
+        ConfigError: the adapter does not belong to model and spec. EngineError: a group of layers that the model
+        does not have, layers whose per-unit gradients are not those of the batch-size-1 loop, or a mechanism that
+        the engine cannot execute. PolicyRefusal: a factor is larger than `max_adapter_norm` times the base's weight.
+    """
+    adapted = _adapted(model, spec)
+    start = _load(adapted, spec, offset)
+    frozen = frozen_tensors(adapted, spec)
+    check_magnitude(adapted, max_adapter_norm)
+    if private:
+        rows = spec.task.max_tokens * records_per_unit
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=rows)
+        asked = spec.training
+        DPEngine(
+            adapted,
+            Records((), np.zeros(0, dtype=np.int64), (), 0),
+            spec.mechanism(),
+            learning_rate=asked.learning_rate,
+            head_learning_rate=asked.head_learning_rate,
+            momentum=asked.momentum,
+            expected_batch=1.0,
+            frozen=frozen,
+        ).close()
+    return Prepared(adapted, start, frozen)
 
 
 @memory_errors_typed()
@@ -112,13 +172,12 @@ def train_round(
         charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
-    adapted = _adapted(model, spec)
-    start = _load(adapted, spec, offset)
-    frozen = frozen_tensors(adapted, spec)
+    per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
+    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=per_unit)
+    adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
-        check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
         runner = DPEngine(
             adapted,
             records,
@@ -177,18 +236,23 @@ def evaluate(
 def predict(
     model: LoadedModel, offset: Mapping[str, NDArray[np.float32]], texts: Sequence[str], spec: RunSpec
 ) -> NDArray[np.float32]:
-    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are."""
+    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are.
+
+    The logits of a text are the same bits whichever others are asked for beside it.
+    """
     adapted = _adapted(model, spec)
     _load(adapted, spec, offset)
-    ids, _ = token_ids(texts, model.tokenizer, spec.task.max_tokens)
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens)
+    ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
+    nothing = np.zeros(len(ids), dtype=np.int64)
+    records = Records(ids, nothing, tuple(np.arange(len(ids))[:, None]), truncated)
     found = np.zeros((len(ids), len(spec.task.labels)), dtype=np.float32)
     adapted.classifier.eval()
-    with torch.no_grad():
-        for at in range(0, len(order), _EVALUATION_BATCH):
-            rows = order[at : at + _EVALUATION_BATCH]
-            tokens, mask = pad_ids([ids[row] for row in rows], model.device)
-            found[rows] = adapted.classifier(tokens, mask).float().cpu().numpy()
+    with torch.no_grad(), independent_rows(model.device, precision_of(adapted)):
+        for rows in cut(records, range(len(ids)), max_units=_EVALUATION_BATCH, heights=adapted.heights):
+            batch = pack(records, rows, model.device, heights=adapted.heights)
+            owners = [rows[at] for at in batch.unit_of_record.tolist()]
+            found[owners] = adapted.classifier.packed(batch).cpu().numpy()
     return found
 
 

@@ -3,7 +3,9 @@
 Flower's SuperNode can present no client certificate, and the key of the site's certificate must not
 be in its reach. So it talks to this process, which belongs to the trusted half, forwards nothing but
 the Fleet calls named in `FLEET_CALLS`, and holds the shipped app against the site's allow-list when
-it passes by (`get-fab`). Outbound connections honour `HTTPS_PROXY`.
+it passes by (`get-fab`). What was hashed is what is delivered: answers come without any content coding,
+a new message is made around the hashed bytes, and neither redirects nor foreign headers reach the
+SuperNode, which would follow them. Outbound connections honour `HTTPS_PROXY`, but not to this machine itself.
 
 Run as `python -m fl_client.tunnel` with one JSON line on standard input (`TunnelSettings`) and the
 listening socket inherited as a file descriptor; it ends when standard input does.
@@ -42,6 +44,7 @@ from fl_client.config import ANY_APP
 from fl_client.enrolment import verified_context
 from fl_client.files import write_durably
 from fl_client.sandbox import die_with_parent, forbid_inspection
+from fl_shared.hosts import by_proxy
 
 log = logging.getLogger("fl_client.tunnel")
 
@@ -74,12 +77,17 @@ _HOP_HEADERS = frozenset(
         "connection",
         "keep-alive",
         "proxy-authorization",
+        "proxy-connection",
+        "accept-encoding",
+        "content-encoding",
+        "expect",
         "te",
         "trailer",
         "transfer-encoding",
         "upgrade",
     }
 )
+_KEPT_HEADERS = ("content-type", "content-length", "retry-after")
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ class TunnelSettings:
         return json.dumps(asdict(self)).encode("utf-8") + b"\n"
 
 
-def make_local_certificate(certificate: Path, key: Path) -> None:
-    """Write a fresh self-signed certificate for 127.0.0.1, valid a year, and its key (0600)."""
+def make_local_certificate(certificate: Path, key: Path, *, mode: int = 0o600) -> None:
+    """Write a fresh self-signed certificate for 127.0.0.1 (`mode`), valid a year, and its key (0600)."""
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "concordat site tunnel")])
     now = dt.datetime.now(dt.UTC)
@@ -128,23 +136,28 @@ def make_local_certificate(certificate: Path, key: Path) -> None:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ),
     )
-    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=0o644)
+    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode)
 
 
-def app_digest(answer: bytes) -> str:
-    """Return `sha256:<hex>` of the app inside a serialised `GetFabResponse`.
+def sole_app(answer: bytes) -> tuple[str, bytes]:
+    """Return `sha256:<hex>` of the app inside a serialised `GetFabResponse`, and a new message around that app.
 
-    Raises ValueError when the bytes are no such message. The digest is computed here; the hash that
-    the coordinator states in the message is not believed.
+    The digest is computed here; the hash that the coordinator states in the message is not believed. The new
+    message holds the hashed bytes and nothing that its reader could take for another app: no second `fab`, no
+    unknown field. Raises ValueError when the bytes are no such message or hold no app.
     """
-    from flwr.proto.fab_pb2 import GetFabResponse
+    from flwr.proto.fab_pb2 import Fab, GetFabResponse
     from google.protobuf.message import DecodeError
 
     try:
-        content = GetFabResponse.FromString(answer).fab.content
+        found = GetFabResponse.FromString(answer).fab
     except DecodeError as error:
         raise ValueError("the app that the coordinator sent cannot be read") from error
-    return "sha256:" + hashlib.sha256(content).hexdigest()
+    if not found.content:
+        raise ValueError("the coordinator sent no app")
+    digest = hashlib.sha256(found.content).hexdigest()
+    made = Fab(hash_str=digest, content=found.content, verifications=dict(found.verifications))
+    return f"sha256:{digest}", GetFabResponse(fab=made).SerializeToString(deterministic=True)
 
 
 def activated_node(answer: bytes) -> int:
@@ -234,10 +247,10 @@ class Tunnel:
         self._debts = Debts()
         self._client = self._outgoing(credentials.context())
 
-    @staticmethod
-    def _outgoing(context: ssl.SSLContext) -> httpx.AsyncClient:
+    def _outgoing(self, context: ssl.SSLContext) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             verify=context,
+            trust_env=by_proxy(self._url),
             timeout=httpx.Timeout(TIMEOUT_S, connect=15.0),
             limits=httpx.Limits(max_connections=32, max_keepalive_connections=8),
             follow_redirects=False,
@@ -260,7 +273,9 @@ class Tunnel:
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
-        return Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made = Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made.router.redirect_slashes = False
+        return made
 
     async def forward(self, request: Request) -> Response:
         """Pass one Fleet call on; anything else is a 404 that never leaves the site."""
@@ -270,18 +285,21 @@ class Tunnel:
             return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
         if call == "deactivate-node" or (call == "pull-messages" and self._debts.called_in()):
             print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.supernode`
-        headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_HEADERS]
+        dropped = {*_HOP_HEADERS, *(word.strip() for word in request.headers.get("connection", "").lower().split(","))}
+        if "transfer-encoding" in request.headers:
+            dropped.add("content-length")  # the body's length is what was received, not what was announced beside it
+        headers = [(k, v) for k, v in request.headers.items() if k not in dropped]
+        headers.append(("accept-encoding", "identity"))
         try:
             if call in _HANDLED:
-                plain = [(k, v) for k, v in headers if k.lower() not in ("accept-encoding", "content-length")]
-                plain.append(("accept-encoding", "identity"))
-                return await self._handled(call, plain, request)
+                return await self._handled(call, [(k, v) for k, v in headers if k != "content-length"], request)
             answer = await self._send(call, headers, request.stream())
         except httpx.HTTPError as error:
             self._complain(f"the coordinator cannot be reached: {error or type(error).__name__}")
             return PlainTextResponse("the coordinator cannot be reached", status_code=503)
-        if answer.status_code in (401, 403):
-            self._complain(f"the coordinator refuses this site's calls (status {answer.status_code})")
+        refused = await self._refused(call, answer)
+        if refused is not None:
+            return refused
         return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=_kept(answer))
 
     async def _send(
@@ -290,6 +308,21 @@ class Tunnel:
         client = self._now()
         request = client.build_request("POST", f"{self._url}/{call}", headers=headers, content=content)
         return await client.send(request, stream=True)
+
+    async def _refused(self, call: str, answer: httpx.Response) -> Response | None:
+        """The answer to give instead of one that means something else to its reader than to this process.
+
+        Flower's SuperNode follows redirects, takes any status of 2xx for success and undoes content codings.
+        """
+        coded = {word.strip() for word in answer.headers.get("content-encoding", "").lower().split(",")} - {"identity"}
+        if answer.status_code in (401, 403):
+            self._complain(f"the coordinator refuses this site's calls (status {answer.status_code})")
+        if (answer.status_code == 200 or answer.status_code >= 400) and coded <= {""}:
+            return None
+        await answer.aclose()
+        why = f"status {answer.status_code}" if answer.status_code != 200 else "a content coding"
+        log.warning("refused an answer of the coordinator to %s: it has %s", call, why)
+        return PlainTextResponse(f"refused by the site: the answer has {why}", status_code=502)
 
     async def _handled(self, call: str, headers: list[tuple[str, str]], request: Request) -> Response:
         """Calls whose answer the tunnel reads: the shipped app, and the node's id."""
@@ -303,35 +336,35 @@ class Tunnel:
         answer = await self._send(call, headers, bytes(body))
         if call in _DEBTS:
             self._debts.note(call, bytes(body), answer.status_code)
+        refused = await self._refused(call, answer)
+        if refused is not None:
+            return refused
         found = await _whole(answer, MAX_APP_BYTES)
         if found is None:
             log.warning("refused an answer of the coordinator to %s: larger than %d bytes", call, MAX_APP_BYTES)
             return PlainTextResponse("refused by the site: too large", status_code=403)
+        kind = {k: v for k, v in _kept(answer).items() if k != "content-length"}
         if answer.status_code == 200:
-            refusal = self._inspect(call, found)
-            if refusal:
-                log.warning("%s", refusal)
-                return PlainTextResponse(refusal, status_code=403)
-        elif answer.status_code in (401, 403):
-            self._complain(f"the coordinator refuses this site's calls (status {answer.status_code})")
-        return Response(found, status_code=answer.status_code, headers=_kept(answer))
+            try:
+                found = self._inspected(call, found)
+            except ValueError as error:
+                log.warning("refused by the site: %s", error)
+                return PlainTextResponse(f"refused by the site: {error}", status_code=403)
+        return Response(found, status_code=answer.status_code, headers=kind)
 
-    def _inspect(self, call: str, answer: bytes) -> str:
-        """Say why an answer is not passed on, "" when it is."""
-        try:
-            if call == "activate-node":
-                write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
-                self._debts.called_in()
-                return ""
-            if call in _DEBTS:
-                return ""
-            digest = app_digest(answer)
-        except ValueError as error:
-            return f"refused by the site: {error}"
+    def _inspected(self, call: str, answer: bytes) -> bytes:
+        """Return what is passed on in place of an answer; ValueError says why nothing is."""
+        if call in _DEBTS:
+            return answer
+        if call == "activate-node":
+            write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
+            self._debts.called_in()
+            return answer
+        digest, delivered = sole_app(answer)
         if self._apps != [ANY_APP] and digest not in self._apps:
-            return f"refused by the site: app {digest} is not in [policy] apps"
+            raise ValueError(f"app {digest} is not in [policy] apps")
         log.info("passed the coordinator's app %s", digest)
-        return ""
+        return delivered
 
     async def _deactivate_left_over(self, headers: list[tuple[str, str]]) -> None:
         """Take the node of a killed SuperNode off line, with the signature that its successor just made."""
@@ -355,7 +388,7 @@ class Tunnel:
 
 
 def _kept(answer: httpx.Response) -> dict[str, str]:
-    return {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_HEADERS}
+    return {k: answer.headers[k] for k in _KEPT_HEADERS if k in answer.headers}
 
 
 async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:

@@ -34,7 +34,7 @@ from fl_server.rotation import rotations
 from fl_shared.errors import ConcordatError, SignatureError
 from fl_shared.ledger import chain
 from fl_shared.ledger.records import Entry, Problem
-from fl_shared.signing import SigningKey, open_document
+from fl_shared.signing import SigningKey, ed25519_key, open_document
 
 log = logging.getLogger("fl_server.adminlog")
 
@@ -233,8 +233,8 @@ def _next_signer(seq: int, kind: str, body: dict[str, Any], report: Report) -> E
     """The key that signs from this entry on, after checking that the key before vouches for it."""
     key = body.get("public_key")
     try:
-        signer = Ed25519PublicKey.from_public_bytes(bytes.fromhex(str(key)))
-    except ValueError:
+        signer = ed25519_key(str(key))
+    except SignatureError:
         report.problems.append(Problem(f"entry {seq}: it names no key", seq))
         return None
     if kind == "genesis":

@@ -37,6 +37,7 @@ from fl_server.db.store import Store
 from fl_server.home import ServerHome, ServerSettings
 from fl_server.pki import Authority
 from fl_shared.errors import ConfigError, RunError
+from fl_shared.paths import sqlite_url
 from fl_shared.signing import SigningKey
 
 MANIFEST = "MANIFEST.json"
@@ -45,7 +46,7 @@ IN_HOME = "home"
 """Stands for the SQLite file in the home where a database's address is asked for."""
 _TRANSIENT = frozenset(
     {"logs", "run", "attempts", "supervisor.json", "supervisor.lock"}
-    | {"flower/home", "flower/app", "flower/superlink.json"}
+    | {"flower/home", "flower/app", "flower/aside", "flower/superlink.json"}
 )  # made anew at every start
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _BLOCK = 1 << 20
@@ -193,7 +194,7 @@ def _add(archive: tarfile.TarFile, name: str, path: Path) -> dict[str, Any]:
 
 def _damaged(database: Path, hashes: dict[str, str]) -> list[str]:
     """Adapters of committed rounds whose file is missing or is not the one that was committed."""
-    store = Store(f"sqlite:///{database}")
+    store = Store(sqlite_url(database))
     try:
         store.migrate()
         with store.read() as session:
@@ -309,7 +310,7 @@ def _check_sqlite(root: Path) -> None:
 
 def _going(database: Path) -> dict[str, int]:
     """Runs that have not ended, and their last committed round."""
-    store = Store(f"sqlite:///{database}")
+    store = Store(sqlite_url(database))
     try:
         store.migrate()
         with store.read() as session:

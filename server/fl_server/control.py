@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -42,10 +41,12 @@ from fl_server.sites.service import ONLINE_S, Sites
 from fl_server.supervisor import read_state
 from fl_shared.canonical import sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.hosts import host_and_port
 from fl_shared.logs import set_up
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import SigningKey
 from fl_shared.stopping import StopRequest
+from fl_shared.threads import running_pool
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.chunks import split
 from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
@@ -146,7 +147,7 @@ def site_message(row: SiteRow) -> pb.Site:
         certificate_expires_at=row.certificate_expires_at,
         last_seen_at=row.last_seen_at,
         revoked_at=row.revoked_at,
-        online=row.state == "enrolled" and time.time() - row.last_seen_at < ONLINE_S,
+        online=row.state == "enrolled" and time.time() - row.node_seen_at < ONLINE_S,
     )
 
 
@@ -454,7 +455,7 @@ def serve(home: ServerHome) -> grpc.Server:
     """
     settings = home.settings()
     server = grpc.server(
-        ThreadPoolExecutor(WORKERS, thread_name_prefix="control"),
+        running_pool(WORKERS, "control"),
         options=[("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)],
         maximum_concurrent_rpcs=4 * WORKERS,
     )
@@ -464,7 +465,7 @@ def serve(home: ServerHome) -> grpc.Server:
         root_certificates=home.ca.read_bytes(),
         require_client_auth=True,
     )
-    address = f"{settings.control_host}:{settings.control_port}"
+    address = host_and_port(settings.control_host, settings.control_port)
     try:
         server.add_secure_port(address, credentials)
     except RuntimeError as error:

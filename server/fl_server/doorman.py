@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import resource
 import socket
 import ssl
 from dataclasses import dataclass, field
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from fl_server.limits import Places, network
 from fl_server.pki import Identity, identity
 from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.limits import Places, network
 
 log = logging.getLogger("fl_server.gateway")
 
@@ -30,6 +32,8 @@ CLOSING_S = 5.0
 MAX_CONNECTIONS = 4096
 MAX_FOR_AN_ADDRESS = 32
 MAX_FOR_A_SITE = 64
+# Control characters, a line feed or carriage return alone, a folded line.
+_UNFIT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)|\r\n[ \t]")
 
 
 @dataclass
@@ -90,6 +94,7 @@ class Connection(H11Protocol):
         super().__init__(config, state, {})
         self._visit = visit
         self._deadline: asyncio.TimerHandle | None = None
+        self._tail = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """After the handshake."""
@@ -110,11 +115,28 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Part of a head or of a body; the application watches over bodies."""
-        super().data_received(data)
+        if self.conn.their_state is h11.IDLE and not self._fit(data):
+            self.send_400_response("The request's head is malformed.")
+            return
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:  # a body went wrong after its answer had begun: there is no 400 any more
+            self.transport.abort()
+            return
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+            self.transport.abort()  # another request before the answer to this one: no client of ours does that
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._unwatch()
         else:
             self._watch()
+
+    def _fit(self, data: bytes) -> bool:
+        """Whether these bytes of a head can be read in one way only; h11 itself reads folded lines, too."""
+        seen = self._tail + data
+        end = seen.find(b"\r\n\r\n")
+        self._tail = b"" if end >= 0 else seen[-3:]
+        return _UNFIT.search(seen[:end] if end >= 0 else seen) is None
 
     def _watch(self) -> None:
         # Not begun anew with every byte: the whole head must be there in time.
@@ -202,8 +224,12 @@ async def serve(server: uvicorn.Server, tls: ssl.SSLContext, listening: socket.s
             task.add_done_callback(greetings.discard)
 
     admitting = asyncio.create_task(admit())
+    # A door that nobody keeps is no service: the process ends then, and the supervisor starts another.
+    admitting.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         await serving
+        if admitting.done() and not admitting.cancelled() and (error := admitting.exception()):
+            raise error
     finally:
         for task in (admitting, *greetings):
             task.cancel()

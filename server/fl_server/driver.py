@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from fl_server.sites.service import Sites
 from fl_server.strategy import Interrupted, Round
 from fl_shared.errors import ConcordatError
 from fl_shared.signing import SigningKey
+from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_server.driver")
 
@@ -34,7 +34,6 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     store = Store(home.database_url())
     runs, sites = Runs(store, home.adapters), Sites(store)
     late = Stragglers(runs, run, grid)
-    over = threading.Event()
 
     def one_round() -> bool:
         """Whether there may be another round."""
@@ -50,13 +49,16 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         return number < spec.run.rounds
 
     with carrying(home.attempts, attempt):
-        threading.Thread(target=_keep_beating, args=(runs, run, attempt, over), daemon=True).start()
+        beating = Loop(
+            f"sign of life of run {run}", lambda: BEAT_S if runs.beat(run, attempt) else None, most_pause_s=BEAT_S
+        )
+        beating.start()
         try:
             going = True
             while going:
                 going = _outcome(runs, run, attempt, one_round)
         finally:
-            over.set()
+            beating.stop()
             store.close()
 
 
@@ -82,12 +84,3 @@ def _outcome(runs: Runs, run: str, attempt: str, one_round: Callable[[], bool]) 
         log.warning("run %s: %s", run, error.message)
         time.sleep(RETRY_S)
         return True
-
-
-def _keep_beating(runs: Runs, run: str, attempt: str, over: threading.Event) -> None:
-    while not over.wait(BEAT_S):
-        try:
-            if not runs.beat(run, attempt):
-                return
-        except DatabaseAway:
-            log.warning("run %s: no sign of life could be written", run)

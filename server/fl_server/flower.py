@@ -5,10 +5,13 @@ Flower's Control API asks for no credential, so nothing but this machine may rea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 from fl_server.files import write_durably
 from fl_server.home import ServerHome
 from fl_shared.errors import ConcordatError, RunError, TransportError
+from fl_shared.hosts import is_proxy_variable
 from fl_shared.offline import OFFLINE
 
 CONNECTION = "concordat"
@@ -24,8 +28,10 @@ COMMAND_TIMEOUT_S = 90.0
 
 
 def environment(home: ServerHome) -> dict[str, str]:
-    """The environment of every Flower process: private FLWR_HOME, nothing is sent to Flower Labs."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "FL_"))}
+    """The environment of our processes and Flower's: private FLWR_HOME, no proxy, nothing is sent to Flower Labs."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "FL_")) and not is_proxy_variable(k)
+    }  # everything that these processes call is on loopback
     return kept | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "/usr/bin:/bin")]),
         "FLWR_HOME": str(home.flower / "home"),
@@ -38,6 +44,11 @@ def environment(home: ServerHome) -> dict[str, str]:
 def script(name: str) -> str:
     """A console script of this Python environment."""
     return str(Path(sys.executable).parent / name)
+
+
+def _toml(value: str) -> str:
+    """A TOML string without a quote inside: Flower looks for the next one before it reads TOML."""
+    return '"' + json.dumps(value)[1:-1].replace('\\"', "\\u0022") + '"'
 
 
 class Flower:
@@ -80,12 +91,61 @@ class Flower:
         state = {"address": address, "started": secrets.token_hex(8)}
         write_durably(self._home.flower_state, json.dumps(state).encode())
 
+    @property
+    def _database(self) -> Path:
+        return self._home.flower / "superlink.db"
+
+    def damaged(self) -> bool:
+        """Whether the SuperLink's database cannot be used: no SQLite file, inconsistent, or without its nodes."""
+        if not self._database.exists():
+            return False
+        try:
+            with contextlib.closing(sqlite3.connect(self._database, timeout=10.0)) as database:
+                tables = {str(name) for (name,) in database.execute("SELECT name FROM sqlite_master")}
+                found = database.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+            return primary not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        return found != ("ok",) or bool(tables and not {"alembic_version", "node"} <= tables)
+
+    def set_aside(self) -> bool:
+        """Move a database that is damaged, or to be made again, out of the way of the next start; whether it was."""
+        wanted = self._home.rebuild_wanted.exists()
+        if not wanted and not self.damaged():
+            return False
+        aside = self._home.flower / "aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True, mode=0o700)
+        for place in self._home.flower.glob("superlink.db*"):
+            place.rename(aside / place.name)
+        self._home.rebuild_wanted.unlink(missing_ok=True)
+        return True
+
+    def want_rebuild(self) -> None:
+        """Ask the supervisor for a SuperLink with an empty database; `fl_server.nodes` registers the nodes again."""
+        write_durably(self._home.rebuild_wanted, b"")
+
+    def rebuild_wanted(self) -> bool:
+        """Whether somebody asked for it."""
+        return self._home.rebuild_wanted.exists()
+
+    def doubt(self, doubted: bool) -> None:
+        """Note that the SuperLink refused a node that is enrolled here, or that this was looked into."""
+        if doubted:
+            write_durably(self._home.node_doubted, b"")
+        else:
+            self._home.node_doubted.unlink(missing_ok=True)
+
+    def doubted(self) -> bool:
+        """Whether a node of ours was refused since the last look."""
+        return self._home.node_doubted.exists()
+
     def superlink_command(self, port: int) -> list[str]:
         """The command line of the SuperLink."""
         return [
             script("flower-superlink"), "--host", "127.0.0.1", "--port", str(port),
             "--enable-supernode-auth", "--disable-runtime-dependency-installation",
-            "--database", str(self._home.flower / "superlink.db"),
+            "--database", str(self._database),
             "--ssl-certfile", str(self._home.server_certificate),
             "--ssl-keyfile", str(self._home.server_key),
             "--ssl-ca-certfile", str(self._home.ca),
@@ -143,7 +203,7 @@ class Flower:
 
     def start_run(self, app: Path, config: dict[str, str]) -> str:
         """Start a Flower run; its id."""
-        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        pairs = " ".join(f"{key}={_toml(value)}" for key, value in config.items())
         answer = self._flwr("run", str(app), CONNECTION, "--run-config", pairs)
         if not answer.get("success"):
             raise RunError(

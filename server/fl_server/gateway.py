@@ -31,13 +31,13 @@ from fl_server.db.models import SiteRow
 from fl_server.db.store import DatabaseAway, Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome, ServerSettings
-from fl_server.limits import Places, Rates, network
 from fl_server.pki import Authority, Identity
 from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
 from fl_server.traffic import Counted
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
+from fl_shared.limits import Places, Rates, network
 from fl_shared.logs import set_up
 from fl_shared.names import site_id
 
@@ -51,7 +51,7 @@ ANONYMOUS_PER_S, ANONYMOUS_BURST = 5.0, 40.0
 BODY_IDLE_S, SEND_IDLE_S = 20.0, 60.0
 LEAST_BYTES_PER_S, PATIENCE_S = 1024.0, 30.0
 SEEN_EVERY_S = 10.0
-_HOP_HEADERS = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
+_KEPT_BACK = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "location"})
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -123,9 +123,17 @@ class Requests:
 
     def __init__(self, app: Starlette) -> None:
         self._app = app
+        app.router.redirect_slashes = False  # a redirect would name the host that the client made up
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass every part of an answer on within `SEND_IDLE_S`."""
+        """Pass every part of an answer on within `SEND_IDLE_S`; no request that two readers could read in two ways."""
+        names = [name for name, _ in scope["headers"]]
+        if len(set(names)) != len(names) or {b"content-length", b"transfer-encoding"} <= set(names):
+            twice = TransportError("a header stands there twice, or the length in two ways", code="bad-request")
+            refusal = _refusal(twice, 400)
+            refusal.headers["connection"] = "close"
+            await refusal(scope, receive, send)
+            return
 
         async def timely(message: Message) -> None:
             try:
@@ -160,6 +168,8 @@ class Gateway:
         self._strangers = Rates(ANONYMOUS_PER_S, ANONYMOUS_BURST)
         self._under_way = Places(MAX_PER_SITE)
         self._seen: dict[str, float] = {}
+        self._accepted: dict[str, float] = {}
+        self._doubted = -SEEN_EVERY_S
 
     def app(self) -> Requests:
         """The application."""
@@ -184,8 +194,15 @@ class Gateway:
             )
         )
 
-    @staticmethod
-    async def _lost(_request: Request, _error: Exception) -> Response:
+    async def _lost(self, request: Request, _error: Exception) -> Response:
+        who: Identity | None = request.state.who
+        try:
+            if who is None:
+                self._stranger(request)
+            elif not self._rates.take(f"{who.role} {who.name}"):
+                raise Refused(_too_many(), 503)
+        except Refused as refused:  # raised in a handler of exceptions, it would find none
+            return _refusal(refused.error, refused.status)
         return _not_found()
 
     @staticmethod
@@ -206,8 +223,9 @@ class Gateway:
         away = TransportError("the coordinator is not ready", fix="try again", code="no-database")
         return _refusal(away, 503)
 
-    async def healthz(self, _request: Request) -> Response:
+    async def healthz(self, request: Request) -> Response:
         """The gateway lives."""
+        self._stranger(request)
         return PlainTextResponse("ok\n")
 
     async def ca(self, request: Request) -> Response:
@@ -345,6 +363,22 @@ class Gateway:
         except TransportError as error:
             return _refusal(error, 400)
 
+    async def _note(self, site: str, call: str, status: int) -> None:
+        """Remember whether the SuperLink accepts the site's node; if not, the launcher looks into it."""
+        if call not in fleet.SIGNS_OF_LIFE:
+            return
+        now, accepted = time.monotonic(), status < 400
+        if accepted and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
+            return
+        if accepted:
+            self._accepted[site] = now
+        elif self._accepted.pop(site, None) is None and now - self._doubted < SEEN_EVERY_S:
+            return  # known already
+        else:
+            self._doubted = now
+            await asyncio.to_thread(self._flower.doubt, True)
+        await asyncio.to_thread(self._sites.node_seen, site, accepted=accepted)
+
     async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
         content: bytes | AsyncIterator[bytes]
         if call == fleet.PUSH_MESSAGES:
@@ -361,10 +395,11 @@ class Gateway:
             )
             answer = await self._client.send(outgoing, stream=True)
             request.state.at_end.push_async_callback(answer.aclose)
+            await self._note(row.site, call, answer.status_code)
         except (httpx.HTTPError, TransportError) as error:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return _refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
-        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_HEADERS}
+        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
         return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
 
 

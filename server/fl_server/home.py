@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_shared.errors import ConfigError
+from fl_shared.hosts import host_name
+from fl_shared.paths import sqlite_url
 from fl_shared.settings import Fields, load_toml
 
 
@@ -19,7 +21,7 @@ def default_home() -> Path:
 
 def reachable(address: str) -> str:
     """An address at which this machine reaches what listens on `address`."""
-    return "127.0.0.1" if address in ("0.0.0.0", "::") else address  # noqa: S104  # a comparison
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104  # a comparison
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class ServerSettings:
         """Read `server.toml`; ConfigError names the field, the value and the fix."""
         top = Fields(load_toml(path), str(path), base=path.parent)
         server = top.section("server")
-        host = server.text("host")
+        host = server.named("host", host_name)
         made = cls(
             host=host,
-            listen=server.text("listen", default=host),
+            listen=_host(server, "listen", host),
             gateway_port=server.integer("gateway_port", low=1, high=65535),
-            control_host=server.text("control_host", default="127.0.0.1"),
+            control_host=_host(server, "control_host", "127.0.0.1"),
             control_port=server.integer("control_port", low=1, high=65535),
             database=server.text("database", default=""),
             max_message_bytes=server.integer("max_message_bytes", low=1 << 20, high=1 << 40, default=1 << 30),
@@ -68,14 +70,26 @@ class ServerSettings:
         return made
 
 
+def _host(fields: Fields, name: str, default: str) -> str:
+    """An address to listen on."""
+    if not fields.has(name):
+        return fields.text(name, default=default)
+    return fields.named(name, lambda value: host_name(value, to_listen=True))
+
+
 def _listen(fields: Fields) -> tuple[str, int] | None:
     """[metrics] listen: where metrics are served, without a login; None when they are not."""
     text = fields.text("listen", default="", empty=True)
     fields.done()
     host, _, port = text.rpartition(":")
-    if text and not (host and port.isdigit() and 0 < int(port) < 65536):
+    if not text:
+        return None
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
         raise fields.fail("listen", f"is {text!r}", 'write an address and a port, e.g. "127.0.0.1:9445"')
-    return (host, int(port)) if text else None
+    try:
+        return host_name(host, to_listen=True), int(port)
+    except ConfigError as error:
+        raise fields.fail("listen", f"is {text!r}: {error.message}", error.fix) from error
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,14 @@ class ServerHome:
         return self.root / "run" / "counters"
 
     @property
+    def rebuild_wanted(self) -> Path:
+        return self.root / "run" / "rebuild-superlink"
+
+    @property
+    def node_doubted(self) -> Path:
+        return self.root / "run" / "node-doubted"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -169,4 +191,4 @@ class ServerHome:
 
     def database_url(self) -> str:
         """The SQL address: `[server] database`, or the SQLite file in the home."""
-        return self.settings().database or f"sqlite:///{self.database}"
+        return self.settings().database or sqlite_url(self.database)

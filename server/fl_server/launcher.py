@@ -23,8 +23,10 @@ from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.flower_app.pack import write_app
 from fl_server.home import ServerHome
+from fl_server.nodes import Nodes
 from fl_server.runs.liveness import ALIVE, DEAD, carrier_pid, forget, liveness
 from fl_server.runs.service import Runs
+from fl_server.sites.service import Sites
 from fl_shared.errors import ConcordatError, RunError
 from fl_shared.logs import set_up
 from fl_shared.stopping import StopRequest
@@ -125,9 +127,12 @@ def main() -> int:
     set_up("launcher")
     over = StopRequest()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
-    launcher = Launcher(home, Runs(Store(home.database_url()), home.adapters), Flower(home))
+    store, flower = Store(home.database_url()), Flower(home)
+    launcher = Launcher(home, Runs(store, home.adapters), flower)
+    nodes = Nodes(Sites(store), flower)
     while not over.wait(TICK_S):
         try:
+            nodes.tick()
             launcher.tick()
         except ConcordatError as error:
             log.warning("%s", error.message)

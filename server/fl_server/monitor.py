@@ -26,7 +26,7 @@ def missing(home: ServerHome, store: Store) -> list[str]:
     with store.read() as session:
         session.connection()
     return [
-        f"the {each['name']} is {each['state']}"
+        f"the {each['name']} is {each['state']}" + (f": {each['why']}" if each.get("why") else "")
         for each in read_state(home)["components"]
         if each["state"] != "ready" and each["name"] != "monitor"
     ]

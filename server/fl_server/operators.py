@@ -20,6 +20,7 @@ from fl_server.files import write_durably
 from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.pki import Authority, Identity, identity
 from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.hosts import host_and_port
 from fl_shared.names import operator_name
 
 OPERATOR_ROLES = ("admin", "auditor")
@@ -136,7 +137,7 @@ def write_credentials(
     open_to_all = reachable(settings.control_host) != settings.control_host
     target = settings.host if open_to_all else settings.control_host
     text = (
-        f"[admin]\ncontrol = {json.dumps(f'{target}:{settings.control_port}')}\n"
+        f"[admin]\ncontrol = {json.dumps(host_and_port(target, settings.control_port))}\n"
         f'ca = "ca.pem"\ncertificate = "{certificate_file.name}"\nkey = "{key.name}"\n'
     )
     try:

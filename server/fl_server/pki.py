@@ -58,11 +58,12 @@ def identity(der: bytes) -> Identity:
     """Read role and name from a certificate that TLS has already verified; EnrolmentError otherwise."""
     try:
         certificate = x509.load_der_x509_certificate(der)
-    except ValueError as error:
+        name = certificate.subject  # read only now, and may be no name after all
+    except (ValueError, x509.InvalidVersion) as error:
         raise EnrolmentError("the client certificate cannot be read", fix="enrol again") from error
     values = {}
     for oid in (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME):
-        found = certificate.subject.get_attributes_for_oid(oid)
+        found = name.get_attributes_for_oid(oid)
         if len(found) != 1:
             raise EnrolmentError("the client certificate has another subject", fix="enrol again")
         values[oid] = str(found[0].value)
@@ -217,7 +218,7 @@ class Authority:
             request = x509.load_pem_x509_csr(csr_pem.encode("ascii"))
             key = request.public_key()
             proven = request.is_signature_valid
-        except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
+        except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise EnrolmentError("the certificate request cannot be read", fix=fix, code="bad-csr") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in ("secp256r1", "secp384r1"):
             raise EnrolmentError("the certificate request's key is not EC P-256 or P-384", fix=fix, code="bad-csr")

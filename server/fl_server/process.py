@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from fl_shared.private import create_file
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,6 +35,7 @@ def spawn(command: list[str], environment: dict[str, str], log: Path | None) -> 
     """Start a child in its own session, its output appended to a file, or to our own output without one."""
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        create_file(log)
     with log.open("ab") if log is not None else contextlib.nullcontext() as sink:
         return subprocess.Popen(
             # The shim sets the parent-death signal in the child itself: a preexec_fn is not safe with threads.

@@ -216,6 +216,7 @@ class Round:
 
     def _send(self, online: set[int], deadline: float) -> None:
         """Push the order to every site that is online and has none under way, one message at a time."""
+        run = self._spec.run.name
         for each in self._open():
             now = time.monotonic()
             if each.message or each.node not in online or now < each.earliest:
@@ -237,6 +238,7 @@ class Round:
             pushed = list(self._grid.push_messages([message]))
             if pushed and pushed[0]:
                 each.message, each.problem = pushed[0], "it was asked and has not answered"
+                self._runs.note(run, "site-asked", "has the order", round=self._number, site=each.site)
             else:
                 each.earliest, each.problem = now + RESEND_S, "Flower did not take the order"
 
@@ -251,9 +253,11 @@ class Round:
 
     def _give_up_lost_orders(self, online: set[int]) -> None:
         """An order dies with the SuperNode that it was given to, also when that had begun to send the reply."""
+        run = self._spec.run.name
         for each in self._open():
             if each.message and each.node not in online:
                 each.message, each.problem = "", "it went off line while it was asked"
+                self._runs.note(run, "order-lost", each.problem, round=self._number, site=each.site)
 
     def _take(self, each: _Asked, message: Message) -> None:
         if message.has_error():

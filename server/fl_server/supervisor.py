@@ -1,11 +1,13 @@
 """`fl-server up`: keeps SuperLink, gateway, control API and launcher running, and says what changes.
 
-A child that dies is started again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait begins anew. Every child
-has its own process group and is killed by the kernel when this process is.
+A child that dies, or that cannot be started (a full disk, no more processes, a file that is not there), is started
+again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait begins anew. Nothing of that ends this process. Every
+child has its own process group and is killed by the kernel when this process is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,7 +32,10 @@ from fl_server.files import write_durably
 from fl_server.flower import Flower, environment
 from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.process import end_group, spawn
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.hosts import host_and_port
+from fl_shared.private import close_to_others
+from fl_shared.threads import reason
 
 log = logging.getLogger("fl_server.supervisor")
 
@@ -71,6 +77,7 @@ class Component:
     pause: float = FIRST_PAUSE_S
     not_before: float = 0.0
     probed_at: float = field(default=0.0)
+    why: str = ""
 
 
 class Supervisor:
@@ -87,6 +94,7 @@ class Supervisor:
         self._counting: dict[str, str] = {}
         self._written = ""
         self._written_at = 0.0
+        self._unwritten = False
 
     def _plan(self, settings: ServerSettings) -> list[Component]:
         superlink = Component("superlink", "127.0.0.1", self._superlink, self._superlink_ready)
@@ -98,19 +106,21 @@ class Supervisor:
         if settings.metrics is not None:
             host, port = settings.metrics
             monitor = [
-                Component("monitor", f"{host}:{port}", module("monitor"), lambda: _listens(reachable(host), port))
+                Component(
+                    "monitor", host_and_port(host, port), module("monitor"), lambda: _listens(reachable(host), port)
+                )
             ]
         return [
             superlink,
             Component(
                 "gateway",
-                f"https://{settings.listen}:{settings.gateway_port}",
+                f"https://{host_and_port(settings.listen, settings.gateway_port)}",
                 module("gateway"),
                 lambda: self._healthy(reachable(settings.listen), settings.gateway_port),
             ),
             Component(
                 "control",
-                f"{settings.control_host}:{settings.control_port}",
+                host_and_port(settings.control_host, settings.control_port),
                 module("control"),
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
@@ -119,6 +129,8 @@ class Supervisor:
         ]
 
     def _superlink(self) -> list[str]:
+        if self._flower.set_aside():
+            log.warning("superlink: its database is unusable; set aside in %s", self._home.flower / "aside")
         port = free_port()
         self._component("superlink").address = f"127.0.0.1:{port}"
         self._flower.configure(port)
@@ -131,8 +143,9 @@ class Supervisor:
     def _healthy(self, host: str, port: int) -> bool:
         try:
             context = ssl.create_default_context(cafile=str(self._home.ca))
+            context.check_hostname = False  # it listens at addresses that the certificate does not name
             with httpx.Client(verify=context, timeout=3.0, trust_env=False) as client:
-                return client.get(f"https://{host}:{port}/healthz").status_code == 200
+                return client.get(f"https://{host_and_port(host, port)}/healthz").status_code in (200, 429)
         except httpx.HTTPError:
             return False
 
@@ -149,6 +162,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         log.info("coordinator at %s", self._home.root)
+        changed = close_to_others(self._home.root)
+        if changed:
+            log.warning("closed %d files that others than their owner could open, e.g. %s", len(changed), changed[0])
         if self._settings.metrics is not None:
             shutil.rmtree(self._home.counters, ignore_errors=True)  # counters begin with the coordinator
             self._home.counters.mkdir(parents=True, mode=0o700)
@@ -156,6 +172,9 @@ class Supervisor:
         try:
             self._migrate()
             while not self._stopping:
+                superlink = self._component("superlink").process
+                if superlink is not None and self._flower.rebuild_wanted():
+                    end_group(superlink, STOP_S)  # its turn finds it dead, and starts it with an empty database
                 for component in self._components:
                     self._turn(component)
                 self._write_state()
@@ -191,14 +210,35 @@ class Supervisor:
     def _ask_to_stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _say(self, component: Component, state: str, more: str = "") -> None:
-        if component.state != state:
-            component.state = state
+    def _say(self, component: Component, state: str, more: str = "", why: str = "") -> None:
+        if (component.state, component.why) != (state, why):
+            component.state, component.why = state, why
             at = f" at {component.address}" if component.address and state == "ready" else ""
-            level = logging.WARNING if state in ("died", "not answering") else logging.INFO
+            level = logging.WARNING if state in ("died", "not started", "not answering") else logging.INFO
             log.log(level, "%s: %s%s%s", component.name, state, at, more)
 
     def _turn(self, component: Component) -> None:
+        """Look after one child. Whatever this meets, the others are looked after and it is tried again."""
+        try:
+            self._look_after(component)
+        except Exception as error:
+            if not isinstance(error, ConcordatError | OSError):
+                log.exception("%s: a turn failed", component.name)
+            why = reason(error)
+            if component.process is not None:
+                self._say(component, "not answering", f": {why}", why)
+                return
+            pause = self._wait(component, time.monotonic(), lived_s=0.0)
+            self._say(component, "not started", f": {why}; again in {pause:.0f} s", why)
+
+    @staticmethod
+    def _wait(component: Component, now: float, *, lived_s: float) -> float:
+        """Put off the next start; the seconds until then."""
+        component.pause = FIRST_PAUSE_S if lived_s > CALM_S else min(component.pause * 2, MOST_PAUSE_S)
+        component.not_before = now + component.pause
+        return component.pause
+
+    def _look_after(self, component: Component) -> None:
         now = time.monotonic()
         if component.process is None:
             wanted = all(self._component(name).state == "ready" for name in component.needs)
@@ -213,12 +253,9 @@ class Supervisor:
         if status is not None:
             end_group(component.process, 0.0)
             component.process = None
-            component.pause = (
-                FIRST_PAUSE_S if now - component.started_at > CALM_S else min(component.pause * 2, MOST_PAUSE_S)
-            )
-            component.not_before = now + component.pause
-            log_name = f"logs/{component.name}.log"
-            self._say(component, "died", f" with status {status}; again in {component.pause:.0f} s; see {log_name}")
+            pause = self._wait(component, now, lived_s=now - component.started_at)
+            why = f"ended with status {status}; see logs/{component.name}.log"
+            self._say(component, "died", f": {why}; again in {pause:.0f} s", why)
             return
         wait = PROBE_S if component.state == "ready" else TICK_S
         if now - component.probed_at > wait:
@@ -235,14 +272,23 @@ class Supervisor:
                 "state": each.state,
                 "address": each.address,
                 "pid": each.process.pid if each.process else 0,
+                "why": each.why,
             }
             for each in self._components
         ]
         text = json.dumps({"pid": os.getpid(), "components": shown})
         if text != self._written or time.monotonic() - self._written_at > STALE_S / 3:
             self._written, self._written_at = text, time.monotonic()
-            state = json.loads(text) | {"at": time.time()}
-            write_durably(self._home.supervisor_state, json.dumps(state).encode())
+            state = json.dumps(json.loads(text) | {"at": time.time()}).encode()
+            try:
+                write_durably(self._home.supervisor_state, state)
+                self._unwritten = False
+            except OSError as error:
+                if not self._unwritten:
+                    log.warning("%s cannot be replaced: %s", self._home.supervisor_state, reason(error))
+                self._unwritten = True
+                with contextlib.suppress(OSError):  # on a full disk the old file still takes as much as it held
+                    _write_over(self._home.supervisor_state, state)
 
     def _stop(self) -> None:
         log.info("stopping")
@@ -253,6 +299,15 @@ class Supervisor:
             self._say(component, "stopped")
         self._write_state()
         os.close(self._lock)
+
+
+def _write_over(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)
 
 
 def read_state(home: ServerHome) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def _entries(header: dict[str, Any], room: int, allowed: tuple[str, ...]) -> dic
         if not isinstance(entry, dict) or entry.get("dtype") not in allowed:
             raise DataError(f"adapter tensor {name} is not {' or '.join(allowed)}", fix="send the spec's wire format")
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        if not _whole_numbers(shape) or len(shape) > MAX_NDIM:
+        # Extents beside a zero hold no bytes, and numpy takes no array whose other ones are beyond all bounds.
+        if not _whole_numbers(shape) or len(shape) > MAX_NDIM or math.prod(each or 1 for each in shape) > MAX_BYTES:
             raise DataError(f"adapter tensor {name} has shape {shown(shape)}", fix=f"at most {MAX_NDIM} axes")
         if not _whole_numbers(offsets) or len(offsets) != 2 or len(entry) != 3:
             raise DataError(f"adapter tensor {name} has offsets {shown(offsets)}", fix="send safetensors")

@@ -88,6 +88,15 @@ class LedgerError(ConcordatError):
     default_code = "ledger"
 
 
+def damaged(what: str) -> LedgerError:
+    """Return the error for a ledger whose record is damaged; `what` names entry and column."""
+    return LedgerError(
+        f"the record is damaged: {what}",
+        fix="keep the database as it is and run fl-audit verify, which names each row; then restore the newest backup",
+        code="ledger-damaged",
+    )
+
+
 class ModelError(ConcordatError):
     """A model directory is unknown, broken or unsupported."""
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
 
+from fl_shared.private import create_file
+
 FORMATS = ("text", "json")
 FORMAT_VARIABLE = "FL_LOG_FORMAT"
 FIELDS = ("run", "round", "site", "code", "entry", "digest", "kind")
@@ -89,6 +91,7 @@ def adopt_libraries() -> None:
 
 def _file_handler(file: Path, formatter: logging.Formatter, *, rotate: bool) -> logging.Handler:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    create_file(file)
     handler: logging.FileHandler
     if rotate:
         handler = logging.handlers.RotatingFileHandler(

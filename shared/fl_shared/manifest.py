@@ -18,11 +18,19 @@ from fl_shared.aggregators import AGGREGATIONS, Parameters, check_quorum, read_p
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConfigError, printable, shown
 from fl_shared.names import run_id, run_name, site_id
-from fl_shared.privacy import LEAST_CLIPPING_NORM, Mechanism
+from fl_shared.privacy import LEAST_CLIPPING_NORM, LEAST_NOISE, LEAST_SAMPLING, MOST_NOISE, Mechanism
 from fl_shared.settings import Fields, load_toml, parse_toml
 
 LORA_TARGETS = ("attention", "shared_experts", "routed_experts")
-REFUSAL_CODES = ("budget-exhausted", "policy", "unknown-base-model", "bad-manifest", "failed")
+REFUSAL_CODES = (
+    "budget-exhausted",
+    "policy",
+    "unknown-base-model",
+    "unsupported-spec",
+    "bad-manifest",
+    "suspended",
+    "failed",
+)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _MAX_MESSAGE = 2000
@@ -162,9 +170,9 @@ class RunSpec:
         f.done()
         f = top.section("training")
         training = TrainingSection(
-            noise_multiplier=f.number("noise_multiplier", low=0, high=1e6, above=True),
+            noise_multiplier=f.number("noise_multiplier", low=LEAST_NOISE, high=MOST_NOISE),
             clipping_norm=f.number("clipping_norm", low=LEAST_CLIPPING_NORM, high=1e12),
-            sampling_probability=f.number("sampling_probability", low=0, high=1, above=True),
+            sampling_probability=f.number("sampling_probability", low=LEAST_SAMPLING, high=1),
             steps_per_round=f.integer("steps_per_round", low=1, high=1_000_000),
             learning_rate=f.number("learning_rate", low=0, high=1e6, above=True),
             head_learning_rate=f.number("head_learning_rate", low=0, high=1e6, above=True),

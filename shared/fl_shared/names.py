@@ -6,6 +6,8 @@ import re
 
 from fl_shared.errors import ConfigError, shown
 
+ALONE = "alone:"
+"""Begins the runs that a site orders from itself; no coordinator's run can have such a name."""
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -40,6 +42,6 @@ def release_name(value: object) -> str:
 
 def run_id(value: object) -> str:
     """A run as the ledger knows it: a run's name, or `alone:NAME` for a site's own baseline."""
-    if isinstance(value, str) and value.startswith("alone:"):
-        return f"alone:{run_name(value.removeprefix('alone:'))}"
+    if isinstance(value, str) and value.startswith(ALONE):
+        return f"{ALONE}{run_name(value.removeprefix(ALONE))}"
     return run_name(value)

@@ -10,6 +10,10 @@ from fl_shared.settings import Fields
 
 NEIGHBOURING = "add-or-remove-one"
 KIND = "poisson-gaussian"
+LEAST_NOISE, MOST_NOISE = 1e-4, 1e6
+LEAST_SAMPLING = 1e-9
+MOST_STEPS = 10**9
+"""Beyond these bounds nothing is private or nothing is learnt, and the accountant's numbers under- or overflow."""
 LEAST_CLIPPING_NORM = 1e-4
 """The least that a run may order: below it, what underflows in float32 could count (docs/decisions/0022)."""
 
@@ -35,9 +39,9 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         fields = Fields(dataclasses.asdict(self), "mechanism")
-        fields.number("noise_multiplier", low=0, high=1e6, above=True)
-        fields.number("sampling_probability", low=0, high=1, above=True)
-        fields.integer("steps", low=0, high=10**9)
+        fields.number("noise_multiplier", low=LEAST_NOISE, high=MOST_NOISE)
+        fields.number("sampling_probability", low=LEAST_SAMPLING, high=1)
+        fields.integer("steps", low=0, high=MOST_STEPS)
         fields.number("clipping_norm", low=0, high=1e12, above=True)
         fields.choice("neighbouring", [NEIGHBOURING])
         fields.choice("kind", [KIND])
@@ -60,7 +64,7 @@ class Mechanism:
         made = cls(
             noise_multiplier=fields.number("noise_multiplier"),
             sampling_probability=fields.number("sampling_probability"),
-            steps=fields.integer("steps", low=0, high=10**9),
+            steps=fields.integer("steps", low=0, high=MOST_STEPS),
             clipping_norm=fields.number("clipping_norm"),
             neighbouring=fields.text("neighbouring"),
             kind=fields.text("kind"),

@@ -20,7 +20,7 @@ from fl_shared.settings import Fields
 AFFORDABLE, REFUSED = "affordable", "refused"
 SILENT, NOT_ONLINE, NOT_ENROLLED = "silent", "not-online", "not-enrolled"
 WAIT_S = 20.0
-OBJECTION_CODES = ("budget-exhausted", "policy", "unknown-base-model")
+OBJECTION_CODES = ("budget-exhausted", "policy", "unknown-base-model", "unsupported-spec", "suspended")
 MAX_OBJECTIONS = 16
 MAX_OBJECTION = 500
 MAX_ROUNDS = 1_000_000

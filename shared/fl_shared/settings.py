@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,16 @@ from fl_shared.errors import ConcordatError, ConfigError, shown
 
 T = TypeVar("T")
 _MAX_BYTES = 1 << 20
+MAX_KEYS, MAX_PARTS, MAX_DEPTH = 2000, 16, 32
+# What holds text in TOML 1.0: multi-line strings (up to two quotes may stand before the closing three), strings,
+# comments. Possessive, and what is not closed goes to its end, so that no text makes the search go back.
+_TEXT = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5}|\Z)|\'{3}(?:[^']|'(?!''))*+(?:'{3,5}|\Z)'''
+    r'''|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+''',
+    re.DOTALL,
+)
+_DOTS = re.compile(r"(?<![\w\-])(?:[\w\-]++[ \t]*+\.[ \t]*+){16}")  # MAX_PARTS
+_TABLE = re.compile(r"^[ \t]*+\[", re.MULTILINE)
 _MISSING: Any = object()
 
 
@@ -34,10 +45,32 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     """Parse TOML text of at most 1 MiB; ConfigError names `where` and the line."""
     if len(text) > _MAX_BYTES:
         raise ConfigError(f"{where} is larger than 1 MiB", fix="a configuration is a small file")
+    _require_modest(text, where)
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.removeprefix("\ufeff"))  # a byte order mark, as Windows editors write it
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
         raise ConfigError(f"{where}: {error}", fix="mend the TOML at that place") from error
+
+
+def _require_modest(text: str, where: str) -> None:
+    """ConfigError for a structure that no configuration has: tomllib's work grows with keys times their parts.
+
+    One pass over the text, without a parser: strings and comments are blanked out, the rest is counted. Up to the
+    first place that is no TOML, where tomllib stops, this reads the text as tomllib does.
+    """
+    bare = _TEXT.sub("t", text)
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", bare):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    keys = bare.count("=") + len(_TABLE.findall(bare))
+    for what, much in (
+        (f"has more than {MAX_KEYS} keys and tables", keys > MAX_KEYS),
+        (f"has a key of more than {MAX_PARTS} parts", _DOTS.search(bare) is not None),
+        (f"is nested deeper than {MAX_DEPTH} levels", deepest > MAX_DEPTH),
+    ):
+        if much:
+            raise ConfigError(f"{where} {what}", fix="write the few tables that the documentation shows")
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
@@ -67,6 +100,8 @@ class Fields:
     ) -> None:
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where} is {shown(table)}, not a table", fix=f"write {where} as a table of fields")
+        if len(table) > MAX_KEYS:
+            raise ConfigError(f"{where} has {len(table)} fields", fix="write the few that the documentation shows")
         self._table = dict(table)
         self._where = where
         self._base = base
@@ -93,8 +128,8 @@ class Fields:
             if plain:
                 return raw
             try:
-                (value,) = tomllib.loads(f"value = {raw}").values()
-            except (ValueError, RecursionError):
+                (value,) = parse_toml(f"value = {raw}", name).values()
+            except (ConfigError, ValueError):
                 raise self.fail(name, f"is {shown(raw)}", f"write {fix}, as in TOML") from None
             return value
         if name in self._table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -20,6 +21,11 @@ from fl_shared.errors import ConfigError, SignatureError
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _MAX_PEM_BYTES = 1 << 16
+_P = 2**255 - 19
+# The y of every point whose order divides 8 (RFC 8032, 5.1: 0, 1, -1, and the two of order 8): under such a "key"
+# anybody can make signatures that fit, some of them for every message.
+_Y8 = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+_SMALL_ORDER = frozenset({0, 1, _P - 1, _Y8, _P - _Y8})
 
 
 class SigningKey:
@@ -67,7 +73,7 @@ class SigningKey:
         pem = self._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
@@ -93,13 +99,33 @@ class SigningKey:
         return self._key.sign(payload).hex()
 
 
+@functools.lru_cache(maxsize=1024)
+def ed25519_key(public_hex: str) -> Ed25519PublicKey:
+    """The key that 64 hex digits encode: every key that comes from elsewhere enters here.
+
+    Raises:
+        SignatureError: not 64 lower-case hex digits, not the one encoding of a point, or a point of small order.
+    """
+    fix = "use the key as its owner shows it; `fl-client enroll` and `fl-server init` make keys that are fit"
+    if not isinstance(public_hex, str) or _KEY.fullmatch(public_hex) is None:
+        raise SignatureError("a public key is malformed", fix="expected 64 lower-case hex digits")
+    raw = bytes.fromhex(public_hex)
+    y = int.from_bytes(raw, "little") & ~(1 << 255)
+    # Edwards25519: x^2 = (y^2 - 1) / (d y^2 + 1); a square exactly when numerator times denominator is one.
+    d = -121665 * pow(121666, -1, _P)
+    x2 = (y * y - 1) * (d * y * y + 1) % _P
+    if y >= _P or y in _SMALL_ORDER or pow(x2, (_P - 1) // 2, _P) != 1:
+        raise SignatureError(f"{public_hex[:16]}… is no public key that can be relied on", fix=fix)
+    return Ed25519PublicKey.from_public_bytes(raw)
+
+
 def verify(public_hex: str, payload: bytes, signature_hex: str) -> None:
     """Check a signature; SignatureError when it does not fit or a part is malformed."""
     # bytes.fromhex also takes capitals and spaces: one signature would have many spellings.
     if _KEY.fullmatch(public_hex) is None or _SIGNATURE.fullmatch(signature_hex) is None:
         raise SignatureError("a key or signature is malformed", fix="expected 64 and 128 lower-case hex digits")
+    key = ed25519_key(public_hex)
     try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_hex))
         key.verify(bytes.fromhex(signature_hex), payload)
     except (ValueError, InvalidSignature) as error:
         raise SignatureError(

@@ -10,6 +10,7 @@ sums and the result, above what the process held before. The global adapter that
 and is not counted; it is one adapter more.
 
     python tests/benchmarks/aggregation.py --json
+    python tests/benchmarks/aggregation.py --quick --json    5 MB instead of 50
     python tests/benchmarks/aggregation.py --full --json     1,000 sites, and the memory of every aggregator
 
 What carrying the bytes costs is measured by `transport.py`.
@@ -98,10 +99,10 @@ def update_of(message: Message) -> memoryview:
     return octets(arrays["adapter"])
 
 
-def against_flower(repeats: int) -> dict[str, Any]:
-    """Times of one round of 20 sites with 50 MB each, all replies waiting; without their hash once more."""
+def against_flower(repeats: int, size: int) -> dict[str, Any]:
+    """Times of one round of 20 sites with `size` bytes each, all replies waiting; without their hash once more."""
     ours, theirs, hashes = [], [], []
-    values = tensors(BYTES)
+    values = tensors(size)
     base = pack(values)
     updates = [{name: value * np.float32(1 + site / 50) for name, value in values.items()} for site in range(SITES)]
     packed = [pack(update) for update in updates]
@@ -244,11 +245,12 @@ def wire_bytes() -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(*, full: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    say("20 x 50 MB against Flower's FedAvg ...")
-    found: dict[str, Any] = against_flower(9 if full else 5)
-    say("memory, 20 x 50 MB ...")
-    streamed = [apart("fedavg", SITES, BYTES)]
+def measure(*, full: bool, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    size = BYTES // 10 if quick else BYTES
+    say(f"20 x {size // MB} MB against Flower's FedAvg ...")
+    found: dict[str, Any] = against_flower(9 if full else 5, size)
+    say(f"memory, 20 x {size // MB} MB ...")
+    streamed = [apart("fedavg", SITES, size)]
     found["peak_adapters"] = streamed[0]["peak_adapters"]
     if full:
         for name in AGGREGATIONS:
@@ -256,8 +258,9 @@ def measure(*, full: bool, say: Callable[[str], None]) -> dict[str, Any]:
                 say(f"memory under {name}, 20 x 50 MB ...")
                 streamed.append(apart(name, SITES, BYTES))
         streamed += [apart("fedavg", SITES, BYTES, wire) for wire in WIRES[1:]]
-    say(f"{1000 if full else 100} sites x 10 MB ...")
-    found["many_sites"] = apart("fedavg", 1000 if full else 100, 10 * MB)
+    sites, each = 1000 if full else 100, (1 if quick else 10) * MB
+    say(f"{sites} sites x {each // MB} MB ...")
+    found["many_sites"] = apart("fedavg", sites, each)
     found["streamed"] = streamed
     found["wires"] = wire_bytes()
     return found
@@ -265,7 +268,9 @@ def measure(*, full: bool, say: Callable[[str], None]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="1,000 sites, and the memory of every aggregator")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--full", action="store_true", help="1,000 sites, and the memory of every aggregator")
+    length.add_argument("--quick", action="store_true", help="about a minute; the figures are rough")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--stream", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -273,7 +278,7 @@ def main() -> int:
         task = json.loads(options.stream)
         print(json.dumps(stream(task["name"], task["sites"], task["wire"], Path(task["folder"]))))
         return 0
-    found = measure(full=options.full, say=lambda text: print(text, file=sys.stderr))
+    found = measure(full=options.full, quick=options.quick, say=lambda text: print(text, file=sys.stderr))
     if options.json:
         print(json.dumps(found, indent=2))
     else:

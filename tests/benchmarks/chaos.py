@@ -95,7 +95,8 @@ def stop(*_: object) -> None:
 def main() -> int:
     """Run it and print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="kill -9 so often (default 50)")
+    parser.add_argument("--quick", action="store_true", help="2 kills, 2 sites: a minute or two")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sites", type=int, default=3, help="sites, each with a real agent")
     parser.add_argument("--quorum", type=int, default=2)
@@ -105,6 +106,8 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave all files where they are, and say where")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.quick:
+        options.kills, options.sites = 2, 2
     options.rounds = options.rounds or max(4, options.kills)
     options.quorum = min(options.quorum, options.sites)
     signal.signal(signal.SIGTERM, stop)

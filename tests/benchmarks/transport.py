@@ -192,7 +192,7 @@ def tls_sink(home: Path, size: int) -> None:
         secure.sendall(b".")
 
 
-def measure(say: Callable[[str], None]) -> dict[str, Any]:
+def measure(say: Callable[[str], None], large: int = LARGE) -> dict[str, Any]:
     """Two runs of two rounds, small and large; the second rounds, which carry both ways, are compared."""
     root = Path(tempfile.mkdtemp(prefix="tr-"))
     seconds: dict[str, float] = {}
@@ -207,7 +207,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
         stack.callback(relay.close)
         for site in SITES:
             stack.enter_context(site_half(made, site, relay))
-        for name, size in (("small", 64), ("large", LARGE)):
+        for name, size in (("small", 64), ("large", large)):
             say(f"transport: two rounds with updates of {size} bytes ...")
             with agents(root, size):
                 before = relay.bytes
@@ -217,12 +217,12 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
                     raise SystemExit(f"run {name} {shown['state']}: {shown['reason']}")
                 sent[name] = relay.bytes - before
                 seconds[name] = shown["history"][1]["seconds"]
-        both_ways = 2 * len(SITES) * LARGE
+        both_ways = 2 * len(SITES) * large
         copies = sorted(tls_copy_seconds(made.home, both_ways) for _ in range(3))
-    payload = 3 * len(SITES) * LARGE  # up in both rounds, down in the second
+    payload = 3 * len(SITES) * large  # up in both rounds, down in the second
     return {
         "sites": len(SITES),
-        "update_bytes": LARGE,
+        "update_bytes": large,
         "wire_bytes_over_payload": round((sent["large"] - sent["small"]) / payload, 4),
         "bytes_of_a_round_without_payload": sent["small"] // 2,
         "round_seconds_without_payload": round(seconds["small"], 2),
@@ -235,6 +235,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--quick", action="store_true", help="updates of 5 MB; the figures are rough")
     parser.add_argument("--agents", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--tls-sink", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -244,7 +245,8 @@ def main() -> int:
     if options.tls_sink:
         tls_sink(Path(options.tls_sink[0]), int(options.tls_sink[1]))
         return 0
-    found = measure(lambda text: print(text, file=sys.stderr))
+    size = LARGE // 10 if options.quick else LARGE
+    found = measure(lambda text: print(text, file=sys.stderr), size)
     print(json.dumps(found, indent=2) if options.json else "\n".join(f"{k}: {v}" for k, v in found.items()))
     return 0
 

@@ -20,7 +20,6 @@ from fl_client.agent.outgoing import Sealed
 from fl_client.enrolment import enrol
 from fl_client.home import SiteHome
 from fl_client.status import agent_state
-from fl_client.supernode import free_port
 from fl_shared.adapter import digest
 from fl_shared.ledger.records import Spend
 from fl_shared.ledger.service import Ledger
@@ -29,6 +28,7 @@ from fl_shared.signing import SigningKey, sign_document
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
 from fl_shared.wire.chunks import split
+from helpers.ports import free_port
 
 SITE = "hospital-001"
 MARKER = "PLANTEDPATIENT4711"

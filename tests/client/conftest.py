@@ -26,6 +26,7 @@ _sibling("gateway")
 _sibling("sites")
 _sibling("agents")
 _sibling("sandboxes")
+_sibling("users")
 
 from client_gateway import Gateway  # noqa: E402 - made importable above
 

@@ -100,6 +100,7 @@ class Gateway:
         self.secret = SECRET
         self.change_answer: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
         self.fleet_answer: Callable[[str, bytes], tuple[int, bytes]] = lambda _path, body: (200, body)
+        self.fleet_headers: dict[str, str] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.rotations: Any = []
         self.renewals = 0
@@ -113,9 +114,13 @@ class Gateway:
             def log_message(self, *args: object) -> None:
                 """Stay quiet."""
 
-            def _answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
+            def _answer(
+                self, status: int, body: bytes, kind: str = "application/json", more: dict[str, str] | None = None
+            ) -> None:
                 self.send_response(status)
                 self.send_header("content-type", kind)
+                for name, value in (more or {}).items():
+                    self.send_header(name, value)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -171,7 +176,7 @@ class Gateway:
                     gateway.fleet_calls.append((self.path, self._peer()))
                     der = self.connection.getpeercert(True)  # type: ignore[attr-defined]
                     gateway.certificates.append(hashlib.sha256(der).hexdigest())
-                    self._answer(*gateway.fleet_answer(self.path, body))
+                    self._answer(*gateway.fleet_answer(self.path, body), more=gateway.fleet_headers)
                 else:
                     self._answer(403, b"{}")
 

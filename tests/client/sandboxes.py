@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fl_client.sandbox import Confinement
 from fl_client.supernode import NodePlan, node_confinement
 
+NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" "$@"']
+"""Before a command: run it where nobody may make user namespaces, as on machines that forbid them."""
 
-def start_keeper(confinement: Confinement) -> subprocess.Popen[bytes]:
+
+def start_keeper(confinement: Confinement, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Start the keeper as the agent does, with an inherited secret in its own environment."""
     keeper = subprocess.Popen(
-        [sys.executable, "-m", "fl_client.sandbox"],
+        [*before, sys.executable, "-P", "-m", "fl_client.sandbox"],
         stdin=subprocess.PIPE,
         env={**os.environ, "FL_TOKEN": "planted-secret"},
         start_new_session=True,
@@ -32,8 +36,10 @@ def close(keeper: subprocess.Popen[bytes]) -> None:
         keeper.stdin.close()
 
 
-def confinement_of(directory: Path, command: list[str], **changes: Any) -> Confinement:
+def confinement_of(
+    directory: Path, command: list[str], *, agent: Path = Path("/nowhere/agent.sock"), **changes: Any
+) -> Confinement:
     """The confinement that a SuperNode would get, around another command."""
-    plan = NodePlan(directory, Path("/nowhere/agent.sock"), directory / "node_key", directory / "ca.pem", 1)
+    plan = NodePlan(directory, agent, directory / "node_key", directory / "ca.pem", 1)
     made = node_confinement(plan, 2)
     return Confinement(**{**made.__dict__, "command": command, **changes})

@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from fl_client.data.load import split_holdout
 from fl_client.data.units import UnitData
 from fl_client.dp.secure_random import SecureStream
-from fl_client.evaluation import SENSITIVITY, _charged, _Request, figures_of, noisy_sums, unit_vectors
-from fl_shared.errors import LedgerError
+from fl_client.evaluation import (
+    SENSITIVITY,
+    _charged,
+    _Request,
+    figures_of,
+    noisy_sums,
+    require_usable,
+    unit_vectors,
+)
+from fl_shared.errors import ConfigError, LedgerError, RunError
 from fl_shared.manifest import RunSpec
 from fl_shared.signing import open_document
 
@@ -86,7 +94,7 @@ def test_figures_leave_only_with_a_settled_row_and_once(tmp_path: Path) -> None:
         return figures_of([100.0, 50.0, 20.0], 10.0, 2)
 
     def ask() -> dict[str, Any]:
-        return _charged(site.ledger, site.outgoing, _dataset(site), tmp_path / "releases", request, SITE, compute)
+        return _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, compute)
 
     first, again = ask(), ask()
     assert open_document(first, site.key.public_hex) == first["body"] == again["body"]
@@ -114,7 +122,7 @@ def test_a_failure_is_charged_in_full_and_shows_nothing(tmp_path: Path) -> None:
 
     request = _Request(RunSpec.from_dict(_spec()), b"adapter", 10.0)
     with pytest.raises(ValueError, match="private"):
-        _charged(site.ledger, site.outgoing, _dataset(site), tmp_path / "releases", request, SITE, fail)
+        _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, fail)
     assert site.outcomes() == [(0, "in-doubt")]
 
 
@@ -127,3 +135,28 @@ def _spec() -> dict[str, Any]:
     from client_sites import spec_table
 
     return spec_table()
+
+
+def test_noise_that_would_hide_the_figures_is_refused_before_the_charge() -> None:
+    """From public numbers alone; at the bound the figures are told in all but one of 700 evaluations."""
+    with pytest.raises(ConfigError, match="60 units are held out") as refused:
+        require_usable(60.0, 10.0)
+    assert "--noise 6.9" in refused.value.fix
+    assert "--force" in refused.value.fix
+    require_usable(60.0, 6.9)
+    lowest = 60.0 - 3.0 * 6.9 * SENSITIVITY  # three standard deviations below
+    assert figures_of([lowest, 10.0, 10.0], 6.9, 3)["accuracy"] is not None
+
+
+def test_a_failed_evaluation_is_not_repeated_until_it_is_confirmed(tmp_path: Path) -> None:
+    """Its failure told something about the hold-out once."""
+    site = Site(tmp_path)
+    request = _Request(RunSpec.from_dict(_spec()), b"adapter", 10.0)
+
+    def fail(_mechanism: Any) -> dict[str, Any]:
+        raise RuntimeError("private")
+
+    for error in (RuntimeError, RunError):
+        with pytest.raises(error):
+            _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, fail)
+    assert site.outcomes() == [(0, "in-doubt")]

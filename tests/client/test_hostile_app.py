@@ -134,19 +134,18 @@ def test_a_hostile_app_gets_no_more_than_policy_and_budget_allow(site: Site, tmp
     site.key.save(secrets[1])
     for path in secrets[2:]:
         path.write_text(MARKER)
-    (node / "orders.json").write_text(json.dumps(orders(site)))
-    (node / "hostile.py").write_text(HOSTILE)
     server = serve(AgentService(SITE, site.rounds), listening)
-    command = [sys.executable, str(node / "hostile.py"), str(listening)]
+    command = [sys.executable, "-c", HOSTILE, str(listening)]
     command += [json.dumps([str(path) for path in secrets]), str(FLOOD)]
-    made = confinement_of(node, command, connect_ports=[], bind_ports=[], mode="require")
+    made = confinement_of(node, command, agent=listening, connect_ports=[], bind_ports=[], mode="require")
+    (Path(made.directory) / "orders.json").write_text(json.dumps(orders(site)))
     made.environment.setdefault("PYTHONPATH", str(shared_source() or ""))
     keeper = start_keeper(made)
     try:
-        assert keeper.wait(240) == 0, (node / "supernode.log").read_text()
+        assert keeper.wait(240) == 0, Path(made.log).read_text()
     finally:
         close(keeper)
-    report = json.loads((node / "report.json").read_text())
+    report = json.loads((Path(made.directory) / "report.json").read_text())
     _require_refusals(site, report)
     _require_budget(site, report)
     assert set(report["calls"].values()) == {"UNIMPLEMENTED"}

@@ -162,10 +162,11 @@ def test_the_check_counts_what_there_is(monkeypatch: pytest.MonkeyPatch, cores: 
         found = SimpleNamespace(digest="sha256:0", device=torch.device("cuda"))
         monkeypatch.setattr(check, "load_base", lambda _: found)
     if fits:
-        assert "2 GPUs" in check._model(config) if gpus else "2 processes" in check._model(config)
+        told = check._model(config, check.load_base(config))
+        assert ("2 GPUs" if gpus else "2 processes") in told
         return
     with pytest.raises(ConfigError) as caught:
-        check._model(config)
+        check._model(config, check.load_base(config))
     assert "processes" in caught.value.message
     assert "write processes = 1" in caught.value.fix
 

@@ -14,7 +14,7 @@ from fl_client.check import run_checks
 from fl_client.enrolment import Coordinator, enrol
 from fl_client.home import SiteHome
 from fl_client.rotation import PinnedKeys, follow
-from fl_shared.errors import EnrolmentError
+from fl_shared.errors import EnrolmentError, TransportError
 from fl_shared.signing import SigningKey, sign_document
 
 SITE = "hospital-001"
@@ -107,3 +107,42 @@ def test_strangers_cannot_make_the_site_call_home_in_a_loop(
     for _ in range(20):
         assert not keys.accepts(SigningKey.generate().public_hex)
     assert len(asked) == 1
+
+
+def test_a_stolen_key_ends_at_a_site_that_is_kept_from_hearing_of_it(
+    home: SiteHome, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key was changed without a grace, and its thief lets orders through but no hello: after a while no order of
+    the old key is accepted, and after a restart none at all; with the first hello the new key is.
+    """
+    uptime = [1e6]
+    monkeypatch.setattr(rotation, "_uptime", lambda: uptime[0])
+    keys = PinnedKeys(home, Coordinator.load(home))
+    stolen = gateway.signing.public_hex
+    assert keys.accepts(stolen)
+    gateway.rotate(time.time())
+    served, asked = rotation.say_hello, []
+
+    def nothing(*_: object) -> dict[str, Any]:
+        asked.append(uptime[0])
+        raise TransportError("no answer")
+
+    monkeypatch.setattr(rotation, "say_hello", nothing)
+    for _ in range(2 * int(rotation.VOUCHED_S)):
+        uptime[0] += 1.0
+        assert keys.accepts(stolen) is (uptime[0] - 1e6 <= rotation.VOUCHED_S)
+    assert len(asked) <= 2 * rotation.VOUCHED_S / rotation.ASK_AGAIN_S
+    assert not PinnedKeys(home, Coordinator.load(home)).accepts(stolen)
+    monkeypatch.setattr(rotation, "say_hello", served)
+    uptime[0] += 60.0
+    assert not keys.accepts(stolen)
+    assert keys.accepts(gateway.signing.public_hex)
+
+
+def test_a_hello_that_names_another_key_confirms_nothing(home: SiteHome, gateway: Gateway) -> None:
+    """The gateway signs by a key that nobody vouches for: neither that one nor the pinned one is accepted."""
+    pinned = Coordinator.load(home)
+    gateway.signing = SigningKey.generate()
+    keys = PinnedKeys(home, pinned)
+    assert not keys.accepts(pinned.coordinator_key)
+    assert not keys.accepts(gateway.signing.public_hex)

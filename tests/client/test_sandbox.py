@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pwd
+import secrets
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from client_sandboxes import close, confinement_of, start_keeper
+from client_sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
 
-from fl_client.sandbox import Confinement, landlock_abi
+from fl_client.sandbox import landlock_abi
 from fl_client.supernode import node_environment
 
 HOSTILE = """
@@ -67,31 +71,29 @@ def node_directory(tmp_path: Path) -> Path:
 def hostile_report(node_directory: Path, **changes: Any) -> tuple[dict[str, Any], list[Path]]:
     """Run the hostile app and return what it found, with the paths that it must not reach."""
     home = node_directory.parent
-    secrets = [home / "keys" / "signing.pem", home / "ledger.sqlite", home / "data" / "patients.csv"]
-    for path in secrets:
+    hidden = [home / "keys" / "signing.pem", home / "ledger.sqlite", home / "data" / "patients.csv"]
+    for path in hidden:
         path.parent.mkdir(exist_ok=True)
         path.write_text("planted-secret")
-    (node_directory / "hostile.py").write_text(HOSTILE)
     with socket.socket() as closed, socket.socket() as opened:
         for listener in (closed, opened):
             listener.bind(("127.0.0.1", 0))
             listener.listen()
         ports = [listener.getsockname()[1] for listener in (closed, opened)]
-        command = [sys.executable, str(node_directory / "hostile.py"), str(os.getpid())]
-        command += [json.dumps([str(p) for p in secrets]), *map(str, ports)]
-        keeper = start_keeper(
-            confinement_of(node_directory, command, connect_ports=[ports[1]], bind_ports=[], **changes)
-        )
+        command = [sys.executable, "-c", HOSTILE, str(os.getpid())]
+        command += [json.dumps([str(p) for p in hidden]), *map(str, ports)]
+        made = confinement_of(node_directory, command, connect_ports=[ports[1]], bind_ports=[], **changes)
+        keeper = start_keeper(made)
         assert keeper.wait(60) == 0, (node_directory / "supernode.log").read_text()
         close(keeper)
-    return json.loads((node_directory / "report.json").read_text()), secrets
+    return json.loads((Path(made.directory) / "report.json").read_text()), hidden
 
 
 @pytest.mark.skipif(landlock_abi() < 6, reason="this kernel's Landlock does not cover network and signals")
 def test_a_hostile_app_reaches_neither_files_nor_the_agent_nor_the_network(node_directory: Path) -> None:
     """Everything outside its directory is refused by the kernel; its tunnel and its own files work."""
-    report, secrets = hostile_report(node_directory)
-    for path in secrets:
+    report, hidden = hostile_report(node_directory)
+    for path in hidden:
         assert report[f"read {path}"][0] == "refused", report
         assert report[f"write {path}"][0] == "refused"
         assert report[f"list {path}"][0] == "refused"
@@ -105,16 +107,20 @@ def test_a_hostile_app_reaches_neither_files_nor_the_agent_nor_the_network(node_
 def test_arguments_environment_and_open_files_hold_nothing_of_the_site(node_directory: Path) -> None:
     """Without the kernel's help, too: only allowed variables, no inherited descriptor, no secret."""
     report, _ = hostile_report(node_directory, mode="off")
-    assert set(report["environment"]) - {"LC_CTYPE"} == set(node_environment(node_directory))
+    assert set(report["environment"]) - {"LC_CTYPE"} == set(node_environment(node_directory / "work" / "home"))
     assert "planted-secret" not in json.dumps([report["environment"], report["group"]])
     assert all(place == "/dev/null" or place.startswith((str(node_directory), "/proc/")) for place in report["fds"])
     # The hostile app's own arguments name the secrets: the test put them there.
-    others = [line for line in report["group"] if "hostile.py" not in line]
+    others = [line for line in report["group"] if "HOSTILE" not in line and "report = {}" not in line]
     assert not any(name in line for line in others for name in ("signing.pem", "ledger", "patients"))
 
 
-def test_nothing_outlives_the_keeper_even_when_it_leaves_the_group(node_directory: Path) -> None:
-    """A daemonised grandchild is killed when the agent's end of the pipe closes."""
+@pytest.mark.parametrize(("how", "fallback"), [("closed", False), ("closed", True), ("killed", False)])
+def test_nothing_outlives_the_keeper_even_when_it_leaves_the_group(
+    node_directory: Path, how: str, fallback: bool
+) -> None:
+    """A daemonised grandchild is killed when the agent's end of the pipe closes; with namespaces even when the keeper
+    itself is killed."""
     script = (
         "import os, time\n"
         "if os.fork() == 0:\n"
@@ -125,17 +131,29 @@ def test_nothing_outlives_the_keeper_even_when_it_leaves_the_group(node_director
         "    os._exit(0)\n"
         "time.sleep(600)\n"
     )
-    keeper = start_keeper(confinement_of(node_directory, [sys.executable, "-c", script]))
-    pid_file = node_directory / "pid"
+    marker = secrets.token_hex(8)
+
+    def alive() -> list[psutil.Process]:
+        return [each for each in psutil.process_iter(["cmdline"]) if marker in (each.info["cmdline"] or [])]
+
+    made = confinement_of(node_directory, [sys.executable, "-c", script, marker])
+    keeper = start_keeper(made, NO_NAMESPACES if fallback else [])
+    pid_file = Path(made.directory) / "pid"
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    daemon = psutil.Process(int(pid_file.read_text()))
-    assert daemon.is_running()
-    close(keeper)
-    assert keeper.wait(60) == 0
-    assert not daemon.is_running()
+    assert len(alive()) == 2
+    if how == "closed":
+        close(keeper)
+        assert keeper.wait(60) == 0
+    else:
+        keeper.kill()
+        keeper.wait(60)
+        deadline = time.monotonic() + 60  # the kernel ends them, nobody waits for it
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert alive() == []
 
 
 def test_the_command_runs_as_another_user_when_asked(node_directory: Path) -> None:
@@ -143,21 +161,30 @@ def test_the_command_runs_as_another_user_when_asked(node_directory: Path) -> No
     if os.geteuid() != 0:
         pytest.skip("only root may start a process as another user")
     # /bin/sh, because the environment's Python may lie in root's own home.
-    confinement = confinement_of(node_directory, ["/bin/sh", "-c", "id -u; id -g; id -G"], user="nobody")
-    keeper = start_keeper(Confinement(**{**confinement.__dict__, "directory": "/"}))
-    assert keeper.wait(60) == 0, (node_directory / "supernode.log").read_text()
-    close(keeper)
+    outside = Path(tempfile.mkdtemp())
+    try:
+        made = confinement_of(node_directory, ["/bin/sh", "-c", "id -u; id -g; id -G"], user="nobody")
+        outside.chmod(0o755)
+        made = dataclasses.replace(made, directory=str(outside), writable=[str(outside), "/dev/null"])
+        keeper = start_keeper(made)
+        assert keeper.wait(60) == 0, Path(made.log).read_text()
+        close(keeper)
+    finally:
+        outside.rmdir()
     account = pwd.getpwnam("nobody")
     expected = f"{account.pw_uid}\n{account.pw_gid}\n{account.pw_gid}\n"
-    assert (node_directory / "supernode.log").read_text() == expected
+    assert Path(made.log).read_text() == expected
 
 
-def test_a_missing_landlock_stops_a_site_that_requires_it(
-    node_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """confine = "require" never starts the untrusted half unconfined."""
-    import fl_client.sandbox as sandbox
-
-    monkeypatch.setattr(sandbox, "landlock_abi", lambda: 0)
-    with pytest.raises(OSError, match="requires it"):
-        sandbox._start(confinement_of(node_directory, [sys.executable, "-c", "1"], mode="require"))
+def test_what_the_operator_requires_and_the_kernel_lacks_is_refused(node_directory: Path) -> None:
+    """confine = "require" never starts the untrusted half behind fewer walls; auto says which are missing."""
+    script = "from fl_client.supernode import describe_confinement as d; print(d('auto', '')); d('require', '')"
+    words = [*NO_NAMESPACES, sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert "WITHOUT namespaces (" in done.stdout
+    assert 'confine is "require", and this machine lacks namespaces' in done.stderr
+    made = confinement_of(node_directory, [sys.executable, "-c", "open('ran', 'w')"], mode="require")
+    keeper = start_keeper(made, NO_NAMESPACES)
+    assert keeper.wait(60) == 1
+    close(keeper)
+    assert not (Path(made.directory) / "ran").exists()

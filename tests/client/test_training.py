@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from client_sites import spec_table
 
 from fl_client.data.units import UnitData
+from fl_client.dp import engine
 from fl_client.dp.engine import DPEngine
 from fl_client.dp.optimizer import GridDPOptimizer
+from fl_client.dp.secure_random import SecureStream
 from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training import evaluate, initial_adapter, predict, train_round
 from fl_shared.errors import ConfigError, DataError, EngineError
@@ -28,6 +31,13 @@ def model() -> LoadedModel:
     """The shipped base, loaded once, as in an agent."""
     torch.set_num_threads(1)
     return load_model(TINY, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _known_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling and noise under known keys: who is drawn decides what some of these tests see."""
+    keys = itertools.count(1)
+    monkeypatch.setattr(engine, "SecureStream", lambda: SecureStream(next(keys).to_bytes(32, "big")))
 
 
 def made_for(targets: tuple[str, ...] = ("attention", "shared_experts", "routed_experts"), **run: Any) -> RunSpec:
@@ -72,15 +82,21 @@ def test_a_round_moves_the_plan_and_leaves_the_base(model: LoadedModel) -> None:
     assert made.report["engine"] == "book"
 
 
-def test_two_rounds_never_share_their_noise(model: LoadedModel) -> None:
-    """The same order twice gives independent updates: no seed of torch or numpy decides."""
+def test_two_rounds_never_share_their_noise(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same order twice gives independent updates: no seed of torch or numpy decides.
+
+    The keys are the operating system's. The factors' coordinates have noise of one scale, so that their correlation
+    has deviation 1/sqrt(n), and what the five units add to both is less than one more half. The bound is 6 deviations:
+    less than one false alarm in ten million.
+    """
+    monkeypatch.setattr(engine, "SecureStream", SecureStream)
     spec, rounds = made_for(("attention",)), []
     for _ in range(2):
         torch.manual_seed(0)
         np.random.seed(0)  # the legacy generator has no say
         update = train_round(model, data(), spec, MECHANISM, {}, round=1).update
-        rounds.append(np.concatenate([value.ravel() for value in update.values()]))
-    assert abs(np.corrcoef(rounds)[0, 1]) < 0.1
+        rounds.append(np.concatenate([value.ravel() for name, value in update.items() if ".lora_" in name]))
+    assert abs(np.corrcoef(rounds)[0, 1]) < 6 / np.sqrt(rounds[0].size)
 
 
 def test_a_frozen_factor_stays_and_is_not_sent(model: LoadedModel) -> None:
@@ -125,29 +141,21 @@ def test_units_without_records_do_not_exist() -> None:
         UnitData(("a", "b"), ("x", "y"), np.array([0, 2]), 3, "f" * 64)
 
 
-def test_a_poisoned_adapter_ends_the_round(model: LoadedModel) -> None:
-    """An offset that makes the loss infinite is a typed error; the next round works."""
+def test_a_poisoned_adapter_is_answered_with_noise(model: LoadedModel) -> None:
+    """An offset that makes every loss infinite leaves all units out: the round goes on, and tells nothing."""
     spec = made_for(("attention",))
     offset = {"classifier.weight": np.full((2, model.feature_mean.shape[0]), 3e38, np.float32)}
-    with pytest.raises(EngineError, match="NaN or infinite"):
-        train_round(model, data(), spec, MECHANISM, offset, round=1)
-    assert train_round(model, data(), spec, MECHANISM, {}, round=1).executed == MECHANISM
+    whole = dataclasses.replace(MECHANISM, sampling_probability=1.0)
+    made = train_round(model, data(), spec, whole, offset, round=1)
+    assert made.executed == whole
+    assert made.report["units_left_out"] == whole.steps * data().units
+    assert all(np.isfinite(value).all() for value in made.update.values())
 
 
-@pytest.mark.parametrize("broken", ["a tensor stands still", "a step is not counted"])
-def test_a_broken_engine_returns_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    """Whatever differs from the plan or the order raises; there is no update then."""
-    right = GridDPOptimizer.add_noise
-
-    def still(self: GridDPOptimizer) -> None:
-        right(self)
-        self.params[0].grad.zero_()
-
-    if broken == "a tensor stands still":
-        monkeypatch.setattr(GridDPOptimizer, "add_noise", still)
-    else:
-        monkeypatch.setattr(DPEngine, "step", lambda self, units: self.optimizer.original_optimizer.step())
-    with pytest.raises(EngineError, match="did not move"):
+def test_a_step_that_is_not_counted_returns_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs from the order raises; there is no update then."""
+    monkeypatch.setattr(DPEngine, "step", lambda self, units: self.optimizer.original_optimizer.step())
+    with pytest.raises(EngineError, match="the accountant counted"):
         train_round(model, data(), made_for(("attention",)), MECHANISM, {}, round=1)
 
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -126,6 +128,100 @@ def test_only_an_allowed_app_passes(tunnel: Running, gateway: Gateway) -> None:
     assert b"another app" not in refused.content
     gateway.fleet_answer = lambda _path, _body: (200, b"\xff\xff no message")
     assert tunnel.post("/v1/fleet/get-fab").status_code == 403
+
+
+EVIL = b"an app that nobody approved"
+
+
+def fab(content: bytes, stated: bytes = APP) -> bytes:
+    """A serialised answer that ships `content` and states the hash of `stated`."""
+    return GetFabResponse(fab=Fab(hash_str=hashlib.sha256(stated).hexdigest(), content=content)).SerializeToString()
+
+
+def two_faced() -> bytes:
+    """A body that is the allowed app as it stands, and another app once inflated.
+
+    A zlib stream with one stored block. Each reading skips what the other one reads inside an unknown field of
+    number 15: as it stands the block's head is such a field, inflated the block's first bytes are.
+    """
+    skip = b"\x7a"  # field 15, length-delimited
+    size = 0x8580  # its four bytes in the block's head end a varint and then begin such a field
+    inner = skip + zlib_varint(0) + fab(EVIL)
+    tail_of_stream = 9  # an empty last block and the checksum
+    ours = fab(APP)
+    before = 123  # the block's first byte, 0x7a, is the length of the field that hides what follows it
+    hidden = before - 3 + len(ours) + 4
+    rest = size - before - len(ours) - 4
+    block = skip + zlib_varint(hidden) + bytes(before - 3) + ours + skip + zlib_varint(rest + tail_of_stream, 3)
+    filler = rest - len(inner) - 4
+    block += inner + skip + zlib_varint(filler, 3) + bytes(filler)
+    assert len(block) == size
+    head = b"\x78\x01\x78" + size.to_bytes(2, "little") + (size ^ 0xFFFF).to_bytes(2, "little")
+    return head + block + b"\x01\x00\x00\xff\xff" + zlib.adler32(block).to_bytes(4, "big")
+
+
+def zlib_varint(number: int, size: int = 2) -> bytes:
+    """`number` as a varint of exactly `size` bytes."""
+    return bytes((number >> 7 * i & 0x7F) | (0x80 if i < size - 1 else 0) for i in range(size))
+
+
+def as_flower_reads(tunnel: Running, call: str = "get-fab", **request: Any) -> bytes | None:
+    """The app in the tunnel's answer, read as Flower's SuperNode reads it; None when the answer is no success."""
+    answer = tunnel.client.post(f"{tunnel.url}/v1/fleet/{call}", content=b"", follow_redirects=True, **request)
+    if not answer.is_success:
+        assert EVIL not in answer.content
+        return None
+    return GetFabResponse.FromString(answer.content).fab.content
+
+
+def test_a_body_of_two_readings_does_not_pass_the_allow_list(tunnel: Running, gateway: Gateway) -> None:
+    """What is hashed is what is delivered: an answer with a content coding is none, whatever the request asked."""
+    tunnel.post("/v1/fleet/pull-messages")
+    body = two_faced()
+    assert GetFabResponse.FromString(body).fab.content == APP
+    assert GetFabResponse.FromString(zlib.decompress(body)).fab.content == EVIL
+    gateway.fleet_answer = lambda _path, _body: (200, body)
+    for coding in ("deflate", "Deflate", "gzip, deflate", "identity, deflate", "x-unknown"):
+        gateway.fleet_headers = {"Content-Encoding": coding}
+        for asked in ({}, {"accept-encoding": "deflate"}):
+            assert as_flower_reads(tunnel, headers=asked) is None, coding
+    gateway.fleet_headers = {}
+    assert as_flower_reads(tunnel) == APP
+
+
+def test_what_is_delivered_is_a_new_message_around_the_hashed_bytes(tunnel: Running, gateway: Gateway) -> None:
+    """Nothing of the coordinator's own bytes is passed on: unknown fields, doubles and a false hash are gone."""
+    tunnel.post("/v1/fleet/pull-messages")
+    shapes = {
+        "unknown field": fab(APP) + b"\x7a\x1b" + EVIL,
+        "evil first": fab(EVIL) + fab(APP),
+        "false hash": fab(APP, stated=EVIL),
+    }
+    for shape, body in shapes.items():
+        gateway.fleet_answer = lambda _path, _body, body=body: (200, body)
+        assert tunnel.post("/v1/fleet/get-fab").content == fab(APP), shape
+    for body in (fab(APP) + fab(EVIL), fab(APP) + b"\x0a", b"", fab(b"")):
+        gateway.fleet_answer = lambda _path, _body, body=body: (200, body)
+        assert as_flower_reads(tunnel) is None
+
+
+def test_no_other_way_of_answering_brings_another_app(tunnel: Running, gateway: Gateway) -> None:
+    """Flower's SuperNode follows redirects and takes any 2xx for success; neither reaches it, nor do headers."""
+    tunnel.post("/v1/fleet/pull-messages")
+
+    def answer(path: str, _body: bytes) -> tuple[int, bytes]:
+        return (status if path.endswith("get-fab") else 200), fab(EVIL)
+
+    gateway.fleet_answer = answer
+    for status in (200, 201, 203, 206, 226, 301, 302, 303, 307, 308):
+        for place in ("pull-object", f"{tunnel.url}/v1/fleet/pull-object", f"{gateway.url}/v1/fleet/pull-object"):
+            gateway.fleet_headers = {"Location": place, "Refresh": f"0; url={place}", "Set-Cookie": "a=b"}
+            assert as_flower_reads(tunnel) is None, status
+    for spelling in ("get%2Dfab", "%67et-fab", "get-fab?call=pull-object", "get-fab#x"):
+        assert as_flower_reads(tunnel, spelling) is None
+    gateway.fleet_answer = lambda _path, body: (200, body)
+    passed = tunnel.post("/v1/fleet/pull-object")
+    assert {"location", "refresh", "set-cookie"}.isdisjoint(passed.headers)
 
 
 def test_a_killed_node_is_taken_off_line_before_its_successor_goes_on(

@@ -7,12 +7,12 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-_DIRECTORY = Path(__file__).resolve().parents[1] / "benchmarks"
+_TESTS = Path(__file__).resolve().parents[1]
 
 
-def load_benchmark(name: str) -> ModuleType:
-    """`tests/benchmarks/NAME.py`, executed as a module of that name."""
-    spec = spec_from_file_location(name, _DIRECTORY / f"{name}.py")
+def load_benchmark(name: str, directory: str = "benchmarks") -> ModuleType:
+    """`tests/benchmarks/NAME.py` (or of another directory), executed as a module of that name."""
+    spec = spec_from_file_location(name, _TESTS / directory / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

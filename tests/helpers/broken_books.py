@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from fl_client.dp.book import GradientBook
+from fl_client.dp.packing import Packed
 
 
 class PerTokenBook(GradientBook):
     """What a layer that flattens tokens does to Opacus: every token is clipped as if it were an example."""
 
-    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
-        rows = unit_of_record.shape[0] * tokens
-        super().__init__(torch.arange(rows), rows, 1)
-        self._per_record = tokens
+    def __init__(self, batch: Packed) -> None:
+        lengths = [tokens for tokens, count in batch.runs for _ in range(count)]
+        self._first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        tokens = dataclasses.replace(
+            batch, runs=((1, batch.rows),), unit_of_record=torch.arange(batch.rows), units=batch.rows
+        )
+        super().__init__(tokens)
 
     def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         """The head's rows belong to each record's first token."""
         spread_a, spread_b = a.new_zeros(self.records, a.shape[1]), b.new_zeros(self.records, b.shape[1])
-        spread_a[:: self._per_record], spread_b[:: self._per_record] = a, b
+        spread_a[self._first], spread_b[self._first] = a, b
         super().add_record_outer(parameter, spread_a, spread_b)
 
 

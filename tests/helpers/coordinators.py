@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -26,17 +25,10 @@ from cryptography.x509.oid import NameOID
 
 from fl_shared.signing import SigningKey
 from helpers import stand_in_agent
+from helpers.ports import free_port
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120.0
-
-
-def free_port() -> int:
-    """A TCP port that is free on loopback just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:

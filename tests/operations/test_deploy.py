@@ -23,6 +23,7 @@ DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").iterdir())
 CONTAINERS = sorted((DEPLOY / "containers").glob("*.Containerfile"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CACHES = {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"}
 systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed here")
 
 
@@ -120,6 +121,32 @@ def test_the_halves_of_a_site_run_as_different_users_and_the_untrusted_one_sees_
     assert "StateDirectoryMode=0700" in agent
 
 
+def test_compiled_kernels_lie_in_a_cache_that_only_the_agent_may_write() -> None:
+    """Every cache variable points below the unit's own CacheDirectory; the other half sees none of it."""
+    agent = (DEPLOY / "systemd" / "concordat-agent@.service").read_text()
+    node = (DEPLOY / "systemd" / "concordat-node@.service").read_text()
+    assert "CacheDirectory=concordat/%i\nCacheDirectoryMode=0700\n" in agent
+    found = dict(re.findall(r"^Environment=(\w*CACHE\w*)=(.+)$", agent, flags=re.MULTILINE))
+    assert set(found) == CACHES
+    assert all(path.startswith("/var/cache/concordat/%i/") for path in found.values())
+    assert "InaccessiblePaths=-/var/cache/concordat\n" in node
+
+
+def test_the_sites_image_can_compile_kernels() -> None:
+    """It has a C compiler; the caches lie on a volume, since a read-only container's tmpfs is noexec."""
+    of: dict[str, list[str]] = {}
+    for name, argument in instructions(DEPLOY / "containers" / "site.Containerfile"):
+        of.setdefault(name, []).append(argument)
+    assert any(re.search(r"apt-get install [^&]*\bgcc\b[^&]*\blibc6-dev\b", run) for run in of["RUN"])
+    found = dict(word.split("=", 1) for word in " ".join(of["ENV"]).split() if "CACHE" in word)
+    assert set(found) == CACHES
+    assert all(path.startswith("/var/cache/concordat/") for path in found.values())
+    assert "/var/cache/concordat" in json.loads(of["VOLUME"][0])
+    made = re.search(r"install -d -o concordat-agent -g concordat-agent -m 0700 ([^&]+)", " ".join(of["RUN"]))
+    assert made is not None
+    assert "/var/cache/concordat" in made.group(1).split()
+
+
 def instructions(path: Path) -> list[tuple[str, str]]:
     """Instruction and argument, continued lines joined."""
     text = re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.MULTILINE))
@@ -143,7 +170,7 @@ def test_a_container_file_names_what_exists(path: Path) -> None:
     assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
     (user,) = of["USER"]
     assert user != "root"
-    assert re.search(rf"useradd [^&]*{user}\b", of["RUN"][0])
+    assert re.search(rf"useradd [^&]*{user}\b", " ".join(of["RUN"]))
     entry, command = json.loads(of["ENTRYPOINT"][0]), json.loads(of["CMD"][0])
     asks_for_help([*entry, *command])
     for check in of.get("HEALTHCHECK", []):
@@ -161,4 +188,5 @@ def test_compose_keeps_the_halves_apart() -> None:
     assert node["user"] == "concordat-node"
     shared = {each.split(":")[0] for each in node["volumes"]}
     assert shared == {"node", "socket"}
+    assert "cache:/var/cache/concordat" in agent["volumes"]
     assert {each.split(":")[0] for each in agent["volumes"]} > shared

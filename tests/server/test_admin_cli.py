@@ -9,6 +9,8 @@ import shlex
 import pytest
 
 from fl_server.cli.admin import main, parser
+from fl_server.cli.watch import Sites
+from fl_shared.wire import control_pb2 as pb
 
 
 def _verbs(made: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], argparse.ArgumentParser]:
@@ -70,3 +72,27 @@ def test_without_a_profile_the_fix_is_told(
     error = capsys.readouterr().err
     assert "admin profile" in error
     assert "Traceback" not in error
+
+
+def test_a_watcher_sees_each_sites_part_in_the_round() -> None:
+    """Not asked, at work since, off line, refused with its reason, replied; a new round begins with nobody asked."""
+    sites = Sites(["a", "b", "c", "d"])
+
+    def event(kind: str, site: str = "", number: int = 1, message: str = "", at: float = 100.0) -> None:
+        sites.take(pb.Event(kind=kind, site=site, round=number, message=message, at=at))
+
+    event("round-started")
+    for site in ("a", "b", "c"):
+        event("site-asked", site)
+    event("reply-refused", "a", message="policy: noise\x1b[2J")
+    event("reply-ok", "b")
+    assert sites.rows(134.0) == [
+        ("a", "refused: policy: noise\\x1b[2J", ""), ("b", "replied", ""), ("c", "at work", "34 s"),
+        ("d", "not asked yet", ""),
+    ]  # fmt: skip
+    event("order-lost", "c", message="it went off line")
+    assert sites.rows(135.0)[2] == ("c", "off line", "")
+    event("round-committed")
+    event("round-started", number=2)
+    assert (sites.round, sites.committed) == (2, 1)
+    assert {row[1] for row in sites.rows(136.0)} == {"not asked yet"}

@@ -31,7 +31,8 @@ from fl_shared.privacy import Mechanism
 from fl_shared.questions import PlanAnswer, PlanQuestion
 from fl_shared.signing import SigningKey, open_document, sign_document
 from harness import Site, command_json, running
-from helpers.coordinators import BIN, Coordinator, Keys, environment, free_port, spec_toml, until
+from helpers.coordinators import BIN, Coordinator, Keys, environment, spec_toml, until
+from helpers.ports import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -190,6 +191,7 @@ def test_a_plan_says_who_affords_what_and_who_would_refuse_and_why(day: Day) -> 
     told = sites[REAL]["objections"]
     assert told[0] == "policy: noise_multiplier 0.6 < 0.8"
     assert told[1].startswith("budget-exhausted: ")
+    assert sites[REAL]["noise_that_fits"] >= 0.8  # what the policy wants at the least
     key = day.admin("sites", "show", REAL)["signing_key"]
     answer = PlanAnswer.from_dict(open_document(sites[REAL]["answer"], key))
     assert (answer.site, [str(each) for each in answer.objections]) == (REAL, told)

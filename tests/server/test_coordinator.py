@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from fl_server.home import ServerHome
 from fl_shared.adapter import digest, unpack
 from fl_shared.manifest import Receipt
 from fl_shared.signing import open_document
-from helpers.coordinators import Coordinator, coordinator, until
+from helpers.coordinators import BIN, Coordinator, coordinator, environment, until
 from helpers.stand_in_agent import SHAPES, honest_update
 
 HONEST = ("h-1", "h-2")
@@ -245,6 +246,29 @@ def test_a_stopped_run_ends_and_watch_shows_its_end(one: Coordinator) -> None:
     assert "stopped" in done.stdout
     shown = one.show("long")
     assert (shown["state"], shown["rounds_committed"]) == ("stopped", 0)
+
+
+def test_watch_streams_what_each_site_does_inside_a_round(one: Coordinator) -> None:
+    """With --json one object a line, each as it happens: a site's order is told while the site is at work on it."""
+    slow, *_ = HONEST
+    one.plan(slow, **{"seen/1": "sleep:20"})
+    one.launch("seen", HONEST, rounds=1, quorum=len(HONEST))
+    watching = subprocess.Popen(
+        [str(BIN / "fl-admin"), "runs", "watch", "seen", "--json"],
+        env=environment(FL_SERVER_HOME=str(one.home)), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stdout is not None
+    seen = []
+    for line in watching.stdout:
+        seen.append(json.loads(line))
+        if (seen[-1].get("kind"), seen[-1].get("site")) == ("site-asked", slow):
+            assert watching.poll() is None
+            assert one.show("seen")["state"] == "running"
+    assert watching.wait(60) == 0
+    assert (seen[-1]["run"], seen[-1]["state"]) == ("seen", "completed")
+    told = [(each["kind"], each["site"]) for each in seen[:-1] if each["round"] == 1 and each["site"]]
+    for site in HONEST:
+        assert told.index(("site-asked", site)) < told.index(("reply-ok", site))
 
 
 def test_a_node_with_a_key_of_its_own_is_not_admitted(one: Coordinator) -> None:

@@ -21,8 +21,8 @@ from starlette.routing import Route
 from fl_server import doorman, gateway
 from fl_server.gateway import Requests
 from fl_server.home import ServerHome
-from fl_server.limits import Places, Rates, network
 from fl_server.pki import Authority
+from fl_shared.limits import Places, Rates, network
 from helpers.coordinators import until
 
 MUCH = 64 << 20

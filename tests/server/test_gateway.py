@@ -445,6 +445,95 @@ def test_strangers_are_limited_by_address(one: Coordinator) -> None:
         assert code(guessed[-1].result()) == (429, "too-many")
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/", "/v1/nothing", "/v1/ca"])
+def test_every_open_path_is_limited(one: Coordinator, path: str) -> None:
+    """The sign of life and what is not there, too: each from an address of its own, so that each uses up its own."""
+    context = ssl.create_default_context(cafile=str(one.home / "tls" / "ca.pem"))
+    address = f"127.0.1.{len(path)}"
+    transport = httpx.HTTPTransport(verify=context, local_address=address)
+    with httpx.Client(transport=transport, base_url=one.url, timeout=30) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.get(path), range(120)))
+    assert {each.status_code for each in answers} == {429, 200 if path in ("/healthz", "/v1/ca") else 404}
+    assert next(each for each in answers if each.status_code == 429).headers["retry-after"] == "1"
+
+
+def test_a_site_is_limited_where_there_is_nothing_either(one: Coordinator) -> None:
+    """With a certificate, by its name."""
+    with one.client(A) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.get("/nothing").status_code, range(20 * RATE)))
+    assert set(answers) == {404, 503}
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/ca/", "/healthz/", "/v1/enroll/", "/v1/fleet/pull-messages/", "//v1/ca", "/v1//ca", "/v1/fleet/"]
+)
+def test_nothing_redirects(one: Coordinator, path: str) -> None:
+    """A path with a slash too many is not there; no answer repeats the host that the client made up."""
+    for method in ("GET", "POST"):
+        connection = tls_connection(one, f"127.0.2.{len(path)}")
+        with contextlib.closing(connection):
+            connection.sendall(f"{method} {path} HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n".encode())
+            answer = ends(connection)
+        assert answer.split(b" ", 2)[1] == b"404", answer
+        assert b"evil.example" not in answer
+        assert b"location" not in answer.lower()
+
+
+CHUNKED = b"transfer-encoding: chunked\r\n"
+AMBIGUOUS = {
+    "both lengths": b"content-length: 2\r\n" + CHUNKED,
+    "both lengths, the other way round": CHUNKED + b"content-length: 2\r\n",
+    "two lengths": b"content-length: 2\r\ncontent-length: 3\r\n",
+    "one length twice": b"content-length: 2\r\ncontent-length: 2\r\n",
+    "a list of lengths": b"content-length: 2, 3\r\n",
+    "a negative length": b"content-length: -1\r\n",
+    "a signed length": b"content-length: +2\r\n",
+    "a huge length": b"content-length: " + b"9" * 400 + b"\r\n",
+    "a length in words": b"content-length: two\r\n",
+    "another coding": b"transfer-encoding: gzip, chunked\r\n",
+    "two codings": CHUNKED + CHUNKED,
+    "a folded line": b"content-length: 2\r\nx-long: a\r\n b\r\n",
+    "a folded length": b"content-length:\r\n 2\r\n",
+    "a bare line feed": b"content-length: 2\nx-other: y\r\n",
+    "a bare carriage return": b"content-length: 2\r\nx-other: y\rz: q\r\n",
+    "a zero byte": b"content-length: 2\r\nx-other: a\x00b\r\n",
+    "a control character": b"content-length: 2\r\nx-other: a\x01b\r\n",
+    "a space before the colon": b"content-length : 2\r\n",
+    "two hosts": b"content-length: 2\r\nhost: y\r\n",
+    "a key twice": b"content-length: 2\r\nflwr-public-key: a\r\nflwr-public-key: b\r\n",
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+@pytest.mark.parametrize("piece", [1, 7, 4096])
+def test_a_head_that_two_readers_could_read_in_two_ways_is_refused(one: Coordinator, case: str, piece: int) -> None:
+    """400 (413 for a length alone) and the end of the connection; what follows is not taken for a request."""
+    number = 1 + list(AMBIGUOUS).index(case)
+    head = b"POST /v1/enroll HTTP/1.1\r\nhost: x\r\n" + AMBIGUOUS[case] + b"\r\n"
+    sent = head + b"{}" + b"GET /v1/ca HTTP/1.1\r\nhost: x\r\n\r\n"
+    with contextlib.closing(tls_connection(one, f"127.0.3.{number}")) as connection:
+        with contextlib.suppress(OSError):
+            for start in range(0, len(sent), piece):
+                connection.sendall(sent[start : start + piece])
+        answer = ends(connection)
+    # Closed while more was coming: whether the answer arrives is up to TCP. No second answer, no 500, no certificate.
+    assert answer == b"" or answer.split(b" ", 2)[1] in (b"400", b"413"), answer
+    assert answer.count(b"HTTP/1.1 ") <= 1
+    assert b"BEGIN CERTIFICATE" not in answer
+
+
+def test_a_second_node_key_beside_ones_own_is_refused(one: Coordinator) -> None:
+    """A's certificate and key, and behind them B's stolen key in a header of the same name: no reader picks one."""
+    own, stolen = signed_by(one.keys[A].node), signed_by(one.keys[B].node)
+    both = [*own.items(), *((k, v) for k, v in stolen.items() if k.startswith("flwr-"))]
+    before = (one.home / "logs" / "superlink.log").read_text().count("POST /v1/fleet")
+    until(lambda: _hello(one, A) == 200, "the site is served", 30.0)
+    with one.client(A) as client:
+        answer = client.post("/v1/fleet/activate-node", content=activation(one.keys[B].node), headers=both)
+    assert code(answer) == (400, "bad-request")
+    assert (one.home / "logs" / "superlink.log").read_text().count("POST /v1/fleet") == before
+
+
 # --- How slowly
 
 

@@ -23,7 +23,8 @@ from fl_server.runs.service import Runs
 from fl_server.setup import initialise
 from fl_server.supervisor import Supervisor
 from fl_shared.manifest import RunSpec
-from helpers.coordinators import free_port, spec_toml
+from helpers.coordinators import spec_toml
+from helpers.ports import free_port
 
 
 class Commands(Flower):

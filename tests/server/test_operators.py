@@ -30,7 +30,8 @@ from fl_server.pki import Authority
 from fl_server.setup import initialise
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.wire import control_pb2 as pb
-from helpers.coordinators import BIN, environment, free_port, kill_tree, until
+from helpers.coordinators import BIN, environment, kill_tree, until
+from helpers.ports import free_port
 
 READS = {
     "Status", "ListSites", "ShowSite", "ListRuns", "ShowRun", "WatchRun", "ListReceipts", "ListAdapters",

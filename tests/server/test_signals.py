@@ -14,7 +14,8 @@ import pytest
 from fl_server.files import write_durably
 from fl_server.home import ServerHome
 from fl_server.setup import initialise
-from helpers.coordinators import environment, free_port, until
+from helpers.coordinators import environment, until
+from helpers.ports import free_port
 
 
 @pytest.fixture(scope="module")

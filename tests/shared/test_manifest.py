@@ -84,9 +84,9 @@ WRONG: dict[tuple[str, str], list[Any]] = {
     ("lora", "rank"): [*NOT_NUMBERS, 0, 8.0, 1025],
     ("lora", "alpha"): [*NOT_NUMBERS, 0, -1],
     ("lora", "targets"): [*NOT_LISTS, ["router"], ["attention", "all-linear"]],
-    ("training", "noise_multiplier"): [*NOT_NUMBERS, 0, -1],
+    ("training", "noise_multiplier"): [*NOT_NUMBERS, 0, -1, 5e-324, 1e-200, 9e-5, 1.1e6, 1e308],
     ("training", "clipping_norm"): [*NOT_NUMBERS, 0, -1, 1e-5],
-    ("training", "sampling_probability"): [*NOT_NUMBERS, 0, -0.1, 1.1],
+    ("training", "sampling_probability"): [*NOT_NUMBERS, 0, -0.1, 1.1, 5e-324, 1e-10],
     ("training", "steps_per_round"): [*NOT_NUMBERS, 0, 8.0, 10**7],
     ("training", "learning_rate"): [*NOT_NUMBERS, 0, -1],
     ("training", "head_learning_rate"): [*NOT_NUMBERS, 0, -1],
@@ -179,6 +179,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 DIGESTS = st.from_regex(r"sha256:[0-9a-f]{64}", fullmatch=True)
 HASHES = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
 POSITIVE = st.floats(1e-6, 1e5) | st.integers(1, 1000)
+NOISE = st.floats(1e-4, 1e6) | st.integers(1, 1000)
 TIMES = st.floats(0, 1e10) | st.integers(0, 10**10)
 
 
@@ -213,7 +214,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
                 "targets": draw(st.lists(st.sampled_from(LORA_TARGETS), min_size=1, unique=True)),
             },
             "training": {
-                "noise_multiplier": draw(POSITIVE),
+                "noise_multiplier": draw(NOISE),
                 "clipping_norm": draw(st.floats(LEAST_CLIPPING_NORM, 1e5)),
                 "sampling_probability": draw(st.floats(1e-6, 1) | st.just(1)),
                 "steps_per_round": draw(st.integers(1, 1000)),
@@ -228,7 +229,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
 
 MECHANISMS = st.builds(
     Mechanism,
-    noise_multiplier=POSITIVE,
+    noise_multiplier=NOISE,
     sampling_probability=st.floats(1e-9, 1),
     steps=st.integers(0, 10**6),
     clipping_norm=POSITIVE,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -12,14 +15,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fl_shared.errors import ConfigError, LedgerError
-from fl_shared.monitoring import serve_monitoring
+from fl_shared.monitoring import BURST, MAX_FOR_AN_ADDRESS, serve_monitoring
+from helpers.ports import free_port
 
 
 def test_it_answers_metrics_health_and_readiness_and_nothing_else() -> None:
     """Readiness names what is missing; a ledger that cannot be read is a 503; a taken port names the field."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address: tuple[str, int] = probe.getsockname()
+    address = ("127.0.0.1", free_port())
     registry, lacking = CollectorRegistry(), ["the model loads"]
     Gauge("some_figure", "A figure.", registry=registry).set(7)
     server = serve_monitoring(address, registry, lambda: lacking)
@@ -42,6 +44,48 @@ def test_it_answers_metrics_health_and_readiness_and_nothing_else() -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A monitoring port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address: tuple[str, int] = probe.getsockname()
+    server = serve_monitoring(("0.0.0.0", address[1]), CollectorRegistry(), list)  # to be asked from many addresses
+    yield address[1]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/nothing"])
+def test_every_path_is_limited_by_address(port: int, path: str) -> None:
+    """A flood is answered with 429, also for what is not there; another address is served."""
+    with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.4.1"), trust_env=False) as client:
+        found = {client.get(f"http://127.0.0.1:{port}{path}").status_code for _ in range(int(BURST) + 40)}
+    assert found == {429, 404 if path == "/nothing" else 200}
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
+
+
+def test_silent_connections_use_up_their_own_places(port: int) -> None:
+    """Those too many are closed without a thread; another address is served; the places come free with the end."""
+    before = threading.active_count()
+    held = [
+        socket.create_connection(("127.0.0.1", port), timeout=30, source_address=("127.0.4.2", 0)) for _ in range(50)
+    ]
+    closed = [each for each in held[MAX_FOR_AN_ADDRESS:] if each.recv(1) == b""]
+    assert len(closed) == 50 - MAX_FOR_AN_ADDRESS
+    assert threading.active_count() <= before + MAX_FOR_AN_ADDRESS
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
+    for each in held:
+        each.close()
+    with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.4.2"), trust_env=False) as client:
+        for _ in range(100):  # until the server has noticed
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(f"http://127.0.0.1:{port}/healthz").status_code == 200:
+                    return
+            time.sleep(0.1)
+    raise AssertionError("the address is not served again")
 
 
 class Broken(Collector):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from fl_shared.errors import ConfigError
 from fl_shared.names import run_id, run_name, site_id
-from fl_shared.settings import Fields, load_toml
+from fl_shared.settings import Fields, load_toml, parse_toml
 
 READERS: dict[str, Callable[[Fields], Any]] = {
     "text": lambda f: f.text("field"),
@@ -268,3 +270,86 @@ def test_names_that_are_allowed(good: str) -> None:
     assert run_id(f"alone:{good}") == f"alone:{good}"
     with pytest.raises(ConfigError):
         run_name(f"alone:{good}")
+
+
+MUCH = 600_000
+HOSTILE = {
+    "a key of many parts": "a." * (MUCH // 2) + "a = 1",
+    "a key of many parts, spaced": "a . " * (MUCH // 4) + "a = 1",
+    "a key of many quoted parts": '"a".' * (MUCH // 4) + "a = 1",
+    "a table of many parts": "[" + "a." * (MUCH // 2) + "a]",
+    "many deep tables": "\n".join(f"[{'a.' * 10}b{number}]" for number in range(MUCH // 25)),
+    "many dotted keys": "\n".join(f"a.b.c{number} = 1" for number in range(MUCH // 12)),
+    "many tables in a list": "[[a]]\n" * (MUCH // 6),
+    "a long inline table": "a={" + ",".join(f"b{number}=1" for number in range(MUCH // 8)) + "}",
+    "nested lists": "a=" + "[" * (MUCH // 2),
+    "nested inline tables": "a=" + "{a=" * (MUCH // 3),
+    "parts behind four closing quotes": 'x = """abc"""", ' + "y." * (MUCH // 2) + 'y = 1, z = "',
+    "parts behind five closing quotes": 'a = {x = """abc""""", ' + "y." * (MUCH // 2) + "y = 1}",
+    "parts behind literal quotes": "a = {x = '''abc''''', " + "y." * (MUCH // 2) + "y = 1}",
+}
+LONG = {
+    "a word": "a" * MUCH,
+    "a word and spaces": "a" + " " * MUCH,
+    "texts that never end": '"""' + '\\"""x\n' * (MUCH // 6),
+    "quotes": '"' * MUCH,
+    "single quotes": "'" * MUCH,
+    "quotes and backslashes": '"\\' * (MUCH // 2),
+    "digits": "a = " + "1" * MUCH,
+    "underscores": "a = " + "1_" * (MUCH // 2),
+    "a long list": "a = [" + "1," * (MUCH // 2) + "]",
+    "escapes": 'a = "' + "\\n" * (MUCH // 2) + '"',
+    "comments": "#\n" * (MUCH // 2),
+}
+
+
+def steps(text: str) -> tuple[int, ConfigError | None]:
+    """Calls of Python functions while a text is parsed, and what it was refused for."""
+    counted = 0
+
+    def count(*_: object) -> None:
+        nonlocal counted
+        counted += 1
+
+    error = None
+    sys.setprofile(count)
+    try:
+        parse_toml(text, "x.toml")
+    except ConfigError as refused:
+        error = refused
+    finally:
+        sys.setprofile(None)
+    return counted, error
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_structure_that_costs_its_square_is_refused_before_it_is_parsed(case: str) -> None:
+    """600 KB of keys, parts or levels: a few calls for each byte at the most, and the reason by name."""
+    counted, error = steps(HOSTILE[case])
+    assert counted < 2 * MUCH
+    assert error is not None
+    assert re.search("more than 2000 keys|more than 16 parts|deeper than 32", error.message)
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_long_texts_cost_what_they_are_long(case: str) -> None:
+    """Whatever is in them, in twice the text there is twice the work."""
+    counted, _ = steps(LONG[case])
+    half, _ = steps(LONG[case][: MUCH // 2])
+    assert counted <= 2.2 * half + 1000
+
+
+def test_strings_and_comments_are_no_structure() -> None:
+    """Dots, brackets and equal signs in texts are not counted; nor are those after four or five closing quotes."""
+    dots = "a." * 50 + "[[[[" * 20 + "=" * 5000
+    text = (
+        f'a = "{dots}"\nb = \'{dots}\'\nc = """{dots}\n"" \\""" """"\nd = \'\'\'{dots}\'\'\'\'\'\n'
+        f'e = "" # {dots}\nf = """{dots}"""""\n'
+    )
+    assert set(parse_toml(text, "x")) == set("abcdef")
+
+
+def test_more_fields_than_a_document_has_are_refused() -> None:
+    """A table of JSON, too."""
+    with pytest.raises(ConfigError, match="fields"):
+        Fields({str(number): 1 for number in range(100_000)}, "x")

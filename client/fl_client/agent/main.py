@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import pwd
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 
 from cryptography import x509
@@ -20,16 +18,18 @@ from fl_client.agent.site import OpenSite, open_site
 from fl_client.config import SiteConfig, SupernodeConfig
 from fl_client.enrolment import Coordinator
 from fl_client.files import write_durably
+from fl_client.handover import account, exposed, make_meeting_place, mode_in
 from fl_client.hello import call
 from fl_client.home import SiteHome
 from fl_client.metrics import Metrics
 from fl_client.renewal import Renewer, finish
 from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
-from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback
+from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
 from fl_client.tunnel import TunnelSettings, make_local_certificate
 from fl_shared.errors import ConfigError
 from fl_shared.monitoring import serve_monitoring
+from fl_shared.private import close_to_others, open_to_others
 from fl_shared.stopping import StopRequest
 
 log = logging.getLogger("fl_client.agent")
@@ -45,6 +45,7 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
         )
     forbid_inspection()
     home.make()
+    _close(home, config)
     ending = StopRequest()
 
     def end(number: int, _frame: FrameType | None) -> None:
@@ -62,38 +63,56 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
             signal.signal(number, handler)
 
 
+def _close(home: SiteHome, config: SiteConfig) -> None:
+    """Take from others what rights they had on files of the home; say what the untrusted user can still read."""
+    changed = close_to_others(home.root)
+    if changed:
+        log.warning("closed %d files that others than their owner could open, e.g. %s", len(changed), changed[0])
+    for path in open_to_others(home.root):
+        log.warning("%s can be opened by others and belongs to another user: chown it to this one", path)
+    if config.supernode.user:
+        for path in exposed(account(config.supernode.user), config.secrets(home)):
+            log.warning("the untrusted user %s can read %s: chmod go= it", config.supernode.user, path)
+
+
 def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending: StopRequest) -> int:
     if config.policy.allow_non_private:
         log.warning("NON-PRIVATE: allow_non_private waives every bound on noise, for data declared public")
     finish(home)
+    separation = describe_confinement(config.supernode.confine, config.supernode.user)  # refuses what is not offered
     helpers = _helpers(home, config, coordinator)
     renewer = Renewer(home, coordinator)
     site: OpenSite | None = None
     metrics, serving = Metrics(), threading.Event()
+    loops = [renewer.loop]
     metrics.state.helpers = helpers.states
     metrics.state.certificate_ends = lambda: _certificate_ends(home)
 
     def missing() -> list[str]:
         lacking = [] if serving.is_set() else ["the agent is starting"]
         lacking += ["the agent is stopping"] if ending.is_set() else []
-        return lacking + [f"the {name} does not run" for name, up in helpers.states().items() if not up]
+        if serving.is_set() and not ending.is_set() and not config.supernode.socket.is_socket():
+            lacking.append(f"the socket {config.supernode.socket} is gone: restart the agent")
+        return lacking + helpers.problems() + [
+            f"{loop.name} does not go on: {why}" for loop in loops if (why := loop.problem())
+        ]
 
     try:
         if config.metrics is not None:
-            serve_monitoring(config.metrics, metrics.registry, missing)
+            loops.append(serve_monitoring(config.metrics, metrics.registry, missing).loop)
         helpers.start_tunnel()
         renewer.start()
         site = open_site(home, config, PinnedKeys(home, coordinator).accepts, metrics.timed)
-        site.rounds.recover()
         if site.ranks is not None:
             site.ranks.start()
         _watch(metrics, site)
-        service = AgentService(config.site, site.rounds, metrics)
+        service = AgentService(config.site, site.rounds, metrics, missing)
         server = serve(service, config.supernode.socket, config.supernode.socket_group)
         if config.supernode.user:
-            _hand_to(home, config.supernode)
+            os.chown(config.supernode.socket, account(config.supernode.user).pw_uid, -1, follow_symlinks=False)
         helpers.start_node()
         answerer = Answerer(functools.partial(call, home, coordinator), site.facts, site.outgoing)
+        loops.append(answerer.loop)
         answerer.start()
         serving.set()
         position = site.ledger.epsilon(site.dataset)
@@ -101,7 +120,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
             "agent of %s is ready; epsilon spent %.3f, left %.3f at delta %g",
             config.site, position.spent, position.left, position.delta,
         )  # fmt: skip
-        log.info("untrusted half: %s", describe_confinement(config.supernode.confine, config.supernode.user))
+        log.info("untrusted half: %s", separation)
         ending.wait()
         log.info("stopping")
         answerer.stop()
@@ -137,9 +156,9 @@ def _certificate_ends(home: SiteHome) -> float | None:
 def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> Helpers:
     """Prepare tunnel and SuperNode; a fresh local certificate for each life of the agent."""
     node = config.supernode
-    _prepare(home, node.directory)
+    _prepare(home, node)
     local_certificate, local_key = node.directory / "tunnel-ca.pem", home.run / "tunnel.key"
-    make_local_certificate(local_certificate, local_key)
+    make_local_certificate(local_certificate, local_key, mode=mode_in(node.directory))
     listener = listen_loopback(node.tunnel_port)
     plan = NodePlan(
         directory=node.directory,
@@ -165,34 +184,17 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     return Helpers(settings, listener, plan, launch=node.launch)
 
 
-def _prepare(home: SiteHome, directory: Path) -> None:
-    """Bring Flower's node key into an untrusted directory outside the home (readable by its group)."""
-    if directory == home.supernode:
+def _prepare(home: SiteHome, node: SupernodeConfig) -> None:
+    """Make what the untrusted half needs outside the home, and bring Flower's node key there."""
+    if node.user:
+        make_meeting_place(node.directory, node.socket, account(node.user))
+    require_own(node.directory)
+    if node.directory == home.supernode:
         return
     try:
-        write_durably(directory / home.node_key.name, home.node_key.read_bytes(), mode=0o640)
+        write_durably(node.directory / home.node_key.name, home.node_key.read_bytes(), mode=mode_in(node.directory))
     except OSError as error:
         raise ConfigError(
-            f"[supernode] directory = {str(directory)!r}: {error.strerror}",
-            fix="create it, owned by the untrusted half's user, writable for the group of both (mode 2770)",
-        ) from None
-
-
-def _hand_to(home: SiteHome, node: SupernodeConfig) -> None:
-    """Give the untrusted directory to its user, and let that user reach the socket, and no more.
-
-    We are root here, and what lies in the directory may be a link that its user made: links are not followed.
-    """
-    user = node.user
-    try:
-        owner = pwd.getpwnam(user).pw_uid
-        for path in (node.directory, *node.directory.rglob("*")):
-            os.lchown(path, owner, -1)
-        for path in (home.root, home.run):
-            path.chmod(0o711)
-        os.lchown(node.socket, owner, -1)
-    except (LookupError, PermissionError) as error:
-        raise ConfigError(
-            f"[supernode] user = {user!r}: {error}",
-            fix="create the user, and run the agent as root (or use launch = false)",
+            f"[supernode] directory = {str(node.directory)!r}: {error.strerror}",
+            fix="create it, owned by the agent's user, readable for the group of both halves (mode 2750)",
         ) from None

@@ -18,6 +18,7 @@ from fl_shared.audit.proposal import Standing, standings
 from fl_shared.errors import LedgerError
 from fl_shared.ledger.chain import timestamp
 from fl_shared.ledger.reader import LedgerReader, now
+from fl_shared.ledger.suspension import Suspensions
 from fl_shared.manifest import Receipt, Refusal
 from fl_shared.questions import MAX_OBJECTIONS, MAX_ROUNDS, Objection, PlanAnswer, PlanQuestion
 from fl_shared.signing import SigningKey, sign_document
@@ -42,10 +43,16 @@ class Sealed:
 class Outgoing:
     """Turns receipts and refusals into signed chunks, after asking the ledger."""
 
-    def __init__(self, key: SigningKey, ledger: LedgerReader) -> None:
-        """Take the site's key and its ledger."""
+    def __init__(self, key: SigningKey, ledger: LedgerReader, namespace: str = "") -> None:
+        """Take the site's key, its ledger, and what the names of runs begin with whose updates may leave this way."""
         self._key = key
+        self._namespace = namespace
         self._ledger = ledger
+        self._suspensions = Suspensions(ledger)
+
+    def suspended(self, run: str) -> bool:
+        """Whether the site takes no part in `run` until its operator confirms."""
+        return bool(self._suspensions.of(run))
 
     def release(self, entry_id: str, receipt: Receipt, update: bytes) -> Sealed:
         """Seal an update for leaving; LedgerError unless entry `entry_id` settled exactly these bytes."""
@@ -53,6 +60,8 @@ class Outgoing:
         wrong = self._objection(entry_id, receipt.run, receipt.round, TRAINING, found)
         if receipt.entry_id != entry_id or receipt.update_digest != found:
             wrong = wrong or "the receipt names another entry or other bytes"
+        if receipt.run[: receipt.run.rfind(":") + 1] != self._namespace:
+            wrong = wrong or f"run {receipt.run} belongs to others than those who are answered here"
         self._stop_if(wrong)
         document = sign_document(self._key, receipt.to_dict())
         return Sealed("ok", json.dumps(document, sort_keys=True), update)
@@ -95,8 +104,12 @@ class Outgoing:
             return f"ledger entry {number} belongs to {order['purpose']} of run {order['run']}, round {order['round']}"
         return ""
 
-    def plan(self, question: PlanQuestion, dataset: str, objections: Sequence[Objection]) -> Sealed:
+    def plan(
+        self, question: PlanQuestion, dataset: str, objections: Sequence[Objection], least_noise: float
+    ) -> Sealed:
         """Seal the answer to a plan: `objections` of the policy, and what the ledger says of the budgets.
+
+        Noise that would fit is never less than the policy's `least_noise`, under which nothing would be accepted.
 
         It depends on mechanisms, ceilings and what was asked alone, and neither reserves nor promises anything.
         """
@@ -107,13 +120,14 @@ class Outgoing:
         full = [text for one in found if (text := _refused(one, rounds, fits[one.name], stamp))]
         every = [*objections, *(Objection("budget-exhausted", text) for text in full)]
         noise = [one.noise_for(asked.sampling_probability, asked.steps * rounds) for one in found if full]
+        enough = [max(each, least_noise) for each in noise if each]
         answer = PlanAnswer(
             question=question.question,
             question_digest=question.digest,
             site=question.site,
             rounds_asked=rounds,
             rounds_affordable=min(MAX_ROUNDS, *fits.values()),
-            noise_that_fits=0.0 if None in noise else max((each for each in noise if each), default=0.0),
+            noise_that_fits=0.0 if None in noise else max(enough, default=0.0),
             objections=tuple({str(each): each for each in every}.values())[:MAX_OBJECTIONS],
             created_at=time.time(),
         )

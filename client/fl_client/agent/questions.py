@@ -7,21 +7,20 @@ Answers pass `agent.outgoing`; they depend on the policy, the base model's diges
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import threading
 import time
 from collections import OrderedDict
 from typing import Any, Protocol
 
 from fl_client.agent.outgoing import Outgoing, Sealed
-from fl_client.agent.policy import other_base, refusals
-from fl_client.agent.rounds import CLOCK_SKEW_S, SiteFacts
+from fl_client.agent.policy import absent_targets, other_base, refusals
+from fl_client.agent.rounds import CLOCK_SKEW_S, SUSPENDED, SiteFacts
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError, SignatureError
 from fl_shared.questions import Objection, PlanQuestion
 from fl_shared.signing import open_document
+from fl_shared.threads import Loop
 
 log = logging.getLogger("fl_client.questions")
 
@@ -47,19 +46,16 @@ class Answerer:
         self._outgoing = outgoing
         self._done: OrderedDict[str, None] = OrderedDict()
         self._reached = True
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="questions", daemon=True)
+        self.loop = Loop("the answering of plans", lambda: self.look(), most_pause_s=2 * RETRY_S)
 
     def start(self) -> None:
         """Look now, and then every few seconds; does nothing when the policy answers no plans."""
         if self._facts.policy.answer_plans:
-            self._thread.start()
+            self.loop.start()
 
     def stop(self) -> None:
         """End the thread; a request in progress is not waited for longer than a second."""
-        self._stopping.set()
-        with contextlib.suppress(RuntimeError):
-            self._thread.join(1)
+        self.loop.stop()
 
     def look(self) -> float:
         """Fetch and answer what there is; the seconds until the next look."""
@@ -67,8 +63,14 @@ class Answerer:
             found = self._call("GET", "/v1/questions").get("questions")
             for document in found[:MAX_AT_ONCE] if isinstance(found, list) else ():
                 name = _name(document)
-                if name and name not in self._done and not self._stopping.is_set():
-                    self._answer(document)
+                if name and name not in self._done and not self.loop.stopping.is_set():
+                    try:
+                        self._answer(document)
+                    except ConcordatError:
+                        raise
+                    except Exception:  # a defect met by one question must not keep back the next ones
+                        self._remember(name)
+                        raise
                     self._remember(name)
         except ConcordatError as error:
             if self._reached:  # once, not every few seconds
@@ -98,7 +100,11 @@ class Answerer:
         objections = [Objection("policy", refusal.message) for refusal in refusals(question.spec, facts.policy)]
         if other := other_base(question.spec, facts.model_digest):
             objections.append(Objection("unknown-base-model", other))
-        return self._outgoing.plan(question, facts.dataset.name, objections)
+        elif absent := absent_targets(question.spec, facts.targets):
+            objections.append(Objection("unsupported-spec", absent))
+        if self._outgoing.suspended(question.spec.run.name):
+            objections.append(Objection("suspended", SUSPENDED))
+        return self._outgoing.plan(question, facts.dataset.name, objections, facts.policy.min_noise_multiplier)
 
     def _answer(self, document: Any) -> None:
         """Answer and bring the answer; a question that cannot be answered is logged and left alone."""
@@ -106,6 +112,9 @@ class Answerer:
             sealed = self.answer(document)
         except ConcordatError as error:
             log.warning("a question of the coordinator gets no answer: %s", error.message)
+            return
+        except Exception:  # one question, whatever it holds, must not end the answers to all others
+            log.exception("a question of the coordinator could not be answered")
             return
         body = json.loads(sealed.document)["body"]
         log.info(
@@ -118,10 +127,6 @@ class Answerer:
         self._done[name] = None
         if len(self._done) > REMEMBERED:
             self._done.popitem(last=False)
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self.look()):
-            pass
 
 
 def _name(document: Any) -> str:

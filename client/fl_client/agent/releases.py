@@ -1,8 +1,12 @@
 """The agent's memory of rounds: `releases/<run>-<round>.{json,safetensors}`.
 
 The order is written before the mechanism is reserved, the update before the ledger settles. So after a
-crash the files say what an open reservation was for, and what was paid for cannot be lost. Whether an
-update may leave is not decided here but by the ledger (`agent.outgoing`).
+crash the files say what an open reservation was for, and what was paid for cannot be lost. An order that the
+ledger refuses is deleted again. Whether an update may leave is not decided here but by the ledger
+(`agent.outgoing`).
+
+Files of different name spaces cannot meet: a run's name has neither colon nor underscore, so `alone:NAME` and
+`evaluation:...` are stored under names that no coordinator's run can have.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 from fl_client.files import write_durably
 from fl_shared.adapter import digest
 from fl_shared.errors import DataError
+from fl_shared.names import ALONE
 from fl_shared.privacy import Mechanism
 
 KEPT_ROUNDS = 2
@@ -73,14 +78,28 @@ class ReleaseStore:
         found = [self._read(path) for path in self._directory.glob("*.json")]
         return sorted((each for each in found if each), key=lambda each: (each.run, each.round))
 
+    def drop(self, order: Order) -> None:
+        """Delete an order that was not granted."""
+        self._path(order.run, order.round, "json").unlink(missing_ok=True)
+
     def prune(self, run: str, round_: int) -> None:
-        """Delete the bytes (not the orders) of rounds of `run` that no repeat can ask for any more."""
-        if run.startswith("alone:"):
+        """Delete what belongs to rounds of `run` that no repeat can ask for any more."""
+        if run.startswith(ALONE):
             return  # its rounds follow from one another: a repeat asks for all of them
-        for path in self._directory.glob(f"{self._stem(run)}-*.safetensors"):
-            number = path.stem.removeprefix(f"{self._stem(run)}-")
-            if number.isdigit() and int(number) <= round_ - KEPT_ROUNDS:
-                path.unlink(missing_ok=True)
+        for ending in ("safetensors", "json"):
+            for path in self._directory.glob(f"{self._stem(run)}-*.{ending}"):
+                number = path.stem.removeprefix(f"{self._stem(run)}-")
+                if number.isdigit() and int(number) <= round_ - KEPT_ROUNDS:
+                    path.unlink(missing_ok=True)
+
+    def figures_path(self, run: str) -> Path:
+        """Where the figures of an evaluation are kept."""
+        return self._directory / f"{self._stem(run)}.figures"
+
+    def figures(self) -> list[tuple[str, bytes]]:
+        """Run and stored figures of every evaluation."""
+        found = sorted(self._directory.glob("*.figures"))
+        return [(path.stem.replace("_", ":"), path.read_bytes()) for path in found]
 
     @staticmethod
     def _stem(run: str) -> str:

@@ -2,7 +2,8 @@
 
 The sequence is what makes a crash harmless:
 
-1. everything that can be refused is refused before private data is touched;
+1. everything that can be refused is refused, and everything that needs no private data is done, the model's
+   adaptation included, before the mechanism is reserved: what fails there reads nothing and costs nothing;
 2. the mechanism is reserved;
 3. the update is computed, then written and flushed to `releases/`;
 4. the ledger settles with the update's digest;
@@ -14,6 +15,10 @@ After a crash or a stop in step 3 the reservation is still open. Since nothing p
 settlement, that proves that nothing left, so a repeat of the same order computes again under the same
 reservation (docs/decisions/0043). It stays held against the budget until then, and is charged in full
 when it is not asked for again within a day or the run has moved on.
+
+What fails after private data was read is charged in full, and ends the site's part in the run until its operator
+confirms: "failed" is an exact answer that no noise covers, so there is at most one (docs/decisions/0080). Answers to
+rounds that were computed leave at multiples of `[policy] reply_every_s`, counted from the order's start.
 """
 
 from __future__ import annotations
@@ -28,7 +33,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
-from fl_client.agent.policy import check_policy, other_base
+from fl_client.agent.policy import absent_targets, check_policy, other_base
+from fl_client.agent.progress import Progress
 from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.config import PolicyConfig
 from fl_shared.adapter import digest, pack, require_finite, unpack
@@ -36,7 +42,9 @@ from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyR
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
 from fl_shared.ledger.service import Ledger
-from fl_shared.manifest import Receipt, Refusal, RoundManifest, RunSpec, document_digest
+from fl_shared.ledger.suspension import FAILED_REASON, Suspensions, note_computed_again
+from fl_shared.manifest import LORA_TARGETS, Receipt, Refusal, RoundManifest, RunSpec, document_digest
+from fl_shared.names import ALONE, run_name
 from fl_shared.privacy import Mechanism
 from fl_shared.signing import open_document
 
@@ -45,6 +53,7 @@ log = logging.getLogger("fl_client.agent")
 CLOCK_SKEW_S = 300.0
 MAX_MANIFEST_BYTES = 8 << 20
 HELD_S = 86_400.0
+SUSPENDED = "this site takes no part in the run until its operator has confirmed"
 
 
 class Stopping(ConcordatError):
@@ -69,13 +78,17 @@ class Trained(Protocol):
 
 Train = Callable[[RunSpec, Mechanism, dict[str, Any], int, Callable[..., None]], Trained]
 """(spec, mechanism, offset, round, progress) -> Trained"""
+Prepare = Callable[[RunSpec, dict[str, Any]], None]
+"""(spec, offset): does, without private data, all that training will need; a ConcordatError says what is wrong."""
 
 
 @dataclass(frozen=True)
 class SiteFacts:
     """What a round depends on and does not change while the agent runs.
 
-    `accepts_key` says whether a public key (hex) may sign orders; the coordinator may rotate its key.
+    `accepts_key` says whether a public key (hex) may sign orders; the coordinator may rotate its key. `namespace`
+    begins the names of the runs that these keys may order: "" is the coordinator's, `alone:` the site's own. `targets`:
+    the groups of layers that the base model has.
     """
 
     site: str
@@ -83,6 +96,8 @@ class SiteFacts:
     model_digest: str
     policy: PolicyConfig
     dataset: Dataset
+    namespace: str = ""
+    targets: tuple[str, ...] = LORA_TARGETS
 
 
 class Refused(Exception):
@@ -99,18 +114,30 @@ class Rounds:
     """Handles rounds one at a time."""
 
     def __init__(
-        self, facts: SiteFacts, *, ledger: Ledger, store: ReleaseStore, outgoing: Outgoing, train: Train
+        self,
+        facts: SiteFacts,
+        *,
+        ledger: Ledger,
+        store: ReleaseStore,
+        outgoing: Outgoing,
+        train: Train,
+        prepare: Prepare = lambda *_: None,
+        written: Callable[[], None] = lambda: None,
+        progress: Progress | None = None,
     ) -> None:
-        """Take the parts; `recover` must be called before the first round."""
+        """Take the parts; `recover` must be called before the first round. `written`: the ledger has grown."""
         self._facts = facts
         self._ledger = ledger
         self._store = store
         self._outgoing = outgoing
-        self._train = train
+        self._train, self._prepare, self._written = train, prepare, written
+        self._progress = progress or Progress()
+        self._suspensions = Suspensions(ledger)
         self._busy = threading.Lock()
         self._stopping = threading.Event()
         self._nonces: dict[str, tuple[str, int]] = {}
         self._specs: dict[str, str] = {}
+        self._computed = False
         self.state = "idle"
 
     def recover(self) -> None:
@@ -120,6 +147,11 @@ class Rounds:
         whose order is recent stays held for a repeat; every other open one is charged in full.
         """
         for order in self._store.all():
+            if order.update_digest is None and not any(
+                spend.reservation.round == order.round for spend in self._ledger.spends(run=order.run)
+            ):
+                self._store.drop(order)  # a crash came before the ledger was asked
+                continue
             self._remember(order)
         for reservation in self._ledger.open_reservations():
             at = {"run": reservation.run, "round": reservation.round}
@@ -132,6 +164,9 @@ class Rounds:
             else:
                 self._ledger.charge_in_doubt(reservation, "found open at start, and nobody asked for it again")
                 log.warning("a round that a crash broke off was charged in full", extra=at)
+        self._written()
+        for run, why in self._suspensions.all().items():
+            log.warning("takes no part in this run until `fl-client resume`: %s", why, extra={"run": run})
 
     def drain(self, grace_s: float) -> bool:
         """Take no further round, wait `grace_s` seconds for the one in progress; say whether it has ended."""
@@ -151,6 +186,7 @@ class Rounds:
         """Answer one round. Raises RunError for an order that names no usable run and round, and Stopping."""
         body, run, round_ = self._peek(manifest_json)
         with self._busy:
+            began, self._computed = time.monotonic(), False
             try:
                 return self._answer(json.loads(manifest_json), adapter)
             except Refused as refused:
@@ -167,11 +203,20 @@ class Rounds:
                 log.exception("the round cannot be answered", extra={"run": run, "round": round_})
                 code, message = "failed", "the site cannot answer this round; see the site's own log"
             finally:
+                self._progress.end()
+                if self._computed:
+                    self._wait_for_the_moment(began)
                 self.state = "idle"
         log.warning("refused: %s", message, extra={"run": run, "round": round_, "code": code})
         return self._outgoing.refuse(
             Refusal(run, round_, self._facts.site, document_digest(body), code, message, time.time())
         )
+
+    def _wait_for_the_moment(self, began: float) -> None:
+        """Wait until a whole number of intervals has passed since the order began; how long it took is private."""
+        every = self._facts.policy.reply_every_s
+        if every > 0:
+            self._stopping.wait(every - (time.monotonic() - began) % every)
 
     def _answer(self, document: Any, adapter: bytes) -> Sealed:
         manifest = self._checked(document, adapter)
@@ -181,12 +226,16 @@ class Rounds:
         if self._stopping.is_set():
             raise Stopping
         check_policy(manifest.spec, self._facts.policy)
+        if why := self._suspensions.of(manifest.run):
+            log.warning("not taking part until `fl-client resume`: %s", why, extra=_at(manifest))
+            raise Refused("suspended", SUSPENDED)
         try:
             offset = unpack(adapter)
             require_finite(offset)
         except DataError as error:
             raise Refused("bad-manifest", error.message) from error
         fault("round.checked")
+        self._prepare_publicly(manifest, offset)
         reservation = self._reserve(manifest)
         fault("round.reserved")
         order, update = self._compute(manifest, reservation, offset)
@@ -194,9 +243,23 @@ class Rounds:
             raise RunError("the round has no update", fix="this is a defect of the agent")
         entry = self._ledger.settle(reservation, order.executed, order.update_digest)
         fault("round.settled")
+        self._written()
         self._store.prune(manifest.run, manifest.round)
         log.info("released update %s", order.update_digest[:19], extra={**_at(manifest), "entry": entry.id})
         return self._release(manifest, order, entry.id, update)
+
+    def _prepare_publicly(self, manifest: RoundManifest, offset: dict[str, Any]) -> None:
+        """Do all that needs no private data. Nothing is reserved yet, so whatever fails may be told, and is free."""
+        try:
+            self._prepare(manifest.spec, offset)
+        except PolicyRefusal:
+            raise
+        except ConcordatError as error:
+            log.warning("the round cannot be prepared: %s", error.message, extra=_at(manifest))
+            raise Refused("unsupported-spec", f"{error.message}; fix: {error.fix}") from error
+        except Exception as error:  # anything may fail in a library; the message may name this site's files
+            log.exception("the round cannot be prepared; nothing is charged", extra=_at(manifest))
+            raise Refused("unsupported-spec", "the site cannot prepare this round; see the site's own log") from error
 
     def _reserve(self, manifest: RoundManifest) -> Reservation:
         """Write the order, then hold its mechanism against the budget (or find it held since a crash)."""
@@ -214,6 +277,7 @@ class Rounds:
             )
             if held.round == manifest.round and same and held.mechanism == mechanism:
                 log.warning("computing again what a crash broke off; its charge is held", extra=_at(manifest))
+                note_computed_again(self._ledger, held)
                 return held
             self._ledger.charge_in_doubt(held, "broken off by a crash, and the run went on without it")
             if held.round == manifest.round:
@@ -229,20 +293,27 @@ class Rounds:
         )
         self._store.put(order)
         fault("round.ordered")
+        try:
+            reservation = self._ledger.reserve(
+                self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=TRAINING
+            )
+        except BudgetExhausted:
+            self._store.drop(order)  # whoever may order without being granted anything must not fill the disk
+            raise
         self._remember(order)
-        return self._ledger.reserve(
-            self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=TRAINING
-        )
+        return reservation
 
     def _compute(
         self, manifest: RoundManifest, reservation: Reservation, offset: dict[str, Any]
     ) -> tuple[Order, bytes]:
         """Train and keep the update on disk. Whatever goes wrong inside, the reservation is charged in full."""
-        self.state = "training"
+        self.state, self._computed = "training", True
         log.info("training", extra=_at(manifest))
+        self._progress.begin(manifest.run, manifest.round)
 
-        def progress(*_: object, **__: object) -> None:
+        def progress(step: int = 0, steps: int = reservation.mechanism.steps) -> None:
             fault("round.step")
+            self._progress.step(step, steps)
             if self._stopping.is_set():
                 raise Stopping
 
@@ -260,8 +331,12 @@ class Rounds:
         except Stopping:
             raise  # nothing can have left: held for a repeat, like a round that a crash broke off
         except Exception as error:  # anything may fail in training, and the charge must not depend on what did
-            self._ledger.charge_in_doubt(reservation, f"{type(error).__name__} after private data was read")
-            log.exception("the round failed; it is charged in full", extra=_at(manifest))
+            self._ledger.charge_in_doubt(reservation, f"{type(error).__name__} {FAILED_REASON}")
+            self._written()
+            log.exception(
+                "the round failed; it is charged in full, and the site leaves the run until `fl-client resume`",
+                extra=_at(manifest),
+            )
             raise Refused("failed", "training failed at the site; see the site's own log") from error
         return order, update
 
@@ -278,7 +353,9 @@ class Rounds:
             return None
         spend = settled[-1]
         order = self._store.find(manifest.run, manifest.round)
-        if order is None or order.update_digest != spend.release_digest or spend.settled_seq is None:
+        if order is None:
+            raise Refused("bad-manifest", "this round is too old: its update is no longer kept")
+        if order.update_digest != spend.release_digest or spend.settled_seq is None:
             raise Refused("failed", "this round was charged, but its update is no longer stored")
         if (order.spec_digest, order.adapter_digest) != (manifest.spec_digest, manifest.adapter_digest):
             raise Refused("bad-manifest", "this round was already released for another spec or adapter")
@@ -332,6 +409,7 @@ class Rounds:
             (manifest.site != facts.site, f"the manifest is for site {manifest.site}"),
             (facts.site not in manifest.spec.run.sites, "the spec does not name this site"),
             (manifest.round > manifest.spec.run.rounds, f"the run has {manifest.spec.run.rounds} rounds"),
+            (not self._may_order(manifest.run), f"run {manifest.run!r} is not the coordinator's to order"),
             (now > manifest.expires_at, "the manifest has expired; check both clocks"),
             (manifest.issued_at > now + CLOCK_SKEW_S, "the manifest is from the future; check both clocks"),
             (
@@ -351,7 +429,18 @@ class Rounds:
                 raise Refused("bad-manifest", message)
         if other := other_base(manifest.spec, facts.model_digest):
             raise Refused("unknown-base-model", other)
+        if absent := absent_targets(manifest.spec, facts.targets):
+            raise Refused("unsupported-spec", absent)
         return manifest
+
+    def _may_order(self, run: str) -> bool:
+        """Whether the run lies in the name space of those who may sign orders here."""
+        if self._facts.namespace == ALONE:
+            return run.startswith(ALONE)
+        try:
+            return run_name(run) == run
+        except ConcordatError:
+            return False
 
     def _peek(self, manifest_json: str) -> tuple[dict[str, Any], str, int]:
         """Body, run and round of an order, before any of it is believed: a refusal must name them."""

@@ -6,8 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -17,6 +16,8 @@ from fl_client.agent.rounds import Rounds, Stopping
 from fl_client.metrics import Metrics
 from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.paths import check_socket, socket_address
+from fl_shared.threads import running_pool
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest
 from fl_shared.wire.chunks import join
@@ -25,17 +26,23 @@ log = logging.getLogger("fl_client.agent")
 
 VERSION = "0.1.0"
 _MAX_MESSAGE = (8 << 20) + (1 << 16)  # one manifest, or one data chunk of 1 MiB
-_MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # generated, without types
     """Receives rounds in chunks and streams replies back."""
 
-    def __init__(self, site: str, rounds: Rounds, metrics: Metrics | None = None) -> None:
-        """Answer for `site` with `rounds`, counting into `metrics`."""
+    def __init__(
+        self,
+        site: str,
+        rounds: Rounds,
+        metrics: Metrics | None = None,
+        problems: Callable[[], list[str]] = list,
+    ) -> None:
+        """Answer for `site` with `rounds`, counting into `metrics`; `problems` says what does not run."""
         self._site = site
         self._rounds = rounds
         self._metrics = metrics or Metrics()
+        self._problems = problems
 
     def Round(self, request_iterator: Iterator[Chunk], context: grpc.ServicerContext) -> Iterator[Chunk]:  # noqa: N802
         """One round: header and adapter in, reply and update out."""
@@ -62,7 +69,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
 
     def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
         """What the untrusted half may know."""
-        return InfoReply(site=self._site, version=VERSION, state=self._rounds.state)
+        problems = [each[:300] for each in self._problems()]
+        return InfoReply(site=self._site, version=VERSION, state=self._rounds.state, problems=problems)
 
 
 def _data(chunk: Chunk) -> bytes:
@@ -74,23 +82,24 @@ def _data(chunk: Chunk) -> bytes:
 def serve(service: AgentService, socket: Path, group: str = "") -> grpc.Server:
     """Start the service on `socket` (mode 0600, or 0660 for `group`) and return the server.
 
-    ConfigError when the path is too long for a socket or the group is unknown.
+    ConfigError when the path cannot be a socket's or the group is unknown.
     """
-    if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
-        raise ConfigError(
-            f"the agent's socket path is too long: {socket}",
-            fix=f"choose a home whose path is at most {_MAX_SOCKET_PATH - len('/run/agent.sock')} bytes long",
-        )
+    check_socket(socket, fix="name a shorter [supernode] socket")
     socket.unlink(missing_ok=True)
     server = grpc.server(
-        ThreadPoolExecutor(max_workers=4, thread_name_prefix="agent"),
+        running_pool(4, "agent"),
         maximum_concurrent_rpcs=4,
         options=[("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.so_reuseport", 0)],
     )
     agent_pb2_grpc.add_AgentServicer_to_server(service, server)
     mask = os.umask(0o177)
     try:
-        server.add_insecure_port(f"unix:{socket}")
+        server.add_insecure_port(f"unix:{socket_address(socket)}")
+    except RuntimeError:  # all that gRPC says
+        raise ConfigError(
+            f"the agent's socket {socket} cannot be made",
+            fix="see that its directory is there, writable, and its disk not full",
+        ) from None
     finally:
         os.umask(mask)
     server.start()

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fl_client.agent.head import LedgerHead, require_newest
 from fl_client.agent.outgoing import Outgoing
+from fl_client.agent.progress import Progress
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.config import SiteConfig
@@ -49,6 +51,7 @@ def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
         PUBLIC_UNIT if config.policy.allow_non_private else config.data.privacy_unit,
         data.units,
         config.data.max_records_per_unit,
+        shares_with=config.data.shares_units_with,
     )
     budget = config.budget
     ledger.set_budget(
@@ -83,12 +86,29 @@ def load_base(config: SiteConfig) -> LoadedModel:
     return model
 
 
+def tried_base(config: SiteConfig) -> LoadedModel:
+    """The base model, after one forward and one backward on its device; raises as `try_device`."""
+    model = load_base(config)
+    from fl_client.device import try_device  # torch
+
+    log.info("device: %s", try_device(model))
+    return model
+
+
 def base_digest(config: SiteConfig) -> str:
     """The base model's digest, from its files alone."""
     from fl_client.model.layout import directory_digest  # torch
     from fl_client.model.load import resolve
 
     return directory_digest(resolve(config.model.directory))
+
+
+def base_targets(config: SiteConfig) -> tuple[str, ...]:
+    """The groups of layers that the base model has, from its configuration alone."""
+    from fl_client.model.layout import skeleton, target_groups  # torch
+    from fl_client.model.load import resolve
+
+    return target_groups(skeleton(resolve(config.model.directory)))
 
 
 @dataclass
@@ -108,6 +128,7 @@ class OpenSite:
     base: Callable[[], LoadedModel]
     ranks: RankGroup | None
     facts: SiteFacts
+    store: ReleaseStore
 
     @property
     def model(self) -> LoadedModel:
@@ -126,23 +147,27 @@ def open_site(
     config: SiteConfig,
     accepts_key: Callable[[str], bool],
     timed: Callable[[Callable[..., None]], Callable[..., None]] = lambda progress: progress,
+    *,
+    namespace: str = "",
 ) -> OpenSite:
-    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key` as in `SiteFacts`.
+    """Open all of it, in the order in which mistakes are cheapest to find; `accepts_key`, `namespace`: see `SiteFacts`.
 
     `timed` wraps the training's progress callback, for whoever measures the steps.
     """
     ledger, key = open_ledger(home, config)
+    store, head = ReleaseStore(home.releases), LedgerHead(home.ledger_head)
     try:
+        require_newest(ledger, head, store)
         everything = load_unit_data(config.data, home.fingerprint_key)
         dataset = register(ledger, config, everything)
         data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
         log.info("loading the model from %s", config.model.directory.name)
-        base = functools.cache(lambda: load_base(config))
+        base = functools.cache(lambda: tried_base(config))
         ranks: RankGroup | None = None
         if config.model.processes > 1:
             model_digest = base_digest(config)
             ranks = RankGroup(
-                config.model, digest=model_digest, directory=home.run / "ranks", log_file=home.logs / "ranks.log"
+                config.model, digest=model_digest, directory=home.ranks, log_file=home.logs / "ranks.log"
             )
         else:
             model_digest = base().digest
@@ -168,16 +193,38 @@ def open_site(
                 private=not config.policy.allow_non_private,
             )
 
+        def prepare(spec: RunSpec, offset: dict[str, Any]) -> None:
+            from fl_client.training import prepare_round
+
+            on = functools.partial(prepare_round, base()) if ranks is None else ranks.prepare
+            private = not config.policy.allow_non_private
+            on(
+                spec, offset, private=private, max_adapter_norm=config.policy.max_adapter_norm,
+                records_per_unit=config.data.max_records_per_unit,
+            )  # fmt: skip
+
         facts = SiteFacts(
             site=config.site,
             accepts_key=accepts_key,
             model_digest=model_digest,
             policy=config.policy,
             dataset=dataset,
+            namespace=namespace,
+            targets=base_targets(config),
         )
-        outgoing = Outgoing(key, ledger)
-        rounds = Rounds(facts, ledger=ledger, store=ReleaseStore(home.releases), outgoing=outgoing, train=train)
+        outgoing = Outgoing(key, ledger, namespace)
+        rounds = Rounds(
+            facts,
+            ledger=ledger,
+            store=store,
+            outgoing=outgoing,
+            train=train,
+            prepare=prepare,
+            written=lambda: head.write(ledger),
+            progress=Progress(home.progress),
+        )
+        rounds.recover()
     except BaseException:
         ledger.close()
         raise
-    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts)
+    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts, store)

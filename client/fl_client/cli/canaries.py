@@ -208,16 +208,14 @@ def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, d
 
 def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
     """ConfigError when the engine has no noise so strong for so many coordinates."""
-    from fl_client.dp.engine import precision_of
     from fl_client.dp.noise import plan_grid
-    from fl_client.dp.optimizer import FLOAT_SLACK
 
     try:
         plan_grid(
             clipping_norm=mechanism.clipping_norm,
             noise_multiplier=mechanism.noise_multiplier,
             dimensions=adapted.dimensions,
-            slack=FLOAT_SLACK[precision_of(adapted)],
+            slack=0.0,
         )
     except EngineError as error:
         raise ConfigError(error.message, fix=error.fix) from error

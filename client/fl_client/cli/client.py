@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -24,13 +25,17 @@ from fl_shared.extras import require
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
+from fl_shared.paths import check_socket
+from fl_shared.private import create_privately
 
 EXAMPLES = """\
 examples:
   fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....
   fl-client check --site hospital-001          # a dry run: each line a pass or the fix
+  fl-client check --site hospital-001 --spec spec.toml     # and whether it could take part in this run
   fl-client --site hospital-001                # the agent (Ctrl-C or SIGTERM ends it in good order)
   fl-client status --site hospital-001 --json
+  fl-client resume --site hospital-001 demo --by "A. Officer" --reason "the driver was updated"
   fl-client train-alone --site hospital-001 --spec spec.toml --out alone/
 
 Each verb has its own --help with examples.
@@ -94,11 +99,27 @@ def parser() -> argparse.ArgumentParser:
         "--token", default=os.environ.get("FL_TOKEN"), help="from `fl-admin sites invite` [FL_TOKEN]"
     )
     enroll.add_argument("--force", action="store_true", help="replace the certificate of an enrolled site")
-    verb(
+    check = verb(
         "check", "dry run: packages, config, data, model, policy, budget, server; each a pass or the fix",
-        "fl-client check --site hospital-001\nfl-client check --site hospital-001 --json",
+        "fl-client check --site hospital-001\nfl-client check --site hospital-001 --spec spec.toml --json",
         "Nothing is written and nothing is spent. Exit code 2 when a line fails.",
     )  # fmt: skip
+    check.add_argument(
+        "--spec", type=Path, default=None, help="a run's spec: also say whether this site could take part in it"
+    )
+    resume = verb(
+        "resume", "take part again in a run that this site left after a failure",
+        'fl-client resume --site hospital-001 demo --by "A. Officer" --reason "the driver was updated"\n'
+        'fl-client resume --site hospital-001 --ledger --by "A. Officer" --reason "restored from a backup" --json',
+        "The ledger records who said so.",
+    )  # fmt: skip
+    resume.add_argument("run", nargs="?", default="", metavar="RUN", help="the run, as `fl-client status` lists it")
+    resume.add_argument(
+        "--ledger", action="store_true",
+        help="instead of a run: go on with an old copy of the ledger, after entering what this home knows was spent",
+    )  # fmt: skip
+    resume.add_argument("--by", default="", metavar="NAME", help="who confirms")
+    resume.add_argument("--reason", default="", metavar="TEXT", help="why it may go on: what failed, what was done")
     verb(
         "status", "show enrolment, whether the agent runs, and what the ledger says",
         "fl-client status --site hospital-001\nfl-client status --site hospital-001 --json",
@@ -121,6 +142,9 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--spec", type=Path, required=True, help="the spec that the adapter was trained with")
     judge.add_argument("--adapter", type=Path, required=True, help="from `fl-admin adapters export` or train-alone")
     judge.add_argument("--noise", type=float, default=10.0, help="noise multiplier, default 10; less costs more")
+    judge.add_argument(
+        "--force", action="store_true", help="be charged even where the noise is likely to hide the figures"
+    )
     node = verbs.add_parser("supernode", help="run only the untrusted half, as another user (see deploy/)")
     describe(
         node, "run only the untrusted half, as another user",
@@ -150,7 +174,7 @@ def run(argv: Sequence[str] | None) -> int:
         raise ConfigError("no site was named", fix="add --site ID, or set FL_SITE")
     home = SiteHome.locate(options.site, options.home)
     actions = {"run": _run, "enroll": _enroll, "check": _check, "status": _status, "train-alone": _alone}
-    actions["evaluate"] = _evaluate
+    actions |= {"evaluate": _evaluate, "resume": _resume}
     return actions[options.verb](home, options)
 
 
@@ -176,6 +200,7 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
             raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
     from fl_client.enrolment import enrol, own_fingerprints
 
+    check_socket(home.socket, fix="choose a shorter --home; nothing was made, and the token is still good")
     address = server_url(options.server)
     with working(f"asking {address} for a certificate", quiet=options.quiet, json=options.json):
         pinned = enrol(home, site=options.site, server=address, token=options.token, force=options.force)
@@ -214,9 +239,11 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _check(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.check import run_checks
+    from fl_shared.manifest import RunSpec
 
+    spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
-    checks = run_checks(home, options.site)
+    checks = run_checks(home, options.site, spec)
     while True:
         with working("checking", quiet=options.quiet, json=options.json):
             result = next(checks, None)
@@ -243,12 +270,46 @@ def _status(home: SiteHome, options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         for name, value in found.items():
+            if name == "suspended":
+                for run, why in value.items():
+                    print(f"{name:<10} {run}: {why}; when it may go on: {_resume_line(options.site, run)}")
+                continue
+            if isinstance(value, list):
+                value = "; ".join(value) or "none"
             if isinstance(value, dict):
                 value = ", ".join(
                     f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}"
                     for key, item in value.items()
                 )
             print(f"{name:<10} {value}")
+    return 0
+
+
+def _resume_line(site: str, run: str) -> str:
+    return f"fl-client resume --site {site} {run} --by NAME --reason TEXT"
+
+
+def _resume(home: SiteHome, options: argparse.Namespace) -> int:
+    from fl_client.agent.resume import accept_ledger
+    from fl_client.agent.site import open_ledger
+    from fl_shared.ledger.suspension import confirm_run
+
+    if bool(options.run) == options.ledger:
+        raise ConfigError("name one run, or give --ledger", fix=_resume_line(options.site, "RUN"))
+    config = SiteConfig.load(home, options.site)
+    if options.ledger:
+        entered = accept_ledger(home, config, options.by, options.reason)
+        done: dict[str, int | str] = {"entered": entered}
+        said = f"the ledger is accepted; {entered} forgotten releases were entered again"
+    else:
+        ledger, _ = open_ledger(home, config)
+        try:
+            entry = confirm_run(ledger, options.run, options.by, options.reason)
+        finally:
+            ledger.close()
+        done = {"run": options.run, "entry": entry.id}
+        said = f"{options.run}: this site takes part again (ledger entry {entry.seq}); what failed stays charged"
+    print(json.dumps(done, indent=2) if options.json else said)
     return 0
 
 
@@ -262,6 +323,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.site import open_site
     from fl_client.alone import train_alone
     from fl_shared.manifest import RunSpec
+    from fl_shared.names import ALONE
     from fl_shared.signing import SigningKey
 
     config = SiteConfig.load(home, options.site)
@@ -269,6 +331,8 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     home.make()
     _log_to_file(home, options.site, "train-alone")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Nobody outside sees when a round of the site's own ends.
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, reply_every_s=0.0))
     order_key = SigningKey.generate()
     with contextlib.ExitStack() as progress, sole(home.run / "agent.lock", "train-alone"):
 
@@ -282,9 +346,8 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
             show("training the next round")
 
         show("opening ledger, data and model")
-        site = open_site(home, config, lambda key: key == order_key.public_hex)
+        site = open_site(home, config, lambda key: key == order_key.public_hex, namespace=ALONE)
         try:
-            site.rounds.recover()
             done = train_alone(site, spec, order_key, options.out, say)
         finally:
             site.close()
@@ -320,14 +383,14 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
         site = open_site(home, config, lambda _: False)
         try:
             say("evaluating on the hold-out")
-            document = evaluate_privately(site, home.releases, spec, adapter, options.noise)
+            document = evaluate_privately(site, spec, adapter, options.noise, force=options.force)
         finally:
             site.close()
     figures = document["body"]["figures"]
     if options.json:
         print(json.dumps(document, indent=2))
     elif figures["accuracy"] is None:
-        print("too few units for this noise: no accuracy can be told; the charge stands")
+        print("too few units for this noise: no accuracy can be told; it stays charged")
     else:
         print(
             f"accuracy {figures['accuracy']:.3f} (noise {figures['accuracy_deviation']:.3f}), "
@@ -339,6 +402,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     stay_offline()
+    create_privately()
     return cli_main(run, argv)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -93,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     which = evaluate.add_mutually_exclusive_group(required=True)
     which.add_argument("--adapter", type=Path, help="the run's adapter (safetensors)")
     which.add_argument("--zero-shot", action="store_true", help="no adapter: the nearest label title wins")
-    evaluate.add_argument("--data", type=Path, required=True, help="a CSV file with public rows")
+    evaluate.add_argument("--data", type=Path, required=True, help="a table with public rows (CSV, JSONL, Parquet)")
     evaluate.add_argument("--text-column", default="text", help="default: text")
     evaluate.add_argument("--label-column", default="label", help="default: label")
     evaluate.add_argument("--titles", type=Path, help="with --zero-shot: CSV with the columns label,title")
@@ -154,22 +153,10 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as source:
-            reader = csv.DictReader(source)
-            for column in columns:
-                if column not in (reader.fieldnames or []):
-                    raise DataError(
-                        f"{path} has no column {column!r}", fix=f"its columns: {', '.join(reader.fieldnames or [])}"
-                    )
-            rows = [tuple(row[column] or "" for column in columns) for row in reader]
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", fix="check --data") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text", fix="save the file as UTF-8") from error
-    if not rows:
-        raise DataError(f"{path} has no rows", fix="name a file with a header and at least one row")
-    return rows
+    from fl_client.data.tables import read_columns
+
+    found = read_columns(path, list(columns))
+    return list(zip(*(found[name] for name in columns), strict=True))
 
 
 def _read_adapter(path: Path) -> dict[str, Any]:
@@ -182,16 +169,26 @@ def _read_adapter(path: Path) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from fl_client.model.load import load_model
-    from fl_client.training import evaluate
+    from fl_client.data.spellings import run_labels
     from fl_shared.manifest import RunSpec
 
     spec = RunSpec.from_toml(options.spec)
     rows = _read_rows(options.data, options.text_column, options.label_column)
-    texts, labels = [row[0] for row in rows], [row[1] for row in rows]
-    options.say("loading the model")
+    texts, known = [row[0] for row in rows], run_labels([row[1].strip() for row in rows], spec.task.labels)
+    labels = [label for label in known if label is not None]
+    if len(labels) < len(known):
+        raise DataError(
+            f"{options.data}: row {known.index(None) + 1} has a label that the spec has not "
+            f"({len(known) - len(labels)} of {len(known)} rows)",
+            fix="leave these rows out, or correct --label-column",
+        )
+    offset = {} if options.zero_shot else _read_adapter(options.adapter)
+    options.say(f"loading the base model {options.model}")
+    from fl_client.model.load import load_model
+    from fl_client.training import evaluate
+
     model = load_model(options.model, options.device)
-    options.say(f"evaluating on {len(rows)} rows")
+    options.say(f"evaluating {len(texts)} rows")
     if options.zero_shot:
         from fl_client.model.zero_shot import nearest_title
 
@@ -201,23 +198,25 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         accuracy = sum(guess == label for guess, label in zip(guesses, labels, strict=True)) / len(labels)
         majority = max(labels.count(label) for label in set(labels)) / len(labels)
         return {"accuracy": accuracy, "majority": majority, "n": len(labels), "adapter": None}
-    result = evaluate(model, _read_adapter(options.adapter), texts, labels, spec)
+    result = evaluate(model, offset, texts, labels, spec)
     return {
         "accuracy": result.accuracy, "majority": result.majority, "n": result.n, "adapter": str(options.adapter),
     }  # fmt: skip
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from fl_client.model.load import load_model
-    from fl_client.training import export_peft
+    from fl_client.files import require_empty
     from fl_shared.manifest import RunSpec
 
-    if options.out.exists() and any(options.out.iterdir()):
-        raise ModelError(f"{options.out} holds files", fix="name a new or empty folder")
-    options.say("loading the model")
+    require_empty(options.out)
+    spec, offset = RunSpec.from_toml(options.spec), _read_adapter(options.adapter)
+    options.say(f"loading the base model {options.model}")
+    from fl_client.model.load import load_model
+    from fl_client.training import export_peft
+
     model = load_model(options.model, options.device)
-    options.say("writing the adapter")
-    export_peft(model, RunSpec.from_toml(options.spec), _read_adapter(options.adapter), options.out)
+    options.say(f"writing {options.out}, and loading it with PEFT")
+    export_peft(model, spec, offset, options.out)
     return {"directory": str(options.out)}
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.config import DataConfig
+from fl_client.data.spellings import UnitIds, run_labels
 from fl_client.data.tables import read_columns
 from fl_client.data.units import UnitData
 from fl_shared.errors import DataError
@@ -24,16 +26,18 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
 
     Rows without text or label are left out; of one unit the first `max_records_per_unit` rows are used.
     Both rules look at one unit alone, so that they change nothing about neighbouring data sets. Raises
-    DataError when the table cannot be used.
+    DataError when the table cannot be used, and when two ids may be one unit written in two ways.
     """
     names = list(dict.fromkeys([*config.text_columns, config.label_column]))
     if config.unit_column is not None and config.unit_column not in names:
         names.append(config.unit_column)
-    columns = read_columns(config.path, names)
+    columns = read_columns(config.path, names, config.encoding)
     texts = _texts([columns[name] for name in config.text_columns], config.text_columns)
     labels = [label.strip() for label in columns[config.label_column]]
     owners = columns[config.unit_column] if config.unit_column is not None else None
-    unit_of_record, kept = _units(texts, labels, owners, config)
+    cells = zip(*(columns[name] for name in (*config.text_columns, config.label_column)), strict=True)
+    usable = [row for row, text, label in zip(cells, texts, labels, strict=True) if text and label]
+    unit_of_record, kept, left_out = _units(texts, labels, owners, config)
     if not kept:
         raise DataError(f"{config.path}: no row has both a text and a label", fix="check the columns in [data]")
     texts = [texts[i] for i in kept]
@@ -44,7 +48,8 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
         labels=tuple(labels),
         unit_of_record=unit_of_record,
         units=int(unit_of_record.max()) + 1,
-        fingerprint=fingerprint(texts, labels, unit_of_record, fingerprint_key),
+        fingerprint=fingerprint(usable, fingerprint_key),
+        left_out=left_out,
     )
 
 
@@ -59,45 +64,72 @@ def _texts(columns: list[list[str]], names: tuple[str, ...]) -> list[str]:
 
 def _units(
     texts: list[str], labels: list[str], owners: list[str] | None, config: DataConfig
-) -> tuple[NDArray[np.int64], list[int]]:
-    """Return the unit (0..units-1) of each kept row `[kept]`, and the kept rows' numbers."""
+) -> tuple[NDArray[np.int64], list[int], tuple[tuple[str, int], ...]]:
+    """Return the unit (0..units-1) of each kept row `[kept]`, the kept rows' numbers, and how many were left out."""
     numbers: dict[str, int] = {}
     used: dict[int, int] = {}
     units: list[int] = []
     kept: list[int] = []
+    left_out = {"without text": 0, "without label": 0, f"beyond {config.max_records_per_unit} of one unit": 0}
+    without_text, without_label, beyond = left_out
+    written = UnitIds(config.path, config.unit_column or "", config.privacy_unit)
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not text or not label:
+            left_out[without_label if text else without_text] += 1
             continue
         if owners is None:
             unit = len(units)
         else:
-            owner = owners[row].strip()
-            if not owner:
-                raise DataError(
-                    f"{config.path}: row {row + 1} has no {config.unit_column!r}",
-                    fix=f"every row must say which {config.privacy_unit} it belongs to",
-                )
-            unit = numbers.setdefault(owner, len(numbers))
+            unit = numbers.setdefault(written.checked(owners[row], row + 1), len(numbers))
             used[unit] = used.get(unit, 0) + 1
             if used[unit] > config.max_records_per_unit:
+                left_out[beyond] += 1
                 continue
         units.append(unit)
         kept.append(row)
-    return np.asarray(units, dtype=np.int64), kept
+    return np.asarray(units, dtype=np.int64), kept, tuple((why, rows) for why, rows in left_out.items() if rows)
 
 
 def restrict_labels(data: UnitData, labels: tuple[str, ...]) -> UnitData:
-    """Return the part of `data` whose labels are in a run's public label set, its units numbered anew.
+    """Return the part of `data` whose labels are in a run's public label set, in its spelling, its units numbered anew.
 
     Records with other labels are left out in silence: that a site has them is private, and leaving each
     one out for its own sake keeps neighbouring data sets neighbours. How many units are left is as private, and the
     run's labels are the coordinator's choice: nothing public may depend on it, not even whether any is left.
     """
-    known = set(labels)
-    kept = [i for i, label in enumerate(data.labels) if label in known]
-    if len(kept) == len(data.labels):
+    found = run_labels(data.labels, labels)
+    if found == data.labels:
         return data
-    return _subset(data, kept)
+    kept = [i for i, label in enumerate(found) if label is not None]
+    part = _subset(data, kept)
+    return dataclasses.replace(part, labels=tuple(label for label in found if label is not None))
+
+
+def require_labels(data: UnitData, labels: tuple[str, ...], what: str) -> None:
+    """DataError when no record has one of the labels.
+
+    Only for what an operator starts at the site: the answer is private, and the coordinator must not see it (an order
+    of its own is answered with noise alone).
+    """
+    if not any(run_labels(data.labels, labels)):
+        raise DataError(
+            f"no record of {what} has one of the spec's labels: {', '.join(map(repr, labels[:20]))}",
+            fix="compare them with the label column, e.g. with `fl-client check --spec`; nothing was charged",
+        )
+
+
+def label_report(data: UnitData, labels: tuple[str, ...]) -> str:
+    """How the data's labels fit a run's, in one line for whoever sits at the site."""
+    found = run_labels(data.labels, labels)
+    used = sum(label is not None for label in found)
+    respelled = sum(label is not None and label != own for label, own in zip(found, data.labels, strict=True))
+    absent = [label for label in labels if label not in set(found)]
+    parts = [f"{used} of {len(found)} used rows have one of the spec's {len(labels)} labels"]
+    if respelled:
+        parts.append(f"{respelled} of them in another spelling")
+    if absent:
+        parts.append(f"no row has {', '.join(map(repr, absent[:20]))}{' and others' if len(absent) > 20 else ''}")
+    return "; ".join(parts)
 
 
 def split_holdout(data: UnitData, share: float, key_file: Path) -> tuple[UnitData, UnitData | None]:
@@ -134,15 +166,20 @@ def _subset(data: UnitData, kept: list[int]) -> UnitData:
     )
 
 
-def fingerprint(texts: list[str], labels: list[str], unit_of_record: NDArray[np.int64], key_file: Path) -> str:
-    """Return `hmac-sha256:<hex>` over the used rows, keyed by the site's secret.
+def fingerprint(rows: Iterable[Sequence[str]], key_file: Path) -> str:
+    """Return `hmac-sha256:<hex>` over the cells of the usable rows, keyed by the site's secret.
 
-    It stands in the ledger, which others read: without a key anyone could test guesses of small tables.
+    It is stored in the ledger, which others read: without a key anyone could test guesses of small tables. The order
+    of rows, and of cells in a row, makes no difference, nor does how many rows of one unit are used: so the same data
+    under another name are recognised. Equality is all that it tells, not overlap.
     """
-    mac = hmac.new(_secret(key_file), digestmod=hashlib.sha256)
-    rows = zip(texts, labels, unit_of_record.tolist(), strict=True)
-    _absorb(mac, (part for text, label, unit in rows for part in (text, label, str(unit))))
-    return f"hmac-sha256:{mac.hexdigest()}"
+    key = _secret(key_file)
+    found = []
+    for row in rows:
+        mac = hmac.new(key, b"record", hashlib.sha256)
+        _absorb(mac, sorted(cell.strip() for cell in row if cell.strip()))
+        found.append(mac.digest())
+    return f"hmac-sha256:{hmac.new(key, b''.join(sorted(found)), hashlib.sha256).hexdigest()}"
 
 
 def _secret(key_file: Path) -> bytes:

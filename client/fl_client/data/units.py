@@ -20,6 +20,8 @@ class UnitData:
         unit_of_record: int64 `[records]`, the unit of each record, 0..units-1.
         units: number of privacy units.
         fingerprint: keyed digest of the records, as it stands in the ledger.
+        left_out: reason and number of rows of the table that are not used, for whoever sits at the site. As private
+            as the data: neither sent nor logged.
 
     Without units it is empty: no record of a site may have a label of a run.
 
@@ -32,6 +34,7 @@ class UnitData:
     unit_of_record: NDArray[np.int64]
     units: int
     fingerprint: str
+    left_out: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         records = len(self.texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_client.dp.architectures import Architecture, architecture_of
+from fl_client.dp.attention import packed_attention
 from fl_client.dp.core_layers import CoreExperts, CoreLinear
-from fl_client.dp.lora_layers import ADAPTER, LoraExperts, LoraLinear
+from fl_client.dp.lora_layers import ADAPTER, LoraExperts, LoraLinear, PlainExperts
+from fl_client.dp.packing import EVEN, HEIGHTS, Packed
 from fl_client.dp.scope import BatchScope
 from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_client.model.quant_matmul import rows_product
 from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 
@@ -30,17 +34,24 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, f: Tensor, weight: nn.Parameter, bias: nn.Parameter, scope: BatchScope) -> Tensor:
         ctx.save_for_backward(f)
         ctx.parameters, ctx.book = (weight, bias), scope.book
-        return F.linear(f, weight, bias)
+        if scope.packed is None:
+            return F.linear(f, weight, bias)
+        return _few_rows(f, weight.mT) + bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (f,), (weight, bias), g = ctx.saved_tensors, ctx.parameters, grads[0]
-        gf = g @ weight if ctx.needs_input_grad[0] else None
         if ctx.book is None:
-            return gf, g.mT @ f, g.sum(0), None
+            return g @ weight if ctx.needs_input_grad[0] else None, g.mT @ f, g.sum(0), None
+        gf = _few_rows(g, weight) if ctx.needs_input_grad[0] else None
         ctx.book.add_record_outer(weight, g, f)
         ctx.book.add_record_outer(bias, g, torch.ones_like(f[:, :1]))
         return gf, None, None, None
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight` whose number of rows follows from the data: filled up with zeros, in blocks of few shapes."""
+    return rows_product(F.pad(x, (0, 0, 0, -x.shape[0] % EVEN)), weight)[: x.shape[0]]
 
 
 class Head(nn.Linear):
@@ -77,6 +88,21 @@ class Classifier(nn.Module):
         self.register_buffer("feature_std", std.detach().float(), persistent=False)
         self.head = Head(mean.shape[0], classes, scope).to(mean.device)
 
+    def packed(self, batch: Packed) -> Tensor:
+        """Float32 logits `[R, C]` of a packed micro-batch; each row follows from its own record alone."""
+        self.scope.packed = batch
+        backbone: Any = self.backbone
+        try:
+            with packed_attention(backbone.config, batch):
+                hidden = backbone(
+                    input_ids=batch.ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
+                ).last_hidden_state
+            runs = hidden.squeeze(0).float().split(batch.lengths)
+            means = [run.unflatten(0, (count, -1)).mean(1) for run, (_, count) in zip(runs, batch.runs, strict=False)]
+            return self._classify(torch.cat(means))
+        finally:
+            self.scope.packed = None
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and 0/1 mask `[B, T]`, padded on the right, to float32 logits `[B, C]`."""
         self.scope.kept = None if bool(mask.all()) else torch.nonzero(mask.flatten()).squeeze(-1)
@@ -84,9 +110,14 @@ class Classifier(nn.Module):
             hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         finally:
             self.scope.kept = None
-        weight = mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weight).sum(1) / weight.sum(1)
-        return self.head.logits((pooled - self.feature_mean) / self.feature_std)
+        real = mask.unsqueeze(-1)
+        pooled = hidden.masked_fill(real == 0, 0).sum(1) / real.sum(1)
+        return self._classify(pooled)
+
+    def _classify(self, pooled: Tensor) -> Tensor:
+        mean: Any = self.feature_mean
+        std: Any = self.feature_std
+        return self.head.logits((pooled - mean) / std)
 
 
 @dataclass
@@ -99,6 +130,9 @@ class AdaptedModel:
         groups: tensor name to `attention`, `shared_experts`, `routed_experts` or `head`.
         layers: path to adapted layer.
         core: whether an r x r core lies between the factors.
+        plain_experts: path to routed experts without LoRA.
+        heights: numbers of rows that a packed micro-batch may have.
+        base_norms: set by `magnitude.check_magnitude`.
         probe_error: set by `checks.check_layers` once the layers have passed.
     """
 
@@ -109,7 +143,10 @@ class AdaptedModel:
     groups: dict[str, str]
     layers: dict[str, nn.Module] = field(repr=False)
     core: bool = False
+    plain_experts: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    heights: tuple[int, ...] = HEIGHTS
     probe_error: float | None = None
+    base_norms: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def dimensions(self) -> int:
@@ -182,6 +219,9 @@ def adapt(
         parameter.data = parameter.data.to(device=device, dtype=torch.float32)
         parameter.requires_grad_(not core or groups[name] == "head" or ".lora_R" in name)
     made = AdaptedModel(classifier, architecture, lora, plan, groups, layers, core)
+    for path, experts in _experts_left(backbone, architecture, targets).items():
+        made.plain_experts[path] = PlainExperts(experts, scope)
+        _put(backbone, path, made.plain_experts[path])
     setattr(module, _MARK, (key, made))  # lives and dies with the module
     return made
 
@@ -204,9 +244,23 @@ def remove(module: nn.Module) -> None:
         return
     delattr(module, _MARK)
     backbone = backbone_of(module)
-    for path, layer in known[1].layers.items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(backbone.get_submodule(parent), leaf, layer.base_layer)
+    for path, layer in {**known[1].layers, **known[1].plain_experts}.items():
+        base: Any = layer.base_layer
+        _put(backbone, path, base)
+
+
+def _put(backbone: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(backbone.get_submodule(parent), leaf, layer)
+
+
+def _experts_left(backbone: nn.Module, architecture: Architecture, targets: Container[str]) -> dict[str, nn.Module]:
+    """Routed experts that carry no LoRA, by path."""
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if re.fullmatch(rf"layers\.\d+\.{re.escape(architecture.routed_experts)}", name) and name not in targets
+    }
 
 
 def _targets(backbone: nn.Module, architecture: Architecture, lora: LoraSection) -> dict[str, str]:

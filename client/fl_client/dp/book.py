@@ -2,7 +2,8 @@
 
 Book-keeping (Bu et al. 2023, arXiv 2210.00038): one backward pass leaves the inputs and output gradients of every
 LoRA factor here; the units' norms follow; one weighted product gives the clipped sum. No second backward pass, and
-no per-unit gradient of the experts is ever formed.
+no per-unit gradient of the experts is ever formed. What a unit contributes follows from its own rows alone; norms and
+sums are float64 (docs/decisions/0022).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_client.dp.segments import Segments, find_segments, squared_norms
+from fl_client.dp.packing import Packed
+from fl_client.dp.segments import Segments, add_rows, find_segments, squared_norms
 from fl_shared.errors import EngineError
+
+_CHUNK = 1 << 18  # floats of per-unit gradients that are made float64 at a time
 
 
 @dataclass(frozen=True)
@@ -38,62 +42,61 @@ class _Outer:
 
 
 class GradientBook:
-    """One micro-batch's entries, detached: the graph's nodes hold the book, and such a cycle would never be freed.
+    """One micro-batch's entries, detached: the graph's nodes hold the book, and such a cycle would never be freed."""
 
-    Args:
-        unit_of_record: int64 `[B]`, ascending, 0..units-1.
-        units: U.
-        tokens: T, the padded length of every record.
-    """
-
-    def __init__(self, unit_of_record: Tensor, units: int, tokens: int) -> None:
-        if unit_of_record.numel() and bool((unit_of_record.diff() < 0).any()):
-            raise EngineError("a unit's records are not side by side in the micro-batch", fix="report this defect")
-        self.units, self.tokens = units, tokens
-        self.records = unit_of_record.shape[0]
-        self.unit_of_record = unit_of_record
-        self.unit_of_token = unit_of_record.repeat_interleave(tokens)
-        self._single = self.records == units
-        self._squared = torch.zeros(units, dtype=torch.float64, device=unit_of_record.device)
-        self._lengths: list[Tensor] = []
+    def __init__(self, batch: Packed) -> None:
+        self.batch, self.units = batch, batch.units
+        device = batch.unit_of_record.device
+        self.records = batch.unit_of_record.shape[0]
+        tokens = torch.tensor([tokens for tokens, count in batch.runs for _ in range(count)], device=device)
+        self.unit_of_token = batch.unit_of_record.repeat_interleave(tokens)
+        straight = torch.arange(self.units, device=device)
+        self._single = self.records == self.units and torch.equal(batch.unit_of_record, straight)
+        self._squared = torch.zeros(self.units, dtype=torch.float64, device=device)
         self._entries: list[_PerUnit | _Outer] = []
         self._record_segments: Segments | None = None
 
     def add_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-        """A LoRA factor's gradient `sum_t a_t (x) b_t`; rows `[B*T, p]` and `[B*T, q]` in record order."""
-        if a.shape[0] != self.records * self.tokens:
+        """A LoRA factor's gradient `sum_t a_t (x) b_t`; rows `[M, p]` and `[M, q]` of the packed micro-batch."""
+        height = self.batch.ids.shape[0]
+        if a.shape[0] != height:
             raise EngineError(
-                f"a layer of shape {tuple(parameter.shape)} saw {a.shape[0]} rows, not {self.records} records of "
-                f"{self.tokens} tokens: it mixes examples",
+                f"a layer of shape {tuple(parameter.shape)} saw {a.shape[0]} rows, not {height}: it mixes examples",
                 fix="leave this layer out of the LoRA targets",
             )
         turned = a.shape[1] > b.shape[1]  # a narrow matrix on the left is several times faster
         left, right = (b, a) if turned else (a, b)
-        shape = (self.records, self.tokens, -1)
-        product = torch.bmm(left.view(shape).mT, right.view(shape)).float()
+        product = left.new_empty(self.records, left.shape[1], right.shape[1])
+        record = row = 0
+        for tokens, count in self.batch.runs:
+            here, shape = slice(row, row + tokens * count), (count, tokens, -1)
+            torch.bmm(left[here].view(shape).mT, right[here].view(shape), out=product[record : record + count])
+            record, row = record + count, here.stop
+        product = product.float()
         if not self._single:
             whole = product.new_zeros(self.units, *product.shape[1:])
-            product = whole.index_add_(0, self.unit_of_record, product)
-        self._lengths.append(torch.linalg.vector_norm(product.flatten(1), dim=1))
+            product = add_rows(whole, self.batch.unit_of_record, product)
+        self._squared += torch.linalg.vector_norm(product.flatten(1), dim=1, dtype=torch.float64).square_()
         self._entries.append(_PerUnit(parameter, product, turned))
 
     def add_record_outer(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-        """A gradient with one row per record: `[B, p]` and `[B, q]`."""
+        """A gradient with one row per record: `[R, p]` and `[R, q]`."""
         if a.shape[0] != self.records:
             raise EngineError(f"the head saw {a.shape[0]} rows for {self.records} records", fix="report this defect")
         if self._record_segments is None:
-            self._record_segments = find_segments(self.unit_of_record, self.units)
+            key, rows = torch.sort(self.batch.unit_of_record, stable=True)
+            self._record_segments = find_segments(key, self.units, rows)
         segments = self._record_segments
-        self._squared.index_add_(0, segments.unit, squared_norms(a, b, segments))
-        self._entries.append(_Outer(parameter, a.detach(), b.detach(), self.unit_of_record, None))
+        add_rows(self._squared, segments.unit, squared_norms(a, b, segments))
+        self._entries.append(_Outer(parameter, a.detach(), b.detach(), self.batch.unit_of_record, None))
 
     def add_expert_factor(
         self, parameter: nn.Parameter, a: Tensor, b: Tensor, unit_of_row: Tensor, segments: Segments, ends: Tensor
     ) -> None:
-        """Factors of all experts: rows `[M, p]`, `[M, q]` sorted by expert, then unit."""
+        """Factors of all experts: rows `[M, p]`, `[M, q]` sorted by expert; zeros where they are filler."""
         if parameter.ndim != 3 or ends.shape[0] != parameter.shape[0]:
             raise EngineError(f"an expert factor has shape {tuple(parameter.shape)}", fix="report this defect")
-        self._squared.index_add_(0, segments.unit, squared_norms(a, b, segments))
+        add_rows(self._squared, segments.unit, squared_norms(a, b, segments))
         self._entries.append(_Outer(parameter, a.detach(), b.detach(), unit_of_row, ends))
 
     @property
@@ -101,37 +104,72 @@ class GradientBook:
         """The parameters that the backward pass reached, in that order."""
         return [entry.parameter for entry in self._entries]
 
+    def rows_of(self, unit: int) -> list[Tensor]:
+        """All that a unit contributes, before it is weighted: its gradients, or the rows whose products they are."""
+        found = []
+        for entry in self._entries:
+            if isinstance(entry, _PerUnit):
+                found.append(entry.gradient[unit])
+            else:
+                own = entry.unit_of_row == unit
+                if entry.ends is not None:  # rows of filler belong to nobody
+                    own &= (entry.a != 0).any(1) & (entry.b != 0).any(1)
+                found += [entry.a[own], entry.b[own]]
+        return found
+
     def norms(self) -> Tensor:
-        """L2 norm of each unit's gradient over all entries together: float64 `[U]`."""
-        squared = self._squared.clamp(min=0)
-        if self._lengths:
-            squared += torch.stack(self._lengths).double().square_().sum(0)
-        return squared.sqrt()
+        """Each unit's L2 norm over all entries together: float64 `[U]`; not finite where an entry is not."""
+        return self._squared.clamp(min=0).sqrt()
 
     def weighted_sums(self, weights: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """`sum_u weights[u] * gradient_u` for every parameter, float32 in the parameter's shape."""
-        weights = weights.float()
+        """`sum_u weights[u] * gradient_u` for every parameter, float64 in the parameter's shape.
+
+        A unit of weight zero is left out, whatever its gradient holds: infinities are not multiplied.
+        """
+        weights = weights.double()
+        left_out = weights == 0
         sums = []
         for entry in self._entries:
             if isinstance(entry, _PerUnit):
-                total = torch.mv(entry.gradient.flatten(1).mT, weights).view(entry.gradient.shape[1:])
-                total = total.mT if entry.turned else total
+                total = _sum_units(entry, weights, left_out)
             else:
-                total = _weighted_outer(entry, weights)
+                total = _sum_rows(entry, weights, left_out)
             sums.append((entry.parameter, total.reshape(entry.parameter.shape)))
         return sums
 
 
-def _weighted_outer(entry: _Outer, weights: Tensor) -> Tensor:
-    # Rounded to half precision, weighted rows that cancel and the sum over units would outgrow what is paid for.
-    precise = torch.promote_types(entry.a.dtype, torch.float32)
-    a, b = entry.a.to(precise), entry.b.to(precise)
-    row = weights.index_select(0, entry.unit_of_row).unsqueeze(1)
-    if a.shape[1] <= b.shape[1]:
-        a = a * row
-    else:
-        b = b * row
-    return (outer(a, b) if entry.ends is None else grouped_outer(a, b, entry.ends)).float()
+def _sum_units(entry: _PerUnit, weights: Tensor, left_out: Tensor) -> Tensor:
+    units = entry.gradient.shape[0]
+    flat = entry.gradient.view(units, -1)
+    total = weights.new_empty(flat.shape[1])
+    some = bool(left_out.any())
+    for part, result in zip(flat.split(max(1, _CHUNK // units), 1), total.split(max(1, _CHUNK // units)), strict=True):
+        exact = part.double()
+        if some:
+            exact.masked_fill_(left_out.unsqueeze(1), 0)
+        torch.mv(exact.mT, weights, out=result)
+    total = total.view(entry.gradient.shape[1:])
+    return total.mT if entry.turned else total
+
+
+def _sum_rows(entry: _Outer, weights: Tensor, left_out: Tensor) -> Tensor:
+    a, b, ends = entry.a, entry.b, entry.ends
+    last = [a.shape[0]] if ends is None else ends.tolist()
+    total = weights.new_zeros(len(last), a.shape[1], b.shape[1])
+    weight = weights.index_select(0, entry.unit_of_row).unsqueeze(1)
+    out = left_out.index_select(0, entry.unit_of_row).unsqueeze(1) if bool(left_out.any()) else None
+    start = 0
+    for group, stop in enumerate(last):
+        if start < stop:
+            left, right = a[start:stop].double(), b[start:stop].double()
+            if out is not None:
+                left.masked_fill_(out[start:stop], 0)
+                right.masked_fill_(out[start:stop], 0)
+            narrow = left if left.shape[1] <= right.shape[1] else right
+            narrow *= weight[start:stop]
+            torch.mm(left.mT, right, out=total[group])
+        start = stop
+    return total
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_client.dp.book import grouped_outer, outer
-from fl_client.dp.lora_layers import ADAPTER, ExpertFactor, LoraExperts, LoraLinear, Routing
+from fl_client.dp.lora_layers import ADAPTER, ExpertFactor, FrozenGrouped, LoraExperts, LoraLinear
+from fl_client.dp.routing import Routing
 from fl_client.dp.scope import BatchScope
-from fl_client.model.quant_layers import grouped_matmul
+from fl_client.model.quant_matmul import grouped_rows
 from fl_shared.errors import EngineError
 
 
@@ -47,15 +48,15 @@ class _ExpertCores(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, cores: nn.Parameter, routing: Routing, scope: BatchScope) -> Tensor:
         ctx.save_for_backward(h)
         ctx.cores, ctx.routing, ctx.book = cores, routing, scope.book
-        return grouped_matmul(h, cores.to(h.dtype).mT, routing.ends)
+        return grouped_rows(h, cores.to(h.dtype).mT, routing.ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (h,), cores, routing, g = ctx.saved_tensors, ctx.cores, ctx.routing, grads[0].contiguous()
-        gh = grouped_matmul(g, cores.to(g.dtype), routing.ends) if ctx.needs_input_grad[0] else None
+        gh = grouped_rows(g, cores.to(g.dtype), routing.ends) if ctx.needs_input_grad[0] else None
         if ctx.book is None:
             return gh, grouped_outer(g, h, routing.ends).to(cores.dtype), None, None
-        unit, segments = routing.units(ctx.book)
+        unit, segments = routing.segments(ctx.book.unit_of_token, ctx.book.units)
         ctx.book.add_expert_factor(cores, g, h, unit, segments, routing.ends)
         return gh, None, None, None
 
@@ -110,7 +111,7 @@ class CoreExperts(LoraExperts):
             rest = (ends, routing.tokens // scope.tokens, scope.unit_anchor)
             added: Tensor = b(core(a(x.to(a.weight.dtype), *rest), *rest), *rest).to(x.dtype)
             return torch.add(frozen, added, alpha=self.factor)
-        h = grouped_matmul(x, a.weight.to(x.dtype).mT, ends)
+        h: Tensor = FrozenGrouped.apply(x, a.weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
         mixed: Tensor = _ExpertCores.apply(h, core.weight, routing, scope)  # type: ignore[no-untyped-call]  # torch's
-        added = grouped_matmul(mixed, b.weight.to(x.dtype).mT, ends)
+        added = FrozenGrouped.apply(mixed, b.weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
         return torch.add(frozen, added, alpha=self.factor)

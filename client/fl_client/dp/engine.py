@@ -20,11 +20,14 @@ from torch.nn import functional as F
 
 from fl_client.dp import grad_samplers
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, cut_units, pack_units
+from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, pack_units
 from fl_client.dp.book import GradientBook
 from fl_client.dp.coverage import ExpertCoverage
+from fl_client.dp.kernels import independent_rows, use_exact_products
 from fl_client.dp.noise import MAX_DRAWS
 from fl_client.dp.optimizer import GridDPOptimizer
+from fl_client.dp.packing import Packed, cut, pack
+from fl_client.dp.rounding import slack
 from fl_client.dp.sampling import PoissonSampler
 from fl_client.dp.secure_random import SecureStream
 from fl_client.dp.shard import Shard
@@ -103,7 +106,7 @@ class DPEngine:
             max_grad_norm=mechanism.clipping_norm,
             expected_batch_size=expected_batch,
             stream=noise or SecureStream(),
-            precision=precision_of(adapted),
+            slack=slack(units=records.units, rows=self._most_rows(), ranks=1 if shard is None else shard.size),
         )
         draws = mechanism.steps * self.optimizer.dimensions * self.optimizer.grid.tables
         if draws > MAX_DRAWS:
@@ -118,6 +121,11 @@ class DPEngine:
         self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sampler.probability))
         self.coverage = ExpertCoverage(adapted)
         self._hooked = None if engine == "book" else self._wrap()
+
+    def _most_rows(self) -> int:
+        """Rows of the experts' products in the largest micro-batch."""
+        config: Any = self.adapted.classifier.backbone.config
+        return self.adapted.heights[-1] * int(config.num_experts_per_tok)
 
     def _wrap(self) -> GradSampleModule:
         grad_samplers.register()
@@ -178,6 +186,7 @@ class DPEngine:
             "sensitivity": grid.sensitivity,
             "noise_standard_deviation": grid.step * grid.width,
             "expected_batch": self.optimizer.expected_batch_size,
+            "units_left_out": self.optimizer.left_out,
             **self.coverage.report(),
         }
 
@@ -197,28 +206,37 @@ class DPEngine:
     def accumulate(self, units: Sequence[int]) -> None:
         """Add the clipped gradients of these units, micro-batch by micro-batch.
 
+        Through Opacus' hooks every unit is a micro-batch of its own: their kernels know no packing, and no unit may
+        change how another is computed.
+
         Raises:
-            EngineError: a loss or gradient is not finite, or a single unit does not fit into memory.
+            EngineError: a micro-batch of one unit does not fit into memory.
         """
-        waiting = list(cut_units(self.records, units, max_units=self.max_units))[::-1]
-        while waiting:
-            chosen = waiting.pop()
-            if len(chosen) > self.max_units:  # memory ran out since it was cut
-                waiting += [chosen[self.max_units :], chosen[: self.max_units]]
-            elif not self._fits(chosen):
-                if len(chosen) == 1 or self._hooked is not None:
-                    raise EngineError(
-                        f"{len(chosen)} privacy unit(s) in one micro-batch do not fit into memory",
-                        fix="lower [task] max_tokens, max_records_per_unit or the LoRA rank, or use a larger machine",
-                    )
-                self.max_units = (len(chosen) + 1) // 2
-                log.warning("out of memory: micro-batches of at most %d units from here on", self.max_units)
-                waiting.append(chosen)
+        with independent_rows(self.device, precision_of(self.adapted)):
+            if self._hooked is not None:
+                for unit in units:
+                    self._forward_backward_hooked(pack_units(self.records, [unit], self.device))
+                    self.optimizer.clip_and_accumulate()
+                return
+            waiting = cut(self.records, units, max_units=self.max_units, heights=self.adapted.heights)[::-1]
+            while waiting:
+                chosen = waiting.pop()
+                if len(chosen) > self.max_units:  # memory ran out since it was cut
+                    waiting += [chosen[self.max_units :], chosen[: self.max_units]]
+                elif not self._fits(chosen):
+                    if len(chosen) == 1:
+                        raise EngineError(
+                            "a micro-batch of one privacy unit does not fit into memory",
+                            fix="lower [task] max_tokens, max_records_per_unit or the LoRA rank",
+                        )
+                    self.max_units = (len(chosen) + 1) // 2
+                    log.warning("out of memory: micro-batches of at most %d units from here on", self.max_units)
+                    waiting.append(chosen)
 
     def _fits(self, units: Sequence[int]) -> bool:
         """Run one micro-batch; False, with nothing added, when memory ran out."""
         try:
-            self.forward_backward(pack_units(self.records, units, self.device))
+            self.forward_backward(pack(self.records, units, self.device, heights=self.adapted.heights))
             self.optimizer.clip_and_accumulate()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -230,27 +248,21 @@ class DPEngine:
             torch.cuda.empty_cache()
         return False
 
-    def forward_backward(self, batch: MicroBatch) -> None:
+    def forward_backward(self, batch: Packed) -> None:
         """One pass; what every unit contributed then waits in the optimizer."""
+        self.optimizer.take_book(book_of(self.adapted, batch))
+
+    def _forward_backward_hooked(self, batch: MicroBatch) -> None:
         scope = self.adapted.scope
-        if self._hooked is not None:
-            scope.mode, scope.records, scope.tokens = "hooks", batch.ids.shape[0], batch.ids.shape[1]
-            scope.unit_anchor = batch.ids.new_empty(batch.ids.shape[0], 0)
-            losses = per_record_loss(self._hooked(batch.ids, batch.mask), batch.labels)
-            if self.name == "ghost":
-                self._second_pass(losses)
-            else:
-                losses.sum().backward()
-                self.optimizer.take_units(batch.unit_of_record, batch.units)
-            return
-        book = GradientBook(batch.unit_of_record, batch.units, batch.ids.shape[1])
-        scope.mode, scope.book = "book", book
-        try:
-            losses = per_record_loss(self.adapted.classifier(batch.ids, batch.mask), batch.labels)
+        scope.mode, scope.records, scope.tokens = "hooks", batch.ids.shape[0], batch.ids.shape[1]
+        scope.unit_anchor = batch.ids.new_empty(batch.ids.shape[0], 0)
+        hooked: Any = self._hooked
+        losses = per_record_loss(hooked(batch.ids, batch.mask), batch.labels)
+        if self.name == "ghost":
+            self._second_pass(losses)
+        else:
             losses.sum().backward()
-        finally:
-            scope.mode, scope.book = "plain", None
-        self.optimizer.take_book(book)
+            self.optimizer.take_units(batch.unit_of_record, batch.units)
 
     def _second_pass(self, losses: Tensor) -> None:
         """Ghost clipping (Li et al. 2022, arXiv 2110.05679): norms from one pass, the weighted sum from another."""
@@ -260,6 +272,9 @@ class DPEngine:
         factors = optimizer.clip_factors(hooked.get_norm_sample().double()).to(losses.dtype)
         for parameter in optimizer.params:
             parameter.grad = None
+        if not bool(factors.any()):  # left out; its infinities are not multiplied
+            optimizer.take_sums([])
+            return
         hooked.disable_hooks()
         (losses * factors).sum().backward()
         hooked.enable_hooks()
@@ -271,17 +286,6 @@ class DPEngine:
 def precision_of(adapted: AdaptedModel) -> torch.dtype:
     """The base model's floating type: activations and gradients have it, too."""
     return next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
-
-
-def use_exact_products() -> None:
-    """Let no product be rounded further than its type says: the process's environment may order TF32 on CUDA.
-
-    What the noise pays for float arithmetic assumes float32 products, and sums of half-precision products in float32.
-    """
-    matmul = torch.backends.cuda.matmul
-    matmul.allow_tf32 = False
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
 
 
 @contextlib.contextmanager
@@ -302,12 +306,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def per_record_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each record `[B]`; a unit's loss is the sum over its records.
+    """Cross entropy of each record `[B]`; a unit's loss is the sum over its records."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    Raises:
-        EngineError: a loss is NaN or infinite.
-    """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    if not bool(torch.isfinite(losses).all()):
-        raise EngineError("a loss is NaN or infinite", fix="lower the learning rates, or check the base model")
-    return losses
+
+def book_of(adapted: AdaptedModel, batch: Packed) -> GradientBook:
+    """The book of one micro-batch, after its forward and backward pass."""
+    scope = adapted.scope
+    book = GradientBook(batch)
+    scope.mode, scope.book = "book", book
+    try:
+        per_record_loss(adapted.classifier.packed(batch), batch.labels).sum().backward()
+    finally:
+        scope.mode, scope.book = "plain", None
+    return book

@@ -13,10 +13,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fl_client.dp.book import GradientBook, grouped_outer, outer
+from fl_client.dp.book import grouped_outer, outer
+from fl_client.dp.routing import Routing
 from fl_client.dp.scope import BatchScope
-from fl_client.dp.segments import Segments, find_segments
-from fl_client.model.quant_layers import QuantExperts, QuantLinear, grouped_matmul, sort_by_expert, weighted_sum
+from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_client.model.quant_matmul import grouped_matmul, grouped_rows
 from fl_shared.errors import EngineError
 
 ADAPTER = "default"
@@ -73,9 +74,9 @@ class _ExpertsWithFactors(torch.autograd.Function):
         routing: Routing,
         scope: BatchScope,
     ) -> Tensor:
-        h = grouped_matmul(x, a.to(x.dtype).mT, routing.ends)
+        h = grouped_rows(x, a.to(x.dtype).mT, routing.ends)
         y = layer.base_matmul(name, x, routing.ends)
-        y.add_(grouped_matmul(h, b.to(x.dtype).mT, routing.ends), alpha=layer.factor)
+        y.add_(grouped_rows(h, b.to(x.dtype).mT, routing.ends), alpha=layer.factor)
         ctx.save_for_backward(x, h)
         ctx.parameters, ctx.layer, ctx.name = (a, b), layer, name
         ctx.routing, ctx.book = routing, scope.book
@@ -86,15 +87,15 @@ class _ExpertsWithFactors(torch.autograd.Function):
         x, h = ctx.saved_tensors
         (a, b), factor, routing = ctx.parameters, ctx.layer.factor, ctx.routing
         g = grads[0].contiguous()
-        low = grouped_matmul(g, b.to(g.dtype), routing.ends)
+        low = grouped_rows(g, b.to(g.dtype), routing.ends)
         low *= factor
         gx = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             gx = ctx.layer.base_matmul_transposed(ctx.name, g, routing.ends)
-            gx.add_(grouped_matmul(low, a.to(g.dtype), routing.ends))
+            gx.add_(grouped_rows(low, a.to(g.dtype), routing.ends))
         scaled = h * factor
         if ctx.book is not None:
-            unit, segments = routing.units(ctx.book)
+            unit, segments = routing.segments(ctx.book.unit_of_token, ctx.book.units)
             if a.requires_grad:
                 ctx.book.add_expert_factor(a, low, x, unit, segments, routing.ends)
             ctx.book.add_expert_factor(b, g, scaled, unit, segments, routing.ends)
@@ -105,33 +106,17 @@ class _ExpertsWithFactors(torch.autograd.Function):
         return gx, grad_a, grad_b, None, None, None, None
 
 
-class Routing:
-    """Where the (token, expert) pairs of one layer and one micro-batch stand after sorting by expert.
+class FrozenGrouped(torch.autograd.Function):
+    """`x_e W_e` for rows sorted by expert and a frozen weight `[E, in, out]`; gradient with respect to x only."""
 
-    Args:
-        top_k_index: `[R, K]`, the experts of each token that goes through them.
-        kept: `[R]`, where those tokens stand in the micro-batch; None when all of them go.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.weight, ctx.ends = weight, ends
+        return grouped_rows(x, weight, ends)
 
-    Attributes:
-        order: `[M]`, M = R x K: the pair at each sorted row.
-        tokens: `[M]`, the token at each sorted row, counted in the micro-batch.
-        ends: int32 `[E]`, the end of each expert's rows.
-    """
-
-    def __init__(self, top_k_index: Tensor, num_experts: int, kept: Tensor | None = None) -> None:
-        self.order, self.tokens, self.ends = sort_by_expert(top_k_index, num_experts)
-        if kept is not None:
-            self.tokens = kept[self.tokens]
-        self._units: tuple[Tensor, Segments] | None = None
-
-    def units(self, book: GradientBook) -> tuple[Tensor, Segments]:
-        """Unit of each sorted row, and the segments of equal (expert, unit): found once, used by every factor."""
-        if self._units is None:
-            unit = book.unit_of_token[self.tokens]
-            counts = torch.diff(self.ends.long(), prepend=self.ends.new_zeros(1).long())
-            expert = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-            self._units = unit, find_segments(expert * book.units + unit, book.units)
-        return self._units
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grouped_rows(grads[0].contiguous(), ctx.weight.mT, ctx.ends), None, None
 
 
 class _FrozenBase(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT ships no types
@@ -221,11 +206,78 @@ class ExpertFactor(nn.Module):
         return grouped_matmul(x, self.weight.mT, ends)
 
 
-class LoraExperts(_FrozenBase):
+class _Experts(nn.Module):
+    """What routed experts with and without LoRA share: fused experts of Hugging Face or `QuantExperts` underneath.
+
+    No token is dropped but padding, and no expert sees which tokens share its batch.
+    """
+
+    base_layer: nn.Module
+    scope: BatchScope
+    num_experts: int
+
+    def base_matmul(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """`x_e W_e^T` of `gate_up` `[E, 2I, H]` or `down` `[E, H, I]`, outside autograd, for rows sorted by expert."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantExperts):
+            return base.matmul(f"{name}_proj", x, ends)
+        return grouped_rows(x, getattr(base, f"{name}_proj").detach().to(x.dtype).mT, ends)
+
+    def base_matmul_transposed(self, name: str, g: Tensor, ends: Tensor) -> Tensor:
+        """`g_e W_e` of the same weights."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantExperts):
+            return base.matmul_transposed(f"{name}_proj", g, ends)
+        return grouped_rows(g, getattr(base, f"{name}_proj").detach().to(g.dtype), ends)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`[T, H]` with the router's choice `[T, K]` and weights `[T, K]` to `[T, H]`; padding gets zeros."""
+        base: Any = self.base_layer
+        packed, seen = self.scope.packed, hidden_states.shape[0]
+        if packed is not None and seen != packed.ids.shape[0]:
+            raise EngineError(
+                f"the experts saw {seen} tokens, not {packed.ids.shape[0]}: the model mixes examples",
+                fix="this architecture cannot be trained privately",
+            )
+        rows = None if packed is None else packed.rows
+        routing = Routing(top_k_index, self.num_experts, self.scope.kept, rows)
+        gate, up = self._project("gate_up", routing.select(hidden_states), routing).chunk(2, dim=-1)
+        out = self._project("down", base.act_fn(gate) * up, routing)
+        return routing.weighted_sum(out, top_k_weights).to(hidden_states.dtype)
+
+    def _frozen(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """The frozen product inside autograd."""
+        base: Any = self.base_layer
+        if isinstance(base, QuantExperts):
+            return base.project(f"{name}_proj", x, ends)
+        weight = getattr(base, f"{name}_proj").detach().to(x.dtype).mT
+        frozen: Tensor = FrozenGrouped.apply(x, weight, ends)  # type: ignore[no-untyped-call]  # torch's
+        return frozen
+
+    def _project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        return self._frozen(name, x, routing.ends)
+
+
+class PlainExperts(_Experts):
+    """Routed experts without LoRA. In anything but a packed micro-batch the layer underneath runs as it is."""
+
+    def __init__(self, base_layer: nn.Module, scope: BatchScope) -> None:
+        super().__init__()
+        self.base_layer, self.scope = base_layer, scope
+        self.num_experts = shape_of(base_layer)[0]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the layer underneath."""
+        if self.scope.packed is None:
+            stock: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
+            return stock
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+class LoraExperts(_Experts, _FrozenBase):
     """LoRA on fused routed experts: Hugging Face's float module or `QuantExperts`.
 
     Factors: `lora_A_gate_up [E, r, H]`, `lora_B_gate_up [E, 2I, r]`, `lora_A_down [E, r, I]`, `lora_B_down [E, H, r]`.
-    No token is dropped but padding, and no expert sees which tokens share its batch.
     """
 
     adapter_layer_names: tuple[str, ...] = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
@@ -234,12 +286,7 @@ class LoraExperts(_FrozenBase):
         self, base_layer: nn.Module, adapter_name: str, config: Any, r: int = 8, lora_alpha: float = 16, **_: Any
     ) -> None:
         self._begin(base_layer, adapter_name, r, lora_alpha, config)
-        base: Any = base_layer
-        if isinstance(base, QuantExperts):
-            experts, hidden, inner = base.num_experts, base.hidden, base.intermediate
-        else:
-            _check_float_experts(base)
-            experts, hidden, inner = base.down_proj.shape
+        experts, hidden, inner = shape_of(base_layer)
         self.num_experts = experts
         for name, out, inputs in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
             setattr(self, f"lora_A_{name}", nn.ModuleDict({adapter_name: ExpertFactor(experts, r, inputs)}))
@@ -247,45 +294,6 @@ class LoraExperts(_FrozenBase):
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:  # noqa: ARG002  # PEFT's signature
         return None, None
-
-    def base_matmul(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        """`x_e W_e^T` of `gate_up` `[E, 2I, H]` or `down` `[E, H, I]`, outside autograd, for rows sorted by expert."""
-        base: Any = self.base_layer
-        if isinstance(base, QuantExperts):
-            return base.matmul(f"{name}_proj", x, ends)
-        return grouped_matmul(x, getattr(base, f"{name}_proj").detach().to(x.dtype).mT, ends)
-
-    def base_matmul_transposed(self, name: str, g: Tensor, ends: Tensor) -> Tensor:
-        """`g_e W_e` of the same weights."""
-        base: Any = self.base_layer
-        if isinstance(base, QuantExperts):
-            return base.matmul_transposed(f"{name}_proj", g, ends)
-        return grouped_matmul(g, getattr(base, f"{name}_proj").detach().to(g.dtype), ends)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`[T, H]` with the router's choice `[T, K]` and weights `[T, K]` to `[T, H]`; padding gets zeros."""
-        base: Any = self.base_layer
-        book, kept = self.scope.book, self.scope.kept
-        if book is not None and hidden_states.shape[0] != book.records * book.tokens:
-            raise EngineError(
-                f"the experts saw {hidden_states.shape[0]} tokens, not {book.records} x {book.tokens}",
-                fix="leave routed_experts out of the LoRA targets",
-            )
-        if kept is not None:
-            top_k_index, top_k_weights = top_k_index[kept], top_k_weights[kept]
-        routing = Routing(top_k_index, self.num_experts, kept)
-        selected = hidden_states.index_select(0, routing.tokens)
-        gate, up = self._project("gate_up", selected, routing).chunk(2, dim=-1)
-        out = self._project("down", base.act_fn(gate) * up, routing)
-        sums = weighted_sum(out, routing.order, top_k_weights).to(hidden_states.dtype)
-        return sums if kept is None else torch.zeros_like(hidden_states).index_copy(0, kept, sums)
-
-    def _frozen(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        """The frozen product inside autograd."""
-        base: Any = self.base_layer
-        if isinstance(base, QuantExperts):
-            return base.project(f"{name}_proj", x, ends)
-        return self.base_matmul(name, x, ends)
 
     def _project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
         a, b = getattr(self, f"lora_A_{name}")[ADAPTER], getattr(self, f"lora_B_{name}")[ADAPTER]
@@ -302,6 +310,15 @@ class LoraExperts(_FrozenBase):
             x, a.weight, b.weight, self, name, routing, scope
         )
         return y
+
+
+def shape_of(base: Any) -> tuple[int, int, int]:
+    """Experts, hidden and inner width of fused experts; EngineError when their layout is another."""
+    if isinstance(base, QuantExperts):
+        return base.num_experts, base.hidden, base.intermediate
+    _check_float_experts(base)
+    experts, hidden, inner = base.down_proj.shape
+    return experts, hidden, inner
 
 
 def _check_float_experts(base: Any) -> None:

@@ -18,8 +18,6 @@ from fl_client.dp.noise import noisy_sum, plan_grid
 from fl_client.dp.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
-# What float arithmetic may add to the change that one unit makes, relative to C (docs/decisions/0022).
-FLOAT_SLACK = {torch.float64: 2**-10, torch.float32: 2**-10, torch.float16: 2**-7, torch.bfloat16: 2**-7}
 Sums = Sequence[tuple[torch.nn.Parameter, Tensor]]
 
 
@@ -32,7 +30,8 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         max_grad_norm: C, the bound on one unit's L2 contribution over all parameters together.
         expected_batch_size: q times the registered number of units: a constant, whatever the sample.
         stream: source of the noise.
-        precision: of the arithmetic that makes the gradients.
+        slack: bound on what float arithmetic may add to the change that one unit makes, relative to C
+            (`fl_client.dp.rounding`).
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         max_grad_norm: float,
         expected_batch_size: float,
         stream: SecureStream,
-        precision: torch.dtype = torch.float32,
+        slack: float,
     ) -> None:
         super().__init__(
             optimizer,
@@ -56,12 +55,13 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         self._book: GradientBook | None = None
         self._units: tuple[Tensor, int] | None = None
         self._sums: Sums | None = None
+        self.left_out = 0
         self.dimensions = sum(p.numel() for p in self.params)
         self.grid = plan_grid(
             clipping_norm=max_grad_norm,
             noise_multiplier=noise_multiplier,
             dimensions=self.dimensions,
-            slack=FLOAT_SLACK[precision],
+            slack=slack,
         )
 
     def take_book(self, book: GradientBook) -> None:
@@ -101,7 +101,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         added: list[tuple[Any, Tensor]] = []
         for parameter, total in sums:
             held: Any = parameter  # Opacus keeps the sum as an attribute of the parameter
-            total = total.double()  # over many micro-batches float32 would round by more than is paid for
+            total = total.double()
             added.append((held, total if held.summed_grad is None else total.add_(held.summed_grad)))
         for held, total in added:
             held.summed_grad = total
@@ -118,7 +118,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
     def _clipped_by_hooks(self, unit_of_record: Tensor, units: int) -> Sums:
         by_unit = []
         for parameter in self.params:
-            sample = self._get_flat_grad_sample(parameter).float()
+            sample = self._get_flat_grad_sample(parameter).double()
             if sample.shape[0] != unit_of_record.shape[0]:
                 raise EngineError(
                     f"grad_sample has {sample.shape[0]} rows for {unit_of_record.shape[0]} records",
@@ -126,19 +126,23 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
                 )
             parameter.grad_sample = None
             by_unit.append(sample.new_zeros(units, *parameter.shape).index_add_(0, unit_of_record, sample))
-        squared = torch.stack([g.flatten(1).double().square().sum(1) for g in by_unit]).sum(0)
-        factors = self.clip_factors(squared.sqrt()).float()
+        squared = torch.stack([g.flatten(1).square().sum(1) for g in by_unit]).sum(0)
+        factors = self.clip_factors(squared.sqrt())
+        kept = (factors > 0).nonzero().squeeze(1)
         return [
-            (parameter, torch.einsum("u,u...->...", factors, sample))
+            (parameter, torch.einsum("u,u...->...", factors[kept], sample[kept]))
             for parameter, sample in zip(self.params, by_unit, strict=True)
         ]
 
     def clip_factors(self, norms: Tensor) -> Tensor:
-        """`min(1, C / norm)` of every unit; EngineError when a norm is not finite."""
-        if not bool(torch.isfinite(norms).all()):
-            raise EngineError("a gradient is NaN or infinite", fix="lower the learning rates, or check the base model")
-        factors: Tensor = self.max_grad_norm / norms.clamp(min=self.max_grad_norm)
-        return factors
+        """`min(1, C / norm)` of every unit, float64; 0, and left out of every sum, where a norm is not finite.
+
+        Whether the round goes on must not depend on one unit. How many were left out stays in the process.
+        """
+        finite = torch.isfinite(norms)
+        self.left_out += int((~finite).sum())
+        factors: Tensor = self.max_grad_norm / norms.double().clamp(min=self.max_grad_norm)
+        return factors.masked_fill(~finite, 0)
 
     def add_noise(self) -> None:
         """Round the sum to the grid, add integer noise, and only then return to floats."""

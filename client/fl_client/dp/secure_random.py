@@ -17,10 +17,26 @@ from fl_shared.errors import EngineError
 _KEY_BYTES = 32
 _ZEROS = memoryview(bytes(1 << 18))
 _REKEY_BYTES = 1 << 36  # a quarter of what ChaCha20's 32-bit block counter can give under one nonce
+_forks = 0
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _process() -> tuple[int, int]:
+    """This process: forks are counted because a process id may be used again, ids because C code may fork, too."""
+    return _forks, os.getpid()
 
 
 class SecureStream:
     """A ChaCha20 keystream (RFC 8439) under a key from `os.urandom`.
+
+    After a fork the child's copy takes a new key: parent and child never draw the same words.
 
     Args:
         key: 32 bytes. Only tests pass one: a known key makes sampling and noise predictable.
@@ -38,6 +54,7 @@ class SecureStream:
         nonce = bytes(4) + self._rekeys.to_bytes(12, "big")
         self._cipher = Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor()
         self._rekeys += 1
+        self._owner = _process()
         self._left = _REKEY_BYTES
 
     def fork(self) -> SecureStream:
@@ -54,6 +71,13 @@ class SecureStream:
         """Overwrite a contiguous array of integers with keystream, `<u4` or `<u8` words for instance."""
         if not out.size:
             return  # an empty view cannot be cast
+        if self._owner != _process():
+            if self._fixed is not None:
+                raise EngineError(
+                    "a stream with a given key was carried over a fork: both processes would draw the same words",
+                    fix="give each process a stream of its own",
+                )
+            self._start()
         target = memoryview(out.data).cast("B")
         for at in range(0, len(target), len(_ZEROS)):
             self._fill(target[at : at + len(_ZEROS)])

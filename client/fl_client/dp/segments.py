@@ -4,7 +4,8 @@ The gradient of one LoRA factor for one privacy unit is `sum_i a_i (x) b_i` over
 those rows are the unit's tokens in that expert: a *segment*. Most segments hold a few rows, and
 `|sum_i a_i (x) b_i|^2 = sum_ij <a_i, a_j> <b_i, b_j>` (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022,
 arXiv 2110.05679, Section 4) costs least; long ones are multiplied out. Segments of one length go together; lengths
-beyond `_EXACT` are padded to one of few, because each length costs a handful of calls.
+beyond `_EXACT` are padded to one of few, because each length costs a handful of calls. All of it is float64, in which
+products of the rows' entries are exact; a segment's result follows from its own rows and length alone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_FLOATS = 1 << 24
+_CHUNK_FLOATS = 1 << 19
 _EXACT = 4  # the longest segments that are never padded
-# Products of rows that cancel leave a sum much smaller than their rounding errors. So that no unit's norm is found too
-# small, this share of the squared sum of their lengths is added (docs/decisions/0022).
-# Beside a longer row, entries whose squares underflow float32 would matter, and a norm could be found too small.
-_LONGEST = 2.0**30
-ROUNDING = {torch.float64: 2.0**-48, torch.float32: 2.0**-20, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROUNDING = 2.0**-20
+"""Share of the squared sum of the rows' lengths that is added to a squared norm (docs/decisions/0022): where rows
+cancel, it bounds what the weighted rows themselves amount to, and so the rounding of their sum."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Segments:
         sizes: padded length and number of segments of that length, ascending.
         rows: `[R]`, the rows of one segment after another, each padded to its length with any row.
         segment: `[R]`, the segment of each of them.
-        real: float32 `[R]`, 1 for a segment's own rows, 0 for the padding.
+        real: float64 `[R]`, 1 for a segment's own rows, 0 for the padding.
     """
 
     unit: Tensor
@@ -42,8 +41,12 @@ class Segments:
     real: Tensor
 
 
-def find_segments(key: Tensor, units: int) -> Segments:
-    """Split rows by `key = group * units + unit`, ascending, int64 `[M]`."""
+def find_segments(key: Tensor, units: int, rows: Tensor | None = None) -> Segments:
+    """Split rows by `key = group * units + unit`, ascending, int64 `[M]`.
+
+    Args:
+        rows: `[M]`, where the sorted rows stand; in this order when left out.
+    """
     unique, counts = torch.unique_consecutive(key, return_counts=True)
     lengths = _lengths(int(counts.max()) if counts.numel() else 0)
     ladder = torch.tensor(lengths, dtype=torch.int64, device=key.device)
@@ -57,12 +60,13 @@ def find_segments(key: Tensor, units: int) -> Segments:
     found = order.index_select(0, segment)
     real = offset < counts.index_select(0, found)
     offset += (torch.cumsum(counts, 0) - counts).index_select(0, found)
+    offset.clamp_(max=max(0, key.shape[0] - 1))
     return Segments(
         unit=unique.index_select(0, order) % units,
         sizes=tuple((length, size) for length, size in zip(lengths, sizes.tolist(), strict=True) if size),
-        rows=offset.clamp_(max=key.shape[0] - 1),
+        rows=offset if rows is None else rows.index_select(0, offset),
         segment=segment,
-        real=real.float(),
+        real=real.double(),
     )
 
 
@@ -83,50 +87,51 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         b: `[M, q]`.
 
     Returns:
-        float64 `[S]`, in the order of `segments.unit`; not finite where a row is longer than 2**30.
+        float64 `[S]`, in the order of `segments.unit`; not finite where a row is not.
     """
     if a.shape[1] > b.shape[1]:
         a, b = b, a
-    reach = (_bounded_length(a) * _bounded_length(b)).index_select(0, segments.rows).mul_(segments.real)
-    narrow = a.index_select(0, segments.rows)
-    narrow *= segments.real.to(a.dtype).unsqueeze(1)
+    lengths = _squares(a).mul_(_squares(b)).sqrt_().index_select(0, segments.rows)
+    reach = torch.where(segments.real > 0, lengths, 0)
     found, at = [reach[:0]], 0
     for length, size in segments.sizes:
+        if length == 1:
+            found.append(reach[at : at + size].square())
+            at += size
+            continue
         chunk = max(1, _CHUNK_FLOATS // (length * b.shape[1]))
-        for left in narrow[at : at + length * size].split(chunk * length):
-            here = slice(at, at + left.shape[0])
-            at = here.stop
-            if length == 1:
-                found.append(reach[here].square())
-            else:
-                found.append(_squared(left, b.index_select(0, segments.rows[here]), length))
+        for rows in segments.rows[at : at + length * size].split(chunk * length):
+            left, right = a.index_select(0, rows).double(), b.index_select(0, rows).double()
+            if length > _EXACT:  # the padding is somebody else's row, whatever it holds
+                padding = segments.real[at : at + len(rows)].unsqueeze(1) == 0
+                left.masked_fill_(padding, 0)
+                right.masked_fill_(padding, 0)
+            at += len(rows)
+            found.append(_squared(left, right, length))
     squared = torch.cat(found)
-    room = torch.zeros_like(squared).index_add_(0, segments.segment, reach).square_()
-    return squared.add_(room, alpha=ROUNDING[a.dtype]).double()
+    room = add_rows(torch.zeros_like(squared), segments.segment, reach).square_()
+    return squared.add_(room, alpha=ROUNDING)
 
 
 def _squared(left: Tensor, right: Tensor, length: int) -> Tensor:
-    """Float32 squared norms of segments of `length` rows each, `left` being the narrower side."""
+    """Squared norms of segments of `length` rows each, `left` being the narrower side."""
     p, q = left.shape[1], right.shape[1]
     left, right = left.view(-1, length, p), right.view(-1, length, q)
     if length * (p + q) <= p * q:
-        return _dot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
-    return _length(torch.bmm(left.mT, right).flatten(1)).square_()
+        pairs: Tensor = torch.linalg.vecdot(torch.bmm(left, left.mT).flatten(1), torch.bmm(right, right.mT).flatten(1))
+        return pairs
+    return _squares(torch.bmm(left.mT, right).flatten(1))
 
 
-def _length(a: Tensor) -> Tensor:
-    """Lengths of rows, in float32."""
-    found: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float32)
+def _squares(a: Tensor) -> Tensor:
+    """Squared lengths of rows, float64."""
+    found: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square_()
     return found
 
 
-def _bounded_length(a: Tensor) -> Tensor:
-    """Lengths of rows, infinite where one is too long for its neighbours' squares."""
-    found = _length(a)
-    return found.masked_fill_(found > _LONGEST, torch.inf)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of rows, in float32."""
-    found: Tensor = torch.linalg.vecdot(a.float(), b.float())
-    return found
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """`total[index] += rows`, added in the order of the rows, on CUDA as well."""
+    added: Tensor = (
+        total.index_put_((index,), rows, accumulate=True) if total.is_cuda else total.index_add_(0, index, rows)
+    )
+    return added

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fl_client.model.layout import (
     QUANTISATION_KEY,
@@ -18,6 +19,7 @@ from fl_client.model.layout import (
     skeleton,
     weight_files,
 )
+from fl_shared.errors import ModelError
 
 _FLOAT32_BYTES = 4
 
@@ -87,16 +89,15 @@ def _bytes_on_disk(directory: Path) -> tuple[int, int]:
     """(bytes of all tensors, bytes of quantised values and their scales)."""
     total = quantised = 0
     for path in weight_files(directory):
-        with safe_open(path, framework="pt") as source:
-            for name in source.keys():  # noqa: SIM118  # safe_open is no mapping
-                piece = source.get_slice(name)
-                size = _ELEMENT_BYTES[piece.get_dtype()]
-                for extent in piece.get_shape():
-                    size *= extent
+        try:
+            with safe_open(path, framework="pt"), path.open("rb") as source:  # the library has checked the header
+                header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is no safetensors file: {error}", fix="copy the model directory again") from error
+        for name, entry in header.items():
+            if name != "__metadata__":
+                size = entry["data_offsets"][1] - entry["data_offsets"][0]
                 total += size
                 if name.endswith(("qweight", "scale")):
                     quantised += size
     return total, quantised
-
-
-_ELEMENT_BYTES = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from fl_shared.errors import ModelError
 
 QUANTISATION_KEY = "concordat_quantisation"
 OUTPUT_HEAD = "lm_head"
+_SCALE = "_scale_inv"  # DeepSeek's name: what a float8 block is multiplied by
+INDEX = "model.safetensors.index.json"
+_BESIDE = ("features.safetensors", "adapter_model.safetensors")
+_OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
 _DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "features.safetensors")
 _EXPERT = re.compile(
-    r"(?P<layer>.*\blayers\.\d+)\.(?:\w+\.)*experts\.(?P<expert>\d+)"
+    r"(?P<layer>.*\blayers\.\d+)\.(?:\w+\.)*experts\.(?P<expert>\d{1,6})"
     r"\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -34,17 +38,18 @@ _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The directory's config.json; ModelError when it is missing, broken or of an unsupported architecture."""
+    _refuse_other_kinds(directory)
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(
             f"{directory}: no readable config.json ({error.strerror})", fix="name a Hugging Face model directory"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{directory / 'config.json'} is not JSON", fix="download the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     known = known_architectures()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         fix = f"use {', '.join(sorted(known))}"
         raise ModelError(f"{directory}: architecture {kind!r} is not supported", fix=fix)
     settings = config.get(QUANTISATION_KEY, {"bits": 8, "group": 128})
@@ -59,6 +64,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]  # checked to be a dict above
 
 
+def _refuse_other_kinds(directory: Path) -> None:
+    """ModelError for what is no model directory: an adapter, or a GGUF file."""
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{directory} holds a LoRA adapter, not a base model",
+            fix="name the base's directory; to build on the adapter, merge it into the base (PEFT: merge_and_unload)",
+        )
+    gguf = [directory] if directory.suffix == ".gguf" else sorted(directory.glob("*.gguf"))
+    if gguf and not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{gguf[0]} is a GGUF file: already quantised, for llama.cpp",
+            fix="get the float release of the model as a Hugging Face directory, and quantise that",
+        )
+
+
 def skeleton(directory: Path) -> nn.Module:
     """The model of the directory's config on the meta device: names and shapes, no memory."""
     read_config(directory)
@@ -67,19 +87,50 @@ def skeleton(directory: Path) -> nn.Module:
         with torch.device("meta"):
             # SDPA takes the fastest kernel that fits: on CUDA FlashAttention, cuDNN or the memory-efficient one.
             model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{directory / 'config.json'}: {error}", fix="repair the configuration") from error
+    except Exception as error:  # a wrong number fails anywhere in the family's own code, divisions and all
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"{directory / 'config.json'}: {reason}", fix="take config.json from the model's release"
+        ) from error
     return model
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold the weights, sorted; ModelError when there is none."""
-    files = sorted(path for path in directory.glob("*.safetensors") if path.name != "features.safetensors")
+    """The safetensors files with the weights, sorted: those of the index, or `model.safetensors`, or all there are.
+
+    ModelError when there is none, and when the index names one that is not there.
+    """
+    whole, index = directory / "model.safetensors", directory / INDEX
+    if index.is_file():
+        files = _indexed(directory, index)
+        if whole.exists() and whole not in files:
+            raise ModelError(f"{directory} holds both {whole.name} and {INDEX}", fix="remove the one that is stale")
+        return files
+    if whole.exists():
+        return [whole]
+    files = sorted(path for path in directory.glob("*.safetensors") if path.name not in _BESIDE)
     if not files:
+        found = sorted(path.name for pattern in _OTHER_WEIGHTS for path in directory.glob(pattern))
+        beside = f", but {found[0]}" if found else ""
         raise ModelError(
-            f"{directory} holds no safetensors weights", fix="convert the checkpoint to safetensors; pickle is refused"
+            f"{directory} holds no safetensors weights{beside}",
+            fix="get the release in safetensors, or convert it (transformers' save_pretrained): GGUF is quantised "
+            "already, and pickle is refused because it runs code",
         )
     return files
+
+
+def _indexed(directory: Path, index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError("its weight_map must name files of the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no index of weights ({error})", fix="copy the model directory again") from error
+    for name in sorted(names):
+        if not (directory / name).is_file():
+            raise ModelError(f"{directory}: {INDEX} names {name}, which is missing", fix="copy the model again, whole")
+    return sorted(directory / name for name in names)
 
 
 def directory_digest(directory: Path) -> str:
@@ -91,22 +142,57 @@ def directory_digest(directory: Path) -> str:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One tensor of a file. `scale` is where a float8 one's block scales lie; `block` is a block's height and width."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scale: tuple[Path, str] | None = None
+    block: tuple[int, int] | None = None
+
+    def read(self) -> Tensor:
+        """The tensor; a float8 one as the float32 values that it stands for."""
+        value = _read(self.path, self.name)
+        return value if self.scale is None else dequantise_float8(value, _read(*self.scale), self.block, self.name)
+
+    def read_slices(self) -> Iterator[Tensor]:
+        """The tensor's slices along its first axis, one after the other."""
+        scales = None if self.scale is None else _read(*self.scale)
+        try:
+            with safe_open(self.path, framework="pt") as source:
+                stored = source.get_slice(self.name)
+                for index in range(stored.get_shape()[0]):
+                    value = stored[index]
+                    if scales is not None:
+                        scale = scales[index] if scales.ndim == 3 else scales
+                        value = dequantise_float8(value, scale, self.block, self.name)
+                    yield value
+        except (OSError, SafetensorError, IndexError) as error:
+            raise ModelError(f"{self.path}: {self.name}: {error}", fix="copy the model again, whole") from error
+
+
+@dataclass(frozen=True)
 class Stored:
-    """One tensor in memory, and the pieces on disk that make it: (file, name) each."""
+    """One tensor in memory, and the pieces on disk that make it."""
 
     name: str
-    pieces: tuple[tuple[Path, str], ...]
+    pieces: tuple[Piece, ...]
     experts: int = 0  # 0: the single piece as it is; E: per expert [gate, up] or [down], stacked
 
     def read(self, *, by_expert: bool) -> Iterator[Tensor]:
         """The tensor whole, or expert by expert (whatever its layout on disk), so that only one is held at a time."""
         if self.experts == 0:
-            yield from _read_slices(*self.pieces[0]) if by_expert else (_read(*self.pieces[0]),)
+            yield from self.pieces[0].read_slices() if by_expert else (self.pieces[0].read(),)
             return
         per = len(self.pieces) // self.experts
         for expert in range(self.experts):
-            parts = [_read(*piece) for piece in self.pieces[expert * per : (expert + 1) * per]]
-            yield parts[0] if per == 1 else torch.cat(parts, dim=0)
+            parts = [piece.read() for piece in self.pieces[expert * per : (expert + 1) * per]]
+            try:
+                yield parts[0] if per == 1 else torch.cat(parts, dim=0)
+            except RuntimeError as error:
+                raise ModelError(f"{self.name}: {error}", fix="copy the model again, whole") from error
 
 
 def _read(path: Path, name: str) -> Tensor:
@@ -118,45 +204,76 @@ def _read(path: Path, name: str) -> Tensor:
         raise ModelError(f"{path}: {name}: {error}", fix="copy the model directory again, whole") from error
 
 
-def _read_slices(path: Path, name: str) -> Iterator[Tensor]:
-    """The tensor's slices along its first axis, one after the other."""
-    try:
-        with safe_open(path, framework="pt") as source:
-            stored = source.get_slice(name)
-            for index in range(stored.get_shape()[0]):
-                yield stored[index]
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: {name}: {error}", fix="copy the model directory again, whole") from error
+def dequantise_float8(value: Tensor, scale: Tensor, block: tuple[int, int] | None, name: str) -> Tensor:
+    """float8 `[..., out, in]` times the float32 scale of each block of `block` = (height, width), or of all of it.
+
+    ModelError when the scales are not as many as the blocks.
+    """
+    scale = scale.float()
+    if scale.numel() == 1 and block is None:
+        return value.float() * scale.reshape(())
+    rows, columns = value.shape[-2:] if value.ndim > 1 else (0, 0)
+    if block is None or scale.shape != (*value.shape[:-2], -(-rows // block[0]), -(-columns // block[1])):
+        raise ModelError(
+            f"{name} is float8 {tuple(value.shape)} with scales {tuple(scale.shape)}, which are not one per block of "
+            f"{block} of config.json's weight_block_size",
+            fix="take config.json and weights from the same release",
+        )
+    spread = scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
+    return value.float() * spread
+
+
+def _pieces(directory: Path) -> list[Piece]:
+    """Every tensor of the directory's files, float8 ones with their scales."""
+    found: dict[str, Piece] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as source:
+                for name in source.keys():  # noqa: SIM118  # safe_open is no mapping
+                    if name in found:
+                        raise ModelError(
+                            f"{found[name].path.name} and {path.name} both hold {name}", fix="remove the stale file"
+                        )
+                    stored = source.get_slice(name)
+                    found[name] = Piece(path, name, str(stored.get_dtype()), tuple(stored.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is no safetensors file: {error}", fix="copy the model directory again") from error
+    settings = read_config(directory).get("quantization_config")
+    block = _block_of(settings.get("weight_block_size")) if isinstance(settings, dict) else None
+    for name in [name for name in found if name.endswith(_SCALE)]:
+        weight = found.get(name.removesuffix(_SCALE))
+        if weight is not None and weight.dtype == "F8_E4M3":
+            found[weight.name] = replace(weight, scale=(found.pop(name).path, name), block=block)
+    return list(found.values())
+
+
+def _block_of(value: Any) -> tuple[int, int] | None:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
+    return (value[0], value[1]) if whole else None
 
 
 def stored_tensors(directory: Path) -> list[Stored]:
     """Every tensor under its in-memory name, experts fused; ModelError when a piece is missing."""
     architecture = known_architectures()[read_config(directory)["model_type"]]
     plain: list[Stored] = []
-    experts: dict[tuple[str, str], dict[tuple[int, str], tuple[Path, str]]] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as source:
-                names = list(source.keys())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is no safetensors file: {error}", fix="copy the model directory again") from error
-        for name in names:
-            match = _EXPERT.fullmatch(name)
-            if match is None:
-                plain.append(Stored(_rename(name, architecture.renames), ((path, name),)))
-                continue
-            part = _PARTS[match["part"]]
-            fused = "down_proj" if part == "down" else "gate_up_proj"
-            key = (f"{match['layer']}.{architecture.routed_experts}", fused)
-            experts.setdefault(key, {})[int(match["expert"]), part] = (path, name)
+    experts: dict[tuple[str, str], dict[tuple[int, str], Piece]] = {}
+    for piece in _pieces(directory):
+        match = _EXPERT.fullmatch(piece.name)
+        if match is None:
+            plain.append(Stored(_rename(piece.name, architecture.renames), (piece,)))
+            continue
+        part = _PARTS[match["part"]]
+        fused = "down_proj" if part == "down" else "gate_up_proj"
+        key = (f"{match['layer']}.{architecture.routed_experts}", fused)
+        experts.setdefault(key, {})[int(match["expert"]), part] = piece
     fused_tensors = []
     for (prefix, fused), pieces in experts.items():
         count = max(expert for expert, _ in pieces) + 1
         order = ("down",) if fused == "down_proj" else ("gate", "up")
-        for expert in range(count):
-            for part in order:
-                if (expert, part) not in pieces:
-                    raise ModelError(f"{directory}: {prefix}.{expert} has no {part} matrix", fix="copy the model again")
+        if count * len(order) != len(pieces):
+            have = {(expert, part) for expert, part in pieces}
+            expert, part = next((e, p) for e in range(count) for p in order if (e, p) not in have)
+            raise ModelError(f"{directory}: {prefix}.{expert} has no {part} matrix", fix="copy the model again")
         ordered = tuple(pieces[expert, part] for expert in range(count) for part in order)
         fused_tensors.append(Stored(f"{prefix}.{fused}", ordered, count))
     return sorted(plain + fused_tensors, key=lambda each: each.name)
@@ -185,6 +302,16 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold fused experts, by name."""
     end = f".{_architecture(model).routed_experts}"
     return {name: module for name, module in model.named_modules() if name.endswith(end)}
+
+
+def target_groups(model: nn.Module) -> tuple[str, ...]:
+    """Which of the groups of layers that a run may adapt the model has, in the order of the run spec."""
+    names = [name for name, _ in model.named_modules()]
+    return tuple(
+        group
+        for group, layers in _architecture(model).groups().items()
+        if any(re.search(rf"\blayers\.\d+\.{re.escape(layer)}$", name) for layer in layers for name in names)
+    )
 
 
 def _architecture(model: nn.Module) -> Architecture:

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fl_client.model.checkpoint import float_tensors, load_tokenizer, ties_head
 from fl_client.model.layout import (
     QUANTISATION_KEY,
     directory_digest,
@@ -80,7 +81,7 @@ def load_model(directory: str | Path, device: str = "auto", dtype: torch.dtype |
     config = read_config(path)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     if QUANTISATION_KEY in config:
         module = _load_quantised(path, config, place, dtype)
     else:
@@ -97,20 +98,25 @@ def load_model(directory: str | Path, device: str = "auto", dtype: torch.dtype |
     return LoadedModel(module, tokenizer, config, directory_digest(path), mean, std, path)
 
 
-def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no usable tokenizer.json", fix="copy the tokenizer beside the weights") from error
-
-
 def _load_plain(path: Path, place: torch.device, dtype: torch.dtype) -> nn.Module:
+    if any(piece.scale is not None for each in float_tensors(path, skeleton(path)) for piece in each.pieces):
+        raise ModelError(f"{path} is stored in float8", fix="quantise it first: `fl-model quantize` reads it")
     try:
-        module: nn.Module = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=dtype)
+        module: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path, config=_float_config(path), local_files_only=True, dtype=dtype, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path}: {error}", fix="copy the model directory again, whole") from error
     module.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # a method of PreTrainedModel
     return module.to(place)
+
+
+def _float_config(path: Path) -> Any:
+    """The config without `quantization_config`, which the weights have been found not to follow."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def with_quantised_layers(model: nn.Module, bits: int, group: int) -> nn.Module:
@@ -137,7 +143,7 @@ def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, 
             keep = not tensor.is_floating_point() or name.endswith(("scale", "e_score_correction_bias"))
             state[name] = tensor if keep else tensor.to(dtype)
     expected = set(model.state_dict())
-    if _ties_head(config):
+    if ties_head(model):
         expected.discard("lm_head.weight")
     if set(state) != expected:
         odd = sorted(set(state) ^ expected)
@@ -146,17 +152,13 @@ def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, 
         model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{path}: {error}", fix="quantise the model anew") from error
-    if _ties_head(config):
+    if ties_head(model):
         model.tie_weights()  # type: ignore[operator]  # a method of PreTrainedModel
     make_rotary(model, place)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise ModelError(f"{path}: no value for {left[0]} ({len(left)} in all)", fix="quantise the model anew")
     return model
-
-
-def _ties_head(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("tie_word_embeddings", False))
 
 
 def make_rotary(model: nn.Module, place: torch.device) -> None:

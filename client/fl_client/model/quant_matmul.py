@@ -23,6 +23,8 @@ from fl_client.model.quant_tensor import dequantise
 # Weights dequantised at a time on CPU: at most 4 MiB in float32, in one scratch that each thread keeps. Larger copies
 # fall out of the cache, and a fresh one is paged in by the system each time, which cost five times the conversion.
 BLOCK = 1 << 20
+ROW_BLOCK = 512
+"""Rows multiplied at a time on CPU: products of more rows are cut, so that few shapes occur at all."""
 
 
 class _Scratch(threading.local):
@@ -97,6 +99,30 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight, offs=ends)
 
 
+def grouped_rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The same outside autograd, on CPU in blocks of rows as the quantised products have them."""
+    if x.is_cuda:
+        return grouped_matmul(x, weight, ends)
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    for expert, rows, result in _rows_by_expert(x, y, ends):
+        _mm(rows, weight[expert], result)
+    return y
+
+
+def rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight` outside autograd, `[M, in]`, `[in, out]`, on CPU in blocks of rows."""
+    if x.is_cuda:
+        return x @ weight
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    _mm(x, weight, y)
+    return y
+
+
+def _mm(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    for rows, result in zip(x.split(ROW_BLOCK), y.split(ROW_BLOCK), strict=True):
+        torch.mm(rows, weight, out=result)
+
+
 def _kernels(x: Tensor, qweight: Tensor, group: int) -> ModuleType | None:
     """The fused kernels, where they can be used: on CUDA, with a group that they can cut, and with Triton."""
     if not x.is_cuda:
@@ -115,21 +141,22 @@ def _import_kernels() -> ModuleType | None:
 
 def _product(x: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int, y: Tensor) -> None:
     if qweight.shape[0] * inputs <= BLOCK:
-        torch.mm(x, _dequantised(qweight, scale, group, x.dtype, inputs).mT, out=y)
+        _mm(x, _dequantised(qweight, scale, group, x.dtype, inputs).mT, y)
         return
     for start, stop in _blocks(qweight.shape[0], inputs):
         weight = _dequantised(qweight[start:stop], scale[start:stop], group, x.dtype, inputs)
-        torch.mm(x, weight.mT, out=y[:, start:stop])
+        _mm(x, weight.mT, y[:, start:stop])
 
 
 def _product_transposed(g: Tensor, qweight: Tensor, scale: Tensor, group: int, inputs: int, gx: Tensor) -> None:
     if qweight.shape[0] * inputs <= BLOCK:
-        torch.mm(g, _dequantised(qweight, scale, group, g.dtype, inputs), out=gx)
+        _mm(g, _dequantised(qweight, scale, group, g.dtype, inputs), gx)
         return
     gx.zero_()
     for start, stop in _blocks(qweight.shape[0], inputs):
         weight = _dequantised(qweight[start:stop], scale[start:stop], group, g.dtype, inputs)
-        gx.addmm_(g[:, start:stop], weight)
+        for rows, result in zip(g[:, start:stop].split(ROW_BLOCK), gx.split(ROW_BLOCK), strict=True):
+            result.addmm_(rows, weight)
 
 
 def _rows_by_expert(x: Tensor, y: Tensor, ends: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fl_client.files import filled_or_gone, require_empty, write_durably
+from fl_client.model.checkpoint import fast_tokenizer, float_tensors
 from fl_client.model.layout import (
+    INDEX,
     QUANTISATION_KEY,
     Stored,
     expert_modules,
     quantised_linears,
     read_config,
     skeleton,
-    stored_tensors,
 )
 from fl_client.model.quant_tensor import GROUP, quantise_tensor
 from fl_shared.errors import ModelError
@@ -63,7 +65,8 @@ def quantise_directory(
         progress: called with (tensors done, tensors in all).
 
     Raises:
-        ModelError: unsupported, already quantised, incomplete, not finite, or `out` holds files.
+        ModelError: unsupported, already quantised, incomplete, not finite, without a tokenizer, or `out` holds files.
+            Nothing is left in `out` then.
     """
     config = read_config(src)
     if QUANTISATION_KEY in config:
@@ -72,18 +75,39 @@ def quantise_directory(
         raise ModelError(f"{bits} bits are not supported", fix="use 8 or 4")
     if group < 1 or (bits == 4 and group % 2):
         raise ModelError(f"groups of {group} do not fit {bits} bits", fix="use the default, 128")
-    if out.exists() and any(out.iterdir()):
-        raise ModelError(f"{out} holds files", fix="name a new or empty folder")
+    require_empty(out)
     model = skeleton(src)
     linears = {f"{name}.weight" for name in quantised_linears(model)}
     experts = {f"{name}.{part}" for name in expert_modules(model) for part in ("gate_up_proj", "down_proj")}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = [each for each in stored_tensors(src) if each.name in shapes]
-    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-    missing = set(shapes) - {each.name for each in tensors} - tied
-    if missing:
-        raise ModelError(f"{src} lacks {sorted(missing)[0]} ({len(missing)} in all)", fix="copy the model again, whole")
-    out.mkdir(parents=True, exist_ok=True)
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]  # a method of PreTrainedModel
+    tensors = float_tensors(src, model)
+    tokenizer, converted = fast_tokenizer(src, rows)
+    with filled_or_gone(out):
+        for name in _COPIED:
+            if (src / name).is_file():
+                shutil.copyfile(src / name, out / name)
+        if converted:
+            tokenizer.save_pretrained(out)
+        report = _write_weights(tensors, shapes, linears | experts, out, bits, group, keep_dtype, progress)
+        config = {name: value for name, value in config.items() if name != "quantization_config"}
+        config[QUANTISATION_KEY] = {"bits": bits, "group": group}
+        # Last: without it the folder is no model.
+        write_durably(out / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), mode=0o644)
+    return report
+
+
+def _write_weights(
+    tensors: list[Stored],
+    shapes: dict[str, tuple[int, ...]],
+    chosen: set[str],
+    out: Path,
+    bits: int,
+    group: int,
+    keep: torch.dtype | None,
+    progress: Callable[[int, int], None] | None,
+) -> QuantisationReport:
+    """Write the shards, those `chosen` quantised, and their index when there are several."""
     before = after = q_before = q_after = 0
     shard: dict[str, Tensor] = {}
     shards: list[Path] = []
@@ -98,12 +122,12 @@ def quantise_directory(
             shard.clear()
 
     for done, stored in enumerate(tensors, start=1):
-        chosen = stored.name in linears or stored.name in experts
-        size, made = _convert(stored, shapes[stored.name], quantise=chosen, bits=bits, group=group, keep=keep_dtype)
+        quantise = stored.name in chosen
+        size, made = _convert(stored, shapes[stored.name], quantise=quantise, bits=bits, group=group, keep=keep)
         made_bytes = sum(t.numel() * t.element_size() for t in made.values())
         before += size
         after += made_bytes
-        if chosen:
+        if quantise:
             q_before += size
             q_after += made_bytes
         shard |= made
@@ -115,14 +139,9 @@ def quantise_directory(
     if len(shards) == 1:
         shards[0].rename(out / "model.safetensors")
     else:
-        (out / "model.safetensors.index.json").write_text(
+        (out / INDEX).write_text(
             json.dumps({"metadata": {"total_size": after}, "weight_map": index}, indent=1), encoding="utf-8"
         )
-    config[QUANTISATION_KEY] = {"bits": bits, "group": group}
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in _COPIED:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, out / name)
     return QuantisationReport(before, after, q_before, q_after)
 
 

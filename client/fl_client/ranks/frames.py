@@ -13,7 +13,7 @@ from typing import Any
 from fl_shared.errors import EngineError
 
 _SIZES = struct.Struct(">QQ")
-_MOST = 1 << 36
+_MOST_TEXT, _MOST = 64 << 20, 1 << 36
 _BLOCK = 1 << 20
 
 
@@ -27,11 +27,15 @@ def send(channel: socket.socket, head: dict[str, Any], payload: bytes = b"") -> 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
     """The next message; EOFError when the other side is gone, EngineError when it speaks something else."""
     text, payload = _SIZES.unpack(_exactly(channel, _SIZES.size))
-    if max(text, payload) > _MOST:
-        raise EngineError("a message between agent and ranks is malformed", fix="report this defect")
-    head = json.loads(_exactly(channel, text))
+    malformed = EngineError("a message between agent and ranks is malformed", fix="report this defect")
+    if text > _MOST_TEXT or payload > _MOST:
+        raise malformed
+    try:
+        head = json.loads(_exactly(channel, text))
+    except (ValueError, RecursionError):
+        raise malformed from None
     if not isinstance(head, dict):
-        raise EngineError("a message between agent and ranks is malformed", fix="report this defect")
+        raise malformed
     return head, _exactly(channel, payload)
 
 

@@ -132,6 +132,24 @@ class RankGroup:
             self.stop()
             raise
 
+    def prepare(
+        self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool, max_adapter_norm: float, records_per_unit: int
+    ) -> None:
+        """Do on the first rank what `fl_client.training.prepare_round` does; what it raises ends no rank."""
+        self.start()
+        try:
+            job = {
+                "prepare": True, "spec": spec.to_dict(), "private": private, "max_adapter_norm": max_adapter_norm,
+                "records_per_unit": records_per_unit,
+            }  # fmt: skip
+            send(self._channels[0], job, pack(dict(offset)))
+            head, _ = receive(self._channels[0])
+        except (BrokenPipeError, EOFError):
+            self.stop()
+            raise _ended("rank 0") from None
+        if "error" in head:
+            raise _typed(0, head)
+
     def pids(self) -> list[int]:
         """The process id of each rank, by rank."""
         return [_peer(channel) for channel in self._channels]

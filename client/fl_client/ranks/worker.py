@@ -20,11 +20,12 @@ import torch
 from torch import distributed as dist
 
 from fl_client.data.units import UnitData
+from fl_client.device import try_device
 from fl_client.dp.shard import Shard
 from fl_client.model.load import choose_device, load_model
 from fl_client.ranks.frames import receive, send
 from fl_client.sandbox import die_with_parent, forbid_inspection
-from fl_client.training import train_round
+from fl_client.training import prepare_round, train_round
 from fl_shared.adapter import pack, unpack
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.logs import adopt_libraries, set_up
@@ -96,6 +97,18 @@ def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes,
         send(channel, {"done": True})
 
 
+def prepare(model: LoadedModel, job: dict[str, Any], adapter: bytes) -> dict[str, Any]:
+    """Do a round's public half; what it raises is told, and the rank goes on."""
+    try:
+        prepare_round(
+            model, RunSpec.from_dict(job["spec"]), unpack(adapter), private=job["private"],
+            max_adapter_norm=job["max_adapter_norm"], records_per_unit=job["records_per_unit"],
+        )  # fmt: skip
+    except ConcordatError as error:
+        return {"error": type(error).__name__, "message": error.message, "fix": error.fix}
+    return {"done": True}
+
+
 def serve(directory: Path, channel: socket.socket) -> None:
     """Join, load, and train what comes; returns when the agent closes the connection."""
     hello, _ = receive(channel)
@@ -103,9 +116,13 @@ def serve(directory: Path, channel: socket.socket) -> None:
     shard = join(directory, hello["device"])
     model = load_model(hello["model"], device=str(shard.device))
     adopt_libraries()
+    log.info("device: %s", try_device(model))
     send(channel, {"ready": True, "digest": model.digest})
     while True:
         job, adapter = receive(channel)
+        if job.get("prepare"):
+            send(channel, prepare(model, job, adapter))
+            continue
         train(model, shard, job, adapter, channel)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import grpc
 
-from fl_server.home import default_home
+from fl_server.files import write_durably
+from fl_server.home import ServerHome, default_home
 from fl_shared import errors
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
+from fl_shared.hosts import by_proxy
 from fl_shared.settings import Fields, load_toml
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
@@ -37,13 +39,15 @@ class Profile:
 
     @classmethod
     def find(cls, given: Path | None) -> Profile:
-        """Read `--profile`, `$FL_ADMIN_PROFILE`, or the profile in the coordinator's home."""
+        """Read `--profile`, `$FL_ADMIN_PROFILE`, the profile in the coordinator's home, or `default_profile()`."""
         named = given or (Path(value) if (value := os.environ.get("FL_ADMIN_PROFILE")) else None)
         path = (named or default_home() / "admin" / "admin.toml").expanduser()
+        if named is None and not path.exists() and default_profile().exists():
+            path = default_profile()
         if not path.exists():
             raise ConfigError(
                 f"there is no admin profile at {path}",
-                fix="give --profile FILE or set FL_ADMIN_PROFILE; `fl-server init` writes admin/admin.toml",
+                fix="give --profile FILE or set FL_ADMIN_PROFILE; `fl-server init` writes HOME/admin/admin.toml",
             )
         top = Fields(load_toml(path), str(path), base=path.resolve().parent)
         admin = top.section("admin")
@@ -56,6 +60,33 @@ class Profile:
         admin.done()
         top.done()
         return made
+
+
+def default_profile() -> Path:
+    """`~/.concordat/admin.toml`: where `fl-admin` looks when the coordinator's home is not the default one."""
+    return Path.home() / ".concordat" / "admin.toml"
+
+
+def make_default(home: ServerHome) -> bool:
+    """Let `fl-admin` find the first admin's profile of this home by itself; False when another one stands there.
+
+    The file holds paths into the home, no key.
+    """
+    ours = home.admin / "admin.toml"
+    if os.environ.get("FL_ADMIN_PROFILE"):
+        return Path(os.environ["FL_ADMIN_PROFILE"]).expanduser().resolve() == ours
+    found = default_home() / "admin" / "admin.toml"
+    if found.exists():
+        return found.resolve() == ours
+    if default_profile().exists():
+        return False
+    profile = Profile.find(ours)
+    lines = (f"{name} = {json.dumps(str(getattr(profile, name)))}" for name in ("control", "ca", "certificate", "key"))
+    try:
+        write_durably(default_profile(), ("[admin]\n" + "\n".join(lines) + "\n").encode("utf-8"))
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -71,7 +102,8 @@ def control(profile: Profile) -> Iterator[ControlStub]:
         )
     except OSError as error:
         raise ConfigError(f"{error.filename}: {error.strerror}", fix="mend the admin profile") from error
-    with grpc.secure_channel(profile.control, credentials) as channel:
+    options = [("grpc.enable_http_proxy", int(by_proxy(f"https://{profile.control}")))]
+    with grpc.secure_channel(profile.control, credentials, options) as channel:
         try:
             yield ControlStub(channel)
         except grpc.RpcError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from fl_server.cli import complete, plan
@@ -36,7 +37,8 @@ def add(groups: Any) -> None:
     on_run("show", _show, "one run with every round and reply", "fl-admin runs show demo --json")
     on_run(
         "watch", _watch, "follow a run to its end", "fl-admin runs watch demo",
-        "Ctrl-C leaves the run going. Exit code 18 when it does not complete; with --json only the end is printed.",
+        "Ctrl-C leaves the run going. Exit code 18 when it does not complete. With --json one JSON object a line as it "
+        "happens; the last is the run (`state`, and no `kind`).",
     )  # fmt: skip
     logs = on_run(
         "logs", _logs, "what happened in a run: one line for each event",
@@ -94,8 +96,11 @@ def _show(stub: ControlStub, arguments: argparse.Namespace) -> int:
 
 
 def _watched(stub: ControlStub, run: str, as_json: bool) -> int:
-    ended = watch(stub, run, quiet=as_json)
-    _print(ended, as_json)
+    ended = watch(stub, run, as_json=as_json)
+    if as_json:
+        print(json.dumps(run_plain(ended), sort_keys=True), flush=True)
+    else:
+        run_text(ended)
     return 0 if ended.state == "completed" else _FAILED
 
 

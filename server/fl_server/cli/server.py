@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from fl_server.cli import backup, keys
+from fl_server.cli.connection import make_default
 from fl_server.home import ServerHome, default_home
 from fl_server.pki import Authority
 from fl_server.setup import initialise
@@ -18,13 +21,16 @@ from fl_shared.console import command, working
 from fl_shared.errors import cli_main
 from fl_shared.extras import require
 from fl_shared.fingerprints import spoken, spoken_key
+from fl_shared.hosts import host_and_port
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
+from fl_shared.private import create_privately
 from fl_shared.signing import SigningKey
 
 EXAMPLES = """examples:
   fl-server init --home ~/coordinator --host coordinator.example.org
   fl-server up --home ~/coordinator
+  fl-server status --home ~/coordinator --wait 60
   fl-server status --home ~/coordinator --json
   fl-server issue --role auditor --name anna-smith --out anna/
   fl-server rotate-key --grace-days 14
@@ -61,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_quiet(init)
     init.add_argument("--host", default="127.0.0.1", help="name or address that sites and admins use")
-    init.add_argument("--listen", default="", help="address the gateway listens on, e.g. 0.0.0.0; default: the host")
+    init.add_argument(
+        "--listen", default="", help="address the gateway listens on; default: --host if that is one, else 0.0.0.0"
+    )
     init.add_argument("--gateway-port", type=int, default=9443)
     init.add_argument("--control-port", type=int, default=9444)
     init.add_argument("--admin", default="admin", help="name in the first admin's certificate")
@@ -82,9 +90,10 @@ def parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", parents=[common], help="exit code 0 when everything is ready, 1 otherwise")
     describe(
         status, "say whether each part of the coordinator runs, and where it listens",
-        "fl-server status --home /srv/concordat\nfl-server status --json",
+        "fl-server status --home /srv/concordat\nfl-server status --wait 60 --json",
         "Exit code 0 when everything is ready, 1 otherwise.",
     )  # fmt: skip
+    status.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so many seconds for it to be ready")
     keys.add_verbs(verbs, common)
     backup.add_verbs(verbs, common)
     return made
@@ -102,11 +111,12 @@ def _init(arguments: argparse.Namespace) -> int:
         )
     facts = {
         "home": str(home.root),
-        "gateway": f"https://{arguments.host}:{arguments.gateway_port}",
+        "gateway": f"https://{host_and_port(home.settings().host, arguments.gateway_port)}",
         "profile": str(home.admin / "admin.toml"),
         "ca_sha256": Authority.load(home.ca_key, home.ca).sha256,
         "coordinator_key": SigningKey.load(home.signing_key).public_hex,
     }
+    found = make_default(home)
     if arguments.json:
         print(json.dumps(facts))
         return 0
@@ -115,6 +125,9 @@ def _init(arguments: argparse.Namespace) -> int:
     print(f"  admin profile    {facts['profile']}")
     print(f"  CA               {spoken(facts['ca_sha256'])}")
     print(f"  signing key      {spoken_key(facts['coordinator_key'])}")
+    if not found:
+        print("fl-admin finds another coordinator's profile first, so tell it:")
+        print(f"  export FL_ADMIN_PROFILE={shlex.quote(facts['profile'])}")
     print(f"next: {command('fl-server', 'up', '--home', facts['home'])}")
     return 0
 
@@ -122,13 +135,17 @@ def _init(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from fl_server.supervisor import is_ready, read_state
 
-    state = read_state(ServerHome.open(arguments.home))
-    ready = is_ready(state)
+    home, deadline = ServerHome.open(arguments.home), time.monotonic() + arguments.wait
+    state = read_state(home)
+    while not (ready := is_ready(state)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        state = read_state(home)
     if arguments.json:
         print(json.dumps({"ready": ready, **state}))
     else:
         for each in state["components"]:
-            print(f"{each['name']:<10} {each['state']:<14} {each['address']}")
+            why = f"  {each['why']}" if each.get("why") else ""
+            print(f"{each['name']:<10} {each['state']:<14} {each['address']}{why}")
     return 0 if ready else 1
 
 
@@ -153,6 +170,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `fl-server`."""
     stay_offline()
+    create_privately()
     return cli_main(_run, argv)
 
 

@@ -1,33 +1,71 @@
-"""`fl-admin runs watch`: a live line on a terminal, one line for each event otherwise."""
+"""`fl-admin runs watch`: every site's part in the round on a terminal, one line for each event otherwise."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from fl_server.cli.show import event_json
+from fl_shared.errors import printable
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
-QUIET = frozenset({"launched", "reply-ok"})
+QUIET = frozenset({"launched"})
+_WORDS = {"site-asked": "at work", "order-lost": "off line", "reply-ok": "replied"}
 
 
 def _line(event: pb.Event) -> str:
     where = f" {event.site}" if event.site else ""
     what = event.message or event.kind
-    return f"{event.run}:{where} {event.kind.removeprefix('reply-')}: {what}" if where else f"{event.run}: {what}"
+    text = f"{event.run}:{where} {event.kind.removeprefix('reply-')}: {what}" if where else f"{event.run}: {what}"
+    return printable(text)
 
 
-def watch(stub: ControlStub, run: str, *, quiet: bool = False) -> pb.Run:
-    """Print events (unless `quiet`) until the run has ended; the run as it is then. Ctrl-C leaves the run going."""
+@dataclass
+class Sites:
+    """What each site has done in the round that is under way, as far as the coordinator knows."""
+
+    names: list[str]
+    round: int = 0
+    committed: int = 0
+    done: dict[str, tuple[str, float]] = field(default_factory=dict)
+
+    def take(self, event: pb.Event) -> None:
+        """Follow one event."""
+        if event.kind == "round-started":
+            self.round, self.done = event.round, {}
+        elif event.kind == "round-committed":
+            self.committed = event.round
+        elif event.site and (event.kind in _WORDS or event.kind.startswith("reply-")):
+            word = _WORDS.get(event.kind, event.kind.removeprefix("reply-"))
+            more = f": {event.message}" if event.message and event.kind.startswith("reply-") else ""
+            self.done[event.site] = (printable(word + more), event.at)
+
+    def rows(self, now: float) -> list[tuple[str, str, str]]:
+        """Site, what it does, since when; a site without an order waits for one."""
+        rows = []
+        for name in self.names:
+            word, at = self.done.get(name, ("not asked yet", 0.0))
+            rows.append((name, word, f"{max(0.0, now - at):.0f} s" if at and word == "at work" else ""))
+        return rows
+
+
+def watch(stub: ControlStub, run: str, *, as_json: bool = False) -> pb.Run:
+    """Print events as they come until the run has ended; the run as it is then. Ctrl-C leaves the run going."""
     shown: pb.Run = stub.ShowRun(pb.RunRequest(run=run))
     events: Iterator[pb.Event] = stub.WatchRun(pb.WatchRunRequest(run=run, after=0))
     try:
-        if quiet:
-            for _event in events:
-                pass
+        if as_json:
+            for event in events:
+                print(event_json(event), flush=True)
         elif sys.stdout.isatty():
             _live(events, shown)
         else:
@@ -42,17 +80,19 @@ def watch(stub: ControlStub, run: str, *, quiet: bool = False) -> pb.Run:
 
 
 def _live(events: Iterator[pb.Event], run: pb.Run) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console()) as progress:
-        task = progress.add_task(run.run, total=run.rounds)
-        answered: set[str] = set()
+    sites = Sites(list(run.sites))
+
+    def picture() -> RenderableType:
+        head = Table.grid(padding=(0, 1))
+        bar = ProgressBar(run.rounds, sites.committed, width=30)
+        head.add_row(run.run, bar, f"{sites.committed}/{run.rounds} rounds")
+        table = Table.grid(padding=(0, 2))
+        for row in sites.rows(time.time()):
+            table.add_row("", *map(Text, row))
+        return Group(head, table)
+
+    with Live(get_renderable=picture, console=Console(), refresh_per_second=2, transient=True) as live:
         for event in events:
-            if event.kind == "round-started":
-                answered.clear()
-            elif event.kind.startswith("reply-"):
-                answered.add(event.site)
-            if event.kind == "round-committed":
-                progress.update(task, completed=event.round)
-            elif event.kind not in QUIET and event.kind != "round-started":
-                progress.console.print(_line(event), markup=False)
-            progress.update(task, description=f"{run.run}  {len(answered)} of {len(run.sites)} sites")
+            sites.take(event)
+            if event.kind not in QUIET and event.kind not in ("round-started", "site-asked", "reply-ok"):
+                live.console.print(_line(event), markup=False)

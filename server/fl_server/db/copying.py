@@ -9,11 +9,14 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import sqlalchemy as sa
 
 from fl_server.db.store import Store
 from fl_shared.errors import ConfigError
+from fl_shared.paths import sqlite_url
+from fl_shared.private import create_file
 
 _VERSIONS = "alembic_version"
 _ROWS = 500
@@ -22,10 +25,11 @@ _PAGES = 2048  # 8 MiB a step; between steps writers go on
 
 def copy_sqlite(source: Path, target: Path) -> None:
     """Copy one SQLite database, committed transactions and no others, while others write to it."""
-    with closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as old, closing(sqlite3.connect(target)) as new:
+    create_file(target)
+    address = f"file:{quote(str(source))}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True)) as old, closing(sqlite3.connect(target)) as new:
         old.execute("PRAGMA busy_timeout = 30000")
         old.backup(new, pages=_PAGES)
-    target.chmod(0o600)
 
 
 def snapshot(url: str, target: Path) -> None:
@@ -38,10 +42,9 @@ def snapshot(url: str, target: Path) -> None:
     if address.get_backend_name() == "sqlite":
         copy_sqlite(Path(str(address.database)), target)
         return
-    copy = f"sqlite:///{target}"
+    copy = sqlite_url(target)
     _migrate(copy)
     copy_rows(url, copy)
-    target.chmod(0o600)
 
 
 def fill(source: Path, url: str) -> None:
@@ -50,9 +53,9 @@ def fill(source: Path, url: str) -> None:
     Raises:
         ConfigError: the database has rows already.
     """
-    _migrate(f"sqlite:///{source}")
+    _migrate(sqlite_url(source))
     _migrate(url)
-    copy_rows(f"sqlite:///{source}", url)
+    copy_rows(sqlite_url(source), url)
 
 
 def _migrate(url: str) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import BigInteger, CheckConstraint, Float, ForeignKey, Index, In
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SITE_STATES = ("invited", "enrolled", "revoked")
+KEY_KINDS = ("signing", "node", "tls")
 RUN_STATES = ("pending", "running", "paused", "stopped", "failed", "completed")
 ENDED = ("stopped", "failed", "completed")
 REPLY_STATES = ("ok", "refused", "failed", "late", "missing", "invalid")
@@ -26,7 +27,8 @@ class Base(DeclarativeBase):
 class SiteRow(Base):
     """One institution: what it proved at enrolment, and whether it may still speak.
 
-    `next_fingerprint` is a renewed certificate that was not used yet; until it is, both are valid.
+    `next_fingerprint` is a renewed certificate that was not used yet; until it is, both are valid. `last_seen_at` is
+    when the site last spoke to the gateway, `node_seen_at` when the SuperLink last accepted a call of its node.
     """
 
     __tablename__ = "sites"
@@ -46,6 +48,23 @@ class SiteRow(Base):
     enrolled_at: Mapped[float] = mapped_column(Float, default=0.0)
     revoked_at: Mapped[float] = mapped_column(Float, default=0.0)
     last_seen_at: Mapped[float] = mapped_column(Float, default=0.0)
+    node_seen_at: Mapped[float] = mapped_column(Float, default=0.0)
+
+
+class SiteKeyRow(Base):
+    """A public key that a site has proved. A retired one (revoked or replaced) is never accepted again, from anybody.
+
+    `signing` keys are not retired: a site's ledger is signed by its key, and is not to be begun again.
+    """
+
+    __tablename__ = "site_keys"
+    __table_args__ = (CheckConstraint(_one_of("kind", KEY_KINDS), name="site_key_kind"),)
+
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(8))
+    site: Mapped[str] = mapped_column(ForeignKey("sites.site"), index=True)
+    proved_at: Mapped[float] = mapped_column(Float)
+    retired_at: Mapped[float] = mapped_column(Float, default=0.0)
 
 
 class OperatorRow(Base):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 
 import sqlalchemy as sa
 from alembic import command
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from fl_shared.errors import ConfigError, TransportError
 from fl_shared.extras import require
+from fl_shared.private import create_file
 
 BUSY_MS = 30_000
 
@@ -50,6 +52,9 @@ class Store:
         config = Config()
         config.set_main_option("script_location", str(resources.files("fl_server.db") / "migrations"))
         config.attributes["configure_logger"] = False
+        if self._engine.dialect.name == "sqlite" and self._engine.url.database:
+            with contextlib.suppress(OSError):  # what is wrong with the path, SQLite says
+                create_file(Path(self._engine.url.database))
         with _reached(), self._engine.begin() as connection:
             config.attributes["connection"] = connection
             try:

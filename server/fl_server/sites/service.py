@@ -17,18 +17,20 @@ import secrets
 import time
 from dataclasses import dataclass
 
+from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fl_server.db.models import EventRow, InvitationRow, SiteRow
+from fl_server.db.models import EventRow, InvitationRow, SiteKeyRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.pki import Authority, Identity, fingerprint
-from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.errors import ConfigError, EnrolmentError, SignatureError
 from fl_shared.names import site_id
+from fl_shared.signing import ed25519_key
 
 TTL_S = 7 * 86_400.0
 MAX_TTL_S = 90 * 86_400.0
@@ -76,10 +78,21 @@ def _valid(row: SiteRow) -> tuple[str, ...]:
     return tuple(each for each in (row.certificate_fingerprint, row.next_fingerprint) if each)
 
 
+def _blob(openssh: str) -> bytes:
+    return base64.b64decode(openssh.split()[1])
+
+
+def _tls_key(certificate: x509.Certificate) -> str:
+    """SHA-256 of a certificate's public key, 64 hex digits."""
+    der = certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(der).hexdigest()
+
+
 def node_key_fingerprint(openssh: str) -> str:
     """`SHA256:<base64>`, as ssh-keygen prints it."""
-    blob = base64.b64decode(openssh.split()[1])
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return "SHA256:" + base64.b64encode(hashlib.sha256(_blob(openssh)).digest()).decode().rstrip("=")
 
 
 class Sites:
@@ -155,69 +168,85 @@ class Sites:
             EnrolmentError: bad, used or expired token; a bad request or key; a key of another site.
             TransportError: the SuperLink does not answer.
         """
-        if re.fullmatch(r"[0-9a-f]{64}", signing_key) is None:
+        try:
+            ed25519_key(signing_key)
+        except SignatureError as error:
             raise EnrolmentError(
-                "the signing key is not 64 hex digits", fix="enrol with `fl-client enroll`", code="bad-signing-key"
-            )
+                f"the signing key is refused: {error.message}",
+                fix="enrol with `fl-client enroll`",
+                code="bad-signing-key",
+            ) from error
         node_key = _node_key(node_key)
+        certificate = authority.sign_request(csr_pem, "site", site, days)
+        keys = {
+            hashlib.sha256(bytes.fromhex(signing_key)).hexdigest(): "signing",
+            hashlib.sha256(_blob(node_key)).hexdigest(): "node",
+            _tls_key(certificate): "tls",
+        }
         with self._store.read() as session:
             self._invitation(session, site, token, authority.sha256)
-            self._require_own_keys(session, site, signing_key, node_key)
+            self._require_fresh(session, site, keys)
             known = session.get(SiteRow, site)
             node_id = known.node_id if known is not None and known.node_public_key == node_key else ""
-            ours = set(session.scalars(select(SiteRow.node_id)))
             replaced = known.node_id if known is not None and known.node_public_key != node_key else ""
-        certificate = authority.sign_request(csr_pem, "site", site, days)
         if not node_id:
-            node_id = self._register(flower, node_key, site, ours)
+            node_id = flower.register_node(node_key, site) or ""
+            if not node_id:
+                # An earlier attempt ended between Flower's registration and our commit; the key is this site's own.
+                flower.want_rebuild()
         now = time.time()
         with self._store.write() as session:
             invitation = self._invitation(session, site, token, authority.sha256)
-            self._require_own_keys(session, site, signing_key, node_key)
+            self._require_fresh(session, site, keys)
             invitation.used_at = now
-            row = session.get_one(SiteRow, site)
-            row.state = "enrolled"
-            row.signing_key, row.node_public_key = signing_key, node_key
-            row.node_key_fingerprint, row.node_id = node_key_fingerprint(node_key), node_id
-            row.certificate_fingerprint = fingerprint(certificate)
-            row.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
-            row.next_fingerprint, row.next_expires_at = "", 0.0
-            row.enrolled_at, row.revoked_at = now, 0.0
+            for row in session.scalars(select(SiteKeyRow).where(SiteKeyRow.site == site)):
+                if row.kind != "signing" and row.fingerprint not in keys:
+                    row.retired_at = row.retired_at or now
+            self._keep(session, site, keys)
+            found = session.get_one(SiteRow, site)
+            found.state = "enrolled"
+            found.signing_key, found.node_public_key = signing_key, node_key
+            found.node_key_fingerprint, found.node_id = node_key_fingerprint(node_key), node_id
+            found.certificate_fingerprint = fingerprint(certificate)
+            found.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
+            found.next_fingerprint, found.next_expires_at = "", 0.0
+            found.enrolled_at, found.revoked_at, found.node_seen_at = now, 0.0, 0.0
             session.add(EventRow(at=now, kind="site-enrolled", site=site))
         if replaced and replaced != node_id:
             flower.unregister_node(replaced)
         return Enrolled(certificate.public_bytes(serialization.Encoding.PEM).decode("ascii"))
 
     @staticmethod
-    def _require_own_keys(session: Session, site: str, signing_key: str, node_key: str) -> None:
-        other = session.scalars(
-            select(SiteRow.site).where(
-                SiteRow.site != site,
-                (SiteRow.signing_key == signing_key) | (SiteRow.node_public_key == node_key),
-            )
-        ).first()
-        if other is not None:
-            raise EnrolmentError(
-                "one of the keys belongs to another site", fix="make new keys: enrol in a fresh home", code="key-taken"
-            )
+    def _require_fresh(session: Session, site: str, keys: dict[str, str]) -> None:
+        """EnrolmentError when a key (SHA-256 to kind) is another site's, or was revoked or replaced."""
+        for each, kind in keys.items():
+            row = session.get(SiteKeyRow, each)
+            if row is not None and (row.site, row.kind) != (site, kind):
+                raise EnrolmentError(
+                    "one of the keys belongs to another site",
+                    fix="make new keys: enrol in a fresh home",
+                    code="key-taken",
+                )
+            if row is not None and row.retired_at:
+                raise EnrolmentError(
+                    f"the {kind} key was revoked or replaced, and is never accepted again",
+                    fix="make a new one: `fl-client enroll --force`, which keeps the ledger and its key",
+                    code="key-revoked",
+                )
 
     @staticmethod
-    def _register(flower: Flower, node_key: str, site: str, ours: set[str]) -> str:
-        node_id = flower.register_node(node_key, site)
-        if node_id is None:
-            # An earlier attempt ended between Flower's registration and our commit: nodes that no site
-            # owns are such leftovers.
-            for orphan, status in flower.nodes().items():
-                if orphan not in ours and status != "unregistered":
-                    flower.unregister_node(orphan)
-            node_id = flower.register_node(node_key, site)
-        if node_id is None:
-            raise EnrolmentError(
-                "Flower knows this node key from a revoked site",
-                fix="make new keys: enrol in a fresh home",
-                code="key-taken",
-            )
-        return node_id
+    def _keep(session: Session, site: str, keys: dict[str, str]) -> None:
+        for each, kind in keys.items():
+            if session.get(SiteKeyRow, each) is None:
+                session.add(SiteKeyRow(fingerprint=each, kind=kind, site=site, proved_at=time.time()))
+
+    def moved(self, site: str, node_key: str, node_id: str) -> None:
+        """Note the id under which the SuperLink knows a site's node key from now on."""
+        with self._store.write() as session:
+            row = session.get_one(SiteRow, site)
+            if row.state == "enrolled" and row.node_public_key == node_key:
+                row.node_id = node_id
+                session.add(EventRow(at=time.time(), kind="node-registered", site=site, message=f"as {node_id}"))
 
     def authorise(self, who: Identity) -> SiteRow:
         """The enrolled site behind a verified certificate; EnrolmentError when revoked, replaced or expired.
@@ -252,7 +281,10 @@ class Sites:
         """
         self.authorise(who)
         certificate = authority.sign_request(csr_pem, "site", who.name, days)
+        keys = {_tls_key(certificate): "tls"}
         with self._store.write() as session:
+            self._require_fresh(session, who.name, keys)
+            self._keep(session, who.name, keys)
             row = session.get_one(SiteRow, who.name)
             if who.fingerprint not in _valid(row):
                 raise EnrolmentError(
@@ -267,6 +299,11 @@ class Sites:
         """Note that the site spoke just now."""
         with self._store.write() as session:
             session.get_one(SiteRow, site).last_seen_at = time.time()
+
+    def node_seen(self, site: str, *, accepted: bool) -> None:
+        """Note that the SuperLink accepted, or refused, a call of the site's node just now."""
+        with self._store.write() as session:
+            session.get_one(SiteRow, site).node_seen_at = time.time() if accepted else 0.0
 
     def all(self) -> list[SiteRow]:
         """Every site, by name."""
@@ -290,6 +327,9 @@ class Sites:
                 row.state, row.revoked_at = "revoked", time.time()
                 row.next_fingerprint, row.next_expires_at = "", 0.0
                 session.add(EventRow(at=row.revoked_at, kind="site-revoked", site=site))
+                for key in session.scalars(select(SiteKeyRow).where(SiteKeyRow.site == site)):
+                    if key.kind != "signing":
+                        key.retired_at = key.retired_at or row.revoked_at
             for invitation in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
                 if not invitation.used_at:
                     session.delete(invitation)

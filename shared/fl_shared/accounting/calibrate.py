@@ -13,7 +13,7 @@ from fl_shared.accounting.merge import Key, key_of, merged
 from fl_shared.accounting.pld import pld_epsilon
 from fl_shared.accounting.renyi import check_delta, rdp_epsilon
 from fl_shared.errors import ConfigError
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy import MOST_STEPS, Mechanism
 
 _LARGEST = 1e4
 _PRECISION = 1e-4
@@ -59,12 +59,12 @@ def noise_that_fits(ceiling: Filter, spent: Mapping[Key, int], sampling_probabil
 
 
 def steps_that_fit(ceiling: Filter, spent: Mapping[Key, int], mechanism: Mechanism) -> int:
-    """Return how many more steps of `mechanism` the gate would grant after `spent`."""
+    """Return how many more steps of `mechanism` the gate would grant after `spent`, at most `MOST_STEPS`."""
     each = ceiling.cost({key_of(mechanism): 1})
     room = ceiling.bound - ceiling.cost(spent)
-    if room <= 0.0:
+    if not room > 0.0:
         return 0
-    guess = math.floor(room / each) + 1
+    guess = math.floor(room / each) + 1 if room < each * MOST_STEPS else MOST_STEPS
     while guess > 0:
         together = dict(spent)
         together[key_of(mechanism)] = together.get(key_of(mechanism), 0) + guess

@@ -52,6 +52,27 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
     return made
 
 
+def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
+    """Return both shares of a budget after each charge: epsilon of the ceiling, and what the gate counts."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    made = Figure(figsize=(7, 3.0), layout="constrained")
+    axes = made.subplots()
+    at = range(len(past) + 1)
+    axes.step(
+        at, [0.0, *(point.epsilon / ceiling for point in past)], where="post", label="epsilon, share of the ceiling"
+    )
+    axes.step(
+        at, [0.0, *(point.used for point in past)], "--", where="post", label="gate, share of its bound (decides)"
+    )
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set(title=title, xlabel=f"charges, {past[0].at[:10]} to {past[-1].at[:10]}", ylim=(0, 1.08))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(loc="lower right", frameon=False)
+    return made
+
+
 def privacy_curve(title: str, curves: dict[str, list[tuple[float, float]]], at: float) -> Figure:
     """Return epsilon against delta, one line of (delta, epsilon) for each accountant, the budget's delta marked."""
     from matplotlib.figure import Figure

@@ -36,10 +36,10 @@ EPILOG = """examples:
   fl-audit runs      --site hospital-001 --csv > runs.csv
   fl-audit plan      --site hospital-001 --spec next.toml
   fl-audit forecast  --site hospital-001 --rounds 20 --out burn-down.svg
-  fl-audit verify    --site hospital-001 --public-key signing.pub --receipts receipts.json
+  fl-audit verify    --site hospital-001 --public-key KEY --receipts receipts.json
   fl-audit reconcile --site hospital-001 --receipts receipts.json
   fl-audit export    --site hospital-001 --receipts receipts.json --out hospital-001.zip
-  fl-audit verify    hospital-001.zip --public-key signing.pub
+  fl-audit verify    hospital-001.zip --public-key KEY
   fl-audit statement --site hospital-001 --out statements
   fl-audit canaries  --site hospital-001 --spec run.toml
 

@@ -22,8 +22,8 @@ def add_format(parser: argparse.ArgumentParser, *, with_csv: bool = True) -> Non
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON object."""
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair, in evidence from elsewhere
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from fl_shared.audit.output import add_format, print_csv, print_json
 from fl_shared.audit.source import add_source, open_ledger
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, printable
 from fl_shared.ledger import receipts
 from fl_shared.ledger.reconcile import reconcile
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_csv([asdict(each) for each in found])
     else:
         for each in found:
-            print(f"{each.kind.upper():<10} {each.message}")
+            print(printable(f"{each.kind.upper():<10} {each.message}"))
         print(f"{len(kept)} receipts, {releases} releases in the ledger of {site}")
         print("AGREE" if not found else f"DIVERGE: {len(found)} divergences")
     return DIVERGED if found else 0

@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fl_shared.completion import completed_by, known_sites
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
 from fl_shared.ledger import Ledger, LedgerReader, bundle
+from fl_shared.ledger.records import Problem
+from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import site_id
+from fl_shared.paths import sqlite_url
 from fl_shared.settings import load_toml
+from fl_shared.signing import ed25519_key
 
 HOME_VARIABLE = "FL_CLIENT_HOME"
 
@@ -55,7 +59,7 @@ def ledger_url(arguments: argparse.Namespace) -> str:
             return url
         if url is not None:
             raise ConfigError(f"{config} [ledger]: url is {url!r}", fix="write the database address in quotes")
-    return f"sqlite:///{home / 'ledger.sqlite'}"
+    return sqlite_url(home / "ledger.sqlite")
 
 
 @contextlib.contextmanager
@@ -76,28 +80,48 @@ def reachable(arguments: argparse.Namespace) -> Iterator[str]:
 
 @contextlib.contextmanager
 def open_ledger(arguments: argparse.Namespace) -> Iterator[LedgerReader]:
-    """Open the ledger for reading."""
-    with reachable(arguments) as url, Ledger.open(url, None, site_id(arguments.site)) as ledger:
-        yield ledger
+    """Open the ledger for reading, after checking all of it: no figure is shown of a record that is damaged.
+
+    What the undamaged record tells of wrong deeds, such as a grant beyond a ceiling, is `fl-audit verify`'s to name.
+    Raises LedgerError that names entry and column when it is damaged.
+    """
+    site = site_id(arguments.site)
+    with reachable(arguments) as url:
+        report = verify_ledger(url, site)
+        if report.other_site:
+            raise LedgerError(
+                f"this ledger belongs to site {report.other_site!r}, not {site!r}",
+                fix="check --site and the ledger's address",
+            )
+        if report.damaged:
+            raise damaged(summary(report.damaged))
+        with Ledger.open(url, None, site) as ledger:
+            yield ledger
+
+
+def summary(problems: Sequence[Problem]) -> str:
+    """Return the first problem in words, and how many more there are."""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0].message}{more}"
 
 
 def public_key(arguments: argparse.Namespace) -> str | None:
-    """Return the site's public key (64 hex digits) from `--public-key` or the home; None when there is none.
+    """Return the site's public key (64 hex digits) from `--public-key`; None when it was not given.
 
     Raises ConfigError for a key that is not 64 hex digits.
     """
-    given = getattr(arguments, "public_key", None)
-    if given is not None:
-        return key_text(str(given))
-    path = home_of(arguments) / "keys" / "signing.pub"
-    return key_text(str(path)) if path.is_file() else None
+    return None if arguments.public_key is None else key_text(str(arguments.public_key))
 
 
 def key_text(given: str) -> str:
     """Return the key in 64 hex digits or in the file that holds them; ConfigError for anything else."""
     source = f"the file {given}" if Path(given).is_file() else "--public-key"
-    text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given
+    text = Path(given).read_text(encoding="utf-8", errors="replace") if Path(given).is_file() else given
     found = text.strip().lower()
-    if len(found) != 64 or any(character not in "0123456789abcdef" for character in found):
-        raise ConfigError(f"{source} holds no Ed25519 public key", fix="give 64 hex digits or the file with them")
+    try:
+        ed25519_key(found)
+    except SignatureError as error:
+        raise ConfigError(
+            f"{source} holds no Ed25519 public key: {error.message}", fix="give 64 hex digits or the file with them"
+        ) from error
     return found

@@ -13,12 +13,13 @@ from typing import Any
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.report import facts, html, page, pdf
-from fl_shared.audit.source import add_source, home_of, key_text, public_key, reachable
+from fl_shared.audit.report.stated import stated_of
+from fl_shared.audit.source import add_source, home_of, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
 from fl_shared.commands import add_quiet
 from fl_shared.console import working
-from fl_shared.errors import ConfigError, LedgerError, SignatureError
+from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
 from fl_shared.extras import require
 from fl_shared.ledger import Ledger, receipts
 from fl_shared.ledger.verify import verify_ledger
@@ -38,6 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_source(parser, required=False)
     parser.add_argument("--run", metavar="RUN", help="only this run's mechanisms; cumulative figures stay whole")
+    parser.add_argument(
+        "--purpose", metavar="TEXT", help="what the data is used for (default: [statement] in site.toml)"
+    )
+    parser.add_argument("--partner", metavar="NAME", action="append", help="who takes part; give it once for each")
+    parser.add_argument("--approved-on", metavar="DATE", help="when the budget was approved, e.g. 2027-01-31")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where to write (default: here)")
     parser.add_argument(
         "--key", metavar="FILE", type=Path, help="the site's signing key (default: HOME/keys/signing.pem)"
@@ -61,13 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
         run_id(arguments.run)
     require("report")  # now, and not after the whole ledger was verified
     home = home_of(arguments)
+    said = stated_of(arguments, home)
     key = SigningKey.load(arguments.key or home / "keys" / "signing.pem")
     kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
     with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(url, site, public_key=public_key(arguments), checkpoints=pins(kept))
         if not report.intact:
+            if report.damaged:
+                raise damaged(summary(report.damaged))
             raise LedgerError(
-                f"the ledger is not intact: {report.problems[0].message}",
+                f"the ledger is not intact: {summary(report.problems)}",
                 fix="run fl-audit verify; nothing can be stated about it",
             )
         with Ledger.open(url, None, site) as ledger:
@@ -81,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
                 run=arguments.run,
                 home=home if home.is_dir() else None,
                 empirical=arguments.empirical,
+                stated=said,
             )
     names = write(sign_document(key, body), key, arguments.out)
     if arguments.json:
@@ -96,13 +106,11 @@ def write(document: dict[str, Any], key: SigningKey, directory: Path) -> list[Pa
     body = document["body"]
     suffix = f"-{body['run'].replace(':', '_')}" if body["run"] else ""
     stem = f"statement-{body['site']}{suffix}"
-    title = f"Privacy statement of {body['site']}" + (f", run {body['run']}" if body["run"] else "")
-    subtitle = f"Made {body['made_at'][:19].replace('T', ' ')} UTC from {body['ledger']['entries']} ledger entries."
     sections = list(page.sections(body))
     made = {
         f"{stem}.json": (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(),
-        f"{stem}.html": html.render(title, subtitle, sections, document).encode(),
-        f"{stem}.pdf": pdf.render(title, subtitle, sections, document, f"{stem}.json"),
+        f"{stem}.html": html.render(sections, document).encode(),
+        f"{stem}.pdf": pdf.render(sections, document, f"{stem}.json"),
     }
     files = {"kind": "statement-files", "files": {name: sha256_hex(data) for name, data in made.items()}}
     made[f"{stem}.signatures.json"] = (json.dumps(sign_document(key, files), indent=1) + "\n").encode()
@@ -115,13 +123,12 @@ def write(document: dict[str, Any], key: SigningKey, directory: Path) -> list[Pa
 def _check(arguments: argparse.Namespace) -> int:
     """Check a statement's signature, and the files that were signed with it when they lie beside it."""
     path: Path = arguments.check
-    if arguments.public_key is None and not arguments.site:
-        raise ConfigError("whose statement is it?", fix="give --public-key, as the site told you")
-    known = key_text(arguments.public_key) if arguments.public_key is not None else public_key(arguments)
+    known = public_key(arguments)
     if known is None:
-        raise ConfigError("the site's public key is not at hand", fix="give --public-key, as the site told you")
-    text = path.read_text(encoding="utf-8")
-    document = parse_json(html.embedded(text) if path.suffix == ".html" else text, str(path), limit=_LARGEST)
+        raise ConfigError("whose statement is it?", fix="give --public-key, as the site told you")
+    data = path.read_bytes()
+    signed = html.embedded(data.decode(errors="replace")) if path.suffix == ".html" else data
+    document = parse_json(signed, str(path), limit=_LARGEST)
     body = open_document(document, known)
     if body.get("kind") != "privacy-statement":
         raise SignatureError(f"{path} is signed, but is no privacy statement", fix="give the statement's .json file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, public_key, reachable
 from fl_shared.commands import add_quiet
 from fl_shared.console import working
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, printable
 from fl_shared.ledger import Ledger, bundle, receipts
 from fl_shared.ledger.reconcile import reconcile
 from fl_shared.ledger.records import Problem
@@ -31,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a file of fl-audit export, checked offline")
     add_source(parser, required=False)
     parser.add_argument(
-        "--public-key", metavar="HEX|FILE", help="the site's key as you know it (default: HOME/keys/signing.pub)"
+        "--public-key", metavar="HEX|FILE", help="the site's key as you know it from the site, not from this ledger"
     )
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="N:HASH", help="a head that you noted before"
@@ -83,7 +84,7 @@ def pins(kept: Sequence[receipts.Kept]) -> list[Checkpoint]:
     for one in kept:
         claims = one.claims
         size, head, root = (claims.get(name) for name in ("ledger_entries", "ledger_head", "merkle_root"))
-        if isinstance(size, int) and isinstance(head, str) and isinstance(root, str):
+        if type(size) is int and isinstance(head, str) and isinstance(root, str):
             source = f"receipt for run {claims.get('run')}, round {claims.get('round')}"
             found.append(Checkpoint(size, head, root, source))
     return found
@@ -92,14 +93,14 @@ def pins(kept: Sequence[receipts.Kept]) -> list[Checkpoint]:
 def parse_checkpoint(text: str) -> Checkpoint:
     """Return the checkpoint in `entries:hash`; raises ConfigError for anything else."""
     count, _, digest = text.partition(":")
-    if not count.isdigit() or len(digest) != 64:
+    if not re.fullmatch(r"[0-9]{1,18}", count) or not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
         raise ConfigError(f"checkpoint {text!r} is not usable", fix="write ENTRIES:HASH, e.g. from a receipt")
     return Checkpoint(int(count), digest.lower(), source=f"checkpoint {count}")
 
 
 def _print(report: Report) -> None:
     for problem in report.problems:
-        print(f"PROBLEM  {problem.message}")
+        print(printable(f"PROBLEM  {problem.message}"))
     ended = ", ".join(f"{count} {outcome}" for outcome, count in report.settled.items())
     print(f"entries      {report.entries}, from {report.first} to {report.last}")
     print(f"head         {report.head}")

@@ -22,11 +22,11 @@ import sqlalchemy as sa
 
 from fl_shared import __version__
 from fl_shared.canonical import parse_json
-from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.errors import ConfigError, LedgerError, shown
 from fl_shared.ledger import chain, merkle, receipts
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader
-from fl_shared.ledger.receipts import Kept
+from fl_shared.ledger.receipts import UNREADABLE_ZIP, Kept, damaged_file, zip_member
 from fl_shared.ledger.reconcile import site_keys
 from fl_shared.ledger.replay import Replay
 from fl_shared.ledger.shard import EVENT_FIELDS
@@ -87,31 +87,32 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
 
 
 def is_bundle(path: Path) -> bool:
-    """Say whether the file at `path` looks like a bundle."""
-    return path.is_file() and zipfile.is_zipfile(path)
+    """Say whether the file at `path` looks like a bundle, if a damaged one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as source:
+        return source.read(2) == b"PK" or zipfile.is_zipfile(source)
 
 
 def about(path: Path) -> dict[str, Any]:
     """Return `bundle.json`; raises LedgerError when the file is no bundle or damaged."""
-    found = parse_json(_member(path, "bundle.json"), "bundle.json")
+    try:
+        found = parse_json(zip_member(path, "bundle.json"), "bundle.json")
+    except ConfigError as error:
+        raise damaged_file(path, error.message) from error
     wanted = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
     table: dict[str, Any] = found if isinstance(found, dict) else {}
-    if table.get("format") != FORMAT or not all(isinstance(table.get(name), kind) for name, kind in wanted.items()):
-        raise LedgerError(f"{path} is no bundle of the form {FORMAT}", fix="export it again with this program")
-    return table | {"site": site_id(table["site"])}
+    if table.get("format") != FORMAT or not all(type(table.get(name)) is kind for name, kind in wanted.items()):
+        raise damaged_file(path, f"bundle.json is not of the form {FORMAT}")
+    try:
+        return table | {"site": site_id(table["site"])}
+    except ConfigError as error:
+        raise damaged_file(path, f"bundle.json: {error.message}") from error
 
 
 def receipts_in(path: Path) -> list[Kept]:
     """Return the coordinator's receipts that were packed with the ledger."""
-    return receipts.parse(_member(path, "receipts.json"), f"{path}: receipts.json")
-
-
-def _member(path: Path, name: str) -> bytes:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(name)
-    except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
-        raise LedgerError(f"{path}: {name} cannot be read: {error}", fix="have the bundle sent again") from error
+    return receipts.parse(zip_member(path, "receipts.json"), f"{path}, receipts.json")
 
 
 def unpack(path: Path, directory: Path) -> str:
@@ -132,9 +133,10 @@ def unpack(path: Path, directory: Path) -> str:
             _fill(connection, path)
             for _name, sql in guards:
                 connection.exec_driver_sql(sql)
-    except LedgerError as error:
+    except (LedgerError, OverflowError, UnicodeError) as error:  # the latter two: values that SQLite cannot hold
+        what = error.message if isinstance(error, LedgerError) else str(error)
         raise LedgerError(
-            f"{path} holds no ledger: {error.message.removeprefix(f'ledger {store.name}: ')}",
+            f"the record is damaged: {path} holds no ledger: {what.removeprefix(f'ledger {store.name}: ')}",
             fix="have the bundle sent again; if it comes the same, it was forged",
             code="bundle-broken",
         ) from error
@@ -158,11 +160,21 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             while line := source.readline(_LONGEST_LINE):
                 number += 1
                 found = parse_json(line, f"line {number}")
-                if not isinstance(found, dict) or set(found) != set(_COLUMNS) or not isinstance(found["seq"], int):
+                if not isinstance(found, dict) or set(found) != set(_COLUMNS):
                     raise LedgerError(f"line {number} of entries.jsonl is no entry")
+                for name, value in found.items():
+                    if type(value) is not (int if name == "seq" else str) or not _storable(value):
+                        raise LedgerError(f"line {number} of entries.jsonl: {name} is {shown(value)}")
                 yield number, found
-    except (OSError, KeyError, zipfile.BadZipFile, ConfigError) as error:
+    except (*UNREADABLE_ZIP, ConfigError) as error:
         raise LedgerError(f"entries.jsonl cannot be read: {error}") from error
+
+
+def _storable(value: Any) -> bool:
+    """Whether SQLite can hold the value: a number of 64 bits, or text that is Unicode."""
+    if isinstance(value, int):
+        return -(1 << 63) <= value < 1 << 63
+    return not any("\ud800" <= each <= "\udfff" for each in value)
 
 
 def _fill(connection: sa.Connection, path: Path) -> None:

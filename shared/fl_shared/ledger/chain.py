@@ -20,9 +20,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
-from fl_shared.errors import LedgerError
+from fl_shared.errors import LedgerError, damaged, shown
 from fl_shared.ledger.faults import fault
-from fl_shared.ledger.models import entries
+from fl_shared.ledger.models import ENTRY_KINDS, entries
 from fl_shared.ledger.records import Entry, Head, Problem
 from fl_shared.signing import SigningKey
 
@@ -33,6 +33,11 @@ CLOCK_TOLERANCE = timedelta(minutes=5)
 
 def message_bytes(*, seq: int, kind: str, body: str, prev_hash: str, created_at: str, site: str) -> bytes:
     """Return the bytes that are hashed and signed; `body` is canonical JSON text and is put in as it is."""
+    if is_plain(f"{created_at}{kind}{prev_hash}{site}"):  # one look at all four; what needs an escape is a forgery
+        return (
+            f'{{"body":{body},"created_at":"{created_at}","kind":"{kind}",'
+            f'"prev_hash":"{prev_hash}","seq":{seq},"site":"{site}"}}'
+        ).encode()
     return (
         f'{{"body":{body},"created_at":{quoted(created_at)},"kind":{quoted(kind)},'
         f'"prev_hash":{quoted(prev_hash)},"seq":{seq},"site":{quoted(site)}}}'
@@ -83,11 +88,17 @@ def head_of(entry: Entry | None) -> Head:
 
 
 def entry_of(row: Mapping[str, Any] | sa.RowMapping) -> Entry:
-    """Return the entry in a database row."""
+    """Return the entry in a database row; raises LedgerError when its body is no table in JSON."""
+    try:
+        seq, body = int(row["seq"]), json.loads(row["body"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise damaged(f"entries.body of row {shown(row['seq'])} is no JSON") from error
+    if not isinstance(body, dict):
+        raise damaged(f"entries.body of row {seq} is no table")
     return Entry(
-        seq=int(row["seq"]),
+        seq=seq,
         kind=str(row["kind"]),
-        body=json.loads(row["body"]),
+        body=body,
         prev_hash=str(row["prev_hash"]),
         hash=str(row["hash"]),
         signature=str(row["signature"]),
@@ -174,13 +185,9 @@ class Links:
             seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
         )
         if sha256_hex(message) != digest:
-            problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit", seq))
-        try:
-            raw = bytes.fromhex(signature)
-            if raw.hex() != signature:  # fromhex takes capitals and spaces, too
-                raise ValueError("not in lower-case hex digits")
-            signer.verify(raw, message)
-        except (InvalidSignature, ValueError):
+            column = self._changed(row, message, signer)
+            problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit: {column}", seq))
+        if not _is_signed(signature, message, signer):
             problems.append(Problem(f"entry {seq}: its signature does not fit", seq))
         if created_at < self.time:
             problems.append(Problem(f"entry {seq}: created_at {created_at} is before the entry before", seq))
@@ -190,3 +197,29 @@ class Links:
             problems.append(Problem(f"entry {seq}: created_at {created_at!r} is no time", seq))
         self.expected, self.prev, self.time = seq + 1, digest, created_at
         return problems
+
+    def _changed(self, row: Sequence[Any], message: bytes, signer: Ed25519PublicKey) -> str:
+        """Say which column no longer is what was hashed and signed, as far as the others tell."""
+        if _is_signed(row[5], message, signer):
+            return "column hash"
+        seq, kind, body, prev_hash, digest, _signature, created_at = row
+        parts = {"seq": seq, "kind": kind, "body": body, "prev_hash": prev_hash, "created_at": created_at}
+        others: list[tuple[str, str]] = [("kind", other) for other in ENTRY_KINDS]
+        if self.prev is not None:
+            others.append(("prev_hash", self.prev))
+        for column, value in others:
+            if sha256_hex(message_bytes(**parts | {column: value}, site=self._site)) == digest:
+                return f"column {column}"
+        return "column body or created_at"
+
+
+def _is_signed(signature: str, message: bytes, signer: Ed25519PublicKey) -> bool:
+    """Whether `signature`, in lower-case hex digits and no other spelling, is the signer's over `message`."""
+    try:
+        raw = bytes.fromhex(signature)
+        if raw.hex() != signature:  # fromhex takes capitals and spaces, too
+            return False
+        signer.verify(raw, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

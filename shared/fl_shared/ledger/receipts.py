@@ -10,7 +10,10 @@ where `document_json` (the same as text) may stand in place of `document`.
 
 from __future__ import annotations
 
+import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fl_shared.canonical import parse_json
-from fl_shared.errors import ConfigError, LedgerError, SignatureError
+from fl_shared.errors import ConfigError, LedgerError, SignatureError, shown
 from fl_shared.ledger.store import Store
 from fl_shared.manifest import Receipt
 from fl_shared.signing import open_document
@@ -67,35 +70,68 @@ class Kept:
 def load(source: str, site: str) -> list[Kept]:
     """Return the receipts of `site` from a file, or from the coordinator's database (`sqlite:///`, `postgresql://`).
 
-    Raises ConfigError for a file that holds none of the known forms, LedgerError when the database cannot be read.
+    Raises ConfigError when there is no such file, LedgerError when it or the database cannot be read or understood.
     """
     if "://" in source:
         return list(_from_database(source, site))
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"no receipts at {source!r}", fix="give the file, or the coordinator's database as a URL")
-    data = path.read_bytes()
-    if zipfile.is_zipfile(path):  # a bundle carries them
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read("receipts.json") if "receipts.json" in archive.namelist() else b""
+    # A bundle carries them, too.
+    data = zip_member(path, "receipts.json") if zipfile.is_zipfile(path) else path.read_bytes()
     return [kept for kept in parse(data, str(path)) if kept.claims.get("site", site) == site]
 
 
+UNREADABLE_ZIP = (
+    *(OSError, KeyError, ValueError, EOFError, RuntimeError, OverflowError),  # RuntimeError: marked as encrypted
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What `zipfile` raises for a damaged file."""
+
+
+def zip_member(path: Path, name: str) -> bytes:
+    """Return one file out of a bundle; LedgerError when the bundle is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except UNREADABLE_ZIP as error:
+        raise damaged_file(path, f"{name} cannot be read: {error}") from error
+
+
+def damaged_file(what: Path | str, how: str) -> LedgerError:
+    """Return the error for a file of evidence that is not as it was written."""
+    fix = "have the file sent again; if it comes the same, it was written so"
+    return LedgerError(f"the record is damaged: {what}: {how}", fix=fix, code="ledger-damaged")
+
+
 def parse(data: bytes, what: str) -> list[Kept]:
-    """Return the receipts in the bytes of a `receipts.json`; ConfigError names what is wrong with it."""
-    found = parse_json(data, what, limit=_LARGEST_FILE)
+    """Return the receipts in the bytes of a `receipts.json`; LedgerError names what is wrong with it."""
+    found = _json(data, what, limit=_LARGEST_FILE)
     rows = found.get("receipts") if isinstance(found, dict) else found
     if not isinstance(rows, list):
-        raise ConfigError(f"{what} holds no receipts", fix='expected {"receipts": [...]}')
+        raise damaged_file(what, 'it holds no receipts, {"receipts": [...]}')
     kept = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ConfigError(f"{what}: receipt {number} is no table", fix="export the receipts again")
+            raise damaged_file(what, f"receipt {number} is no table")
         text = row.get("document_json")
-        document = parse_json(text, f"{what}: receipt {number}") if isinstance(text, str) else row.get("document", row)
-        at = row.get("received_at", 0.0)
-        kept.append(Kept(document, float(at) if isinstance(at, int | float) else 0.0))
+        document = _json(text, f"{what}, receipt {number}") if isinstance(text, str) else row.get("document", row)
+        kept.append(Kept(document, _moment(row.get("received_at", 0.0))))
     return kept
+
+
+def _json(text: str | bytes, what: str, **options: Any) -> Any:
+    try:
+        return parse_json(text, what, **options)
+    except ConfigError as error:
+        raise damaged_file(what, error.message.removeprefix(f"{what} ")) from error
+
+
+def _moment(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    except OverflowError:
+        return 0.0
 
 
 def _from_database(url: str, site: str) -> Iterator[Kept]:
@@ -107,6 +143,8 @@ def _from_database(url: str, site: str) -> Iterator[Kept]:
                     f"{store.name} is no coordinator's database", fix="give the address of coordinator.sqlite"
                 )
             for text, at in connection.execute(_REPLIES, {"site": site}):
-                yield Kept(parse_json(text, "a receipt in the coordinator's database"), float(at))
+                if not isinstance(text, str):
+                    raise damaged_file(store.name, f"replies.document_json is {shown(text)}")
+                yield Kept(_json(text, f"{store.name}, a receipt"), _moment(at))
     finally:
         store.close()

@@ -7,6 +7,7 @@ against the state of the ledger at that moment; each release in the ledger must 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +73,7 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
     with_receipt: set[int] = set()
     epsilons = _epsilons(ledger, opened, spends)
     for index, receipt in sorted(enumerate(opened), key=lambda pair: pair[1].ledger_entries):
-        number = receipt.entry_id.partition(":")[0]
-        spend = spends.get(int(number)) if number.isdigit() else None
+        spend = spends.get(_entry_number(receipt))
         if spend is None or spend.settled_seq is None:
             found.append(_named(receipt, "extra", "the ledger has no such settled entry"))
             continue
@@ -103,6 +103,12 @@ def site_keys(ledger: LedgerReader) -> list[str]:
     query = sa.select(entries).where(entries.c.kind.in_(("genesis", "key"))).order_by(entries.c.seq)
     with ledger.reading() as connection:
         return [str(chain.entry_of(row).body.get("public_key")) for row in connection.execute(query).mappings()]
+
+
+def _entry_number(receipt: Receipt) -> int:
+    """Return the number of the entry that a receipt names, -1 when it names none."""
+    number = receipt.entry_id.partition(":")[0]
+    return int(number) if re.fullmatch("[0-9]{1,18}", number) else -1
 
 
 def _named(receipt: Receipt, kind: str, what: str) -> Divergence:
@@ -165,8 +171,7 @@ def _epsilons(ledger: LedgerReader, opened: list[Receipt], spends: Mapping[int |
             state.feed(entry.seq, entry.kind, body, entry.created_at)
             for index in wanted.get(entry.seq, ()):
                 receipt = opened[index]
-                number = receipt.entry_id.partition(":")[0]
-                spend = spends.get(int(number)) if number.isdigit() else None
+                spend = spends.get(_entry_number(receipt))
                 if spend is not None and 0.0 < receipt.delta < 1.0:
                     spent, _held = state.charges((spend.reservation.dataset, ""))
                     found[index] = curve_epsilon(spent, receipt.delta)

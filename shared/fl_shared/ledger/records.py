@@ -135,7 +135,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, in words that name the row; `seq` is the entry, where there is one."""
+    """One thing that is wrong, in words that name the row.
+
+    Attributes:
+        seq: the entry, where there is one.
+        breach: the record says, undamaged, that something was done which must not be, such as a grant beyond a ceiling.
+    """
 
     message: str
     seq: int | None = None
+    breach: bool = False

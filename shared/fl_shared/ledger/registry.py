@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
@@ -20,17 +21,31 @@ from fl_shared.ledger.writer import LedgerWriter
 from fl_shared.privacy import Mechanism
 from fl_shared.signing import SigningKey
 
+_SAID = "the site's configuration says that they share units ([data] shares_units_with)"
+
 
 class Registry(LedgerWriter):
     """Registers data sets and approves budgets, each as a signed entry."""
 
     def register_dataset(
-        self, name: str, fingerprint: str, privacy_unit: str, units: int, bound_per_unit: int
+        self,
+        name: str,
+        fingerprint: str,
+        privacy_unit: str,
+        units: int,
+        bound_per_unit: int,
+        *,
+        shares_with: Collection[str] = (),
     ) -> Dataset:
         """Register a data set, or a new version of it when its fingerprint or size changed; idempotent.
 
-        A new version is charged to the same budgets: the same people must be assumed to be in it. Raises
-        ConfigError for a changed privacy unit, because sums over different units mean nothing.
+        A new version is charged to the same budgets: the same people must be assumed to be in it. So must they in
+        a data set of another name with the same fingerprint: it is refused, unless `shares_with` names it, by which
+        both are recorded as overlapping (`declare_overlap`), as is every other data set in `shares_with`.
+
+        Raises:
+            ConfigError: the privacy unit changed, because sums over different units mean nothing; the same data are
+                registered under another name; `shares_with` names a data set that is not, or has another unit.
         """
         for text, what in ((name, "name"), (fingerprint, "fingerprint"), (privacy_unit, "privacy unit")):
             if not text or len(text) > 200:
@@ -40,6 +55,7 @@ class Registry(LedgerWriter):
                 raise ConfigError(f"data set {what} {number!r} is not usable", fix="use a whole number from 1")
         with self._store.write() as connection:
             last = queries.latest_dataset(connection, name)
+            shared = self._sharing(connection, name, fingerprint, privacy_unit, shares_with)
             if last is not None:
                 if last.privacy_unit != privacy_unit:
                     raise ConfigError(
@@ -48,6 +64,8 @@ class Registry(LedgerWriter):
                     )
                 same = (last.fingerprint, last.units, last.bound_per_unit)
                 if same == (fingerprint, units, bound_per_unit):
+                    for other in shared:
+                        self._overlap(connection, name, other, _SAID)
                     return last
             body = {
                 "name": name,
@@ -60,8 +78,38 @@ class Registry(LedgerWriter):
             entry = self._append(connection, "dataset", body, point="dataset")
             connection.execute(datasets.insert().values(seq=entry.seq, **body))
             fault("dataset.row")
+            for other in shared:
+                self._overlap(connection, name, other, _SAID)
         fault("dataset.committed")
         return queries.dataset_of({"seq": entry.seq, **body})
+
+    def _sharing(
+        self, connection: sa.Connection, name: str, fingerprint: str, privacy_unit: str, shares_with: Collection[str]
+    ) -> list[str]:
+        """Return the data sets of which it must still be recorded that they overlap with `name`."""
+        known = queries.all_datasets(connection)
+        units = {each.name: each.privacy_unit for each in known if each.name != name}
+        for other in shares_with:
+            if other not in units:
+                raise ConfigError(
+                    f"data set {other!r} is not registered, so {name!r} cannot share its units",
+                    fix=f"name one of {', '.join(sorted(units)) or 'none: there is no other'}",
+                )
+            if units[other] != privacy_unit:
+                raise ConfigError(
+                    f"{name!r} is kept per {privacy_unit}, and {other!r} per {units[other]}",
+                    fix=f"keep {name!r} per {units[other]}, too: one budget cannot be charged in two units",
+                )
+        already = {name, *queries.overlapping(connection, name)}
+        for each in known:
+            if each.fingerprint == fingerprint and each.name not in already and each.name not in shares_with:
+                raise ConfigError(
+                    f"data set {name!r} has the very records that are registered as {each.name!r}: "
+                    "under another name they would get a second budget",
+                    fix=f'set [data] name = "{each.name}", or shares_units_with = ["{each.name}"], '
+                    "so that what one spends counts against both",
+                )
+        return sorted(set(shares_with) - already)
 
     def declare_overlap(self, first: Dataset | str, second: Dataset | str, reason: str) -> None:
         """Declare that two data sets share privacy units: each one's mechanisms count against both.
@@ -80,11 +128,15 @@ class Registry(LedgerWriter):
                 )
             if names[1] in queries.overlapping(connection, names[0]):
                 return
-            body = {"first": names[0], "second": names[1], "reason": reason}
-            entry = self._append(connection, "overlap", body, point="overlap")
-            connection.execute(overlaps.insert().values(seq=entry.seq, **body))
-            fault("overlap.row")
+            self._overlap(connection, names[0], names[1], reason)
         fault("overlap.committed")
+
+    def _overlap(self, connection: sa.Connection, one: str, other: str, reason: str) -> None:
+        first, second = sorted((one, other))
+        body = {"first": first, "second": second, "reason": reason}
+        entry = self._append(connection, "overlap", body, point="overlap")
+        connection.execute(overlaps.insert().values(seq=entry.seq, **body))
+        fault("overlap.row")
 
     def set_budget(
         self,
@@ -138,6 +190,14 @@ class Registry(LedgerWriter):
             fault("budget.row")
         fault("budget.committed")
         return queries.budget_of({"seq": entry.seq, **body})
+
+    def witness(self, body: dict[str, Any]) -> Entry:
+        """Append a signed note that charges nothing; `body["what"]` is one word that says what it witnesses."""
+        with self._store.write() as connection:
+            entry = self._append(connection, "witness", body, point="witness")
+            fault("witness.before-commit")
+        fault("witness.committed")
+        return entry
 
     def _order(
         self,

@@ -40,6 +40,7 @@ class Replay:
         self._bounds: dict[Place, float] = {}
         self._costs: dict[Place, float] = {}
         self._reach: dict[Place, list[Place]] = {}
+        self._priced: dict[tuple[Place, Key], list[tuple[Place, float]]] = {}
         self._bodies: dict[tuple[Any, ...], tuple[Place, Key, int]] = {}
         self._changed: tuple[Place, Key] | None = None
         self._handlers: dict[str, Callable[[int, Any, str], None]] = {
@@ -58,8 +59,9 @@ class Replay:
         self._changed = None
         try:
             handler(seq, body, created_at)
-        except (KeyError, TypeError, ValueError, ConcordatError) as error:
-            self._say(seq, f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, ConcordatError) as error:
+            what = f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})"
+            self.problems.append(Problem(what, seq))
             return None
         return self._changed
 
@@ -76,7 +78,7 @@ class Replay:
         return found[0], found[1]
 
     def _say(self, seq: int, message: str) -> None:
-        self.problems.append(Problem(message, seq))
+        self.problems.append(Problem(message, seq, breach=True))
 
     def _dataset(self, seq: int, body: dict[str, Any], _at: str) -> None:
         last = self.datasets.get(body["name"])
@@ -111,6 +113,7 @@ class Replay:
 
     def _recount(self) -> None:
         self._reach.clear()
+        self._priced.clear()
         for place, gate in self._gates.items():
             spent, held = self.charges(place)
             self._costs[place] = gate.cost(spent) + gate.cost(held)
@@ -124,8 +127,16 @@ class Replay:
         return found
 
     def _move(self, place: Place, key: Key, steps: int) -> None:
-        for at in self._touched(place):
-            self._costs[at] += steps * step_curve(key, (self._gates[at].order,))[0]
+        for at, cost in self._prices(place, key):
+            self._costs[at] += steps * cost
+
+    def _prices(self, place: Place, key: Key) -> list[tuple[Place, float]]:
+        """Return what one step of `key` at `place` costs each budget that it touches."""
+        found = self._priced.get((place, key))
+        if found is None:
+            found = [(at, step_curve(key, (self._gates[at].order,))[0]) for at in self._touched(place)]
+            self._priced[place, key] = found
+        return found
 
     def _reservation(self, seq: int, body: tuple[Any, ...], at: str) -> None:
         dataset, study, dataset_seq, kind, neighbouring, noise, sampling, steps = body

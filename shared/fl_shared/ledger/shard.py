@@ -17,12 +17,13 @@ from typing import Any
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fl_shared.errors import LedgerError
+from fl_shared.errors import LedgerError, shown
 from fl_shared.ledger.chain import Links, is_plain
 from fl_shared.ledger.merkle import leaf_hash, whole
 from fl_shared.ledger.models import TYPED, entries
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
+from fl_shared.signing import ed25519_key
 
 LEVEL = 12
 SIZE = 1 << LEVEL  # entries of one stretch
@@ -43,7 +44,8 @@ EVENT_FIELDS = {
 }
 _decode = json.JSONDecoder().raw_decode
 _COLUMNS = {
-    kind: tuple(column.name for column in table.columns if column.name != "seq") for kind, table in TYPED.items()
+    kind: tuple(sorted(column.name for column in table.columns if column.name != "seq"))
+    for kind, table in TYPED.items()  # sorted: as in canonical JSON
 }
 _values = {kind: itemgetter(*columns) for kind, columns in _COLUMNS.items()}
 _event = {kind: itemgetter(*names) for kind, names in EVENT_FIELDS.items()}
@@ -55,11 +57,9 @@ class _Frequent:
     def __init__(self, kind: str) -> None:
         columns = _COLUMNS[kind]
         texts = [name for name in columns if isinstance(TYPED[kind].columns[name].type, sa.Text | sa.String)]
-        names = sorted(columns)
-        self._ordered = itemgetter(*(columns.index(name) for name in names))
         self._texts = itemgetter(*(columns.index(name) for name in texts))
         self._numbers = itemgetter(*(columns.index(name) for name in columns if name not in texts))
-        self._form = ",".join(f'"{name}":"%s"' if name in texts else f'"{name}":%r' for name in names)
+        self._form = ",".join(f'"{name}":"%s"' if name in texts else f'"{name}":%r' for name in columns)
         self._form = f"{{{self._form}}}"
         self.event = itemgetter(*(columns.index(name) for name in EVENT_FIELDS[kind]))
 
@@ -70,7 +70,7 @@ class _Frequent:
                 return False
         except TypeError:  # no text in a column of texts, or no number in one of numbers
             return False
-        return bool(self._form % self._ordered(row) == body)
+        return bool(self._form % row == body)
 
 
 _frequent = {kind: _Frequent(kind) for kind in EVENT_FIELDS}
@@ -125,7 +125,7 @@ def check(job: Job) -> Result:
                     return list(cursor.fetchall())
                 except store.driver_error as error:
                     raise LedgerError(
-                        f"ledger {store.name}: {table} cannot be read: {error}",
+                        f"the record is damaged: ledger {store.name}: {table} cannot be read: {error}",
                         fix="the file is damaged: restore the newest backup, then reconcile",
                         code="ledger-corrupt",
                     ) from error
@@ -164,7 +164,7 @@ def _walk(
 ) -> dict[tuple[int, int], str]:
     """Check each entry and its typed row; return the tree's inner nodes by (level, position)."""
     job, problems = result.job, result.problems
-    signers = [(start, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))) for start, key in job.keys]
+    signers = [(start, ed25519_key(key)) for start, key in job.keys]
     leaves: list[bytes] = []
     seen: dict[Any, Any] = {}
     links = Links(job.site, job.first, prev=None)
@@ -232,7 +232,7 @@ def _check_typed(
             return
     try:
         signed, end = _decode(body)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         signed, end = None, 0
     if not isinstance(signed, dict) or end != len(body):
         result.problems.append(Problem(f"entry {seq}: body is no table in canonical JSON", seq))
@@ -265,13 +265,17 @@ def _equal(kind: str, signed: dict[str, Any], row: Sequence[Any]) -> bool:
 def _difference(kind: str, seq: int, signed: dict[str, Any], said: dict[str, Any]) -> str:
     names = sorted(set(signed) ^ set(said)) or [name for name in signed if signed[name] != said[name]]
     return (
-        f"{TYPED[kind].name}.{names[0]} of row {seq} is {said.get(names[0])!r}, "
-        f"the signed entry says {signed.get(names[0])!r}"
+        f"{TYPED[kind].name}.{names[0]} of row {seq} is {shown(said.get(names[0]))}, "
+        f"the signed entry says {shown(signed.get(names[0]))}"
     )
 
 
 def _check_nodes(result: Result, expected: dict[tuple[int, int], str], stored: list[Sequence[Any]]) -> None:
+    if len(stored) == len(expected) and {(level, at): digest for level, at, digest in stored} == expected:
+        return
     for level, position, digest in stored:
+        if (position + 1) << level > result.job.last:
+            continue  # written after this check began; `verify` holds the number of nodes against that of entries
         wanted = expected.pop((level, position), None)
         if wanted is None:
             result.problems.append(Problem(f"merkle_nodes: node {level}/{position} does not belong there"))

@@ -18,9 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.errors import ConfigError, LedgerError, damaged
 from fl_shared.extras import require
 from fl_shared.ledger.migrations import HEAD
+from fl_shared.ledger.readable import ReadableFile
+from fl_shared.private import create_file
 
 BUSY_SECONDS = 120
 _ADVISORY_LOCK = 0x1ED6E4
@@ -49,6 +51,7 @@ class Store:
         self.url = parse_url(url)
         self.read_only = read_only
         self.sqlite = self.url.drivername == "sqlite"
+        self._file: ReadableFile | None = None
         if not self.sqlite:
             require("postgres")
         self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
@@ -65,14 +68,21 @@ class Store:
         """The address without its password, for messages."""
         return self.url.render_as_string(hide_password=True)
 
+    @property
+    def reading_url(self) -> str:
+        """The address at which another process of this command reads the same; with its password."""
+        if self._file is not None:
+            return URL.create("sqlite", database=str(self._file.path)).render_as_string()
+        return self.url.render_as_string(hide_password=False)
+
     def _sqlite_engine(self) -> sa.Engine:
-        path = Path(str(self.url.database))
         url: URL = self.url
         if self.read_only:
-            if not path.is_file():
-                raise LedgerError(f"no ledger at {path}", fix="check --site and --home, or give --ledger")
-            mode = "mode=ro" if _may_write(path) else "mode=ro&immutable=1"
-            url = make_url(f"sqlite:///file:{path.absolute()}?{mode}&uri=true")
+            self._file = ReadableFile(Path(str(self.url.database)))
+            url = self._file.url
+        else:
+            with contextlib.suppress(OSError):  # what is wrong with the path, SQLite says
+                create_file(Path(str(self.url.database)))
         engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False})
 
         @sa.event.listens_for(engine, "connect")
@@ -112,12 +122,19 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """One read transaction: everything read in it is of one moment."""
-        with self._translated(), self.engine.connect() as connection:
-            if not self.sqlite:
-                connection = connection.execution_options(isolation_level="REPEATABLE READ")
-            with connection.begin():
-                yield connection
+        """One read transaction: everything read in it is of one moment.
+
+        Raises LedgerError when an SQLite file that nobody had open was written to meanwhile.
+        """
+        try:
+            with self._translated(), self.engine.connect() as connection:
+                if not self.sqlite:
+                    connection = connection.execution_options(isolation_level="REPEATABLE READ")
+                with connection.begin():
+                    yield connection
+        finally:
+            if self._file is not None:
+                self._file.require_unchanged()
 
     def migrate(self) -> None:
         """Bring the schema up to date; many processes may do so at once."""
@@ -149,10 +166,14 @@ class Store:
             raise _in_our_words(error, self.name) from error
         except SQLAlchemyError as error:
             raise LedgerError(f"ledger {self.name}: {error}", fix="run fl-audit verify") from error
+        except UnicodeDecodeError as error:  # SQLite quotes a damaged name in its own message
+            raise damaged(f"ledger {self.name}: a name in its schema is no text ({error})") from error
 
     def close(self) -> None:
         """Give the connections back."""
         self.engine.dispose()
+        if self._file is not None:
+            self._file.close()
 
 
 def upgrade(connection: sa.Connection, revision: str = "head") -> None:
@@ -197,11 +218,7 @@ def _schema_version(connection: sa.Connection) -> str | None:
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def _may_write(path: Path) -> bool:
-    """Say whether SQLite could make its shared-memory file beside `path`."""
-    import os
-
-    return os.access(path.parent, os.W_OK)
+_CORRUPT = ("malformed", "not a database", "could not decode", "no such", "too big", "unsupported file format")
 
 
 def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
@@ -209,8 +226,10 @@ def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
     lowered = text.lower()
     hints = (
         ("append-only", "refused", "the ledger only grows; correct a mistake by a new entry"),
-        ("malformed", "corrupt", "restore the newest backup, then run fl-audit verify and reconcile"),
-        ("not a database", "corrupt", "restore the newest backup, then run fl-audit verify and reconcile"),
+        *(
+            (word, "corrupt", "keep it as evidence; restore the newest backup, then run fl-audit verify and reconcile")
+            for word in _CORRUPT
+        ),
         ("disk is full", "disk-full", "free disk space; nothing was granted or lost"),
         ("disk i/o", "disk", "check the disk; nothing was granted"),
         ("locked", "busy", "another process holds the ledger; try again"),
@@ -220,5 +239,6 @@ def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
     )
     for word, code, fix in hints:
         if word in lowered:
-            return LedgerError(f"ledger {name}: {text}", fix=fix, code=f"ledger-{code}")
+            what = "the record is damaged: " if code == "corrupt" else ""
+            return LedgerError(f"{what}ledger {name}: {text}", fix=fix, code=f"ledger-{code}")
     return LedgerError(f"ledger {name}: {text}", fix="nothing was granted; run fl-audit verify")

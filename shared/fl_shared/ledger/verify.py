@@ -9,6 +9,8 @@ itself: only a checkpoint or a receipt kept elsewhere shows it, so give what you
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import gc
 import multiprocessing
 import os
 from collections import deque
@@ -21,14 +23,16 @@ import sqlalchemy as sa
 from fl_shared.accounting.merge import Key
 from fl_shared.accounting.pld import steps_epsilon
 from fl_shared.accounting.renyi import curve_epsilon
-from fl_shared.errors import SignatureError
+from fl_shared.canonical import sha256_hex
+from fl_shared.errors import LedgerError, SignatureError, shown
 from fl_shared.ledger import chain, merkle, shard
+from fl_shared.ledger.damage import misfits
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.records import Entry, Problem
 from fl_shared.ledger.replay import Place, Replay
 from fl_shared.ledger.schema import schema_problems
 from fl_shared.ledger.store import Store
-from fl_shared.signing import verify
+from fl_shared.signing import ed25519_key, verify
 
 MOST_PROBLEMS = 1000
 
@@ -50,6 +54,7 @@ class Report:
     Attributes:
         key: the public key that the first entry names; pinned says whether the auditor gave it.
         budgets: epsilon of each budget by two accountants, recomputed from the signed entries.
+        other_site: the site whose ledger this is, when it is whole and another's.
     """
 
     site: str
@@ -66,11 +71,17 @@ class Report:
     checkpoints: int = 0
     budgets: list[dict[str, Any]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    other_site: str = ""
 
     @property
     def intact(self) -> bool:
         """Whether nothing was found."""
         return not self.problems
+
+    @property
+    def damaged(self) -> list[Problem]:
+        """What was found to be wrong with the record itself, leaving out what it truly tells of wrong deeds."""
+        return [problem for problem in self.problems if not problem.breach]
 
 
 def verify_ledger(
@@ -89,32 +100,73 @@ def verify_ledger(
     read at all.
     """
     store = Store(url, read_only=True)
+    report = Report(site=site)
     try:
         store.migrate()
-        report = Report(site=site)
-        with store.read() as connection:
-            last = chain.last_entry(connection)
-            report.entries = 0 if last is None else last.seq
-            keys = _keys(connection, site, public_key, report)
-            problems = schema_problems(connection, store)
-        report.problems += problems
-        if last is None:
-            report.problems.append(Problem("the ledger is empty"))
-            return report
-        if not keys:
-            report.problems.append(
-                Problem("entries: the genesis entry, which names the key, is missing or unusable", 1)
-            )
-            return report
-        with store.read() as connection:
-            _walk(connection, store, report, keys, processes or os.cpu_count() or 1)
-            _check_counts(connection, report)
-            for checkpoint in checkpoints:
-                _check_checkpoint(connection, report, checkpoint)
-        report.checkpoints = len(checkpoints)
+        try:
+            with store.read() as connection:
+                _check(connection, store, report, public_key, checkpoints, processes or os.cpu_count() or 1)
+        except Exception as error:  # whatever a check fell over is named below; what nobody can name is raised
+            if isinstance(error, LedgerError) and error.code == "ledger-busy":
+                raise
+            report.problems = misfits(store) + report.problems
+            if not report.problems:
+                raise
+            report.problems.append(Problem(f"the checks ended early: {error}"))
+        else:
+            if report.damaged:
+                report.problems = misfits(store) + report.problems
         return report
     finally:
         store.close()
+
+
+def _check(
+    connection: sa.Connection,
+    store: Store,
+    report: Report,
+    public_key: str | None,
+    checkpoints: Sequence[Checkpoint],
+    processes: int,
+) -> None:
+    """Check everything in one read transaction: an agent may go on writing meanwhile."""
+    report.checkpoints = len(checkpoints)
+    report.entries = _size(connection, report)
+    keys = _keys(connection, report.site, public_key, report)
+    report.problems += schema_problems(connection, store)
+    if not report.entries:
+        report.problems.append(Problem("the ledger is empty"))
+    elif not keys:
+        report.problems.append(Problem("entries: the genesis entry, which names the key, is missing or unusable", 1))
+    else:
+        with _no_collection():
+            _walk(connection, store, report, keys, processes)
+        _check_counts(connection, report)
+        for checkpoint in checkpoints:
+            _check_checkpoint(connection, report, checkpoint)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Look for no reference cycles meanwhile, here and in forked workers: rows by the million hold none."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _size(connection: sa.Connection, report: Report) -> int:
+    """Return the last entry's number, or what is close to the number of rows when it is far beyond that."""
+    last, count = connection.execute(sa.select(sa.func.max(entries.c.seq), sa.func.count()).select_from(entries)).one()
+    if not count:
+        return 0
+    if not isinstance(last, int) or not 1 <= last <= count + MOST_PROBLEMS:
+        report.problems.append(Problem(f"entries.seq of the last row is {shown(last)}, and there are {count} rows"))
+        return int(count)
+    return last
 
 
 def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Report) -> tuple[tuple[int, str], ...]:
@@ -125,7 +177,7 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
         try:
             entry = chain.entry_of(row)
             key = str(entry.body["public_key"])
-            bytes.fromhex(key)
+            ed25519_key(key)
             if entry.kind == "genesis":
                 _check_genesis(entry, site, pinned, report)
             else:
@@ -133,7 +185,7 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
                 verify(key, statement, str(entry.body["proof"]))
                 if not found or entry.body["replaces"] != found[-1][1]:
                     report.problems.append(Problem(f"entry {entry.seq}: replaces another key", entry.seq))
-        except (KeyError, TypeError, ValueError, SignatureError) as error:
+        except (KeyError, TypeError, ValueError, LedgerError, SignatureError) as error:
             report.problems.append(Problem(f"entry {row['seq']}: this key cannot be used ({error})", row["seq"]))
             continue
         if (entry.kind == "genesis") == (not found):
@@ -148,11 +200,26 @@ def _check_genesis(entry: Entry, site: str, pinned: str | None, report: Report) 
     if entry.seq != 1:
         report.problems.append(Problem(f"entry {entry.seq}: a second genesis", entry.seq))
     if entry.body["site"] != site:
+        report.other_site = _whose(entry)
         report.problems.append(Problem(f"the ledger belongs to site {entry.body['site']!r}", 1))
     if pinned is not None and entry.body["public_key"] != pinned:
         report.problems.append(
             Problem(f"the ledger names key {entry.body['public_key'][:16]}…, the auditor knows {pinned[:16]}…", 1)
         )
+
+
+def _whose(entry: Entry) -> str:
+    """Return the site that the genesis entry names, when its hash says that it was written so; '' when not."""
+    site = str(entry.body["site"])
+    message = chain.message_bytes(
+        seq=entry.seq,
+        kind=entry.kind,
+        body=chain.body_text(entry.body),
+        prev_hash=entry.prev_hash,
+        created_at=entry.created_at,
+        site=site,
+    )
+    return site if sha256_hex(message) == entry.hash else ""
 
 
 def _results(jobs: Iterator[shard.Job], processes: int, total: int) -> Iterator[shard.Result]:
@@ -178,7 +245,7 @@ def _walk(
     keys: tuple[tuple[int, str], ...],
     processes: int,
 ) -> None:
-    url = store.url.render_as_string(hide_password=False)
+    url = store.reading_url
     jobs = (
         shard.Job(url, report.site, keys, first, min(first + shard.SIZE - 1, report.entries))
         for first in range(1, report.entries + 1, shard.SIZE)
@@ -211,7 +278,8 @@ def _walk(
     sums.finish()
     report.head, report.last, report.merkle_root = prev, time, tree.root()
     report.reservations, report.open, report.settled = state.reservations, len(state.open), state.settled
-    report.budgets = [_budget(state, place) for place in sorted(state.budgets)]
+    if not report.damaged:
+        report.budgets = [_budget(state, place) for place in sorted(state.budgets)]
 
 
 def _budget(state: Replay, place: Place) -> dict[str, Any]:
@@ -268,7 +336,7 @@ class _Sums:
             return
         if self._keys.get(number) != changed and number not in self._versions:
             named = "is missing" if number not in self._keys else f"says {self._keys[number]}"
-            self._say(f"tally_keys: row {number} {named}, entry {seq} says {changed}", seq)
+            self._say(f"tally_keys: row {number}, tallies.key of row {seq}, {named}; entry {seq} says {changed}", seq)
         elif self._keys.get(number) != changed:
             self._say(f"tallies.key of row {seq} is {number}, which does not stand for {changed}", seq)
         self._versions[number] = version
@@ -305,6 +373,9 @@ def _check_counts(connection: sa.Connection, report: Report) -> None:
 
 
 def _check_checkpoint(connection: sa.Connection, report: Report, known: Checkpoint) -> None:
+    if known.entries < 0:
+        report.problems.append(Problem(f"{known.source}: it pins {known.entries} entries"))
+        return
     if known.entries > report.entries:
         report.problems.append(
             Problem(

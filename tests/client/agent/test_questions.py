@@ -173,3 +173,60 @@ def test_a_site_that_answers_no_plans_does_not_even_look(site: Site) -> None:
         time.sleep(0.3)
         answerer.stop()
         assert len(looks) == wanted
+
+
+def test_a_question_that_breaks_the_answer_ends_no_thread(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signed numbers of every extreme, and a defect in the answer itself: the thread goes on and answers the next."""
+    wire = Wire()
+    broken = _question()
+    answer = site.outgoing.plan
+
+    def plan(question: PlanQuestion, *more: Any) -> Any:
+        if question.question == broken.question:
+            raise ZeroDivisionError
+        return answer(question, *more)
+
+    monkeypatch.setattr(site.outgoing, "plan", plan)
+    extremes = []
+    for field, values in {
+        "noise_multiplier": (1e-200, 5e-324, float("nan"), float("inf"), 1e308, 1e-4, 1e6, 0, -1),
+        "sampling_probability": (0, 5e-324, 1e-9, 1, float("nan"), 1 - 1e-16),
+        "steps_per_round": (1, 1_000_000, 10**30),
+        "clipping_norm": (0, 1e-300, 1e308),
+    }.items():
+        for value in values:
+            body = _question().to_dict()
+            body["question"] = secrets.token_hex(16)
+            body["spec"]["training"][field] = value
+            extremes.append(body)
+    signed = []
+    for body in (broken.to_dict(), *extremes):
+        try:
+            signed.append(sign_document(site.coordinator, body))
+        except ConfigError:  # NaN has no canonical form, so nobody can have signed it
+            signed.append({"body": body, "key": site.coordinator.public_hex, "signature": "0" * 128})
+    last = sign_document(site.coordinator, _question().to_dict())
+    answerer = Answerer(wire, site.facts, site.outgoing)
+    for at in range(0, len(signed), MAX_AT_ONCE - 1):
+        wire.questions = [*signed[at : at + MAX_AT_ONCE - 1], last]
+        answerer.look()
+    told = [each["body"]["question"] for each in wire.answers]
+    assert last["body"]["question"] in told
+    assert broken.question not in told
+    assert len(told) >= 6  # the extremes that lie within the bounds are answered, in finite numbers
+    monkeypatch.setattr(answerer, "look", lambda: 1 / 0)
+    monkeypatch.setattr("fl_client.agent.questions.RETRY_S", 0.01)
+    answerer.start()
+    time.sleep(0.2)
+    assert answerer._thread.is_alive()
+    answerer.stop()
+
+
+def test_a_plan_names_what_the_base_lacks_and_what_is_suspended(site: Site) -> None:
+    """Both are said before a launch, typed."""
+    site.facts = dataclasses.replace(site.facts, targets=("routed_experts",))
+    held = site.ledger.reserve("records", _question().spec.mechanism(), run="demo", round=1)
+    site.ledger.charge_in_doubt(held, "EngineError after private data was read")
+    told = _asked(site, _question()).objections
+    assert {each.code for each in told} == {"unsupported-spec", "suspended"}
+    assert any("no attention" in each.message for each in told)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,16 +15,14 @@ from pathlib import Path
 import pytest
 from client_agents import RealSite
 from client_gateway import Gateway
+from client_users import MEET, MEETING, as_user, barrier
 
 from fl_client.status import agent_state
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root to be two other users"),
 ]
-AGENT, NODE, STRANGER, MEETING = 61002, 61003, 61004, 61005
-
-MEET = "users-of-a-test"
-"""The group of the socket: it must have a name, so it is made in a mount namespace with its own /etc/group."""
+AGENT, NODE, STRANGER = 61002, 61003, 61004
 
 ASK = """
 import sys, grpc
@@ -44,28 +42,24 @@ for path in sys.argv[1:]:
 """
 
 
-def barrier(path: Path) -> Path | None:
-    """The outermost directory above `path` that other users may not pass through; None when there is none."""
-    return next((each for each in reversed(path.parents) if not each.stat().st_mode & 0o001), None)
-
-
-def as_user(top: Path, user: int, groups: list[int], *words: str) -> list[str]:
-    """A command line that runs `words` as another user without root's powers, in a mount namespace of its own.
-
-    There the meeting group has a name, and the interpreter can be reached although it may lie below root's home.
-    """
-    (top / "group").write_text(Path("/etc/group").read_text() + f"{MEET}:x:{MEETING}:\n")
-    (top / "group").chmod(0o644)
-    setup = ["umask 022", "mount --make-rprivate /", f"mount --bind {top}/group /etc/group"]
-    base = Path(sys.base_prefix)
-    closed = barrier(base)
-    if closed is not None:
-        seen = top / "seen" / base.relative_to(closed)
-        setup += [f"mkdir -p {seen}", f"mount --bind {base} {seen}", f"mount --rbind {top}/seen {closed}"]
-    allowed = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
-    become = ["setpriv", f"--reuid={user}", f"--regid={user}", allowed, "--inh-caps=-all", "--bounding-set=-all"]
-    line = " && ".join([*setup, "cd /", "umask 077", "exec " + shlex.join([*become, *words])])
-    return ["unshare", "--mount", "sh", "-c", line]
+WRITE = """
+import os, sys
+for path in sys.argv[1:]:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT))
+        print("wrote", path)
+    except OSError as error:
+        print(type(error).__name__, path)
+"""
+TRY = """
+import json, sys
+from pathlib import Path
+from fl_client.walls import try_walls
+data = Path(sys.argv[1]) / "data.csv"
+data.write_text("private")
+found = {mode: try_walls({"the data": data}, mode) for mode in ("off", "auto", "require")}
+print(json.dumps({mode: [each.open, each.works] for mode, each in found.items()}))
+"""
 
 
 def run_as(top: Path, user: int, groups: list[int], script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -90,8 +84,10 @@ def site(gateway: Gateway, short_path: Path) -> Iterator[RealSite]:
     made.home.config.write_text(text)
     for path in (made.home.root, *made.home.root.rglob("*")):
         os.chown(path, AGENT, AGENT)
-    os.chown(node, NODE, MEETING)
-    node.chmod(0o2770)
+    os.chown(node, AGENT, MEETING)
+    node.chmod(0o2750)
+    (node / "work").mkdir(mode=0o700)
+    os.chown(node / "work", NODE, NODE)
     os.chown(meet, AGENT, AGENT)
     meet.chmod(0o710)
     yield made
@@ -147,6 +143,46 @@ def test_the_other_user_reaches_the_socket_and_nothing_else(site: RealSite) -> N
         refused = run_as(top, NODE, [MEETING], READ, *secret).stdout.splitlines()
         assert refused == [f"PermissionError {path}" for path in secret]
         assert run_as(top, STRANGER, [], ASK, socket).returncode != 0
+        written = run_as(top, NODE, [MEETING], WRITE, *own, str(node / "new"), str(node / "work" / "new")).stdout
+        assert written.splitlines() == [
+            *(f"PermissionError {path}" for path in [*own, node / "new"]), f"wrote {node}/work/new",
+        ]  # fmt: skip
         assert run_as(top, STRANGER, [], READ, own[0]).stdout == f"PermissionError {own[0]}\n"
     finally:
         assert site.stop() == 0
+
+
+def test_the_walls_hold_for_an_ordinary_user_without_any_privilege(short_path: Path) -> None:
+    """Every attempt succeeds without walls (so it is one), none with them; what the SuperNode needs works."""
+    if barrier(Path(__file__)) or barrier(Path(sys.prefix)):
+        pytest.skip("the project lies where other users cannot read it")
+    mine = short_path / "mine"
+    mine.mkdir()
+    os.chown(mine, NODE, NODE)
+    asked = run_as(short_path, NODE, [], TRY, str(mine))
+    assert asked.returncode == 0, asked.stderr
+    found = json.loads(asked.stdout)
+    for mode in ("auto", "require"):
+        assert {name: got for name, got in found[mode][0].items() if got} == {}
+        assert set(found[mode][1].values()) == {""}
+    # What this machine refuses to anybody: not built into its kernel, or only for root.
+    elsewhere = {name for name, got in found["off"][0].items() if not got}
+    assert {name for name in elsewhere if not name.startswith("open a socket of family")} <= {
+        "load BPF", "mount something", "call another ABI",
+    }  # fmt: skip
+
+
+def test_an_agent_hands_nothing_over_where_the_other_user_may_write(site: RealSite) -> None:
+    """The former layout, a directory of the untrusted half's user, is refused with what to do."""
+    node = site.home.root.parent / "node"
+    for owner, mode in ((NODE, 0o2770), (AGENT, 0o2770), (NODE, 0o750)):
+        os.chown(node, owner, MEETING)
+        node.chmod(mode)
+        words = [sys.executable, "-m", "fl_client.cli.client", "--site", "hospital-001", "--home", str(site.home.root)]
+        line = as_user(site.home.root.parent, AGENT, [MEETING], *words)
+        done = subprocess.run(
+            line, env=site.environment(HOME="/"), capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode != 0
+        assert "can be written by others than the agent's user" in done.stderr
+        assert "chmod 2750" in done.stderr

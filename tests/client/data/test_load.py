@@ -124,3 +124,18 @@ def test_removing_one_unit_changes_nothing_about_the_others(
     alone = units([row for row in rows if row[0] == gone])
     others = units([row for row in rows if row[0] != gone])
     assert units(rows) == sorted(alone + others)
+
+
+def test_the_same_data_have_the_same_fingerprint_in_another_order(table: Path, key: Path) -> None:
+    """Rows and columns in another order, fewer rows a patient, another unit: the same. A row less: another one."""
+    both = {"text_columns": ("age", "note")}
+    first = load_unit_data(config_of(table, **both), key).fingerprint
+    lines = TABLE.splitlines()
+    table.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    assert load_unit_data(config_of(table, **both), key).fingerprint == first
+    table.write_text("\n".join(",".join(line.split(",")[::-1]) for line in lines) + "\n")
+    assert load_unit_data(config_of(table, text_columns=("note", "age")), key).fingerprint == first
+    assert load_unit_data(config_of(table, **both, max_records_per_unit=1), key).fingerprint == first
+    assert load_unit_data(config_of(table, **both, unit_column=None, privacy_unit="record"), key).fingerprint == first
+    table.write_text("\n".join(lines[:-1]) + "\n")
+    assert load_unit_data(config_of(table, **both), key).fingerprint != first

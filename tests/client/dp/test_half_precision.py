@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.engine import precision_of
@@ -20,10 +20,11 @@ SIZES = [[5], [9], [1], [6], [7]]  # one record for each unit: ghost clipping kn
 TOLERANCE = 0.1
 
 
-def _by_position(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Experts by position: a router's near-tie that rounding flips would be the whole difference."""
+def _by_position(layer: LoraExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Experts by position in the record: a router's near-tie that rounding flips would be the whole difference."""
     hidden, chosen, weights = args
-    at = torch.arange(hidden.shape[0], device=hidden.device)
+    packed = layer.scope.packed  # hooks get one record at a time
+    at = torch.arange(hidden.shape[0], device=hidden.device) if packed is None else packed.positions
     return hidden, torch.stack([at % 8, (at + 3) % 8], 1).to(chosen.dtype), weights
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -25,7 +27,7 @@ def test_stream_is_chacha20() -> None:
 
 
 def test_streams_of_the_operating_system_differ() -> None:
-    """Two streams without a key share no word, and numpy's and torch's seeds do not matter."""
+    """Two streams without a key share no word (a false alarm: 1e6 / 2**64), whatever numpy's seed is."""
     np.random.seed(0)
     first = SecureStream().words(1000)
     np.random.seed(0)
@@ -53,9 +55,58 @@ def test_a_short_key_is_refused() -> None:
 
 
 def test_forks_share_nothing() -> None:
-    """Under a known key forks are known and differ; without one the operating system keys each."""
+    """Under a known key forks are known and differ; without one the operating system keys each (2**-256)."""
     known, again = SecureStream(KEY), SecureStream(KEY)
     forks = [known.fork().words(4).tolist() for _ in range(2)]
     assert forks == [again.fork().words(4).tolist() for _ in range(2)]
     assert not {*forks[0]} & ({*forks[1]} | {*SecureStream(KEY).words(100).tolist()})
     assert SecureStream().fork().words(4).tolist() != SecureStream().fork().words(4).tolist()
+
+
+def _words_of_a_child(stream: SecureStream, *, generations: int = 1) -> bytes:
+    """What a really forked process (or its child) draws from its copy of an open stream; b"" when it is refused."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if generations > 1:
+                drawn = _words_of_a_child(stream, generations=generations - 1)
+            else:
+                drawn = stream.words(64).tobytes()
+            os.write(writer, drawn)
+        except EngineError:
+            pass
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as source:
+        drawn = source.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return drawn
+
+
+@pytest.mark.parametrize("used_before", [0, 40])
+def test_a_fork_never_shares_words(used_before: int) -> None:
+    """Parent, child and grandchild draw from an open stream: no word twice (chance below 2**-50)."""
+    stream = SecureStream()
+    stream.words(used_before)
+    drawn = [_words_of_a_child(stream), _words_of_a_child(stream, generations=2), stream.words(64).tobytes()]
+    words = np.frombuffer(b"".join(drawn), np.uint64)
+    assert len(words) == 3 * 64 == len(set(words.tolist()))
+
+
+def test_a_fork_is_seen_when_the_process_id_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids are used again: a descendant with its ancestor's id is another process all the same."""
+    stream = SecureStream()
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
+    stream.words(1)
+    drawn = _words_of_a_child(stream)
+    assert len(drawn) == 8 * 64
+    assert drawn != stream.words(64).tobytes()
+
+
+def test_a_stream_with_a_given_key_is_refused_after_a_fork() -> None:
+    """It could only repeat itself."""
+    stream = SecureStream(KEY)
+    assert _words_of_a_child(stream) == b""
+    stream.words(1)

@@ -139,7 +139,8 @@ def test_fused_experts_on_disk_give_the_same_int8_as_one_matrix_each(
     model, directory = float_model(architecture)
     fused = tmp_path / "fused"
     fused.mkdir()
-    shutil.copyfile(directory / "config.json", fused / "config.json")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(directory / name, fused / name)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")

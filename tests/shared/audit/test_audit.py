@@ -47,7 +47,6 @@ def home(tmp_path: Path) -> Path:
     """A site's home: six released rounds, one in doubt, one of the site's own; and the coordinator's receipts."""
     made = tmp_path / "home"
     KEY.save(made / "keys" / "signing.pem")
-    (made / "keys" / "signing.pub").write_text(KEY.public_hex)
     (made / "site.toml").write_text("[policy]\nmin_noise_multiplier = 0.8\n")
     with opened(f"sqlite:///{made}/ledger.sqlite", KEY) as ledger:
         kept = with_releases(ledger, KEY, 6)
@@ -83,6 +82,14 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
             main([verb, "--help"])
         assert stop.value.code == 0
         assert verb in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """By name and number, with exit code 0."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("fl-audit (concordat-fl) 0.")
 
 
 def test_what_the_scenarios_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

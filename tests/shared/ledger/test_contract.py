@@ -452,7 +452,7 @@ def test_the_checkpoint_is_the_rfc_6962_root(ledger: Ledger) -> None:
         hashes = [bytes.fromhex(ledger.entry(seq).hash) for seq in range(1, pinned["entries"] + 1)]
         assert pinned["merkle_root"] == root(hashes).hex()
         assert pinned["head"] == hashes[-1].hex()
-        ledger.register_dataset(f"set-{number}", "sha256:x", "record", 10, 1)
+        ledger.register_dataset(f"set-{number}", f"sha256:{number}", "record", 10, 1)
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), max_size=70))

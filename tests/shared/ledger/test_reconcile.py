@@ -122,7 +122,7 @@ def test_a_file_that_holds_no_receipts(tmp_path: Path, url: str, key: SigningKey
         load(str(path), SITE)
     for text, word in (("{", "is not JSON"), ('{"a": 1}', "holds no receipts"), ("[1]", "is no table")):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=word):
+        with pytest.raises(LedgerError, match=word):
             load(str(path), SITE)
     opened(url, key).close()
     with pytest.raises(LedgerError, match="no coordinator's database"):

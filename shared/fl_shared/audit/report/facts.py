@@ -14,9 +14,10 @@ from typing import Any
 from fl_shared.accounting.merge import Key, key_of
 from fl_shared.accounting.pld import pld_curve, steps_epsilon
 from fl_shared.accounting.renyi import curve_epsilon
+from fl_shared.audit.history import history
 from fl_shared.audit.report import words
 from fl_shared.audit.runs import by_run
-from fl_shared.canonical import file_sha256, parse_json, sha256_hex
+from fl_shared.canonical import canonical_bytes, file_sha256, parse_json, sha256_hex
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import LedgerReader, Spend
 from fl_shared.ledger.chain import timestamp
@@ -30,7 +31,13 @@ MOST_FAILURES = 1000
 
 
 def statement(
-    ledger: LedgerReader, report: Report, *, run: str | None, home: Path | None, empirical: Path | None
+    ledger: LedgerReader,
+    report: Report,
+    *,
+    run: str | None,
+    home: Path | None,
+    empirical: Path | None,
+    stated: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the statement's body; `run` narrows mechanisms and failures to one run, never the cumulative figures.
 
@@ -44,10 +51,11 @@ def statement(
     used = {spend.reservation.dataset for spend in shown}
     names = sorted(used if run is not None else {dataset.name for dataset in ledger.datasets()})
     runs = [row for row in by_run(ledger, everything) if run in (None, row["run"])]
-    return {
+    body = {
         "kind": "privacy-statement",
-        "format": 1,
+        "format": 2,
         "site": ledger.site,
+        "stated": stated,
         "run": run,
         "made_at": timestamp(datetime.now(UTC)),
         "ledger": {
@@ -86,12 +94,20 @@ def statement(
         ],
         "not_claimed": list(words.NOT_CLAIMED),
     }
+    return body | {"id": statement_id(body)}
+
+
+def statement_id(body: dict[str, Any]) -> str:
+    """Return the number of a statement: its day, and the start of the SHA-256 of its body without that number."""
+    plain = {name: value for name, value in body.items() if name != "id"}
+    return f"PS-{body['made_at'][:10].replace('-', '')}-{sha256_hex(canonical_bytes(plain))[:12]}"
 
 
 def _dataset(ledger: LedgerReader, name: str) -> dict[str, Any]:
     dataset = ledger.dataset(name)
     budgets = []
     for budget in ledger.budgets(name):
+        past = [point.to_dict() for point in history(ledger, budget)]
         found = ledger.charges(name, budget.study)
         position = position_of(budget, found)
         budgets.append(
@@ -110,6 +126,10 @@ def _dataset(ledger: LedgerReader, name: str) -> dict[str, Any]:
                 "version": budget.version,
                 "approver": budget.approver,
                 "entry": budget.seq,
+                "entered_at": ledger.entry(budget.seq).created_at,
+                "best_guess_at_ceiling": best_guess(budget.epsilon, budget.delta),
+                "best_guess_so_far": best_guess(position.spent, budget.delta),
+                "burn_down": past,
             }
         )
     return {
@@ -123,6 +143,15 @@ def _dataset(ledger: LedgerReader, name: str) -> dict[str, Any]:
         "overlaps": ledger.overlapping(name),
         "budgets": budgets,
     }
+
+
+def best_guess(epsilon: float, delta: float) -> float:
+    """Return how often the best guess is right whether one unit is in the data, when a fair coin put it in or not.
+
+    (e^epsilon + delta) / (1 + e^epsilon), exact for (epsilon, delta): Kairouz, Oh, Viswanath, "The composition
+    theorem for differential privacy" (arXiv 1311.0776), theorem 2.1: errors a, b have a + e^epsilon b >= 1 - delta.
+    """
+    return min(1.0, 1.0 - (1.0 - delta) * math.exp(-epsilon) / (1.0 + math.exp(-epsilon)))
 
 
 def _mechanisms(spends: Sequence[Spend], run: str, dataset: str) -> list[dict[str, Any]]:

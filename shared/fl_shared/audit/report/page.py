@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fl_shared.audit import chart
+from fl_shared.audit.history import Point
 from fl_shared.audit.report import words
+from fl_shared.audit.report.stated import NOT_STATED
 from fl_shared.errors import printable
 
 
@@ -31,11 +34,18 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Room for persons to sign by hand: for each a line for name, function, date and signature."""
+
+    signers: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what stands below it; a str is a paragraph."""
 
     title: str
-    blocks: list[str | Table | Figure] = field(default_factory=list)
+    blocks: list[str | Table | Figure | Lines] = field(default_factory=list)
 
 
 def figure_of(drawn: Any, alt: str) -> Figure:
@@ -47,9 +57,22 @@ def figure_of(drawn: Any, alt: str) -> Figure:
     return Figure(alt, text[text.index("<svg") :], png.getvalue())
 
 
+def title(body: dict[str, Any]) -> str:
+    """Return what stands above the first page."""
+    return "Privacy statement" + (f" on run {body['run']}" if body["run"] else "")
+
+
+def running_head(body: dict[str, Any]) -> tuple[str, str]:
+    """Return what stands on every page, left and right: whose statement, and which."""
+    return f"Privacy statement of {body['site']}", f"Statement {body['id']}"
+
+
 def sections(body: dict[str, Any]) -> Iterator[Section]:
     """Yield the page of a statement's body, in the order that a reader needs it."""
+    yield _about(body)
     yield _summary(body)
+    yield _meaning(body)
+    yield from _budgets(body)
     guarantee = body["guarantee"]
     yield Section(
         "Guarantee",
@@ -60,7 +83,10 @@ def sections(body: dict[str, Any]) -> Iterator[Section]:
             f"Composition. {guarantee['composition']}",
         ],
     )
-    yield _datasets(body)
+    yield Section("Outside the guarantee", [f"• {each}" for each in body["outside"]])
+    yield Section("What this statement does not claim", [f"• {each}" for each in body["not_claimed"]])
+    yield _empirical(body)
+    yield Section("Signatures", [words.SIGN, Lines(words.SIGNERS)])
     yield _runs(body)
     yield from _curves(body)
     yield _mechanisms(body)
@@ -68,9 +94,6 @@ def sections(body: dict[str, Any]) -> Iterator[Section]:
     yield _failures(body)
     rows = [(each["name"], each["library"], each["source"]) for each in body["accountants"]]
     yield Section("Accountants and versions", [Table(("accountant", "library", "source"), rows, (3, 2, 3))])
-    yield Section("Outside the guarantee", [f"• {each}" for each in body["outside"]])
-    yield _empirical(body)
-    yield _digests(body)
     yield Section("What NIST SP 800-226 asks for, and where it stands", [Table(("asked", "section"), words.NIST)])
     crosswalk = [tuple(str(each[name]) for name in each) for each in body["crosswalk"]]
     yield Section(
@@ -80,8 +103,38 @@ def sections(body: dict[str, Any]) -> Iterator[Section]:
             Table(("provision", "asks", "served here by", "stays with the site"), crosswalk, (2, 3, 3, 3)),
         ],
     )
-    yield Section("What this statement does not claim", [f"• {each}" for each in body["not_claimed"]])
+    yield _digests(body)
     yield _ledger(body)
+
+
+def _about(body: dict[str, Any]) -> Section:
+    stated = body["stated"]
+    approvals = [
+        f"{each['name']}{', study ' + budget['study'] if budget['study'] else ''}: {budget['approver']}, "
+        f"entered in the ledger on {budget['entered_at'][:10]} (entry {budget['entry']})"
+        for each in body["datasets"]
+        for budget in each["budgets"]
+    ]
+    rows = [
+        ("Institution", stated["institution"] or NOT_STATED),
+        ("Site", body["site"]),
+        ("Statement", body["id"]),
+        ("Made", f"{body['made_at'][:19].replace('T', ' ')} UTC, from {body['ledger']['entries']} ledger entries"),
+        (
+            "Covers",
+            f"run {body['run']}; cumulative figures cover everything" if body["run"] else "everything in the ledger",
+        ),
+        ("Purpose", stated["purpose"] or NOT_STATED),
+        ("Partners", "; ".join(stated["partners"] or ()) or NOT_STATED),
+        ("Approved by", "\n".join(approvals) or "nobody: the ledger has no budget"),
+        ("Approved on", stated["approved_on"] or f"{NOT_STATED}; see the ledger's dates above"),
+        ("Contact", stated["contact"] or NOT_STATED),
+    ]
+    note = (
+        "Institution, purpose, partners, date of approval and contact are the site's word; "
+        "all else is read from its ledger."
+    )
+    return Section("", [Table(("", ""), rows, (1, 4.6)), note])
 
 
 def _summary(body: dict[str, Any]) -> Section:
@@ -103,11 +156,42 @@ def _summary(body: dict[str, Any]) -> Section:
                 "privacy loss distributions. These two hold as guarantees of their own where the runs so far would "
                 "have been the same whatever the earlier results."
             )
+    if not body["datasets"]:
+        made.blocks.append("The ledger has no data set.")
     return made
 
 
-def _datasets(body: dict[str, Any]) -> Section:
-    made = Section("Data sets")
+def _meaning(body: dict[str, Any]) -> Section:
+    made = Section("What epsilon means")
+    private = [each for each in body["datasets"] if each["private"] and each["budgets"]]
+    if not private:
+        made.blocks.append("No private data set has a budget, so there is no epsilon to speak of.")
+        return made
+    for unit in sorted({each["privacy_unit"] for each in private}):
+        made.blocks.extend(text.format(unit=unit) for text in words.MEANING)
+    for each in private:
+        budget = each["budgets"][0]
+        factor = f"{math.exp(budget['epsilon']):,.0f}" if budget["epsilon"] < 30 else f"e^{budget['epsilon']:g}"
+        example = words.EXAMPLE.format(
+            unit=each["privacy_unit"],
+            ceiling=_percent(budget["best_guess_at_ceiling"]),
+            so_far=_percent(budget["best_guess_so_far"]),
+            epsilon=budget["epsilon"],
+            spent=budget["spent"],
+            factor=factor,
+        )
+        made.blocks.append(f"{each['name']}. {example}" if len(private) > 1 else example)
+    return made
+
+
+def _percent(share: float) -> str:
+    """Return a bound in percent, rounded up, so that it stays a bound."""
+    return f"{min(100.0, math.ceil(share * 1e4) / 100):.2f} %"
+
+
+def _budgets(body: dict[str, Any]) -> Iterator[Section]:
+    """Yield each data set with its budgets, what the percentages mean, and how each budget was used up."""
+    made = Section("Data sets and budgets")
     for each in body["datasets"]:
         bound = f"at most {each['bound_per_unit']} records of each are used"
         made.blocks.append(
@@ -117,24 +201,48 @@ def _datasets(body: dict[str, Any]) -> Section:
         )
         made.blocks.append(
             Table(
-                ("budget", "epsilon", "spent", "by PLD", "held", "gate", "delta", "delta x units", "approver"),
+                ("budget", "ceiling", "charged", "of ceiling", "by PLD", "held", "gate", "delta", "delta x units"),
                 [
                     (
                         budget["study"] or "overall",
                         f"{budget['epsilon']:g}",
                         f"{budget['spent']:.4f}",
+                        f"{budget['spent'] / budget['epsilon']:.0%}",
                         f"{budget['spent_pld']:.4f}",
                         f"{budget['reserved']:.4f}",
-                        f"{budget['gate_used']:.1%}",
+                        f"{budget['gate_used']:.0%}",
                         f"{budget['delta']:g}",
                         f"{budget['delta_times_units']:.3g}",
-                        f"{budget['approver']} (entry {budget['entry']})",
                     )
                     for budget in each["budgets"]
                 ],
-                (1.6, 1.4, 1.4, 1.4, 1.4, 1.3, 1.4, 1.5, 3),
+                (1.8, 1.2, 1.4, 1.5, 1.4, 1.3, 1.1, 1.3, 1.8),
             )
         )
+    yield made
+    for each in body["datasets"]:
+        for budget in each["budgets"]:
+            study = f"study {budget['study']}" if budget["study"] else "overall"
+            name = f"{each['name']}, {study}"
+            yield _burn_down(name, budget)
+
+
+def _burn_down(name: str, budget: dict[str, Any]) -> Section:
+    made = Section(f"How the budget was used: {name}")
+    if not budget["burn_down"]:
+        made.blocks.append("Nothing has been charged to it yet: epsilon 0, and the gate at 0 %.")
+        return made
+    made.blocks.append(
+        words.TWO_SHARES.format(
+            share=f"{budget['spent'] / budget['epsilon']:.0%}",
+            gate=f"{budget['gate_used']:.0%}",
+            held=f"epsilon {budget['reserved']:.4g}" if budget["reserved"] else "nothing",
+            pld=f"{budget['spent_pld']:.4g}",
+        )
+    )
+    past = [Point(**point) for point in budget["burn_down"]]
+    drawn = chart.burn_down(f"{name}: ceiling epsilon {budget['epsilon']:g}", budget["epsilon"], past)
+    made.blocks.append(figure_of(drawn, f"epsilon and the gate after each charge to {name}; open rounds included"))
     return made
 
 
@@ -157,7 +265,7 @@ def _runs(body: dict[str, Any]) -> Section:
         "Runs",
         [
             "Epsilon of each run by itself, and of everything charged to its data set when it ended.",
-            Table(head, rows, (3, 2, 1.2, 1.4, 1.4, 1.2, 1.7, 2.6)),
+            Table(head, rows, (4, 2.6, 1.2, 1.3, 1.3, 1.2, 1.6, 2.5)),
         ],
     )
 

@@ -7,6 +7,41 @@ DEFINITION = (
     "privacy unit is in the data: for every set of outputs, its probability with the unit is at most e^epsilon times "
     "its probability without it, plus delta (and the other way round)."
 )
+MEANING = (
+    (
+        "Epsilon and delta limit what anybody can learn about one {unit} from everything that leaves this site. "
+        "Whatever somebody may look for in it, the chance of finding it is at most e^epsilon times what it would be if "
+        "that {unit} were not in the data, plus delta; and the same holds the other way round. Epsilon 0 would mean "
+        "that nothing can be learnt; each step that is computed on the data adds to it. The bound holds whatever else "
+        "the observer knows, and whatever computing power he has."
+    ),
+    (
+        "Delta is the room left for rare events that the factor e^epsilon does not cover. It is kept below 1 divided "
+        "by the number of units: at 1/units it would allow to publish one of them outright."
+    ),
+)
+EXAMPLE = (
+    "For example: a fair coin decides in secret whether one {unit} is put into the data. Somebody who knows everything "
+    "else, and sees everything that leaves, guesses how it fell. By pure chance the guess is right in 50 % of all "
+    "cases; the best possible guess is right in at most {ceiling} at the ceiling (epsilon {epsilon:g}: a factor of "
+    "{factor}), and in at most {so_far} after what was charged so far (epsilon {spent:.4g}). These are bounds that "
+    "nobody can exceed, not what an attack is known to reach."
+)
+TWO_SHARES = (
+    "Why epsilon stands at {share} of the ceiling and the gate at {gate}. Both measure the same charges against the "
+    "same ceiling, in different units. The gate adds up Rényi divergence, of which every step of a kind takes the same "
+    "share whenever it runs; at 100 % it grants nothing more. It decides, and it includes {held} held by open rounds. "
+    "Epsilon is translated from that divergence, and the translation itself costs a part that is due in full as soon "
+    "as anything is charged. So epsilon rises fast at first and slowly later, and the two come together where the "
+    "budget ends. To see how much can still be done, read the gate's figure; to see what is guaranteed so far, read "
+    "epsilon. The figure by privacy loss distributions ({pld}) is a tighter translation of the same charges and "
+    "decides nothing."
+)
+SIGN = (
+    "By signing, the persons below confirm that they have read this statement. The figures need no signature by hand: "
+    "they are covered by the site's electronic signature on the last page."
+)
+SIGNERS = ("For the site", "Data protection officer")
 NEIGHBOURING = "add or remove one privacy unit, with all of its records that are in use"
 TRUST_MODEL = (
     "Central model at each site: the site trusts its own agent, machine and staff and nobody else. Coordinator, other "
@@ -71,14 +106,15 @@ NOT_CLAIMED = (
 
 # (what NIST SP 800-226 asks to be told, where it stands)
 NIST = (
-    ("Unit of privacy and bound on its contribution", "Guarantee; Data sets"),
+    ("Unit of privacy and bound on its contribution", "Guarantee; Data sets and budgets"),
     ("Neighbouring relation", "Guarantee"),
-    ("Epsilon and delta, for each release and cumulative", "Data sets; Runs; Curves"),
-    ("Delta against the number of units", "Data sets"),
+    ("Epsilon and delta, for each release and cumulative", "Data sets and budgets; Runs; Curves"),
+    ("Delta against the number of units", "Data sets and budgets"),
     ("Trust model", "Guarantee"),
     ("Mechanisms and their parameters", "Mechanisms"),
     ("Sampling as claimed and as executed", "Mechanisms"),
     ("Composition and accountants", "Guarantee; Accountants and versions"),
+    ("Meaning in words", "What epsilon means"),
     ("Randomness and floating point", "Randomness"),
     ("Failures, restarts and what they cost", "Failures and how each was charged"),
     ("Side channels, access control, data collection exposure", "Outside the guarantee"),

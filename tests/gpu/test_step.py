@@ -17,7 +17,7 @@ from fl_client.dp.engine import DPEngine
 from fl_client.model.load import with_quantised_layers
 from helpers.benchmarks import load_benchmark
 
-gpu_step = load_benchmark("gpu_step")
+gpu_step = load_benchmark("step", "gpu")
 
 
 def test_the_real_shape_is_that_of_deepseek_v2_lite() -> None:
@@ -109,7 +109,7 @@ def test_a_variant_that_fails_leaves_the_others_figures(
         return subprocess.CompletedProcess(command, -9 if variant == "peft" else 0, json.dumps(measured) + "\n")
 
     monkeypatch.setattr(subprocess, "run", child)
-    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--small", "--device", "cpu", "--json", "--out", str(file)])
+    monkeypatch.setattr(sys, "argv", ["step.py", "--small", "--device", "cpu", "--json", "--out", str(file)])
     assert gpu_step.main() == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads(file.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def test_a_variant_that_fails_leaves_the_others_figures(
     (entry,) = said["models"]
     found = {each["variant"]: each for each in entry["variants"]}
     assert found["book"]["seconds_per_step_of_each_process"] == [2.0, 9.0]
-    assert (entry["time_ratio"], entry["memory_ratio"]) == (5.5, round(80 / 70, 3))
+    assert (entry["time_ratio"], entry["memory_ratio"]) == (5.5, round(80 / 60, 3))
     assert entry["time_vs_peft"] is None
     assert found["peft"] == {"variant": "peft", "failed": "the process ended with -9"}
     assert found["forward"] == {"variant": "forward", "failed": "OutOfMemoryError: no room"}
@@ -127,12 +127,12 @@ def test_a_variant_that_fails_leaves_the_others_figures(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the benchmark would run")
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """No CUDA: exit code 0, no figure, and the reason; the real shape on CPU is refused."""
-    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--json"])
+    monkeypatch.setattr(sys, "argv", ["step.py", "--json"])
     assert gpu_step.main() == 0
     said = json.loads(capsys.readouterr().out)
     assert said["models"] == []
     assert "no CUDA device" in said["skipped"]
-    monkeypatch.setattr(sys, "argv", ["gpu_step.py", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cpu"])
     with pytest.raises(SystemExit):
         gpu_step.main()
 

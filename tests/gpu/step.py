@@ -1,13 +1,14 @@
 """A private training step at the real shape on a GPU: random weights of DeepSeek-V2-Lite's size, int8, 512 tokens.
 
 Four variants, each in processes of its own, once in this order and once in reverse: this project's private step
-(`book`), the same layers without privacy (`plain`), what a non-private user would run (`peft`: Hugging Face and PEFT,
-LoRA on the same layers, bfloat16 weights), and int8 without training (`forward`). The quantised model is made tensor by
-tensor on the device; no float copy of it ever exists. A variant that runs out of memory says so beside the others'
-figures. Without a CUDA device nothing is measured, and the output says so; `--small --device cpu` takes the same way
-with a model of 2 layers and proves only that.
+(`book`), what a non-private user would run (`peft`: Hugging Face and PEFT, LoRA on the same layers, bfloat16 weights),
+the private step's layers without privacy (`plain`), and int8 without training (`forward`). The quantised model is made
+tensor by tensor on the device; no float copy of it ever exists. A GPU with less memory gets fewer of the 27 layers, and
+the output says how many. A variant that runs out of memory says so beside the others' figures. Without a CUDA device
+nothing is measured, and the output says so; `--small --device cpu` takes the same way with a model of 2 layers and
+proves only that.
 
-    python tests/benchmarks/gpu_step.py --json --out gpu_step.json
+    python tests/gpu/step.py --json --out step.json
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 from fl_shared.privacy import Mechanism
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from compat import exact_products, grouped_products  # noqa: E402 - made importable above
+
 from helpers.random_models import random_records  # noqa: E402 - made importable above
 
 CLASSES = 20
-VARIANTS = ("book", "plain", "peft", "forward")
+VARIANTS = ("book", "peft", "plain", "forward")
 LORA = LoraSection(rank=8, alpha=16.0, targets=("attention", "shared_experts", "routed_experts"))
 MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)
 V2_LITE = {
@@ -62,11 +65,18 @@ SMALL = V2_LITE | {
 UNITS, TOKENS = 8, 512
 
 
-def empty_model(*, small: bool) -> nn.Module:
-    """The architecture on the meta device."""
+def layers_that_fit(device: torch.device) -> int:
+    """Layers of V2-Lite, at most 27, whose bfloat16 weights (1.2 GB each) take 6 tenths of the GPU's memory."""
+    room = torch.cuda.get_device_properties(device).total_memory * 0.6 - 1e9
+    return max(2, min(int(V2_LITE["num_hidden_layers"] or 0), int(room / 1.2e9)))
+
+
+def empty_model(*, small: bool, layers: int | None = None) -> nn.Module:
+    """The architecture on the meta device, with all its layers or the first few."""
+    shape = SMALL if small else V2_LITE
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            DeepseekV2Config(**(SMALL if small else V2_LITE)), attn_implementation="sdpa"
+            DeepseekV2Config(**(shape | ({"num_hidden_layers": layers} if layers else {}))), attn_implementation="sdpa"
         )
     model.set_experts_implementation("grouped_mm")
     return model  # type: ignore[no-any-return]
@@ -101,9 +111,9 @@ def _random(leaf: str, like: Tensor, device: torch.device, dtype: torch.dtype, g
     return torch.empty(like.shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
 
 
-def quantised_model(device: torch.device, *, small: bool) -> nn.Module:
+def quantised_model(device: torch.device, *, small: bool, layers: int | None = None) -> nn.Module:
     """The int8 model; what stays float is bfloat16."""
-    return fill(with_quantised_layers(empty_model(small=small), 8, GROUP), device, torch.bfloat16)
+    return fill(with_quantised_layers(empty_model(small=small, layers=layers), 8, GROUP), device, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -120,14 +130,15 @@ class Stepper:
         return max(len(chosen) for chosen in cut_units(self.records, range(UNITS), max_units=most))
 
 
-def stepper(variant: str, device: torch.device, *, small: bool) -> Stepper:
+def stepper(variant: str, device: torch.device, *, small: bool, layers: int | None = None) -> Stepper:
     """A variant, ready to step; all are given the same records."""
     shape = SMALL if small else V2_LITE
     tokens = 32 if small else TOKENS
     records = random_records(UNITS, low=tokens, high=tokens, vocabulary=int(shape["vocab_size"] or 0), classes=CLASSES)
     if variant == "peft":
-        return Stepper(_peft_step(fill(empty_model(small=small), device, torch.bfloat16), records, device), records)
-    model = quantised_model(device, small=small)
+        plain = fill(empty_model(small=small, layers=layers), device, torch.bfloat16)
+        return Stepper(_peft_step(plain, records, device), records)
+    model = quantised_model(device, small=small, layers=layers)
     if variant == "forward":
         backbone: Any = model.model
 
@@ -192,11 +203,13 @@ def _peft_step(model: nn.Module, records: Records, device: torch.device) -> Call
     return _plain_step(classify, [*trained, *head.parameters()], records, device)
 
 
-def measure_one(variant: str, device: torch.device, *, small: bool, turns: int) -> dict[str, Any]:
+def measure_one(
+    variant: str, device: torch.device, *, small: bool, turns: int, layers: int | None = None
+) -> dict[str, Any]:
     """Median seconds a step, units in a micro-batch and, on CUDA, peak memory; no memory left is a result, too."""
     cuda = device.type == "cuda"
     try:
-        made = stepper(variant, device, small=small)
+        made = stepper(variant, device, small=small, layers=layers)
         taken = []
         for turn in range(turns + 2):
             if cuda and turn == 2:  # the first ones compile kernels, warm up, and find the micro-batch that fits
@@ -249,6 +262,8 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the result so far here, after every process")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only with --small")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="only these")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers of the real shape (as many as fit, up to 27)")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cpu" and not options.small:
@@ -258,13 +273,18 @@ def main() -> int:
         print(json.dumps({"device": None, "models": [], "skipped": reason}) if options.json else reason)
         return 0
     device, turns = torch.device(options.device), 20 if options.full else 5
+    exact_products()
     if options.variant:
-        print(json.dumps(measure_one(options.variant, device, small=options.small, turns=turns)))
+        grouped_products()
+        found = measure_one(options.variant, device, small=options.small, turns=turns, layers=options.layers)
+        print(json.dumps(found))
         return 0
-    parameters = sum(p.numel() for p in empty_model(small=options.small).parameters())
+    if options.layers is None and not options.small:
+        options.layers = layers_that_fit(device)
+    parameters = sum(p.numel() for p in empty_model(small=options.small, layers=options.layers).parameters())
     runs: dict[str, list[dict[str, Any]]] = {}
     for turn in range(options.rounds):
-        for variant in VARIANTS if turn % 2 == 0 else reversed(VARIANTS):
+        for variant in options.variants if turn % 2 == 0 else reversed(options.variants):
             runs.setdefault(variant, []).append(_in_child(variant, options))
             result = json.dumps(_result(runs, options, parameters), indent=2)
             if options.out:
@@ -281,20 +301,35 @@ def _result(
     entry = {
         "name": "two small layers" if options.small else "DeepSeek-V2-Lite's shape",
         "parameters": parameters,
+        "layers": 2 if options.small else options.layers,
+        "whole_depth": int(V2_LITE["num_hidden_layers"] or 0),
         "units": UNITS,
         "tokens": 32 if options.small else TOKENS,
         "time_ratio": _ratio(found, "book", "plain", "seconds_per_step"),
         "memory_ratio": _ratio(found, "book", "plain", "peak_bytes"),
         "time_vs_peft": _ratio(found, "book", "peft", "seconds_per_step"),
+        "time_vs_peft_of_each_pair": _pairs(runs),
         "memory_vs_peft": _ratio(found, "book", "peft", "peak_bytes"),
         "variants": list(found.values()),
     }
     return {"device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "models": [entry]}
 
 
+def _pairs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[float]:
+    """Private over PEFT, of each round in which both were measured: neighbours in time."""
+    both = zip(runs.get("book", []), runs.get("peft", []), strict=False)
+    return [
+        round(own["seconds_per_step"] / other["seconds_per_step"], 3)
+        for own, other in both
+        if "failed" not in own and "failed" not in other
+    ]
+
+
 def _in_child(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own measured; when it died of something else than memory, its words are on stderr."""
     flags = [flag for flag in ("--full", "--small") if getattr(options, flag.removeprefix("--"))]
+    if options.layers:
+        flags += ["--layers", str(options.layers)]
     done = subprocess.run(
         [sys.executable, __file__, "--variant", variant, "--device", options.device, *flags],
         check=False, stdout=subprocess.PIPE, text=True,

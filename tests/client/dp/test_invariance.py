@@ -1,0 +1,187 @@
+"""What a unit contributes does not depend on who shares its step, whatever adapter the coordinator sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fl_client.dp import invariance, lora_layers
+from fl_client.dp.adapt import AdaptedModel
+from fl_client.dp.checks import check_layers
+from fl_client.dp.invariance import check_invariance
+from fl_client.dp.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
+from fl_client.dp.rounding import slack
+from fl_shared.errors import EngineError
+from helpers.hostile_adapters import ATTACKS, change_of_evaluation, change_of_sum, company, is_bitwise
+from helpers.random_models import ARCHITECTURES, adapted_small, cast_base, units_of_records
+
+torch.set_num_threads(1)
+
+
+def attacked(architecture: str, attack: str, dtype: torch.dtype, **how: bool) -> AdaptedModel:
+    """A small model of the family under an attacker's adapter."""
+    adapted = adapted_small(architecture, **{"quantised": True, **how})
+    cast_base(adapted.classifier.backbone, dtype)
+    ATTACKS[attack](adapted, np.random.default_rng(3))
+    return adapted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_adapter_lets_a_unit_change_how_others_are_computed(
+    architecture: str, attack: str, dtype: torch.dtype
+) -> None:
+    """A longer record beside forty short ones: bits of the others, sum and evaluation, as the noise assumes."""
+    adapted = attacked(architecture, attack, dtype)
+    records = company(np.random.default_rng(5), units=40, vocabulary=96, classes=5, low=3, high=9, longer=31)
+    assert is_bitwise(adapted, records)
+    assert change_of_sum(adapted, records, 0.5, slack(units=41, rows=2 * FULL)) <= 1
+    assert change_of_evaluation(adapted, records) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("how", [{"quantised": False}, {"core": True}], ids=["float", "core"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nor_on_float_bases_and_cores(architecture: str, how: dict[str, bool]) -> None:
+    """Experts without quantisation, and cores between frozen factors, keep to it as well."""
+    adapted = attacked(architecture, "large", torch.float32, **how)
+    records = company(np.random.default_rng(6), units=40, vocabulary=96, classes=5, low=3, high=9, longer=31)
+    assert is_bitwise(adapted, records)
+
+
+def test_units_of_several_records_in_many_micro_batches() -> None:
+    """Units that own records of many lengths, cut into micro-batches by rows, contribute the same bits."""
+    adapted = attacked("deepseek_v3", "large", torch.float32)
+    adapted.heights = (64, 128, 512)
+    rng = np.random.default_rng(2)
+    sizes = [rng.integers(1, 40, rng.integers(1, 5)).tolist() for _ in range(60)]
+    assert is_bitwise(adapted, units_of_records([*sizes, [200, 100]]))
+
+
+def test_experts_without_lora_keep_to_it() -> None:
+    """Experts that carry no adapter multiply by the same few shapes."""
+    from fl_client.dp.adapt import adapt
+    from fl_shared.manifest import LoraSection
+    from helpers.random_models import float_model, quantise_in_place, small_config
+
+    for quantised in (True, False):
+        model = float_model(small_config("qwen3_moe"))
+        if quantised:
+            quantise_in_place(model)
+        lora = LoraSection(rank=3, alpha=6.0, targets=("attention",))
+        adapted = adapt(model, lora, 5, torch.zeros(136), torch.ones(136))
+        ATTACKS["large"](adapted, np.random.default_rng(3))
+        assert len(adapted.plain_experts) == 2
+        records = company(np.random.default_rng(6), units=40, vocabulary=96, classes=5, low=3, high=9, longer=31)
+        assert is_bitwise(adapted, records)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cut_keeps_units_whole_and_within_bounds(seed: int) -> None:
+    """Every unit once, whole; no micro-batch above its bounds unless one unit alone is."""
+    rng = np.random.default_rng(seed)
+    records = units_of_records([rng.integers(1, 300, rng.integers(1, 4)).tolist() for _ in range(80)])
+    heights = heights_for(1000)
+    found = cut(records, range(80), max_units=17, heights=heights)
+    assert sorted(unit for chosen in found for unit in chosen) == list(range(80))
+    for chosen in found:
+        rows = sum(tokens_of(records, unit) for unit in chosen)
+        assert len(chosen) <= 17
+        assert rows <= FULL or len(chosen) == 1
+        assert height(rows, heights) in HEIGHTS
+
+
+def test_a_unit_larger_than_what_was_tried_is_refused() -> None:
+    """Heights double until the site's largest unit finds room; they are tried, and none is used that was not."""
+    assert heights_for(5000) == (*HEIGHTS, 4096, 8192)
+    with pytest.raises(EngineError, match="a unit has 5000 tokens, and at most 2048 were tried"):
+        height(5000)
+    adapted = adapted_small("mixtral", quantised=True)
+    check_layers(adapted, vocabulary=96)
+    assert adapted.heights == HEIGHTS
+    check_layers(adapted, vocabulary=96, rows=3000)
+    assert adapted.heights == (*HEIGHTS, 4096)
+
+
+def test_a_machine_whose_products_follow_the_number_of_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that adds in another order for some numbers of rows is found by the check, before any round."""
+    right: Callable[[Tensor, Tensor, Tensor], Tensor] = invariance.grouped_rows
+
+    def fickle(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        found = right(x, weight, ends)
+        if x.shape[0] == 344:
+            half = x.shape[1] // 2
+            return right(x[:, :half], weight[:, :half], ends) + right(x[:, half:], weight[:, half:], ends)
+        return found
+
+    monkeypatch.setattr(invariance, "grouped_rows", fickle)
+    with pytest.raises(EngineError, match="depends on its neighbours on this machine"):
+        check_layers(adapted_small("mixtral", quantised=True), vocabulary=96)
+
+
+def test_a_height_that_computes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the router's product differs at one height, that height is dropped; at the full one, all is refused."""
+    adapted = adapted_small("mixtral", quantised=True)
+    layer = adapted.classifier.backbone.get_submodule("layers.0.self_attn.o_proj")
+    odd = {512}  # one of them
+
+    def other(_: object, args: object, out: Tensor) -> Tensor:
+        return out * (1 + 2**-20) if out.shape[1] in odd else out
+
+    handle = layer.register_forward_hook(other)
+    check_invariance(adapted, vocabulary=96, seed=1)
+    assert adapted.heights == tuple(each for each in HEIGHTS if each != 512)
+
+    def by_fill(_: object, args: object, out: Tensor) -> Tensor:
+        packed = adapted.scope.packed
+        return out * (1 + 2**-20) if packed is not None and packed.rows < 1000 else out
+
+    handle.remove()
+    layer.register_forward_hook(by_fill)
+    with pytest.raises(EngineError, match="a unit's gradient depends on its neighbours"):
+        check_invariance(adapted, vocabulary=96, seed=1)
+
+
+def test_attention_that_mixes_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention whose rounding follows how many records lie side by side."""
+    right = invariance.causal
+
+    def mixing(query: Tensor, *rest: object) -> Tensor:
+        found = right(query, *rest)  # type: ignore[arg-type]
+        return found if query.shape[0] < 4 else found * (1 + 2**-22)
+
+    monkeypatch.setattr(invariance, "causal", mixing)
+    with pytest.raises(EngineError, match="attention over 1 tokens depends on the neighbours"):
+        check_invariance(adapted_small("olmoe", quantised=True), vocabulary=96, seed=1)
+
+
+def test_half_precision_on_cpu_is_multiplied_in_float32() -> None:
+    """Rows of narrow bfloat16 products, whose order of additions follows their number in oneDNN, stay what they are."""
+    from fl_client.dp.kernels import independent_rows
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(512, 20).bfloat16(), torch.randn(20, 3).bfloat16()
+    with independent_rows(torch.device("cpu"), torch.bfloat16):
+        whole = x @ weight
+        assert all(torch.equal(x[:rows] @ weight, whole[:rows]) for rows in range(8, 512, 8))
+        out = torch.empty(512, 3, dtype=torch.bfloat16)
+        torch.mm(x, weight, out=out)
+        assert torch.equal(out, whole)
+        assert torch.equal(out.clone().addmm_(x, weight), (out.float() + x.float() @ weight.float()).bfloat16())
+    assert torch.equal(whole, (x.float() @ weight.float()).bfloat16())
+
+
+def test_the_bound_on_rounding_grows_with_what_is_added() -> None:
+    """Some thousandths at most for a hundred thousand units; more units or rows are dearer, none is free."""
+    assert 2**-26 < slack(units=1, rows=1) < slack(units=1000, rows=4096) < 2**-13
+    assert slack(units=100_000, rows=4096) < 2**-8
+    assert slack(units=1000, rows=4096, ranks=8) > slack(units=1000, rows=4096)
+
+
+def test_unpatched_experts_are_the_ones_that_are_tried() -> None:
+    """The check multiplies with the very function that the layers use."""
+    assert invariance.grouped_rows is lora_layers.grouped_rows

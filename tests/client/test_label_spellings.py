@@ -1,0 +1,84 @@
+"""What the operator of a site is told about labels before anything is charged, by the commands that a person runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_agents import MARKER, SITE, RealSite, spec
+from client_gateway import Gateway
+
+from fl_client.model.layout import directory_digest
+from fl_client.model.load import TINY
+
+
+def write_spec(path: Path, labels: list[str]) -> Path:
+    """A spec for the shipped base, as TOML with a byte order mark."""
+    table = spec(directory_digest(TINY), rounds=1).to_dict()
+    table["task"]["labels"] = labels
+    lines = []
+    for section, fields in table.items():
+        if isinstance(fields, dict):
+            lines.append(f"[{section}]")
+            lines += [f"{name} = {json.dumps(value)}" for name, value in fields.items() if value is not None]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    return path
+
+
+@pytest.fixture
+def site(tmp_path: Path, gateway: Gateway) -> RealSite:
+    """An enrolled site whose table a spreadsheet program wrote: semicolons, cp1252, and rows that cannot be used."""
+    made = RealSite(tmp_path / "home", gateway)
+    lines = [f"Grüße {MARKER} {n};{('Lungs', 'HEART')[n % 2]};{MARKER}-{n // 2}" for n in range(120)]
+    lines += [f";Lungs;{MARKER}-3", ";;", f"x;;{MARKER}-4", f"third;Lungs;{MARKER}-5"]
+    (made.home.root / "records.csv").write_text("text;label;patient\n" + "\n".join(lines), encoding="cp1252")
+    text = made.home.config.read_text().replace("[data]", '[data]\nencoding = "cp1252"\nholdout = 0.2')
+    made.home.config.write_text(text, encoding="utf-8-sig")
+    return made
+
+
+def run(site: RealSite, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`fl-client` as a process."""
+    verb, *rest = map(str, arguments)
+    line = [sys.executable, "-m", "fl_client.cli.client", verb, "--site", SITE, "--home", site.home.root, *rest]
+    return subprocess.run(line, env=site.environment(), capture_output=True, text=True, check=False)
+
+
+def test_check_tells_rows_and_labels_and_nothing_is_charged(site: RealSite, tmp_path: Path) -> None:
+    """Every unused row with its reason, spellings, absent labels; a spec that fits nothing fails the check."""
+    done = run(site, "check", "--json", "--spec", write_spec(tmp_path / "spec.toml", ["lungs", "heart", "brain"]))
+    lines = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
+    assert lines["data"]["message"].startswith(
+        "records.csv: 120 rows used of 124, 60 units (each a patient); left out: 2 without text, 1 without label, "
+        "1 beyond 2 of one unit"
+    )
+    assert lines["labels"]["ok"]
+    assert lines["labels"]["message"] == (
+        "120 of 120 used rows have one of the spec's 3 labels; 120 of them in another spelling; no row has 'brain'"
+    )
+    wrong = run(site, "check", "--json", "--spec", write_spec(tmp_path / "wrong.toml", ["1", "2"]))
+    assert wrong.returncode == 2
+    (labels,) = [line for line in json.loads(wrong.stdout)["checks"] if line["name"] == "labels"]
+    assert not labels["ok"]
+    assert labels["fix"]
+    assert MARKER not in done.stdout + done.stderr + wrong.stdout + wrong.stderr
+    assert not site.home.ledger.exists()
+
+
+def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_charge(
+    site: RealSite, tmp_path: Path
+) -> None:
+    """train-alone and evaluate: exit code 15, and no reservation is in the ledger."""
+    made = write_spec(tmp_path / "spec.toml", ["1", "2"])
+    alone = run(site, "train-alone", "--spec", made, "--out", tmp_path / "alone")
+    (tmp_path / "adapter").write_bytes(b"")
+    judged = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "adapter")
+    for done, what in ((alone, "the training data"), (judged, "the hold-out")):
+        assert done.returncode == 15, done.stderr
+        assert f"no record of {what} has one of the spec's labels: '1', '2'" in done.stderr
+    assert site.spends() == []
+    assert not (tmp_path / "alone").exists()
