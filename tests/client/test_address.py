@@ -55,13 +55,13 @@ WRONG = [
     ("https://köln.example:9443", "taken for others", "xn--"),
     ("https://раура1.example:9443", "taken for others", "xn--"),  # Cyrillic
     ("https://:9443", "names no host", ""),
-    ("https://c..example:9443", "no name of a host", ""),
-    ("https://-c:9443", "no name of a host", ""),
-    ("https://a b:9443", "no name of a host", ""),
+    ("https://c..example:9443", "neither a name nor an address", ""),
+    ("https://-c:9443", "neither a name nor an address", ""),
+    ("https://a b:9443", "neither a name nor an address", ""),
     (" https://c.example:9443", "a space", ""),
     ("https://c.example:9443\n", "a control character", ""),
-    ("https://" + "a" * 64 + ":9443", "no name of a host", ""),
-    ("https://" + "a." * 150 + "x:9443", "no name of a host", ""),
+    ("https://" + "a" * 64 + ":9443", "neither a name nor an address", ""),
+    ("https://" + "a." * 150 + "x:9443", "neither a name nor an address", ""),
 ]
 
 

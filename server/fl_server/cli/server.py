@@ -126,7 +126,7 @@ def _init(arguments: argparse.Namespace) -> int:
     print(f"  CA               {spoken(facts['ca_sha256'])}")
     print(f"  signing key      {spoken_key(facts['coordinator_key'])}")
     if not found:
-        print("fl-admin finds another coordinator's profile first, so tell it:")
+        print("another coordinator's profile is found first, so name this one:")
         print(f"  export FL_ADMIN_PROFILE={shlex.quote(facts['profile'])}")
     print(f"next: {command('fl-server', 'up', '--home', facts['home'])}")
     return 0
