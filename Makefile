@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench proto lock clean
+.PHONY: help install dist demo test lint types bench proto lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[server,client,gpu,postgres,report,demo,dev]"
 	@touch $@
+
+dist: $(STAMP) ## build the wheel and the source distribution into dist/
+	$(BIN)/python -m hatchling build --directory dist --target wheel --target sdist
 
 demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minutes)
 	$(BIN)/python scenarios/hospital/run.py
@@ -47,5 +50,5 @@ lock: $(STAMP) ## write the installed versions to constraints.txt
 	  $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' | grep -E '^[A-Za-z0-9_.-]+==' ; } > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## remove the environment, caches and the demo's output
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis scenarios/*/out
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis scenarios/*/out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,9 @@ from fl_client.renewal import certificate
 from fl_client.rotation import follow
 from fl_client.supernode import PLAN_FILE, describe_confinement
 from fl_client.walls import try_walls
+from fl_shared import __version__
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
+from fl_shared.extras import DISTRIBUTION, missing_package, require
 from fl_shared.fingerprints import spoken_key
 from fl_shared.ledger.service import Ledger
 from fl_shared.manifest import RunSpec
@@ -75,6 +77,7 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
         config = SiteConfig.load(home, site)
         return str(home.config)
 
+    yield _checked("packages", _packages)
     yield _checked("enrolled", enrolment)
     yield _checked("keys", lambda: _keys(home))
     yield _checked("config", configuration)
@@ -122,6 +125,17 @@ def _checked(name: str, check: Callable[[], str]) -> Result:
         return Result(name, True, check())
     except ConcordatError as error:
         return Result(name, False, error.message, error.fix)
+    except ImportError as error:
+        missing = missing_package(error, "fl_client")
+        if missing is None:
+            raise
+        return Result(name, False, missing.message, missing.fix)
+
+
+def _packages() -> str:
+    """What the agent will import is installed, also what only its helpers need."""
+    require("client")
+    return f"{DISTRIBUTION} {__version__} with all of its extra 'client'"
 
 
 def _labels(data: UnitData, spec: RunSpec) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sqlalchemy.engine import make_url
 
+from fl_client.address import server_url
 from fl_client.data.tables import UTF_8
-from fl_client.enrolment import server_url
 from fl_client.home import SiteHome
 from fl_client.sandbox import MODES
 from fl_shared.audit.report.stated import read_stated

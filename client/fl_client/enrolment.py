@@ -21,7 +21,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from cryptography import x509
@@ -30,10 +29,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fl_client.address import server_url
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
-from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
-from fl_shared.hosts import by_proxy, host_and_port, host_name
+from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
+from fl_shared.hosts import by_proxy
 from fl_shared.names import site_id
 from fl_shared.signing import SigningKey, ed25519_key
 
@@ -115,25 +115,6 @@ _COORDINATOR_FIELDS: dict[str, type] = {
     "ca_sha256": str,
     "enrolled_at": int,
 }
-
-
-def server_url(text: str) -> str:
-    """Return `https://host:port` without a trailing slash; EnrolmentError for anything else."""
-    fix = "give the coordinator's gateway, e.g. --server https://coordinator.example:9443"
-    wrong = EnrolmentError(f"server {text!r} is not an address of the form https://HOST:PORT", fix=fix)
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise wrong from None
-    rest = (parts.username, parts.password, parts.query, parts.fragment, parts.path.strip("/"))
-    if parts.scheme != "https" or not port or any(rest):
-        raise wrong
-    try:
-        host = host_name(parts.hostname)
-    except ConfigError as error:
-        raise EnrolmentError(f"server {text!r}: {error.message}", fix=error.fix) from None
-    return f"https://{host_and_port(host, port)}"
 
 
 def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:

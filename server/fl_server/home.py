@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class ServerHome:
         if not home.settings_file.exists():
             raise ConfigError(
                 f"there is no coordinator at {home.root}",
-                fix=f"run `fl-server init --home {home.root}`, or name another home with --home",
+                fix=f"run `fl-server init --home {shlex.quote(str(home.root))}`, or name another home with --home",
             )
         return home
 

@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -203,7 +204,7 @@ class Supervisor:
         except OSError as error:
             raise ConfigError(
                 f"a coordinator already runs at {self._home.root}",
-                fix=f"stop it first, or look at it with `fl-server status --home {self._home.root}`",
+                fix=f"stop it first, or look at it with `fl-server status --home {shlex.quote(str(self._home.root))}`",
             ) from error
 
     def _ask_to_stop(self, *_: object) -> None:

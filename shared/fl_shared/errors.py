@@ -175,6 +175,12 @@ def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
         return _tell(f"{where}{error.strerror or error}", fix, "system", SYSTEM, as_json=as_json)
     except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback for a person
         _trace()
+        if isinstance(error, ImportError):
+            from fl_shared.extras import missing_package  # which raises what this module defines
+
+            missing = missing_package(error, run.__module__.partition(".")[0])
+            if missing is not None:
+                return _tell(missing.message, missing.fix, missing.code, missing.exit_code, as_json=as_json)
         fix = "this is a defect; run again with CONCORDAT_DEBUG=1 and report what it prints, with the log"
         return _tell(f"internal error: {type(error).__name__}: {error}", fix, "defect", DEFECT, as_json=as_json)
 

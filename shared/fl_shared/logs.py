@@ -5,7 +5,7 @@ own code words, or through a field that is named here. An exception is logged as
 code that it passed; its message may quote data and stays out. At a site the words of libraries are withheld
 for the same reason: who spoke and where is kept.
 
-Needs structlog (extras `server` and `client`); the auditor's install never imports this module.
+`set_up` needs structlog (extras `server` and `client`), which the auditor's install has not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
 from fl_shared.private import create_file
 
@@ -105,6 +105,8 @@ def _file_handler(file: Path, formatter: logging.Formatter, *, rotate: bool) -> 
 
 
 def _formatter(always: dict[str, str], form: str, *, withhold: bool) -> logging.Formatter:
+    import structlog
+
     def add_always(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         return {**always, **event}
 

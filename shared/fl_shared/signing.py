@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import secrets
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class SigningKey:
         except OSError as error:
             raise SignatureError(f"{path}: {error.strerror}", fix="enrol the site, or restore the key") from error
         if stat.S_IMODE(mode) & 0o077:
-            raise SignatureError(f"{path} can be read by others", fix=f"chmod 600 {path}")
+            raise SignatureError(f"{path} can be read by others", fix=f"chmod 600 {shlex.quote(str(path))}")
         try:
             key = serialization.load_pem_private_key(pem, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it wants a password

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import sys
@@ -20,12 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from fl_shared.accounting import rdp_epsilon
 from fl_shared.audit.output import add_format, print_json, table
+from fl_shared.commands import add_quiet
+from fl_shared.console import working
 from fl_shared.errors import ConfigError, EngineError, shown
+from fl_shared.extras import require
 from fl_shared.manifest import LORA_TARGETS, LoraSection, RunSpec
 from fl_shared.privacy import Mechanism
 
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
 HELP = "audit the training engine itself with canaries (needs the client's parts)"
 EXAMPLES = """examples:
-  fl-audit canaries                                     the shipped base model, a mechanism that audits well
-  fl-audit canaries --site hospital-001 --spec run.toml the site's model, a run's LoRA and mechanism
+  fl-audit canaries                                      # the shipped base model, a mechanism that audits well
+  fl-audit canaries --site hospital-001 --spec run.toml  # the site's model, a run's LoRA and mechanism
   fl-audit canaries --canaries gradients --json --out canaries.json
   fl-audit statement --site hospital-001 --empirical canaries.json --out statements
 
@@ -84,6 +83,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--confidence", type=float, default=0.95, help="of all audits together, 0.5 to 0.999999 (default: 0.95)"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON result, for `statement --empirical`")
+    add_quiet(parser)
     add_format(parser, with_csv=False)
 
 
@@ -148,22 +148,10 @@ def _check_place(out: Path | None) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit, print, and say whether the engine is accused."""
-    missing = [name for name in ("torch", "transformers", "peft", "opacus") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"fl-audit canaries runs the training engine, and {missing[0]} is not installed",
-            fix="install the client's parts where the engine runs: pip install 'concordat-fl[client]'",
-        )
+    require("client")
     plan = plan_of(arguments)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        result = audit(plan, arguments, progress)
+    with working("loading the engine", quiet=arguments.quiet, json=arguments.json) as say:
+        result = audit(plan, arguments, say)
     lost = _write(result, arguments.out)
     if arguments.json:
         print_json(result)

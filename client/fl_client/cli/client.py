@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fl_client.address import server_url
 from fl_client.config import SiteConfig, template
-from fl_client.enrolment import Coordinator, enrol, own_fingerprints, server_url
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
+from fl_shared.commands import add_quiet, add_version, describe
 from fl_shared.completion import complete, completed_by, known_sites
+from fl_shared.console import command, working
 from fl_shared.errors import ConfigError, cli_main
+from fl_shared.extras import require
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
 from fl_shared.paths import check_socket
 from fl_shared.private import create_privately
 
-VERBS = ("run", "enroll", "check", "status", "resume", "train-alone", "evaluate", "supernode")
 EXAMPLES = """\
 examples:
   fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....
-  fl-client check --site hospital-001          a dry run: each line a pass or the fix
-  fl-client --site hospital-001                the agent (Ctrl-C or SIGTERM ends it in good order)
-  fl-client check --site hospital-001 --spec spec.toml     and whether it could take part in this run
+  fl-client check --site hospital-001          # a dry run: each line a pass or the fix
+  fl-client check --site hospital-001 --spec spec.toml     # and whether it could take part in this run
+  fl-client --site hospital-001                # the agent (Ctrl-C or SIGTERM ends it in good order)
   fl-client status --site hospital-001 --json
   fl-client resume --site hospital-001 demo --by "A. Officer" --reason "the driver was updated"
   fl-client train-alone --site hospital-001 --spec spec.toml --out alone/
 
+Each verb has its own --help with examples.
+
 environment: FL_SITE, FL_SERVER, FL_TOKEN and FL_CLIENT_HOME stand in for --site, --server, --token, --home;
   FL_LOG_FORMAT=json makes the agent's output JSON lines, as in its log file
-exit codes: 0 success, 2 wrong configuration, 10 policy, 11 budget, 12 signature, 13 ledger, 14 model,
-  15 data, 16 transport, 17 enrolment, 18 run, 19 engine, 70 a defect, 130 Ctrl-C
+TAB completes verbs, options and sites: eval "$(register-python-argcomplete fl-client)"
+
+exit codes: 0 success, 2 wrong configuration or a missing package, 10 policy, 11 budget, 12 signature, 13 ledger,
+  14 model, 15 data, 16 transport, 17 enrolment, 18 run, 19 engine, 70 a defect, 74 the operating system said no,
+  130 Ctrl-C, 141 the output's reader left
 """
 
 
@@ -49,10 +58,14 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(top)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, summary: str, *, with_json: bool = False) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=summary, description=summary)
+    def verb(
+        name: str, summary: str, examples: str, more: str = "", *, prints: bool = True
+    ) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary)
+        describe(made, summary, examples, more)
         site = made.add_argument(
             "--site", default=os.environ.get("FL_SITE"), help="the site's id, e.g. hospital-001 [FL_SITE]"
         )
@@ -60,18 +73,25 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--home", type=Path, default=None, help="its directory [FL_CLIENT_HOME, ~/.concordat/site/ID]"
         )
-        if with_json:
+        if prints:
             made.add_argument("--json", action="store_true", help="print one JSON object")
+            add_quiet(made)
         return made
 
-    agent = verb("run", "run the agent and the SuperNode (the default)")
+    agent = verb(
+        "run", "run the agent and the SuperNode (the default)",
+        "fl-client --site hospital-001\nfl-client run --site hospital-001 --log-format json", prints=False,
+    )  # fmt: skip
     agent.add_argument(
         "--log-format", choices=FORMATS, default=default_format(),
         help="of the output; the log file is always JSON lines [FL_LOG_FORMAT]",
     )
     enroll = verb(
-        "enroll", "make the site's keys and get its certificate with a one-time token", with_json=True
-    )
+        "enroll", "make the site's keys and get its certificate with a one-time token",
+        "fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....\n"
+        "fl-client enroll --site hospital-001 --server https://10.0.0.5:9443 --token ct1.... --force --json",
+        "The keys are made here and never leave. A failed attempt can be repeated.",
+    )  # fmt: skip
     enroll.add_argument(
         "--server", default=os.environ.get("FL_SERVER"), help="https://HOST:PORT of the gateway [FL_SERVER]"
     )
@@ -80,16 +100,18 @@ def parser() -> argparse.ArgumentParser:
     )
     enroll.add_argument("--force", action="store_true", help="replace the certificate of an enrolled site")
     check = verb(
-        "check",
-        "dry run: config, data, model, policy, budget, server; each a pass or the fix",
-        with_json=True,
-    )
+        "check", "dry run: packages, config, data, model, policy, budget, server; each a pass or the fix",
+        "fl-client check --site hospital-001\nfl-client check --site hospital-001 --spec spec.toml --json",
+        "Nothing is written and nothing is spent. Exit code 2 when a line fails.",
+    )  # fmt: skip
     check.add_argument(
         "--spec", type=Path, default=None, help="a run's spec: also say whether this site could take part in it"
     )
     resume = verb(
-        "resume", "take part again in a run that this site left after a failure; the ledger records who said so",
-        with_json=True,
+        "resume", "take part again in a run that this site left after a failure",
+        'fl-client resume --site hospital-001 demo --by "A. Officer" --reason "the driver was updated"\n'
+        'fl-client resume --site hospital-001 --ledger --by "A. Officer" --reason "restored from a backup" --json',
+        "The ledger records who said so.",
     )  # fmt: skip
     resume.add_argument("run", nargs="?", default="", metavar="RUN", help="the run, as `fl-client status` lists it")
     resume.add_argument(
@@ -98,10 +120,14 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     resume.add_argument("--by", default="", metavar="NAME", help="who confirms")
     resume.add_argument("--reason", default="", metavar="TEXT", help="why it may go on: what failed, what was done")
-    verb("status", "show enrolment, whether the agent runs, and what the ledger says", with_json=True)
+    verb(
+        "status", "show enrolment, whether the agent runs, and what the ledger says",
+        "fl-client status --site hospital-001\nfl-client status --site hospital-001 --json",
+    )  # fmt: skip
     alone = verb(
-        "train-alone", "train a run's spec at this site alone, charged like a federated run", with_json=True
-    )
+        "train-alone", "train a run's spec at this site alone, charged like a federated run",
+        "fl-client train-alone --site hospital-001 --spec spec.toml --out alone/",
+    )  # fmt: skip
     alone.add_argument(
         "--spec", type=Path, required=True, help="the run's spec, as for `fl-admin runs launch`"
     )
@@ -109,30 +135,37 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="directory for adapter.safetensors and receipts.json"
     )
     judge = verb(
-        "evaluate", "evaluate an adapter on the private hold-out, with noise and an entry in the ledger", with_json=True
-    )
+        "evaluate", "evaluate an adapter on the private hold-out, with noise and an entry in the ledger",
+        "fl-client evaluate --site hospital-001 --spec spec.toml --adapter demo.safetensors\n"
+        "fl-client evaluate --site hospital-001 --spec spec.toml --adapter demo.safetensors --noise 20 --json",
+    )  # fmt: skip
     judge.add_argument("--spec", type=Path, required=True, help="the spec that the adapter was trained with")
     judge.add_argument("--adapter", type=Path, required=True, help="from `fl-admin adapters export` or train-alone")
     judge.add_argument("--noise", type=float, default=10.0, help="noise multiplier, default 10; less costs more")
     judge.add_argument(
         "--force", action="store_true", help="be charged even where the noise is likely to hide the figures"
     )
-    node = verbs.add_parser(
-        "supernode", help="run only the untrusted half, as another user (see deploy/)",
-        description="Run only the untrusted half. It needs its own directory alone.",
+    node = verbs.add_parser("supernode", help="run only the untrusted half, as another user (see deploy/)")
+    describe(
+        node, "run only the untrusted half, as another user",
+        "fl-client supernode --directory /run/concordat/hospital-001/supernode", "It needs its own directory alone.",
     )  # fmt: skip
     node.add_argument("--directory", type=Path, required=True, help="the site's supernode directory")
     return top
 
 
+def with_verb(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the verb `run` in front when they name none."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
+        return ["run", *arguments]
+    return list(arguments)
+
+
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run one verb; return the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments.insert(0, "run")
     made = parser()
     complete(made)
-    options = made.parse_args(arguments)
+    options = made.parse_args(with_verb(sys.argv[1:] if argv is None else argv))
     if options.verb == "supernode":
         from fl_client.supernode import run_alone
 
@@ -146,6 +179,9 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _run(home: SiteHome, options: argparse.Namespace) -> int:
+    require("client")  # now, and not when a helper of the agent needs it
+    from fl_client.enrolment import Coordinator
+
     config = SiteConfig.load(home, options.site)
     Coordinator.load(home)
     home.make()
@@ -162,11 +198,15 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
     for name, value in (("--server", options.server), ("--token", options.token)):
         if not value:
             raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
+    from fl_client.enrolment import enrol, own_fingerprints
+
     check_socket(home.socket, fix="choose a shorter --home; nothing was made, and the token is still good")
-    pinned = enrol(home, site=options.site, server=options.server, token=options.token, force=options.force)
+    address = server_url(options.server)
+    with working(f"asking {address} for a certificate", quiet=options.quiet, json=options.json):
+        pinned = enrol(home, site=options.site, server=address, token=options.token, force=options.force)
     made = not home.config.exists()
     if made:
-        text = template(options.site, server_url(options.server))
+        text = template(options.site, address)
         write_durably(home.config, text.encode("utf-8"))
     ours = own_fingerprints(home)
     if options.json:
@@ -191,8 +231,9 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
     if options.force:
         print("restart the site's agent if it runs: it takes up the new certificate and node key at its start")
     if made:
-        print(f"next: edit {home.config}")
-    print(f"then: fl-client check --site {pinned.site}" + (f" --home {home.root}" if options.home else ""))
+        print(f"next: edit {shlex.quote(str(home.config))}")
+    where = ["--home", str(home.root)] if options.home else []
+    print(f"then: {command('fl-client', 'check', '--site', pinned.site, *where)}")
     return 0
 
 
@@ -202,7 +243,12 @@ def _check(home: SiteHome, options: argparse.Namespace) -> int:
 
     spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
-    for result in run_checks(home, options.site, spec):
+    checks = run_checks(home, options.site, spec)
+    while True:
+        with working("checking", quiet=options.quiet, json=options.json):
+            result = next(checks, None)
+        if result is None:
+            break
         results.append(result)
         if not options.json:
             print(f"{'PASS' if result.ok else 'FAIL'}  {result.name:<11} {result.message}", flush=True)
@@ -272,6 +318,7 @@ def _log_to_file(home: SiteHome, site: str, verb: str) -> None:
 
 
 def _alone(home: SiteHome, options: argparse.Namespace) -> int:
+    require("client")  # before a reservation that would be charged for it
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
     from fl_client.alone import train_alone
@@ -287,10 +334,20 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     # Nobody outside sees when a round of the site's own ends.
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, reply_every_s=0.0))
     order_key = SigningKey.generate()
-    with sole(home.run / "agent.lock", "train-alone"):
+    with contextlib.ExitStack() as progress, sole(home.run / "agent.lock", "train-alone"):
+
+        def show(what: str) -> None:
+            progress.enter_context(working(what, quiet=options.quiet, json=options.json))
+
+        def say(text: str) -> None:
+            progress.close()  # one thing at a time on a terminal
+            if not options.json:
+                print(text, flush=True)
+            show("training the next round")
+
+        show("opening ledger, data and model")
         site = open_site(home, config, lambda key: key == order_key.public_hex, namespace=ALONE)
         try:
-            say = (lambda _: None) if options.json else (lambda text: print(text, flush=True))
             done = train_alone(site, spec, order_key, options.out, say)
         finally:
             site.close()
@@ -305,6 +362,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
 
 
 def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
+    require("client")  # before a reservation that would be charged for it
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
     from fl_client.evaluation import evaluate_privately
@@ -318,9 +376,13 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.adapter}: {error.strerror}", fix="give the adapter's file") from None
     home.make()
     _log_to_file(home, options.site, "evaluate")
-    with sole(home.run / "agent.lock", "evaluate"):
+    with (
+        sole(home.run / "agent.lock", "evaluate"),
+        working("opening ledger, data and model", quiet=options.quiet, json=options.json) as say,
+    ):
         site = open_site(home, config, lambda _: False)
         try:
+            say("evaluating on the hold-out")
             document = evaluate_privately(site, spec, adapter, options.noise, force=options.force)
         finally:
             site.close()

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fl_server.cli import complete
-from fl_server.cli.show import moment, plain, print_json, table
+from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
 from fl_server.files import write_durably
 from fl_shared.adapter import digest
+from fl_shared.commands import add_quiet
+from fl_shared.console import table, working
 from fl_shared.errors import ConfigError, TransportError
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
@@ -49,6 +51,7 @@ def add(groups: Any) -> None:
     argument(export, "--out", type=Path, required=True, metavar="FILE", completer=complete.files,
              help="the file to write (safetensors)")  # fmt: skip
     export.add_argument("--force", action="store_true", help="replace the file")
+    add_quiet(export)
 
 
 _ROUND = "the round; the last committed one by default"
@@ -155,10 +158,12 @@ def _export(stub: ControlStub, arguments: argparse.Namespace) -> int:
     described = pb.Adapter()
     data = bytearray()
     request = pb.GetAdapterRequest(run=arguments.run, round=arguments.round, released_as=arguments.released)
-    for chunk in stub.GetAdapter(request):
-        if chunk.HasField("adapter"):
-            described.CopyFrom(chunk.adapter)
-        data += chunk.data
+    with working("fetching the adapter", quiet=arguments.quiet, json=arguments.json) as say:
+        for chunk in stub.GetAdapter(request):
+            if chunk.HasField("adapter"):
+                described.CopyFrom(chunk.adapter)
+            data += chunk.data
+            say("fetching the adapter", len(data), described.bytes)
     if digest(bytes(data)) != described.digest:
         raise TransportError("the adapter did not arrive whole", fix="export it again")
     try:

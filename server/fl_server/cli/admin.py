@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fl_server import __version__
 from fl_server.cli import adapters, audit, receipts, runs, sites, status
 from fl_server.cli.connection import Profile, control
 from fl_server.cli.verbs import Handler
+from fl_shared.commands import add_version
 from fl_shared.completion import complete
 from fl_shared.errors import cli_main
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="fl-admin", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--version", action="version", version=f"concordat {__version__}")
+    add_version(made)
     groups = made.add_subparsers(dest="group", required=True, metavar="status|sites|runs|adapters|receipts|audit")
     for each in (status, sites, runs, adapters, receipts, audit):
         each.add(groups)

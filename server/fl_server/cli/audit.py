@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fl_server.cli.show import plain, print_json, table
+from fl_server.cli.show import plain, print_json
 from fl_server.cli.verbs import add_group, add_verb
+from fl_shared.console import table
 from fl_shared.fingerprints import spoken_key
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
@@ -64,7 +65,7 @@ def _rows(entries: Iterable[pb.AdminLogEntry]) -> Iterable[list[str]]:
     for each, body in bodies:
         at = each.created_at[:19].replace("T", " ") + "Z"
         if each.kind in ("genesis", "key"):
-            yield [str(each.seq), at, "coordinator", f"signs by {body['public_key'][:16]}…", "", ""]
+            yield [str(each.seq), at, "coordinator", f"signs by {body['public_key']}", "", ""]
         if each.kind == "action":
             ended = outcomes.get(each.seq)
             told = "unknown: broken off" if ended is None else " ".join([ended["result"], ended["code"]]).strip()

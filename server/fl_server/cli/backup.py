@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fl_server.backup import backup, restore
 from fl_server.cli.show import moment
 from fl_server.home import ServerHome
+from fl_shared.commands import add_quiet, describe
+from fl_shared.console import command, working
 from fl_shared.fingerprints import spoken_key
 
 
@@ -22,17 +22,26 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         "backup",
         parents=[common],
         help="write the whole coordinator into one file, also while it runs",
-        description="Write keys, certificates, databases and adapters into one file of mode 0600. It holds the private "
-        "keys: encrypt it before it leaves the machine, for example `fl-server backup --out - | age -r KEY > FILE`.",
     )
+    describe(
+        make, "write keys, certificates, databases and adapters into one file of mode 0600, also while it runs",
+        "fl-server backup --out /backup/coordinator.tar\nfl-server backup --out - | age -r KEY > coordinator.tar.age",
+        "It holds the private keys: encrypt it before it leaves the machine.",
+    )  # fmt: skip
+    add_quiet(make)
     make.add_argument("--out", required=True, help="the file to write, - for standard output; nothing is overwritten")
     bring = verbs.add_parser(
         "restore",
         parents=[common],
         help="make a new home from a backup",
-        description="Make --home, which must be empty or not exist, from a backup. `fl-server up` then carries every "
-        "run on from its last committed round; sites notice a pause and nothing else.",
     )
+    describe(
+        bring, "make --home, which must be empty or not exist, from a backup",
+        "fl-server restore /backup/coordinator.tar --home /srv/coordinator2\n"
+        "fl-server restore coordinator.tar --home new --database postgresql://concordat@db/concordat",
+        "`fl-server up` then carries every run on from its last committed round; sites notice a pause, no more.",
+    )  # fmt: skip
+    add_quiet(bring)
     bring.add_argument("archive", type=Path, help="from `fl-server backup`")
     bring.add_argument(
         "--database", default=None,
@@ -42,12 +51,11 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def _run_backup(arguments: argparse.Namespace) -> int:
     to_output = arguments.out == "-"
-    console = Console(stderr=True)
-    with console.status("backup") as status:
+    with working("backup", quiet=arguments.quiet, json=arguments.json) as say:
         made = backup(
             ServerHome.open(arguments.home),
             None if to_output else Path(arguments.out).expanduser().absolute(),
-            lambda name: status.update(f"backup: {name}"),
+            lambda name: say(f"backup: {name}"),
         )
     told = sys.stderr if to_output else sys.stdout
     if arguments.json:
@@ -62,11 +70,8 @@ def _run_backup(arguments: argparse.Namespace) -> int:
 
 def _run_restore(arguments: argparse.Namespace) -> int:
     home = ServerHome(arguments.home.expanduser().resolve())
-    console = Console(stderr=True)
-    with console.status("restore") as status:
-        made = restore(
-            arguments.archive, home, arguments.database, lambda name: status.update(f"restore: {name}")
-        )
+    with working("restore", quiet=arguments.quiet, json=arguments.json) as say:
+        made = restore(arguments.archive, home, arguments.database, lambda name: say(f"restore: {name}"))
     if arguments.json:
         print(json.dumps(made))
         return 0
@@ -75,7 +80,8 @@ def _run_restore(arguments: argparse.Namespace) -> int:
         print(f"  run {run} goes on after round {number}")
     for name in made["damaged"]:
         print(f"warning: {name} was missing or changed when the backup was made", file=sys.stderr)
-    print(f"next: make sure that the old one does not run, then fl-server up --home {made['home']}")
+    print("next: make sure that the old one does not run, then")
+    print(f"  {command('fl-server', 'up', '--home', made['home'])}")
     return 0
 
 

@@ -9,27 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from fl_server.adminlog import AdminLog, local_user
-from fl_server.cli.show import moment, table
+from fl_server.cli.show import moment
 from fl_server.db.models import OperatorRow
 from fl_server.db.store import Store
 from fl_server.home import ServerHome
 from fl_server.operators import OPERATOR_DAYS, OPERATOR_ROLES, Operators, write_credentials
 from fl_server.pki import Authority
 from fl_server.rotation import DAY_S, GRACE_S, rotate
+from fl_shared.commands import describe
+from fl_shared.console import table
 from fl_shared.fingerprints import spoken, spoken_key
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verbs to the parser of `fl-server`."""
 
-    def verb(name: str, text: str, more: str = "") -> argparse.ArgumentParser:
-        whole = f"{text}. {more}"
-        made: argparse.ArgumentParser = verbs.add_parser(name, parents=[common], help=text, description=whole)
+    def verb(name: str, text: str, examples: str, more: str = "") -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = verbs.add_parser(name, parents=[common], help=text)
+        describe(made, text, examples, more)
         return made
 
     issue = verb(
         "issue",
         "make the certificate of an admin or auditor",
+        "fl-server issue --role auditor --name anna-smith --out anna/\n"
+        "fl-server issue --role admin --name bo-lee --request bo.csr --out bo/ --days 90",
         "Writes certificate, CA and a profile for `fl-admin --profile`; and a key (mode 0600), unless --request names "
         "a signing request (PEM), with which the private key never leaves its owner.",
     )
@@ -38,10 +42,11 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     issue.add_argument("--out", type=Path, required=True, help="the directory to write; nothing is overwritten")
     issue.add_argument("--request", type=Path, default=None, help="the holder's own certificate signing request")
     issue.add_argument("--days", type=float, default=OPERATOR_DAYS, help="validity, default %(default)s")
-    verb("issued", "list the certificates of admins and auditors")
+    verb("issued", "list the certificates of admins and auditors", "fl-server issued\nfl-server issued --json")
     revoke = verb(
         "revoke",
         "shut an admin or auditor out from the next call on",
+        "fl-server revoke --role auditor --name anna-smith",
         "For a site use `fl-admin sites revoke`.",
     )
     revoke.add_argument("--role", choices=OPERATOR_ROLES, required=True)
@@ -49,6 +54,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     rotation = verb(
         "rotate-key",
         "change the key that signs orders",
+        "fl-server rotate-key --grace-days 14\nfl-server rotate-key --grace-days 0 --json",
         "The old key vouches for the new one; sites follow by themselves and accept the old key for the grace. Nothing "
         "needs to be restarted.",
     )

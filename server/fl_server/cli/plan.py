@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fl_server.cli import complete
-from fl_server.cli.show import moment, plain, print_json, table
+from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_verb, argument
+from fl_shared.console import table
 from fl_shared.manifest import RunSpec
 from fl_shared.questions import AFFORDABLE, NOT_ENROLLED, NOT_ONLINE, REFUSED, SILENT, WAIT_S
 from fl_shared.wire import control_pb2 as pb

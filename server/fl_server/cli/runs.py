@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 from fl_server.cli import complete, plan
-from fl_server.cli.show import event_json, event_text, moment, print_json, run_plain, run_text, table
+from fl_server.cli.show import event_json, event_text, moment, print_json, run_plain, run_text
 from fl_server.cli.verbs import Handler, add_group, add_verb, argument
 from fl_server.cli.watch import watch
+from fl_shared.console import command, table
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
@@ -62,7 +63,7 @@ def _launch(stub: ControlStub, arguments: argparse.Namespace) -> int:
         print_json(run_plain(run))
     else:
         print(f"launched {run.run}: {run.rounds} rounds with {len(run.sites)} sites")
-        print(f"next: fl-admin runs watch {run.run}")
+        print(f"next: {command('fl-admin', 'runs', 'watch', run.run)}")
     return 0
 
 
@@ -75,7 +76,7 @@ def _list(stub: ControlStub, arguments: argparse.Namespace) -> int:
         ["run", "state", "rounds", "sites", "launched", "reason"],
         [
             [each.run, each.state, f"{each.rounds_committed}/{each.rounds}", str(len(each.sites)),
-             moment(each.created_at), each.reason[:80]]
+             moment(each.created_at), each.reason]
             for each in reply.runs
         ],
     )  # fmt: skip

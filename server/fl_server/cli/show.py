@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from rich.console import Console
-from rich.table import Table
 
 from fl_shared.errors import printable
 from fl_shared.wire import control_pb2 as pb
@@ -66,21 +63,11 @@ def moment(seconds: float) -> str:
     return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table as wide as it needs to be."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    Console().print(made)
-
-
 def run_text(run: pb.Run) -> None:
     """A run with its history, and every site's reason for not taking part."""
     print(f"{run.run}: {run.state}, {run.rounds_committed} of {run.rounds} rounds")
     if run.reason:
-        print(f"  reason: {run.reason}")
+        print(printable(f"  reason: {run.reason}"))
     for each in run.history:
         counted = sum(1 for reply in each.replies if reply.status == "ok")
         size = f", {each.bytes / 1e6:.1f} MB in {each.seconds:.0f} s" if each.seconds else ""
@@ -90,4 +77,4 @@ def run_text(run: pb.Run) -> None:
                 spent = f"epsilon {reply.epsilon_spent_total:.3f} spent at delta {reply.delta:g}"
                 print(f"    {reply.site}: ok, {spent}")
             else:
-                print(f"    {reply.site}: {reply.status}: {reply.code}: {reply.message}")
+                print(printable(f"    {reply.site}: {reply.status}: {reply.code}: {reply.message}"))

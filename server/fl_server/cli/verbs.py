@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fl_shared.commands import describe
 from fl_shared.completion import completed_by
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
@@ -29,16 +29,8 @@ def add_verb(
     verbs: Any, name: str, handler: Handler, summary: str, *, examples: str, more: str = ""
 ) -> argparse.ArgumentParser:
     """Add one verb; `examples` are lines as a person types them, without the prompt."""
-    told = textwrap.fill(f"{summary[:1].upper()}{summary[1:]}.{' ' if more else ''}{more}", 100)
-    lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
-    made: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        parents=[common()],
-        help=summary,
-        description=told,
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made: argparse.ArgumentParser = verbs.add_parser(name, parents=[common()], help=summary)
+    describe(made, summary, examples, more)
     made.set_defaults(handler=handler)
     return made
 

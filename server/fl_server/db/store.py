@@ -15,6 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from fl_shared.errors import ConfigError, TransportError
+from fl_shared.extras import require
 from fl_shared.private import create_file
 
 BUSY_MS = 30_000
@@ -31,6 +32,8 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Connect; nothing is created before `migrate`."""
+        if url.startswith("postgresql"):
+            require("postgres")
         try:
             # A connection that a restart of the database has cut off is noticed before it is used.
             self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))

@@ -12,6 +12,10 @@ from fl_shared.ledger import BudgetRecord, LedgerReader
 from fl_shared.ledger.reader import position_of
 
 HELP = "ceilings, and what is spent and left of them"
+EXAMPLES = """
+fl-audit budgets --site hospital-001
+fl-audit budgets --site hospital-001 --ledger hospital-001.zip --json
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

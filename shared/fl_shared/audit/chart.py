@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 WIDTH = 48
 ROWS = 12
-_MISSING = ConfigError("drawing needs matplotlib", fix="pip install 'concordat-fl[report]'")
 
 
 def lines(ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, float]]) -> Iterator[str]:
@@ -38,11 +37,9 @@ def _thinned(points: Sequence[_T]) -> list[_T]:
 
 
 def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, float]]) -> Figure:
-    """Return the curve; ConfigError when matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _MISSING from error
+    """Return the curve."""
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(7, 3.6), layout="constrained")
     axes = made.subplots()
     axes.step([0, *range(1, len(past) + 1)], [0.0, *(point.epsilon for point in past)], where="post", label="charged")
@@ -57,11 +54,8 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
 
 def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
     """Return both shares of a budget after each charge: epsilon of the ceiling, and what the gate counts."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-    except ImportError as error:
-        raise _MISSING from error
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
     made = Figure(figsize=(7, 3.0), layout="constrained")
     axes = made.subplots()
     at = range(len(past) + 1)
@@ -81,10 +75,8 @@ def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
 
 def privacy_curve(title: str, curves: dict[str, list[tuple[float, float]]], at: float) -> Figure:
     """Return epsilon against delta, one line of (delta, epsilon) for each accountant, the budget's delta marked."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise _MISSING from error
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(7, 3.6), layout="constrained")
     axes = made.subplots()
     for label, points in curves.items():

@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 from fl_shared import errors
 from fl_shared.audit import budgets, export, forecast, plan, reconcile, roles, runs, spends, statement, verify
+from fl_shared.commands import add_version, describe
 from fl_shared.completion import complete
+from fl_shared.extras import missing_package
 
 VERBS = {
     "budgets": budgets,
@@ -40,9 +43,13 @@ EPILOG = """examples:
   fl-audit statement --site hospital-001 --out statements
   fl-audit canaries  --site hospital-001 --spec run.toml
 
+Each verb has its own --help with examples.
+
 environment: FL_CLIENT_HOME stands in for --home.
-exit codes: 0 all is well, 2 wrong arguments, 11 a plan that would be refused, 12 a signature does not fit,
-  13 the ledger cannot be read or trusted, or two copies diverge, 19 the engine is accused.
+TAB completes verbs, options and sites: eval "$(register-python-argcomplete fl-audit)"
+exit codes: 0 all is well, 2 wrong arguments or a missing package, 11 a plan that would be refused, 12 a signature does
+  not fit, 13 the ledger cannot be read or trusted, or two copies diverge, 14 model, 19 the engine is accused,
+  70 a defect, 74 the operating system said no, 130 Ctrl-C, 141 the output's reader left
 """
 
 
@@ -54,39 +61,39 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
-        "--version", action="version", version=f"fl-audit (concordat-fl) {metadata.version('concordat-fl')}"
-    )
+    add_version(made)
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module in VERBS.items():
-        sub = verbs.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.configure(sub)
-        sub.set_defaults(handle=module.run)
+        _add(verbs, name, module)
     for entry in metadata.entry_points(group=MORE_VERBS):
-        _add(verbs, entry)
+        try:
+            _add(verbs, entry.name, entry.load())
+        except ImportError as error:
+            _add_missing(verbs, entry.name, error)
     return made
 
 
-def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], entry: metadata.EntryPoint) -> None:
-    """Add a verb of another package; when that package's parts are missing, the verb says what to install."""
-    try:
-        module = entry.load()
-    except ImportError as error:
-        missing = error.name or entry.module
-        sub = verbs.add_parser(entry.name, help="needs the client: pip install 'concordat-fl[client]'")
-        sub.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
-
-        def refuse(_: argparse.Namespace) -> int:
-            raise errors.ConfigError(
-                f"fl-audit {entry.name} needs {missing}, which is not installed",
-                fix="install the client's parts where the engine runs: pip install 'concordat-fl[client]'",
-            )
-
-        sub.set_defaults(handle=refuse)
-        return
-    sub = verbs.add_parser(entry.name, help=module.HELP, description=module.__doc__)
+def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: Any) -> None:
+    """Add the verb of a module with HELP, `configure`, `run`, and EXAMPLES unless `configure` gives them."""
+    sub = verbs.add_parser(name, help=module.HELP)
+    summary = str(module.__doc__).partition("\n\n")
+    about = summary[0].partition(": ")[2]
+    describe(sub, " ".join(about.split()), module.EXAMPLES, " ".join(summary[2].split()))
     module.configure(sub)
     sub.set_defaults(handle=module.run)
+
+
+def _add_missing(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, error: ImportError
+) -> None:
+    """Add a verb whose packages are missing: it says what to install, whatever its arguments are."""
+    sub = verbs.add_parser(name, help="needs the extra 'client'", prefix_chars="\0")
+    sub.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+
+    def refuse(_: argparse.Namespace) -> int:
+        raise missing_package(error, "fl_client") or error
+
+    sub.set_defaults(handle=refuse)
 
 
 def _main(argv: Sequence[str] | None) -> int:

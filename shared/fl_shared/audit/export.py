@@ -7,9 +7,14 @@ from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, open_ledger
+from fl_shared.console import command
 from fl_shared.ledger import bundle, receipts
 
 HELP = "a bundle for an outside auditor"
+EXAMPLES = """
+fl-audit export --site hospital-001 --out hospital-001.zip
+fl-audit export --site hospital-001 --receipts receipts.json --out hospital-001.zip
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{path}: {about['entries']} entries and {about['receipts']} receipts of {about['site']}")
     print(f"head         {about['head']}")
     print(f"merkle root  {about['merkle_root']}")
-    print(f"check it     fl-audit verify {path} --public-key {about['public_keys'][0]}")
+    print(f"check it     {command('fl-audit', 'verify', path, '--public-key', about['public_keys'][0])}")
     print("             (tell the auditor the key by another way than this file)")
     return 0

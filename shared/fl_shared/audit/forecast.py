@@ -16,8 +16,14 @@ from fl_shared.audit.history import Point, history
 from fl_shared.audit.output import add_format, print_csv, print_json
 from fl_shared.audit.proposal import Proposal, Standing, add_proposal, dataset_name, proposal_of, standings
 from fl_shared.audit.source import add_source, open_ledger
+from fl_shared.extras import require
 
 HELP = "rounds left, noise that fits, burn-down curve"
+EXAMPLES = """
+fl-audit forecast --site hospital-001
+fl-audit forecast --site hospital-001 --rounds 20 --out burn-down.svg
+fl-audit forecast --site hospital-001 --spec next.toml --json
+"""
 MOST_AHEAD = 60
 
 
@@ -31,6 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the forecast."""
+    if arguments.out is not None:
+        require("report")
     with open_ledger(arguments) as ledger:
         name = dataset_name(arguments, ledger)
         found = standings(ledger, name, arguments.study)

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from fl_shared import console
 
 
 def add_format(parser: argparse.ArgumentParser, *, with_csv: bool = True) -> None:
@@ -48,16 +47,6 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def console() -> Console:
-    """Return a console that never cuts a table off when its output goes to a file."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
-
-
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()) -> None:
     """Print a table; columns named in `left` are words, the others numbers."""
-    made = Table(title=title, title_justify="left")
-    for column in columns:
-        made.add_column(column, justify="left" if column in left else "right")
-    for row in rows:
-        made.add_row(*row)
-    console().print(made)
+    console.table(columns, rows, title=title, right=[column for column in columns if column not in left])

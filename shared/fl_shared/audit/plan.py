@@ -16,6 +16,10 @@ from fl_shared.audit.source import add_source, open_ledger
 from fl_shared.errors import ConfigError
 
 HELP = "what a run would cost, before it is launched"
+EXAMPLES = """
+fl-audit plan --site hospital-001 --spec next.toml
+fl-audit plan --site hospital-001 --noise 1.2 --sampling 0.01 --steps 50 --rounds 10
+"""
 REFUSED = 11
 
 

@@ -12,6 +12,9 @@ from fl_shared.ledger import receipts
 from fl_shared.ledger.reconcile import reconcile
 
 HELP = "does the coordinator's copy agree?"
+EXAMPLES = """
+fl-audit reconcile --site hospital-001 --receipts receipts.json
+"""
 DIVERGED = 13
 
 

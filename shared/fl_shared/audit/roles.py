@@ -12,6 +12,10 @@ from fl_shared.errors import ConfigError
 from fl_shared.ledger.roles import grant, grant_statements
 
 HELP = "rights for agent and auditor on PostgreSQL"
+EXAMPLES = """
+fl-audit roles --writer agent --auditor auditor
+fl-audit roles --writer agent --auditor auditor --apply postgresql://owner@db/ledger
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

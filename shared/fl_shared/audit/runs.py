@@ -15,6 +15,10 @@ from fl_shared.ledger import LedgerReader, Spend
 from fl_shared.privacy import Mechanism
 
 HELP = "what each run cost"
+EXAMPLES = """
+fl-audit runs --site hospital-001
+fl-audit runs --site hospital-001 --csv > runs.csv
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,10 @@ from fl_shared.audit.source import add_source, open_ledger
 from fl_shared.ledger import Spend
 
 HELP = "what was done to the data, round by round"
+EXAMPLES = """
+fl-audit spends --site hospital-001
+fl-audit spends --site hospital-001 --run demo --json
+"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

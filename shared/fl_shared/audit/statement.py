@@ -17,13 +17,21 @@ from fl_shared.audit.report.stated import stated_of
 from fl_shared.audit.source import add_source, home_of, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
+from fl_shared.commands import add_quiet
+from fl_shared.console import working
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
+from fl_shared.extras import require
 from fl_shared.ledger import Ledger, receipts
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import run_id, site_id
 from fl_shared.signing import SigningKey, open_document, sign_document
 
 HELP = "a signed privacy statement (PDF, HTML, JSON)"
+EXAMPLES = """
+fl-audit statement --site hospital-001 --out statements
+fl-audit statement --site hospital-001 --run demo --empirical canaries.json
+fl-audit statement --check statement-hospital-001.json --public-key signing.pub
+"""
 _LARGEST = 1 << 28
 
 
@@ -44,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--empirical", metavar="FILE", type=Path, help="result of an empirical audit (JSON)")
     parser.add_argument("--check", metavar="FILE", type=Path, help="check a statement (.json or .html) instead")
     parser.add_argument("--public-key", metavar="HEX|FILE", help="the site's key as you know it")
+    add_quiet(parser)
     add_format(parser, with_csv=False)
 
 
@@ -56,11 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     site = site_id(arguments.site)
     if arguments.run is not None:
         run_id(arguments.run)
+    require("report")  # now, and not after the whole ledger was verified
     home = home_of(arguments)
     said = stated_of(arguments, home)
     key = SigningKey.load(arguments.key or home / "keys" / "signing.pem")
     kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
-    with reachable(arguments) as url:
+    with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(url, site, public_key=public_key(arguments), checkpoints=pins(kept))
         if not report.intact:
             if report.damaged:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, public_key, reachable
+from fl_shared.commands import add_quiet
+from fl_shared.console import working
 from fl_shared.errors import ConfigError, printable
 from fl_shared.ledger import Ledger, bundle, receipts
 from fl_shared.ledger.reconcile import reconcile
@@ -18,6 +20,10 @@ from fl_shared.ledger.verify import Checkpoint, Report, verify_ledger
 from fl_shared.names import site_id
 
 HELP = "is the record intact?"
+EXAMPLES = """
+fl-audit verify --site hospital-001 --public-key signing.pub --receipts receipts.json
+fl-audit verify hospital-001.zip --public-key signing.pub
+"""
 BROKEN = 13
 
 
@@ -35,6 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--receipts", metavar="FILE|URL", help="the coordinator's receipts, each of which pins the ledger"
     )
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one a core)")
+    add_quiet(parser)
     add_format(parser, with_csv=False)
 
 
@@ -52,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         kept += bundle.receipts_in(Path(arguments.bundle))
         said = bundle.about(Path(arguments.bundle))
         known.append(Checkpoint(int(said["entries"]), str(said["head"]), str(said["merkle_root"]), "bundle.json"))
-    with reachable(arguments) as url:
+    with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(
             url,
             site,

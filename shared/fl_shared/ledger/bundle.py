@@ -11,15 +11,16 @@ To be checked, it is turned back into a ledger (an SQLite file in a temporary di
 from __future__ import annotations
 
 import json
+import shlex
 import zipfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from fl_shared import __version__
 from fl_shared.canonical import parse_json
 from fl_shared.errors import ConfigError, LedgerError, shown
 from fl_shared.ledger import chain, merkle, receipts
@@ -62,7 +63,7 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         "format": FORMAT,
         "site": ledger.site,
         "exported_at": chain.timestamp(datetime.now(UTC)),
-        "program": f"concordat {packages.version('concordat-fl')}",
+        "program": f"concordat {__version__}",
         **pinned,
         "public_keys": site_keys(ledger),
         "receipts": len(kept),
@@ -80,7 +81,8 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         document = {"format": receipts.FORMAT, "receipts": [one.to_dict() for one in kept]}
         archive.writestr("receipts.json", json.dumps(document, indent=1, ensure_ascii=False))
         archive.writestr("bundle.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        archive.writestr("README.txt", README.format(site=ledger.site, count=pinned["entries"], name=path.name))
+        name = shlex.quote(path.name)
+        archive.writestr("README.txt", README.format(site=ledger.site, count=pinned["entries"], name=name))
     return about
 
 

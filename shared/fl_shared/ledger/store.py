@@ -16,9 +16,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from fl_shared.errors import ConfigError, LedgerError, damaged
+from fl_shared.extras import require
 from fl_shared.ledger.migrations import HEAD
 from fl_shared.ledger.readable import ReadableFile
 from fl_shared.private import create_file
@@ -51,10 +52,9 @@ class Store:
         self.read_only = read_only
         self.sqlite = self.url.drivername == "sqlite"
         self._file: ReadableFile | None = None
-        try:
-            self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
-        except (NoSuchModuleError, ModuleNotFoundError) as error:
-            raise ConfigError("the PostgreSQL driver is missing", fix="pip install 'concordat-fl[postgres]'") from error
+        if not self.sqlite:
+            require("postgres")
+        self.engine = self._sqlite_engine() if self.sqlite else self._postgresql_engine()
 
     @property
     def driver_error(self) -> type[Exception]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fl_client.model.quantise import quantise_directory
 from fl_client.model.recipe.corpus import find_wordnet, wordnet_glosses
 from fl_client.model.recipe.pretrain import RouterLoad, pretrain
 from fl_client.model.recipe.probe import probe_accuracy
+from fl_shared.console import Say
 from fl_shared.errors import ModelError
 
 LEAST_LOAD = 0.25
@@ -41,7 +41,7 @@ It exists so that Concordat's main job runs on a laptop without a model hub. It 
 """
 
 
-def build_tiny(out: Path, *, steps: int, wordnet: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def build_tiny(out: Path, *, steps: int, wordnet: Path | None, say: Say) -> dict[str, Any]:
     """Write the finished int8 directory to `out` (new or empty); the report that lies in it.
 
     Raises:
@@ -53,13 +53,13 @@ def build_tiny(out: Path, *, steps: int, wordnet: Path | None, say: Callable[[st
     find_wordnet(wordnet)
     with tempfile.TemporaryDirectory() as scratch:
         float_directory = Path(scratch) / "float"
-        report = pretrain(float_directory, steps=steps, wordnet=wordnet)
+        report = pretrain(float_directory, steps=steps, wordnet=wordnet, say=say)
         say("quantising")
         return finish(float_directory, out, report, wordnet=wordnet, say=say)
 
 
 def finish(
-    float_directory: Path, out: Path, report: dict[str, Any], *, wordnet: Path | None, say: Callable[[str], None]
+    float_directory: Path, out: Path, report: dict[str, Any], *, wordnet: Path | None, say: Say
 ) -> dict[str, Any]:
     """Quantise a pretrained directory, measure it, and write report and card."""
     sizes = quantise_directory(float_directory, out, keep_dtype=torch.float16)

@@ -8,19 +8,18 @@ public; private fine-tuning knows neither, for both couple examples.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 from fl_client.model.recipe.corpus import find_wordnet, icd_lines, wordnet_glosses
+from fl_shared.console import Say, silent
 
 VOCABULARY = 6144
 MAX_TOKENS = 40
@@ -157,13 +156,16 @@ class RouterLoad:
         return [(load / load.mean()).tolist() for load in self.loads]
 
 
-def pretrain(out: Path, *, steps: int, wordnet: Path | None, seed: int = 0, checkpoint: int = 500) -> dict[str, Any]:
+def pretrain(
+    out: Path, *, steps: int, wordnet: Path | None, seed: int = 0, checkpoint: int = 500, say: Say = silent
+) -> dict[str, Any]:
     """Build corpus, tokenizer and model; train; write a Hugging Face directory at `out`.
 
     Returns:
         What the report says of the training: corpus counts, steps, last loss.
     """
     torch.manual_seed(seed)
+    say("reading the corpus and training the tokenizer")
     glosses, codes = wordnet_glosses(find_wordnet(wordnet)), icd_lines(seed)
     tokenizer = train_tokenizer(glosses + 4 * codes)
     # Descriptions alone too, as a site's records are: the router has to be balanced on them as well.
@@ -179,32 +181,28 @@ def pretrain(out: Path, *, steps: int, wordnet: Path | None, seed: int = 0, chec
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
     peak, warm = 3e-3, min(100, steps // 10 + 1)
     batches = _batches(sequences, seed)
-    loss_mean, began = 0.0, time.monotonic()
+    loss_mean = 0.0
     out.mkdir(parents=True, exist_ok=True)
-    with Progress() as bar:
-        task = bar.add_task("pretraining", total=steps)
-        for step in range(1, steps + 1):
-            rate = peak * min(step / warm, 1.0) * max(0.03, 1.0 - max(0, step - warm) / (steps - warm + 1))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            ids, mask = next(batches)
-            keep = mask[:, 1:].bool()
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-                logits = model.lm_head(hidden[:, :-1][keep])
-            loss = F.cross_entropy(logits.float(), ids[:, 1:][keep])
-            optimizer.zero_grad(set_to_none=True)
-            (loss + BALANCE_LOSS * balance.balance_loss()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            balance.rebalance(BALANCE_RATE * min(1.0, 0.05 + 2 * (1 - step / steps)))
-            loss_mean = 0.98 * loss_mean + 0.02 * loss.item() if step > 1 else loss.item()
-            bar.update(task, advance=1, description=f"pretraining, loss {loss_mean:.3f}")
-            if step % checkpoint == 0 or step == steps:
-                model.save_pretrained(out)
-                tokenizer.save_pretrained(out)
-                if not bar.console.is_terminal:
-                    print(f"step {step} loss {loss_mean:.3f} {time.monotonic() - began:.0f} s", flush=True)
+    for step in range(1, steps + 1):
+        rate = peak * min(step / warm, 1.0) * max(0.03, 1.0 - max(0, step - warm) / (steps - warm + 1))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, mask = next(batches)
+        keep = mask[:, 1:].bool()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            logits = model.lm_head(hidden[:, :-1][keep])
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][keep])
+        optimizer.zero_grad(set_to_none=True)
+        (loss + BALANCE_LOSS * balance.balance_loss()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        balance.rebalance(BALANCE_RATE * min(1.0, 0.05 + 2 * (1 - step / steps)))
+        loss_mean = 0.98 * loss_mean + 0.02 * loss.item() if step > 1 else loss.item()
+        say("pretraining", step, steps)
+        if step % checkpoint == 0 or step == steps:
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
     return {
         "seed": seed,
         "steps": steps,

@@ -49,11 +49,9 @@ _OPEN, _CLOSE = '<script type="application/json" id="statement">', "</script>"
 
 
 def render(sections: Sequence[Section], document: dict[str, Any]) -> str:
-    """Return the page; ConfigError when jinja2 is not installed."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ConfigError("a statement in HTML needs jinja2", fix="pip install 'concordat-fl[report]'") from error
+    """Return the page. Needs jinja2 (the extra `report`)."""
+    import jinja2
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     left, right = running_head(document["body"])
     return environment.from_string(_TEMPLATE).render(

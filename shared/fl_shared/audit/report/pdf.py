@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_shared.audit.report.page import Figure, Lines, Section, Table, clean, running_head, title
-from fl_shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from fpdf import FPDF
@@ -20,7 +19,7 @@ _DIGEST = 63  # letters; a longer word is a digest, which may be broken anywhere
 
 
 def render(sections: Sequence[Section], document: dict[str, Any], name: str) -> bytes:
-    """Return the PDF; `name` is the attachment's. ConfigError when fpdf2 or matplotlib is not installed."""
+    """Return the PDF; `name` is the attachment's. Needs fpdf2 and matplotlib (the extra `report`)."""
     body = document["body"]
     pdf = _paper(*map(clean, running_head(body)))
     pdf.set_title(running_head(body)[0])
@@ -50,11 +49,8 @@ def render(sections: Sequence[Section], document: dict[str, Any], name: str) -> 
 
 def _paper(left: str, right: str) -> FPDF:
     """Return an empty A4 document with `left` and `right` above each page and its number below."""
-    try:
-        import matplotlib as mpl
-        from fpdf import FPDF
-    except ImportError as error:
-        raise ConfigError("a statement in PDF needs fpdf2", fix="pip install 'concordat-fl[report]'") from error
+    import matplotlib as mpl
+    from fpdf import FPDF
 
     class Paper(FPDF):
         """A4 with running head and page numbers."""

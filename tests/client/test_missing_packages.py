@@ -1,0 +1,177 @@
+"""Each command without each optional package: one line that names it, its extra and what to type; never a traceback.
+
+Real processes in which the import system does not find the package, as where it was never installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from client_agents import RealSite, spec
+from client_gateway import Gateway
+
+from fl_shared.errors import DEFECT
+from fl_shared.extras import EXTRAS, install_command
+from fl_shared.signing import SigningKey
+from helpers.ledgers import opened, story
+from helpers.parsers import COMMANDS, VERBS
+
+BIN = Path(sys.executable).parent
+OPTIONAL = sorted({module for modules in EXTRAS.values() for module in modules})
+HIDING = """
+import importlib.machinery, os
+
+hidden = set(os.environ["HIDDEN"].split(","))
+found = importlib.machinery.PathFinder.find_spec
+
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in hidden else found(name, path, target)
+
+
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An enrolled site with data and a ledger, a coordinator's home, a spec, and the module that hides packages."""
+    root = tmp_path_factory.mktemp("place")
+    for name in ("gateway", "hiding"):
+        (root / name).mkdir()
+    (root / "hiding" / "sitecustomize.py").write_text(HIDING)
+    gateway = Gateway(root / "gateway")
+    site = RealSite(root / "site", gateway)
+    gateway.close()
+    run = spec("sha256:" + "1" * 64)
+    lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+             for name, table in run.to_dict().items() if isinstance(table, dict)]  # fmt: skip
+    (root / "spec.toml").write_text("\n".join(lines))
+    ledger = opened(f"sqlite:///{site.home.ledger}", SigningKey.load(site.home.signing_key))
+    story(ledger)
+    ledger.close()
+    called(root, "fl-server init --home coordinator")
+    return root
+
+
+def called(place: Path, line: str, *hidden: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `place` without the hidden packages."""
+    words = shlex.split(line)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FL_", "CONCORDAT_"))}
+    environment = kept | {"HIDDEN": ",".join(hidden), "PYTHONPATH": str(place / "hiding"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(BIN / words[0]), *words[1:]], cwd=place, env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+AT = "--site hospital-001 --home site"
+MODEL = "--spec spec.toml --adapter spec.toml"
+NEEDED = {
+    "fl-server up --home coordinator": ("server", EXTRAS["server"]),
+    "fl-server status --home coordinator": ("server", ["httpx"]),
+    "fl-server restore x.tar --home new --database postgresql://u@127.0.0.1:1/x": ("postgres", []),
+    f"fl-client run {AT}": ("client", EXTRAS["client"]),
+    f"fl-client enroll {AT} --server https://127.0.0.1:1 --token ct1.hospital-001.{'x' * 20}.{'0' * 64}": (
+        "client", ["httpx"],
+    ),
+    f"fl-client check {AT}": ("client", ["uvicorn", "starlette"]),
+    f"fl-client train-alone {AT} --spec spec.toml --out alone": ("client", ["torch", "opacus", "peft"]),
+    f"fl-client evaluate {AT} {MODEL}": ("client", ["torch", "opacus", "transformers"]),
+    "fl-audit canaries": ("client", ["torch", "transformers", "peft", "opacus"]),
+    f"fl-audit statement {AT} --out statements": ("report", EXTRAS["report"]),
+    f"fl-audit forecast {AT} --dataset icd --rounds 2 --noise 1 --sampling 0.1 --steps 8 --out curve.svg": (
+        "report", ["matplotlib"],
+    ),
+    "fl-audit budgets --site hospital-001 --ledger postgresql://u@127.0.0.1:1/x": ("postgres", ["psycopg"]),
+    "fl-model inspect tiny": ("client", ["torch", "safetensors", "transformers"]),
+    "fl-model quantize site quantised": ("client", ["torch", "safetensors"]),
+    f"fl-model evaluate {MODEL} --data site/records.csv": ("client", ["torch", "peft", "opacus"]),
+    f"fl-model export-adapter {MODEL} peft": ("client", ["torch", "peft", "transformers"]),
+    "fl-model build tiny --out built": ("demo", ["simple_icd_10_cm"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "extra", "module"),
+    [(line, extra, module) for line, (extra, modules) in NEEDED.items() for module in modules],
+    ids=lambda each: each if each in OPTIONAL else " ".join(each.split()[:2]),
+)
+def test_a_verb_that_needs_a_missing_package_says_what_to_type(
+    line: str, extra: str, module: str, place: Path
+) -> None:
+    """Exit code 2, nothing on standard output, the package and its extra in one line, the command in the next."""
+    done = called(place, line, module)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (2, "", 2), done.stderr
+    assert lines[0].startswith("error: ")
+    assert module in lines[0]
+    assert repr(extra) in lines[0]
+    assert lines[1] == f"fix: {install_command(extra)}"
+
+
+SWEPT = {
+    "fl-server": "fl-server issued --home coordinator",
+    "fl-admin": "fl-admin status --profile coordinator/admin/admin.toml",
+    "fl-client": f"fl-client status {AT}",
+    "fl-audit": f"fl-audit budgets {AT}",
+    "fl-model": "fl-model inspect tiny",
+}
+
+
+@pytest.mark.parametrize("module", OPTIONAL)
+@pytest.mark.parametrize("command", sorted(SWEPT))
+def test_no_missing_package_is_a_defect(command: str, module: str, place: Path) -> None:
+    """Whatever is missing, a command works as ever, or names it: no traceback, no `internal error`."""
+    done = called(place, SWEPT[command], module)
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert done.returncode != DEFECT
+    if done.returncode == 2:
+        assert done.stderr.startswith(f"error: the package {module} is not installed")
+
+
+def test_json_errors_name_the_package_too(place: Path) -> None:
+    """With --json the missing package is one JSON object with a code of its own."""
+    done = called(place, "fl-model inspect tiny --json", "torch")
+    assert done.stdout == ""
+    told = json.loads(done.stderr)
+    assert (told["code"], told["exit_code"], told["fix"]) == ("missing-package", 2, install_command("client"))
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers", "pynvml"])
+def test_check_reports_a_missing_package_as_a_line(module: str, place: Path) -> None:
+    """`fl-client check` goes on: the packages fail with the line to type, and what does not need them still passes."""
+    done = called(place, f"fl-client check {AT} --json", module)
+    found = {each["name"]: each for each in json.loads(done.stdout)["checks"]}
+    assert done.stderr == ""
+    assert found["packages"]["ok"] == (module == "pynvml")  # GPU use in the metrics is left out, nothing else
+    assert found["data"]["ok"]
+    assert found["model"]["ok"] == (module == "pynvml")
+    if module != "pynvml":
+        assert found["packages"]["fix"] == install_command("client")
+        assert module in found["packages"]["message"]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_needs_no_optional_package(command: str, place: Path) -> None:
+    """With the bare distribution each command, and the first and last of its verbs, explains itself."""
+    paths = [path for path in VERBS if path[0] == command]
+    for path in [(command,), paths[0], paths[-1]]:
+        done = called(place, f"{shlex.join(path)} --help", *OPTIONAL)
+        assert (done.returncode, done.stderr) == (0, ""), path
+        assert "examples:" in done.stdout
+
+
+def test_a_site_without_the_client_s_packages_spends_nothing(place: Path) -> None:
+    """A training that could not run is refused before anything is reserved."""
+    ledger = place / "site" / "ledger.sqlite"
+    before = ledger.read_bytes()
+    called(place, f"fl-client train-alone {AT} --spec spec.toml --out alone", "opacus")
+    assert ledger.read_bytes() == before
