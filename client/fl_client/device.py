@@ -11,6 +11,7 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -60,7 +61,7 @@ def _private_cache() -> None:
     """Compiled kernels are programs that this process loads: nobody else may have put them there."""
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
     if cache.is_dir() and cache.stat().st_mode & 0o022:
-        raise ConfigError(f"others may write to {cache}, where kernels are kept", fix=f"chmod 700 {cache}")
+        raise ConfigError(f"others may write to {cache}, where kernels are kept", fix=f"chmod 700 {quote(str(cache))}")
 
 
 def _groups(model: LoadedModel) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import pwd
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 
 from fl_shared.errors import ConfigError
 
@@ -66,7 +67,7 @@ def make_meeting_place(directory: Path, socket: Path, owner: pwd.struct_passwd) 
         if may(owner, "-w", path):
             raise ConfigError(
                 f"[supernode] {name}: user {owner.pw_name!r} can write {path}, so that what lies there is not ours",
-                fix=f"leave the field out, or: chown root {path} && chmod 710 {path}",
+                fix=f"leave the field out, or: chown root {quote(str(path))} && chmod 710 {quote(str(path))}",
             )
 
 

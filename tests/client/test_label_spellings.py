@@ -76,7 +76,7 @@ def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_char
     made = write_spec(tmp_path / "spec.toml", ["1", "2"])
     alone = run(site, "train-alone", "--spec", made, "--out", tmp_path / "alone")
     (tmp_path / "adapter").write_bytes(b"")
-    judged = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "adapter")
+    judged = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "adapter", "--force")
     for done, what in ((alone, "the training data"), (judged, "the hold-out")):
         assert done.returncode == 15, done.stderr
         assert f"no record of {what} has one of the spec's labels: '1', '2'" in done.stderr

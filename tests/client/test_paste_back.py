@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,12 @@ def shell(line: str, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder that every unquoted line falls over."""
-    made = tmp_path / "Haus 'Köln' $HOME"
-    made.mkdir()
-    return made
+def place() -> Iterator[Path]:
+    """A folder that every unquoted line falls over; with a short path, since a socket's holds 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="paste-") as top:
+        made = Path(top) / "Haus 'Köln' $HOME"
+        made.mkdir()
+        yield made
 
 
 def test_the_next_lines_of_enroll_and_check_run(gateway: Gateway, place: Path) -> None:

@@ -51,7 +51,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def typed(line: str) -> list[str]:
-    """The words of a line up to a comment, a pipe or a redirection."""
+    """The words of a line up to a comment, a pipe, a redirection or an ampersand."""
     words = shlex.split(line, comments=True)
-    ends = [words.index(mark) for mark in ("|", ">", "&&") if mark in words]
+    ends = [words.index(mark) for mark in ("|", ">", "&&", "&") if mark in words]
     return words[: min(ends)] if ends else words

@@ -89,7 +89,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith("fl-audit (concordat-fl) 0.")
+    assert capsys.readouterr().out.startswith("concordat 0.")
 
 
 def test_what_the_scenarios_read(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

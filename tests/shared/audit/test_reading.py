@@ -73,6 +73,7 @@ def home() -> Iterator[Path]:
     KEY.save(made / "signing.pem")
     with opened(f"sqlite:///{made}/ledger.sqlite", KEY) as ledger:
         with_budget(ledger, epsilon=100.0)
+    (made / "ledger.sqlite").chmod(0o644)  # made for its owner alone; SQLite's log gets the same mode
     yield made
     made.chmod(0o755)
     shutil.rmtree(top)
