@@ -1,11 +1,28 @@
-"""For all tests: hypothesis tries the same examples every time, so that a suite that passed passes again.
+"""For all tests: a home of their own, and hypothesis tries the same examples, so that a suite that passed passes again.
 
 `--hypothesis-profile=default` draws new ones.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home directory of the tests' own: commands look for profiles there, and leave some."""
+    before, made = os.environ.get("HOME"), tmp_path_factory.mktemp("home")
+    os.environ["HOME"] = str(made)
+    yield made
+    if before is None:
+        del os.environ["HOME"]
+    else:
+        os.environ["HOME"] = before

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from sqlalchemy.engine import make_url
-
 from fl_client.address import server_url
 from fl_client.data.tables import UTF_8
 from fl_client.home import SiteHome
@@ -140,6 +138,8 @@ class SiteConfig:
 
     def secrets(self, home: SiteHome) -> list[Path]:
         """The files that the untrusted half must never read."""
+        from sqlalchemy.engine import make_url  # a GPU machine that only trains has none
+
         ledger = make_url(self.ledger_url) if self.ledger_url.startswith("sqlite:") else None
         keys = [home.signing_key, home.client_key, home.fingerprint_key]
         places = [home.config, *keys, self.data.path, *([Path(ledger.database)] if ledger and ledger.database else [])]

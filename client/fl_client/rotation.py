@@ -76,7 +76,7 @@ class PinnedKeys:
         self._home = home
         self._pinned = pinned
         self._lock = threading.Lock()
-        self._asked = -math.inf
+        self._asked = {True: -math.inf, False: -math.inf}  # for a key that is known, and for one that is not
         self._vouched = -math.inf
 
     def accepts(self, key: str) -> bool:
@@ -87,8 +87,8 @@ class PinnedKeys:
         with self._lock:
             known, now = self._known(key), _uptime()
             wanted = not known or now - self._vouched > VOUCH_EVERY_S
-            if wanted and now - self._asked >= (ASK_AGAIN_S if known else ASK_EVERY_S):
-                self._asked = now
+            if wanted and now - self._asked[known] >= (ASK_AGAIN_S if known else ASK_EVERY_S):
+                self._asked[known] = now
                 self._refresh()
             if self._known(key) and now - self._vouched > VOUCHED_S:
                 log.warning("orders are refused: the gateway has not confirmed the coordinator's key lately")

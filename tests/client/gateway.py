@@ -65,7 +65,7 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         )
         if not ca:
-            names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("coordinator.example")]
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         else:
             usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)

@@ -89,7 +89,7 @@ def test_a_broken_engine_is_accused(capsys: pytest.CaptureFixture[str], monkeypa
     [
         (2, ("--noise-multiplier", "-1"), "noise_multiplier"),
         (2, ("--noise-multiplier", "nan"), "noise_multiplier"),
-        (2, ("--noise-multiplier", "1e-9"), "noise 1e-09"),
+        (2, ("--noise-multiplier", "1e-9"), "noise_multiplier is 1e-09"),
         (2, ("--noise-multiplier", "1e-3"), "which no audit can contradict"),
         (2, ("--steps", "0"), "an audit of 0 steps"),
         (2, ("--steps", "-3"), "an audit of -3 steps"),

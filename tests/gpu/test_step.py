@@ -84,7 +84,7 @@ def test_a_private_step_that_runs_out_of_memory_says_so(room: int, monkeypatch: 
         assert found["units_per_micro_batch"] == 2  # 8, 4, 2
     else:
         assert found["variant"] == "book"
-        assert "do not fit into memory" in found["failed"]
+        assert "does not fit into memory" in found["failed"]
 
 
 def test_a_variant_that_fails_leaves_the_others_figures(

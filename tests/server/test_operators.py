@@ -240,10 +240,10 @@ def test_the_last_admin_cannot_be_revoked(office: Office) -> None:
 
 
 def test_keys_are_for_their_owner_alone_and_nothing_is_overwritten(office: Office, auditor: Path) -> None:
-    """Mode 0600 for key and profile; a second certificate into the same folder is refused."""
+    """Mode 0600 for all of it; a second certificate into the same folder is refused."""
     folder = auditor.parent
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    assert modes == {"auditor.key": 0o600, "auditor.toml": 0o600, "auditor.pem": 0o644, "ca.pem": 0o644}
+    assert modes == {"auditor.key": 0o600, "auditor.toml": 0o600, "auditor.pem": 0o600, "ca.pem": 0o600}
     before = (folder / "auditor.key").read_bytes()
     done = office.server("issue", "--role", "auditor", "--name", "eve", "--out", str(folder))
     assert (done.returncode, "exists" in done.stderr) == (2, True)

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,11 +48,17 @@ def own_machine() -> list[str]:
     return prefix
 
 
-def test_the_readmes_block_for_admins_works_as_it_stands(tmp_path: Path) -> None:
+@pytest.fixture
+def short_home() -> Iterator[Path]:
+    """A home as short as a person's: a socket's path holds 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="h") as made:
+        yield Path(made)
+
+
+def test_the_readmes_block_for_admins_works_as_it_stands(tmp_path: Path, short_home: Path) -> None:
     """Every line does what it says; no profile has to be named, no port or folder to be changed."""
     lines = block()
-    home = tmp_path / "home"
-    home.mkdir()
+    home = short_home
     (home / "spec.toml").write_text(spec_toml("hospital-demo", ["hospital-001"], rounds=1, quorum=1, timeout_s=5.0))
     (tmp_path / "hosts").write_text("127.0.0.1 localhost coordinator.example\n")
     script = ["set -u", "mount -t tmpfs tmpfs /srv", f"mount --bind {tmp_path}/hosts /etc/hosts"]

@@ -195,7 +195,7 @@ class Registry(LedgerWriter):
         """Append a signed note that charges nothing; `body["what"]` is one word that says what it witnesses."""
         with self._store.write() as connection:
             entry = self._append(connection, "witness", body, point="witness")
-            fault("witness.before-commit")
+            fault("witness.row")
         fault("witness.committed")
         return entry
 

@@ -117,6 +117,17 @@ def test_a_crash_while_registering(url: str, key: SigningKey, kind: str, place: 
 
 
 @pytest.mark.parametrize("place", ["before-entry", "entry", "tree", "row", "committed"])
+def test_a_crash_while_a_note_is_made(url: str, key: SigningKey, place: str) -> None:
+    """Killed around a witness entry: it is recorded whole or not at all."""
+    with opened(url, key) as ledger:
+        entries = ledger.head().entries
+    killed_at(f"witness.{place}", url, key, lambda ledger: ledger.witness({"what": "note", "by": "DPO"}))
+    with opened(url, key) as ledger:
+        assert ledger.head().entries == entries + (place == "committed")
+    assert verify_ledger(url, SITE, public_key=key.public_hex).problems == []
+
+
+@pytest.mark.parametrize("place", ["before-entry", "entry", "tree", "row", "committed"])
 def test_a_crash_while_the_key_is_replaced(url: str, key: SigningKey, place: str) -> None:
     """Killed around a rotation: one of the two keys opens the ledger, the other does not."""
     fresh = SigningKey.generate()
@@ -139,6 +150,6 @@ def test_the_fault_points_are_all_of_them() -> None:
     source = "".join((folder / f"{name}.py").read_text() for name in ("service", "writer", "chain", "registry"))
     found = re.findall(r"fault\(f?\"(\{point\}|[a-z]+)\.([a-z-]+)\"\)", source)
     assert {place for at, place in found if at in {"{point}", "reserve"}} == {*PLACES, "tally-key"}
-    assert {at for at, _place in found} == {"{point}", "reserve", *REGISTRATIONS, "key"}
-    assert {place for at, place in found if at in {*REGISTRATIONS, "key"}} == {"row", "committed"}
+    assert {at for at, _place in found} == {"{point}", "reserve", *REGISTRATIONS, "key", "witness"}
+    assert {place for at, place in found if at in {*REGISTRATIONS, "key", "witness"}} == {"row", "committed"}
     assert source.count("fault(") == len(found)
