@@ -37,6 +37,7 @@ from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
 from fl_server.traffic import Counted
 from fl_shared.base_model import BaseModel
+from fl_shared.canonical import parse_json
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.limits import Places, Rates, network
 from fl_shared.logs import set_up
@@ -337,11 +338,9 @@ class Gateway:
         self._take_place(request, row.site)
         raw = await _whole(request, MAX_BASE_BYTES)
         try:
-            base = BaseModel.from_dict(json.loads(raw))
+            base = BaseModel.from_dict(parse_json(raw, "the announcement"))
         except ConfigError as error:
             return _refusal(error, 400)
-        except (ValueError, RecursionError):
-            return _refusal(ConfigError("this is not JSON", fix="the site's agent announces it"), 400)
         await asyncio.to_thread(self._sites.announce, row.site, base)
         return JSONResponse({"taken": True})
 

@@ -25,7 +25,8 @@ def add(groups: Any) -> None:
         verbs, "launch", _launch, "launch a run from a spec file",
         more="Refused when the spec does not fit the base model that a site has announced (`sites list --json`). A "
         "site that has announced none yet is named in a warning; it refuses by itself what does not fit.",
-        examples="fl-admin runs launch hospital.toml\nfl-admin runs launch hospital.toml --watch",
+        examples="fl-admin runs launch hospital.toml\nfl-admin runs launch hospital.toml --watch\n"
+        "fl-admin runs launch hospital.toml --force",
     )  # fmt: skip
     argument(launch, "spec", metavar="SPEC.toml", completer=complete.specs, help="the run spec (docs/architecture.md)")
     launch.add_argument("--watch", action="store_true", help="follow it to its end")
