@@ -218,7 +218,7 @@ def test_a_question_that_breaks_the_answer_ends_no_thread(site: Site, monkeypatc
     monkeypatch.setattr("fl_client.agent.questions.RETRY_S", 0.01)
     answerer.start()
     time.sleep(0.2)
-    assert answerer._thread.is_alive()
+    assert answerer.loop._thread.is_alive()
     answerer.stop()
 
 
