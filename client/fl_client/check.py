@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import make_url
 
-from fl_client.agent.policy import absent_targets, check_policy, other_base
+from fl_client.agent.policy import check_policy
 from fl_client.agent.site import base_targets, load_base
 from fl_client.config import ANY_APP, SiteConfig
 from fl_client.data.load import label_report, load_unit_data, require_labels
@@ -27,6 +27,7 @@ from fl_client.rotation import follow
 from fl_client.supernode import PLAN_FILE, describe_confinement
 from fl_client.walls import try_walls
 from fl_shared import __version__
+from fl_shared.base_model import BaseModel
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.extras import DISTRIBUTION, missing_package, require
 from fl_shared.fingerprints import spoken_key
@@ -215,9 +216,8 @@ def _spec(config: SiteConfig, spec: RunSpec, model: LoadedModel) -> str:
     if config.site not in spec.run.sites:
         raise ConfigError(f"run {spec.run.name} does not name site {config.site}", fix="add it to [run] sites")
     check_policy(spec, config.policy)
-    for wrong in (other_base(spec, model.digest), absent_targets(spec, base_targets(config))):
-        if wrong:
-            raise ConfigError(wrong, fix="tell the coordinator's administrator; nothing was spent")
+    if unfit := BaseModel(model.digest, base_targets(config)).objection(spec):
+        raise ConfigError(unfit.message, fix="tell the coordinator's administrator; nothing was spent")
     prepare_round(model, spec, {}, private=not config.policy.allow_non_private)
     return f"run {spec.run.name}: base model, targets and policy suit; {spec.run.rounds} rounds"
 

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.agent.outgoing import EVALUATION, Outgoing
-from fl_client.agent.policy import absent_targets
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.site import OpenSite
 from fl_client.data.load import require_labels, restrict_labels
@@ -31,6 +30,7 @@ from fl_client.dp.noise import discrete_gaussian, plan_grid
 from fl_client.dp.secure_random import SecureStream
 from fl_client.files import write_durably
 from fl_shared.adapter import digest, require_finite, unpack
+from fl_shared.base_model import absent_targets
 from fl_shared.canonical import canonical_bytes
 from fl_shared.errors import ConfigError, DataError, LedgerError, PolicyRefusal, RunError
 from fl_shared.ledger.faults import fault

@@ -27,17 +27,18 @@ from google.protobuf.message import Message
 
 from fl_server import __version__
 from fl_server.adminlog import AdminLog
-from fl_server.db.models import ENDED, EventRow, PromotionRow, RoundRow, SiteRow
+from fl_server.db.models import ENDED, EventRow, PromotionRow, RoundRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome
+from fl_server.messages import plan_message, site_message
 from fl_server.operators import Operators
 from fl_server.pki import Authority, Identity, identity
-from fl_server.plans import Plans, SiteView
+from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key
 from fl_server.runs.releases import Releases
 from fl_server.runs.service import Runs, RunView
-from fl_server.sites.service import ONLINE_S, Sites
+from fl_server.sites.service import Sites
 from fl_server.supervisor import read_state
 from fl_shared.canonical import sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError
@@ -133,24 +134,6 @@ def _arguments(request: Message) -> dict[str, Any]:
 _STREAMS = frozenset({"WatchRun", "ListReceipts", "GetAdapter", "PlanRun", "ListAdminLog"})
 
 
-def site_message(row: SiteRow) -> pb.Site:
-    """A site as admins see it."""
-    return pb.Site(
-        site=row.site,
-        state=row.state,
-        signing_key=row.signing_key,
-        certificate_fingerprint=row.certificate_fingerprint,
-        node_key_fingerprint=row.node_key_fingerprint,
-        node_id=row.node_id,
-        invited_at=row.invited_at,
-        enrolled_at=row.enrolled_at,
-        certificate_expires_at=row.certificate_expires_at,
-        last_seen_at=row.last_seen_at,
-        revoked_at=row.revoked_at,
-        online=row.state == "enrolled" and time.time() - row.node_seen_at < ONLINE_S,
-    )
-
-
 def _round_message(view: RunView, number: int, row: RoundRow | None) -> pb.Round:
     replies = [
         pb.SiteReply(
@@ -190,26 +173,13 @@ def run_message(view: RunView, *, history: bool = True) -> pb.Run:
         created_at=view.row.created_at,
         updated_at=view.row.updated_at,
         sites=view.spec.run.sites,
+        warnings=view.warnings,
         history=[_round_message(view, number, rows.get(number)) for number in numbers],
     )
 
 
 def _spec(text: str) -> RunSpec:
     return RunSpec.from_text(text, where="the run spec")
-
-
-def _plan_message(view: SiteView, spec: RunSpec) -> pb.SitePlan:
-    answer = view.answer
-    return pb.SitePlan(
-        site=view.site,
-        status=view.status,
-        rounds_asked=spec.run.rounds,
-        rounds_affordable=answer.rounds_affordable if answer else 0,
-        noise_that_fits=answer.noise_that_fits if answer else 0.0,
-        objections=[str(each) for each in answer.objections] if answer else [],
-        last_seen_at=view.last_seen_at,
-        document_json=view.answer_json,
-    )
 
 
 def _event_message(row: EventRow) -> pb.Event:
@@ -303,25 +273,25 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
 
     def _plan(self, spec: RunSpec, wait_s: float, context: grpc.ServicerContext) -> Iterator[pb.SitePlan]:
         plan = self._plans.ask(spec, SigningKey.load(self._home.signing_key), wait_s)
-        for view in plan.not_enrolled:
-            yield _plan_message(view, spec)
+        for view in plan.not_asked:
+            yield plan_message(view, spec)
         told: set[str] = set()
         while context.is_active():
             over = time.time() > plan.expires_at
             for site, view in self._plans.answers(plan).items():
                 if site not in told:
                     told.add(site)
-                    yield _plan_message(view, spec)
+                    yield plan_message(view, spec)
             if over or len(told) == len(plan.asked):
                 break
             time.sleep(PLAN_POLL_S)
         for site in plan.asked:
             if site not in told:
-                yield _plan_message(self._plans.silent(site), spec)
+                yield plan_message(self._plans.silent(site), spec)
 
     @allow("admin", action="runs launch")
     def LaunchRun(self, request: pb.LaunchRunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
-        return run_message(self._runs.launch(_spec(request.spec_toml)))
+        return run_message(self._runs.launch(_spec(request.spec_toml), force=request.force))
 
     @allow("admin", "auditor")
     def ListRuns(self, _request: pb.ListRunsRequest, _context: grpc.ServicerContext) -> pb.ListRunsReply:  # noqa: N802

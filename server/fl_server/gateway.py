@@ -36,6 +36,8 @@ from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key, rotations
 from fl_server.sites.service import Sites
 from fl_server.traffic import Counted
+from fl_shared.base_model import BaseModel
+from fl_shared.canonical import parse_json
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.limits import Places, Rates, network
 from fl_shared.logs import set_up
@@ -45,6 +47,7 @@ log = logging.getLogger("fl_server.gateway")
 
 MAX_ENROL_BYTES = 64 << 10
 MAX_ANSWER_BYTES = 64 << 10
+MAX_BASE_BYTES = 4 << 10
 MAX_PER_SITE = 16  # requests at once
 BURST_S = 4.0
 ANONYMOUS_PER_S, ANONYMOUS_BURST = 5.0, 40.0
@@ -181,6 +184,7 @@ class Gateway:
                     Route("/v1/enroll", self.enroll, methods=["POST"]),
                     Route("/v1/hello", self.hello, methods=["GET"]),
                     Route("/v1/renew", self.renew, methods=["POST"]),
+                    Route("/v1/base", self.base, methods=["POST"]),
                     Route("/v1/questions", self.questions, methods=["GET"]),
                     Route("/v1/answers", self.answers, methods=["POST"]),
                     Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
@@ -327,6 +331,18 @@ class Gateway:
             return _refusal(error, 403)
         log.info("renewed the certificate of %s", row.site)
         return JSONResponse({"certificate_pem": made})
+
+    async def base(self, request: Request) -> Response:
+        """Keep which base model the site that speaks says it has."""
+        _, row = await self._site(request)
+        self._take_place(request, row.site)
+        raw = await _whole(request, MAX_BASE_BYTES)
+        try:
+            base = BaseModel.from_dict(parse_json(raw, "the announcement"))
+        except ConfigError as error:
+            return _refusal(error, 400)
+        await asyncio.to_thread(self._sites.announce, row.site, base)
+        return JSONResponse({"taken": True})
 
     async def questions(self, request: Request) -> Response:
         """What plans ask the site that speaks."""

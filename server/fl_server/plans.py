@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import delete, select
 
+from fl_server.bases import announced
 from fl_server.db.models import QuestionRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.sites.service import ONLINE_S
@@ -27,6 +28,7 @@ from fl_shared.questions import (
     REFUSED,
     SILENT,
     WAIT_S,
+    Objection,
     PlanAnswer,
     PlanQuestion,
 )
@@ -39,10 +41,14 @@ KEPT_S = 86_400.0
 
 @dataclass(frozen=True)
 class SiteView:
-    """What one site said, or why it said nothing. `answer_json` is the signed answer as it came."""
+    """What one site said, or why it said nothing. `answer_json` is the signed answer as it came.
+
+    `objections` are of its answer, or follow from the base model that it has announced; then it was not asked.
+    """
 
     site: str
     status: str
+    objections: tuple[Objection, ...] = ()
     answer: PlanAnswer | None = None
     answer_json: str = ""
     last_seen_at: float = 0.0
@@ -50,12 +56,12 @@ class SiteView:
 
 @dataclass(frozen=True)
 class Plan:
-    """Questions that were put, and the sites that could not be asked."""
+    """Questions that were put, and the sites that were not asked: not enrolled, or of another base model."""
 
     plan: str
     expires_at: float
     asked: tuple[str, ...]
-    not_enrolled: tuple[SiteView, ...]
+    not_asked: tuple[SiteView, ...]
 
 
 class Plans:
@@ -66,6 +72,8 @@ class Plans:
 
     def ask(self, spec: RunSpec, key: SigningKey, wait_s: float) -> Plan:
         """Put a question to each enrolled site of the spec; it can be answered for `wait_s` seconds (0: 20).
+
+        A site that has announced a base model which the spec does not fit is not asked: its refusal is known.
 
         Raises:
             ConfigError: another waiting time than 1 s to 10 minutes.
@@ -81,6 +89,10 @@ class Plans:
                 row = session.get(SiteRow, site)
                 if row is None or row.state != "enrolled":
                     missing.append(SiteView(site, NOT_ENROLLED, last_seen_at=row.last_seen_at if row else 0.0))
+                    continue
+                base = announced(row)
+                if base is not None and (objection := base.objection(spec)):
+                    missing.append(SiteView(site, REFUSED, (objection,), last_seen_at=row.last_seen_at))
                     continue
                 question = PlanQuestion(secrets.token_hex(16), site, spec, issued_at=now, expires_at=now + wait_s)
                 session.add(
@@ -139,7 +151,7 @@ class Plans:
         for row in rows:
             answer = PlanAnswer.from_dict(json.loads(row.answer_json)["body"])
             status = REFUSED if answer.objections else AFFORDABLE
-            found[row.site] = SiteView(row.site, status, answer, row.answer_json, row.answered_at)
+            found[row.site] = SiteView(row.site, status, answer.objections, answer, row.answer_json, row.answered_at)
         return found
 
     def silent(self, site: str) -> SiteView:

@@ -104,6 +104,7 @@ class Gateway:
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.rotations: Any = []
         self.renewals = 0
+        self.announced: list[dict[str, Any]] = []
         self.fleet_calls: list[tuple[str, str]] = []
         self.certificates: list[str] = []
         gateway = self
@@ -172,6 +173,9 @@ class Gateway:
                     made = gateway.authority.site_certificate(json.loads(body)["csr_pem"], self._peer())
                     gateway.renewals += 1
                     self._answer(200, json.dumps(gateway.change_answer({"certificate_pem": made})).encode())
+                elif self.path == "/v1/base" and self._peer():
+                    gateway.announced.append(json.loads(body))
+                    self._answer(200, b'{"taken": true}')
                 elif self.path.startswith("/v1/fleet/") and self._peer():
                     gateway.fleet_calls.append((self.path, self._peer()))
                     der = self.connection.getpeercert(True)  # type: ignore[attr-defined]

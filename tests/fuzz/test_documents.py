@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fl_server.replies import Expected
+from fl_shared.base_model import BaseModel
 from fl_shared.canonical import canonical_bytes, parse_json
 from fl_shared.errors import ConcordatError
 from fl_shared.manifest import Receipt, Refusal, RoundManifest, RunSpec
@@ -64,6 +65,7 @@ READERS: list[tuple[Callable[[Any], Any], dict[str, Any]]] = [
     (Refusal.from_dict, REFUSAL.to_dict()),
     (PlanQuestion.from_dict, QUESTION.to_dict()),
     (PlanAnswer.from_dict, ANSWER.to_dict()),
+    (BaseModel.from_dict, BaseModel(DIGEST, ("attention",)).to_dict()),
     (Mechanism.from_dict, RECEIPT.mechanism.to_dict()),
 ]
 

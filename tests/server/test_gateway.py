@@ -159,7 +159,7 @@ def fresh_site(one: Coordinator, site: str) -> tuple[SiteHome, Pinned]:
 
 PROTECTED = [
     ("GET", "/v1/hello"), ("POST", "/v1/renew"), ("GET", "/v1/questions"), ("POST", "/v1/answers"),
-    ("POST", "/v1/fleet/pull-messages"),
+    ("POST", "/v1/base"), ("POST", "/v1/fleet/pull-messages"),
 ]  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_only_enrolled_sites_are_asked_each_its_own_question(plans: Plans) -> No
     """The others are named with the reason; nobody sees another site's question."""
     plan = _ask(plans, "h-1", "h-2", "h-3", "h-4", "h-9")
     assert plan.asked == ("h-1", "h-2")
-    assert [(each.site, each.status) for each in plan.not_enrolled] == [
+    assert [(each.site, each.status) for each in plan.not_asked] == [
         (site, "not-enrolled") for site in ("h-3", "h-4", "h-9")
     ]
     for site in plan.asked:

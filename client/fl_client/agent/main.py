@@ -11,6 +11,7 @@ from types import FrameType
 
 from cryptography import x509
 
+from fl_client.agent.announcement import Announcer
 from fl_client.agent.locks import sole
 from fl_client.agent.questions import Answerer
 from fl_client.agent.service import AgentService, serve
@@ -111,8 +112,11 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         if config.supernode.user:
             os.chown(config.supernode.socket, account(config.supernode.user).pw_uid, -1, follow_symlinks=False)
         helpers.start_node()
-        answerer = Answerer(functools.partial(call, home, coordinator), site.facts, site.outgoing)
-        loops.append(answerer.loop)
+        gateway = functools.partial(call, home, coordinator)
+        announcer = Announcer(gateway, site.facts.base)
+        answerer = Answerer(gateway, site.facts, site.outgoing)
+        loops += [announcer.loop, answerer.loop]
+        announcer.loop.start()
         answerer.start()
         serving.set()
         position = site.ledger.epsilon(site.dataset)
@@ -123,6 +127,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         log.info("untrusted half: %s", separation)
         ending.wait()
         log.info("stopping")
+        announcer.loop.stop()
         answerer.stop()
         if not site.rounds.drain(config.stop_grace_s):
             log.warning("breaking off the round in progress; it stays held against the budget")

@@ -50,17 +50,3 @@ def _refusal(name: str, asked: float, relation: str, limit: float) -> PolicyRefu
         f"{name} {asked:g} {relation} {limit:g}",
         fix=f"launch the run with {name} {'at least' if relation == '<' else 'at most'} {limit:g}",
     )
-
-
-def other_base(spec: RunSpec, model_digest: str) -> str:
-    """Say that the run is for another base model than the site's; "" when it is not."""
-    asked = spec.run.base_model
-    return "" if asked == model_digest else f"the run is for base model {asked}, this site has {model_digest}"
-
-
-def absent_targets(spec: RunSpec, targets: tuple[str, ...]) -> str:
-    """Say which LoRA target the site's base model does not have; "" when it has all of them."""
-    absent = [target for target in spec.lora.targets if target not in targets]
-    if not absent:
-        return ""
-    return f"the base model has no {' and no '.join(absent)}; set [lora] targets to {', '.join(targets)}, or fewer"

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from typing import Any, Protocol
 
 from fl_client.agent.outgoing import Outgoing, Sealed
-from fl_client.agent.policy import absent_targets, other_base, refusals
+from fl_client.agent.policy import refusals
 from fl_client.agent.rounds import CLOCK_SKEW_S, SUSPENDED, SiteFacts
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import ConcordatError, ConfigError, SignatureError
@@ -98,10 +98,8 @@ class Answerer:
         if now > question.expires_at or question.issued_at > now + CLOCK_SKEW_S:
             raise ConfigError("the question is of another time; check both clocks")
         objections = [Objection("policy", refusal.message) for refusal in refusals(question.spec, facts.policy)]
-        if other := other_base(question.spec, facts.model_digest):
-            objections.append(Objection("unknown-base-model", other))
-        elif absent := absent_targets(question.spec, facts.targets):
-            objections.append(Objection("unsupported-spec", absent))
+        if unfit := facts.base.objection(question.spec):
+            objections.append(unfit)
         if self._outgoing.suspended(question.spec.run.name):
             objections.append(Objection("suspended", SUSPENDED))
         return self._outgoing.plan(question, facts.dataset.name, objections, facts.policy.min_noise_multiplier)

@@ -33,11 +33,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
-from fl_client.agent.policy import absent_targets, check_policy, other_base
+from fl_client.agent.policy import check_policy
 from fl_client.agent.progress import Progress
 from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.config import PolicyConfig
 from fl_shared.adapter import digest, pack, require_finite, unpack
+from fl_shared.base_model import BaseModel
 from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError, SignatureError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
@@ -98,6 +99,11 @@ class SiteFacts:
     dataset: Dataset
     namespace: str = ""
     targets: tuple[str, ...] = LORA_TARGETS
+
+    @property
+    def base(self) -> BaseModel:
+        """The site's base model."""
+        return BaseModel(self.model_digest, self.targets)
 
 
 class Refused(Exception):
@@ -427,10 +433,8 @@ class Rounds:
         ):
             if wrong:
                 raise Refused("bad-manifest", message)
-        if other := other_base(manifest.spec, facts.model_digest):
-            raise Refused("unknown-base-model", other)
-        if absent := absent_targets(manifest.spec, facts.targets):
-            raise Refused("unsupported-spec", absent)
+        if objection := facts.base.objection(manifest.spec):
+            raise Refused(objection.code, objection.message)
         return manifest
 
     def _may_order(self, run: str) -> bool:

@@ -33,7 +33,8 @@ def add(verbs: Any) -> None:
     """Add the verb."""
     made = add_verb(
         verbs, "plan", run, "ask the sites how many rounds of a spec they can afford, and who would refuse",
-        more="Nothing is launched or spent. Exit code 0 when every site would take part in every round, 11 when one "
+        more="Nothing is launched or spent. A site that has announced a base model which the spec does not fit is "
+        "shown as refused at once. Exit code 0 when every site would take part in every round, 11 when one "
         "would refuse, 16 when none would but one has not answered.",
         examples="fl-admin runs plan hospital.toml\nfl-admin runs plan hospital.toml --wait 60 --json",
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from fl_server.cli import complete, plan
@@ -23,10 +24,14 @@ def add(groups: Any) -> None:
     plan.add(verbs)
     launch = add_verb(
         verbs, "launch", _launch, "launch a run from a spec file",
-        examples="fl-admin runs launch hospital.toml\nfl-admin runs launch hospital.toml --watch",
+        more="Refused when the spec does not fit the base model that a site has announced (`sites list --json`). A "
+        "site that has announced none yet is named in a warning; it refuses by itself what does not fit.",
+        examples="fl-admin runs launch hospital.toml\nfl-admin runs launch hospital.toml --watch\n"
+        "fl-admin runs launch hospital.toml --force",
     )  # fmt: skip
     argument(launch, "spec", metavar="SPEC.toml", completer=complete.specs, help="the run spec (docs/architecture.md)")
     launch.add_argument("--watch", action="store_true", help="follow it to its end")
+    launch.add_argument("--force", action="store_true", help="launch though the spec does not fit a site's base model")
     add_verb(verbs, "list", _list, "every run, the newest first", examples="fl-admin runs list")
 
     def on_run(name: str, handler: Handler, summary: str, examples: str, more: str = "") -> argparse.ArgumentParser:
@@ -56,7 +61,9 @@ def add(groups: Any) -> None:
 
 
 def _launch(stub: ControlStub, arguments: argparse.Namespace) -> int:
-    run = stub.LaunchRun(pb.LaunchRunRequest(spec_toml=plan.spec_text(arguments.spec)))
+    run = stub.LaunchRun(pb.LaunchRunRequest(spec_toml=plan.spec_text(arguments.spec), force=arguments.force))
+    for warning in run.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if arguments.watch:
         return _watched(stub, run.run, arguments.json)
     if arguments.json:

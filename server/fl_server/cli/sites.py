@@ -33,7 +33,7 @@ def add(groups: Any) -> None:
     invite.add_argument("--days", type=float, default=7.0, help="how long the token is valid, default %(default)g")
     add_verb(verbs, "list", _list, "every site and its state", examples="fl-admin sites list")
     shown = add_verb(
-        verbs, "show", _show, "one site: fingerprints, certificate, runs, epsilon of its newest receipt",
+        verbs, "show", _show, "one site: fingerprints, certificate, base model, runs, epsilon of its newest receipt",
         more="`fl-client enroll` shows the site the same fingerprints: compare them by telephone.",
         examples="fl-admin sites show hospital-001\nfl-admin sites show hospital-001 --json",
     )  # fmt: skip
@@ -88,6 +88,8 @@ def _print(site: pb.Site, as_json: bool) -> int:
         ("  valid until", moment(site.certificate_expires_at)),
         ("site's key", spoken_key(site.signing_key) if site.signing_key else "-"),
         ("Flower's node", f"{site.node_id or '-'}  {site.node_key_fingerprint}"),
+        ("base model", site.base_model or "not announced yet"),
+        ("  its layers", f"{', '.join(site.base_targets) or '-'}, told {moment(site.base_announced_at)}"),
         ("runs", ", ".join(site.runs) or "-"),
     ]
     if site.delta:

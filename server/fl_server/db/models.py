@@ -29,6 +29,7 @@ class SiteRow(Base):
 
     `next_fingerprint` is a renewed certificate that was not used yet; until it is, both are valid. `last_seen_at` is
     when the site last spoke to the gateway, `node_seen_at` when the SuperLink last accepted a call of its node.
+    `base_model` (its digest) and `base_targets` (names with commas between) are what the site has announced last.
     """
 
     __tablename__ = "sites"
@@ -49,6 +50,9 @@ class SiteRow(Base):
     revoked_at: Mapped[float] = mapped_column(Float, default=0.0)
     last_seen_at: Mapped[float] = mapped_column(Float, default=0.0)
     node_seen_at: Mapped[float] = mapped_column(Float, default=0.0)
+    base_model: Mapped[str] = mapped_column(String(71), default="")
+    base_targets: Mapped[str] = mapped_column(Text, default="")
+    base_announced_at: Mapped[float] = mapped_column(Float, default=0.0)
 
 
 class SiteKeyRow(Base):

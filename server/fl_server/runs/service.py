@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from fl_server.bases import Fit
 from fl_server.db.models import ENDED, EventRow, ManifestRow, ReplyRow, RoundRow, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.files import write_durably
@@ -65,11 +66,12 @@ class CommittedRound:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run with its rounds and replies, read in one transaction."""
+    """A run with its rounds and replies, read in one transaction. `warnings`: of its launch, told once."""
 
     row: RunRow
     rounds: list[RoundRow] = field(default_factory=list)
     replies: list[ReplyRow] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
 
     @property
     def spec(self) -> RunSpec:
@@ -97,37 +99,42 @@ class Runs:
         self._store = store
         self._adapters = adapters
 
-    def launch(self, spec: RunSpec) -> RunView:
+    def launch(self, spec: RunSpec, *, force: bool = False) -> RunView:
         """Store a new run as pending.
 
         A site that is invited, but not enrolled yet, may be named: it takes part from the first round that
-        begins after its enrolment (docs/rounds.md).
+        begins after its enrolment (docs/rounds.md). With `force` what sites have announced refuses nothing.
 
         Raises:
-            RunError: the name is taken, a site of it is unknown or revoked, or fewer than the quorum are enrolled.
+            RunError: the name is taken, a site of it is unknown or revoked, fewer than the quorum are enrolled, or
+                the spec does not fit the base model that a site has announced.
         """
         name = spec.run.name
         now = time.time()
         with self._store.write() as session:
             if session.get(RunRow, name) is not None:
                 raise RunError(f"there is a run {name!r} already", fix="choose another [run] name", code="name-taken")
-            enrolled = 0
+            enrolled, rows = 0, []
             for site in spec.run.sites:
                 row = session.get(SiteRow, site)
                 state = "unknown" if row is None else row.state
                 enrolled += state == "enrolled"
-                if state not in ("enrolled", "invited"):
+                if row is None or state not in ("enrolled", "invited"):
                     raise RunError(
                         f"[run] sites names {site!r}, which is {state}",
                         fix=f"invite it first (`fl-admin sites invite {site}`), or take it out of the spec",
                         code="site-not-enrolled",
                     )
+                rows.append(row)
             if enrolled < spec.run.quorum:
                 raise RunError(
                     f"{enrolled} of {len(spec.run.sites)} sites are enrolled, and the quorum is {spec.run.quorum}",
                     fix="wait until more have enrolled (`fl-admin sites list`), or lower the quorum",
                     code="site-not-enrolled",
                 )
+            fit = Fit.of(spec, rows)
+            if not force:
+                fit.require()
             session.add(
                 RunRow(
                     run=name,
@@ -141,7 +148,7 @@ class Runs:
             )
             session.flush()
             _event(session, name, "launched", f"{spec.run.rounds} rounds with {len(spec.run.sites)} sites")
-        return self.show(name)
+        return replace(self.show(name), warnings=fit.warnings())
 
     def show(self, run: str) -> RunView:
         """One run with its history; RunError when there is none of that name."""

@@ -28,6 +28,7 @@ from fl_server.db.models import EventRow, InvitationRow, SiteKeyRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.pki import Authority, Identity, fingerprint
+from fl_shared.base_model import BaseModel
 from fl_shared.errors import ConfigError, EnrolmentError, SignatureError
 from fl_shared.names import site_id
 from fl_shared.signing import ed25519_key
@@ -211,6 +212,7 @@ class Sites:
             found.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
             found.next_fingerprint, found.next_expires_at = "", 0.0
             found.enrolled_at, found.revoked_at, found.node_seen_at = now, 0.0, 0.0
+            found.base_model, found.base_targets, found.base_announced_at = "", "", 0.0  # its agent says it again
             session.add(EventRow(at=now, kind="site-enrolled", site=site))
         if replaced and replaced != node_id:
             flower.unregister_node(replaced)
@@ -304,6 +306,13 @@ class Sites:
         """Note that the SuperLink accepted, or refused, a call of the site's node just now."""
         with self._store.write() as session:
             session.get_one(SiteRow, site).node_seen_at = time.time() if accepted else 0.0
+
+    def announce(self, site: str, base: BaseModel) -> None:
+        """Keep the base model that the site says it has, in place of what it said before."""
+        with self._store.write() as session:
+            row = session.get_one(SiteRow, site)
+            row.base_model, row.base_targets = base.digest, ",".join(base.targets)
+            row.base_announced_at = time.time()
 
     def all(self) -> list[SiteRow]:
         """Every site, by name."""

@@ -73,7 +73,7 @@ class SiteRequest(_message.Message):
     def __init__(self, site: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Site(_message.Message):
-    __slots__ = ("site", "state", "signing_key", "certificate_fingerprint", "node_key_fingerprint", "node_id", "invited_at", "enrolled_at", "certificate_expires_at", "last_seen_at", "online", "revoked_at", "runs", "epsilon_spent_total", "delta")
+    __slots__ = ("site", "state", "signing_key", "certificate_fingerprint", "node_key_fingerprint", "node_id", "invited_at", "enrolled_at", "certificate_expires_at", "last_seen_at", "online", "revoked_at", "runs", "epsilon_spent_total", "delta", "base_model", "base_targets", "base_announced_at")
     SITE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SIGNING_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,9 @@ class Site(_message.Message):
     RUNS_FIELD_NUMBER: _ClassVar[int]
     EPSILON_SPENT_TOTAL_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    BASE_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    BASE_ANNOUNCED_AT_FIELD_NUMBER: _ClassVar[int]
     site: str
     state: str
     signing_key: str
@@ -104,7 +107,10 @@ class Site(_message.Message):
     runs: _containers.RepeatedScalarFieldContainer[str]
     epsilon_spent_total: float
     delta: float
-    def __init__(self, site: _Optional[str] = ..., state: _Optional[str] = ..., signing_key: _Optional[str] = ..., certificate_fingerprint: _Optional[str] = ..., node_key_fingerprint: _Optional[str] = ..., node_id: _Optional[str] = ..., invited_at: _Optional[float] = ..., enrolled_at: _Optional[float] = ..., certificate_expires_at: _Optional[float] = ..., last_seen_at: _Optional[float] = ..., online: _Optional[bool] = ..., revoked_at: _Optional[float] = ..., runs: _Optional[_Iterable[str]] = ..., epsilon_spent_total: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
+    base_model: str
+    base_targets: _containers.RepeatedScalarFieldContainer[str]
+    base_announced_at: float
+    def __init__(self, site: _Optional[str] = ..., state: _Optional[str] = ..., signing_key: _Optional[str] = ..., certificate_fingerprint: _Optional[str] = ..., node_key_fingerprint: _Optional[str] = ..., node_id: _Optional[str] = ..., invited_at: _Optional[float] = ..., enrolled_at: _Optional[float] = ..., certificate_expires_at: _Optional[float] = ..., last_seen_at: _Optional[float] = ..., online: _Optional[bool] = ..., revoked_at: _Optional[float] = ..., runs: _Optional[_Iterable[str]] = ..., epsilon_spent_total: _Optional[float] = ..., delta: _Optional[float] = ..., base_model: _Optional[str] = ..., base_targets: _Optional[_Iterable[str]] = ..., base_announced_at: _Optional[float] = ...) -> None: ...
 
 class PlanRunRequest(_message.Message):
     __slots__ = ("spec_toml", "wait_s")
@@ -135,10 +141,12 @@ class SitePlan(_message.Message):
     def __init__(self, site: _Optional[str] = ..., status: _Optional[str] = ..., rounds_asked: _Optional[int] = ..., rounds_affordable: _Optional[int] = ..., noise_that_fits: _Optional[float] = ..., objections: _Optional[_Iterable[str]] = ..., last_seen_at: _Optional[float] = ..., document_json: _Optional[str] = ...) -> None: ...
 
 class LaunchRunRequest(_message.Message):
-    __slots__ = ("spec_toml",)
+    __slots__ = ("spec_toml", "force")
     SPEC_TOML_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
     spec_toml: str
-    def __init__(self, spec_toml: _Optional[str] = ...) -> None: ...
+    force: bool
+    def __init__(self, spec_toml: _Optional[str] = ..., force: _Optional[bool] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ()
@@ -157,7 +165,7 @@ class RunRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("run", "state", "reason", "rounds", "rounds_committed", "spec_digest", "spec_json", "created_at", "updated_at", "history", "sites")
+    __slots__ = ("run", "state", "reason", "rounds", "rounds_committed", "spec_digest", "spec_json", "created_at", "updated_at", "history", "sites", "warnings")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +177,7 @@ class Run(_message.Message):
     UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     SITES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     run: str
     state: str
     reason: str
@@ -180,7 +189,8 @@ class Run(_message.Message):
     updated_at: float
     history: _containers.RepeatedCompositeFieldContainer[Round]
     sites: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., spec_digest: _Optional[str] = ..., spec_json: _Optional[str] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., history: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., sites: _Optional[_Iterable[str]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., spec_digest: _Optional[str] = ..., spec_json: _Optional[str] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., history: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., sites: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("round", "state", "adapter_digest", "committed_at", "seconds", "bytes", "replies")
