@@ -26,3 +26,11 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["HOME"]
     else:
         os.environ["HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def usual_umask() -> Iterator[None]:
+    """The umask of an ordinary user; the commands, called inside a test, tighten that of the whole process."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)

@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from fl_shared.errors import ModelError
 
 
@@ -68,7 +66,7 @@ def filled_or_gone(directory: Path) -> Iterator[None]:
                 each.unlink()
             if made:
                 directory.rmdir()
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # not every command has it
             said = getattr(error, "strerror", None) or error
             raise ModelError(f"{directory}: {said}", fix="make room, or name another folder") from error
         raise

@@ -67,6 +67,7 @@ def test_without_a_profile_the_fix_is_told(
 ) -> None:
     """No coordinator, no profile: exit code 2, one message, no traceback."""
     monkeypatch.setenv("FL_SERVER_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FL_ADMIN_PROFILE", raising=False)
     assert main(line.split()) == 2
     error = capsys.readouterr().err
