@@ -102,7 +102,7 @@ def test_a_base_that_cannot_be_trained_ends_the_start_and_reserves_nothing(
         (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c", "-O3", "-I/usr/include/python3.11"]), COMPILER),
         (PermissionError(13, "Permission denied", "/nonexistent/.triton"), CACHE),
         (OSError(28, "No space left on device", "/var/cache/concordat/x/triton/ab"), CACHE),
-        (OSError(30, "Read-only file system", "/root/.triton"), CACHE),
+        (OSError(30, "Read-only file system", "/var/cache/triton"), CACHE),
         (ImportError("/tmp/c/cuda_utils.so: failed to map segment from shared object"), CACHE),
         (RuntimeError("0 active drivers ([]). There should only be one."), DRIVER),
         (RuntimeError("CUDA error: no kernel image is available for execution on the device"), DRIVER),
