@@ -23,6 +23,7 @@ from fl_client.files import write_durably
 from fl_shared.adapter import digest, pack, unpack
 from fl_shared.aggregators import ROBUST
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
+from fl_shared.ledger.suspension import resume_command
 from fl_shared.manifest import RoundManifest, RunSpec
 from fl_shared.names import ALONE
 from fl_shared.signing import SigningKey, sign_document
@@ -74,7 +75,7 @@ def train_alone(
             error = _ERRORS.get(body["code"], RunError)
             raise error(
                 f"round {number} of {spec.run.rounds}: {body['message']}",
-                fix=f"fl-client resume --site {site.config.site} {run} --by NAME --reason TEXT, once the log is clear"
+                fix=f"{resume_command(site.config.site, run)}, once the log is clear"
                 if body["code"] in ("suspended", "failed")
                 else "change the spec, or the site's policy or budget; earlier rounds stay charged",
             )

@@ -15,13 +15,13 @@ from shlex import quote
 
 import torch
 
-from fl_client.dp.adapt import adapt, backbone_of, remove
-from fl_client.dp.architectures import architecture_of
+from fl_client.dp.adapt import adapt, remove
 from fl_client.dp.checks import check_layers
 from fl_client.dp.engine import is_out_of_memory, precision_of
+from fl_client.model.layout import target_groups
 from fl_client.model.load import LoadedModel
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.manifest import LORA_TARGETS, LoraSection
+from fl_shared.manifest import LoraSection
 
 COMPILER = "install gcc and Python's headers (Debian: apt install gcc python3-dev), or name a compiler in CC"
 CACHE = "set TRITON_CACHE_DIR to a directory that this user alone may write, with room, and not mounted noexec"
@@ -42,7 +42,7 @@ def try_device(model: LoadedModel) -> str:
     started = time.perf_counter()
     _private_cache()
     try:
-        lora = LoraSection(rank=8, alpha=16.0, targets=_groups(model))
+        lora = LoraSection(rank=8, alpha=16.0, targets=target_groups(model.module))
         adapted = adapt(model.module, lora, _CLASSES, model.feature_mean, model.feature_std)
         precision = str(precision_of(adapted)).removeprefix("torch.")
         check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
@@ -62,18 +62,6 @@ def _private_cache() -> None:
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
     if cache.is_dir() and cache.stat().st_mode & 0o022:
         raise ConfigError(f"others may write to {cache}, where kernels are kept", fix=f"chmod 700 {quote(str(cache))}")
-
-
-def _groups(model: LoadedModel) -> tuple[str, ...]:
-    """The groups of layers that this model has and LoRA may adapt."""
-    architecture = architecture_of(str(model.config.get("model_type")))
-    present = [name for name, _ in backbone_of(model.module).named_modules()]
-    groups = architecture.groups()
-    return tuple(
-        group
-        for group in LORA_TARGETS
-        if any(name.endswith(f".{leaf}") for leaf in groups.get(group, ()) for name in present)
-    )
 
 
 def _slower(device: torch.device) -> str:

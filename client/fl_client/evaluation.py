@@ -36,7 +36,7 @@ from fl_shared.errors import ConfigError, DataError, LedgerError, PolicyRefusal,
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger
-from fl_shared.ledger.suspension import FAILED_REASON, Suspensions
+from fl_shared.ledger.suspension import FAILED_REASON, Suspensions, resume_command
 from fl_shared.manifest import RunSpec
 from fl_shared.privacy import Mechanism
 
@@ -200,7 +200,7 @@ def _charged(
         if why := Suspensions(ledger).of(request.run):
             raise RunError(
                 f"this evaluation is suspended: {why}",
-                fix=f"look into the log, then: fl-client resume --site {site} {request.run} --by NAME --reason TEXT",
+                fix=f"look into the log, then: {resume_command(site, request.run)}",
             )
         mechanism = Mechanism(request.noise_multiplier, 1.0, 1, SENSITIVITY)
         held = ledger.reserve(dataset, mechanism, run=request.run, round=0, purpose=EVALUATION, retry=True)

@@ -66,7 +66,9 @@ def filled_or_gone(directory: Path) -> Iterator[None]:
                 each.unlink()
             if made:
                 directory.rmdir()
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # not every command has it
+        from safetensors import SafetensorError  # here alone: commands that write no model start without it
+
+        if isinstance(error, OSError | SafetensorError):
             said = getattr(error, "strerror", None) or error
             raise ModelError(f"{directory}: {said}", fix="make room, or name another folder") from error
         raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import secrets
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fl_client.handover import account
 from fl_client.sandbox import Confinement
 from fl_client.supernode import SYSTEM_READABLE, keeper_environment, node_environment
 from fl_shared.errors import ConfigError
@@ -54,7 +54,7 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
         outside.mkdir(mode=0o711)
         (outside / "decoy").write_text("a file of the same user")
         if user:
-            owner = _account(user)
+            owner = account(user)
             place.chmod(0o711)
             for path in (home, outside / "decoy"):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
@@ -133,12 +133,3 @@ def _targets(place: Path, outside: Path, user: str) -> Iterator[dict[str, Any]]:
             "unix": str(outside / "u"), "datagrams": str(outside / "d"), "abstract": abstract,
             "agent": str(run / "agent.sock"), "network": os.readlink("/proc/self/ns/net"),
         }  # fmt: skip
-
-
-def _account(user: str) -> pwd.struct_passwd:
-    try:
-        return pwd.getpwnam(user)
-    except KeyError:
-        raise ConfigError(
-            f"[supernode] user = {user!r}: there is no such user", fix="create the user, or correct the name"
-        ) from None

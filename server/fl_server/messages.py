@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from fl_server.bases import announced
 from fl_server.db.models import SiteRow
 from fl_server.plans import SiteView
 from fl_server.sites.service import ONLINE_S
@@ -13,6 +14,7 @@ from fl_shared.wire import control_pb2 as pb
 
 def site_message(row: SiteRow) -> pb.Site:
     """A site as admins see it."""
+    base = announced(row)
     return pb.Site(
         site=row.site,
         state=row.state,
@@ -26,8 +28,8 @@ def site_message(row: SiteRow) -> pb.Site:
         last_seen_at=row.last_seen_at,
         revoked_at=row.revoked_at,
         online=row.state == "enrolled" and time.time() - row.node_seen_at < ONLINE_S,
-        base_model=row.base_model,
-        base_targets=row.base_targets.split(",") if row.base_targets else [],
+        base_model=base.digest if base else "",
+        base_targets=base.targets if base else (),
         base_announced_at=row.base_announced_at,
     )
 

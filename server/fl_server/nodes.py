@@ -31,10 +31,10 @@ class Nodes:
 
     def tick(self) -> None:
         """Look, if there is a reason to; TransportError when the SuperLink does not answer."""
-        if not self._flower.answers():
-            return
         started, now = self._flower.started(), time.monotonic()
         if now < self._not_before or (started == self._checked and not self._flower.doubted()):
+            return
+        if not self._flower.answers():
             return
         self._not_before = now + PAUSE_S
         self._flower.doubt(False)

@@ -14,7 +14,7 @@ from fl_server import fleet
 
 REQUESTS = Counter("concordat_gateway_requests", "Requests to the gateway, by call and status.", ["call", "status"])
 BYTES = Counter("concordat_gateway_bytes", "Bytes of bodies through the gateway.", ["direction"])
-_CALLS = frozenset({"healthz", "ca", "enroll", "hello", "renew", "questions", "answers"}) | fleet.CALLS
+_CALLS = frozenset({"healthz", "ca", "enroll", "hello", "renew", "base", "questions", "answers"}) | fleet.CALLS
 
 
 class Counted:

@@ -88,13 +88,14 @@ class LedgerError(ConcordatError):
     default_code = "ledger"
 
 
-def damaged(what: str) -> LedgerError:
+_DAMAGED_FIX = (
+    "keep the database as it is and run fl-audit verify, which names each row; then restore the newest backup"
+)
+
+
+def damaged(what: str, *, fix: str = _DAMAGED_FIX, code: str = "ledger-damaged") -> LedgerError:
     """Return the error for a ledger whose record is damaged; `what` names entry and column."""
-    return LedgerError(
-        f"the record is damaged: {what}",
-        fix="keep the database as it is and run fl-audit verify, which names each row; then restore the newest backup",
-        code="ledger-damaged",
-    )
+    return LedgerError(f"the record is damaged: {what}", fix=fix, code=code)
 
 
 class ModelError(ConcordatError):

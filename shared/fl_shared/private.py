@@ -24,7 +24,8 @@ def create_file(path: Path) -> None:
 
     For libraries that create files by the umask. SQLite gives `-wal` and `-shm` the mode of the database.
     """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    with contextlib.suppress(FileExistsError):  # not even opened: closing it would drop SQLite's locks on it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def open_to_others(root: Path) -> list[Path]:

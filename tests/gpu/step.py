@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from fl_client.dp.adapt import adapt
 from fl_client.dp.architectures import architecture_of
-from fl_client.dp.batches import MAX_UNITS, Records, cut_units, micro_batches
+from fl_client.dp.batches import Records, cut_units, micro_batches
 from fl_client.dp.engine import DPEngine, is_out_of_memory, per_record_loss
+from fl_client.dp.packing import cut
 from fl_client.model.layout import expert_modules
 from fl_client.model.load import make_rotary, with_quantised_layers
 from fl_client.model.quant_tensor import GROUP
@@ -126,8 +127,10 @@ class Stepper:
 
     def micro_batch(self) -> int:
         """Units in the largest micro-batch. The engine of `book` halves it when memory runs out; nothing else does."""
-        most = MAX_UNITS if self.engine is None else self.engine.max_units
-        return max(len(chosen) for chosen in cut_units(self.records, range(UNITS), max_units=most))
+        if self.engine is None:
+            return max(map(len, cut_units(self.records, range(UNITS))))
+        heights = self.engine.adapted.heights
+        return max(map(len, cut(self.records, range(UNITS), max_units=self.engine.max_units, heights=heights)))
 
 
 def stepper(variant: str, device: torch.device, *, small: bool, layers: int | None = None) -> Stepper:

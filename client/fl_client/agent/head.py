@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,24 @@ class LedgerHead:
         return ""
 
 
+def entered(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, str]]:
+    """Run, round and purpose of all that the ledger has reserved for these runs."""
+    return {
+        (run, spend.reservation.round, spend.reservation.purpose)
+        for run in set(runs)
+        for spend in ledger.spends(run=run)
+    }
+
+
 def forgotten(ledger: LedgerReader, store: ReleaseStore) -> list[Forgotten]:
     """The stored releases of which the ledger has no reservation."""
-    found = []
-    for order in store.all():
-        if order.executed and order.update_digest:
-            known = any(
-                (spend.reservation.round, spend.reservation.purpose) == (order.round, TRAINING)
-                for spend in ledger.spends(run=order.run)
-            )
-            if not known:
-                found.append(Forgotten(order.run, order.round, TRAINING, order.executed, order.update_digest))
+    orders = list(store.all())
+    known = entered(ledger, [order.run for order in orders])
+    found = [
+        Forgotten(order.run, order.round, TRAINING, order.executed, order.update_digest)
+        for order in orders
+        if order.executed and order.update_digest and (order.run, order.round, TRAINING) not in known
+    ]
     for run, figures in store.figures():
         if not any(True for _ in ledger.spends(run=run)):
             mechanism = Mechanism.from_dict(json.loads(figures)["mechanism"])

@@ -64,14 +64,12 @@ class Answerer:
             for document in found[:MAX_AT_ONCE] if isinstance(found, list) else ():
                 name = _name(document)
                 if name and name not in self._done and not self.loop.stopping.is_set():
+                    self._remember(name)  # first: a defect met by one question must not keep back the next ones
                     try:
                         self._answer(document)
                     except ConcordatError:
+                        self._done.pop(name, None)  # it is asked for again
                         raise
-                    except Exception:  # a defect met by one question must not keep back the next ones
-                        self._remember(name)
-                        raise
-                    self._remember(name)
         except ConcordatError as error:
             if self._reached:  # once, not every few seconds
                 log.warning("cannot look for the coordinator's questions: %s", error.message)

@@ -9,6 +9,7 @@ from fl_client.agent.site import open_ledger
 from fl_client.config import SiteConfig
 from fl_client.home import SiteHome
 from fl_shared.errors import ConfigError
+from fl_shared.ledger.suspension import require_words
 
 
 def accept_ledger(home: SiteHome, config: SiteConfig, operator: str, reason: str) -> int:
@@ -18,8 +19,7 @@ def accept_ledger(home: SiteHome, config: SiteConfig, operator: str, reason: str
         ConfigError: nobody or no reason is named, nothing is wrong with the ledger, or the agent runs.
         BudgetExhausted: what was spent no longer fits.
     """
-    if not operator or not reason:
-        raise ConfigError("a confirmation needs a name and a reason", fix="give --by NAME and --reason TEXT")
+    require_words(operator, reason)
     home.make()
     with sole(home.run / "agent.lock", "resume"):
         ledger, _ = open_ledger(home, config)

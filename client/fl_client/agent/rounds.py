@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fl_client.agent.head import entered
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
 from fl_client.agent.policy import check_policy
 from fl_client.agent.progress import Progress
@@ -152,10 +153,10 @@ class Rounds:
         An update that was written but not settled is settled now, so that it can be fetched. A reservation
         whose order is recent stays held for a repeat; every other open one is charged in full.
         """
-        for order in self._store.all():
-            if order.update_digest is None and not any(
-                spend.reservation.round == order.round for spend in self._ledger.spends(run=order.run)
-            ):
+        orders = list(self._store.all())
+        known = {(run, number) for run, number, _ in entered(self._ledger, [order.run for order in orders])}
+        for order in orders:
+            if order.update_digest is None and (order.run, order.round) not in known:
                 self._store.drop(order)  # a crash came before the ledger was asked
                 continue
             self._remember(order)

@@ -14,6 +14,7 @@ import grpc
 from fl_client.agent.outgoing import chunks
 from fl_client.agent.rounds import Rounds, Stopping
 from fl_client.metrics import Metrics
+from fl_shared import __version__
 from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.paths import check_socket, socket_address
@@ -24,7 +25,6 @@ from fl_shared.wire.chunks import join
 
 log = logging.getLogger("fl_client.agent")
 
-VERSION = "0.1.0"
 _MAX_MESSAGE = (8 << 20) + (1 << 16)  # one manifest, or one data chunk of 1 MiB
 
 
@@ -70,7 +70,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
     def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
         """What the untrusted half may know."""
         problems = [each[:300] for each in self._problems()]
-        return InfoReply(site=self._site, version=VERSION, state=self._rounds.state, problems=problems)
+        return InfoReply(site=self._site, version=__version__, state=self._rounds.state, problems=problems)
 
 
 def _data(chunk: Chunk) -> bytes:

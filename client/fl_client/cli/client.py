@@ -264,6 +264,7 @@ def _check(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _status(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.status import status_of
+    from fl_shared.ledger.suspension import resume_command
 
     found = status_of(home, options.site)
     if options.json:
@@ -272,7 +273,7 @@ def _status(home: SiteHome, options: argparse.Namespace) -> int:
         for name, value in found.items():
             if name == "suspended":
                 for run, why in value.items():
-                    print(f"{name:<10} {run}: {why}; when it may go on: {_resume_line(options.site, run)}")
+                    print(f"{name:<10} {run}: {why}; when it may go on: {resume_command(options.site, run)}")
                 continue
             if isinstance(value, list):
                 value = "; ".join(value) or "none"
@@ -285,17 +286,13 @@ def _status(home: SiteHome, options: argparse.Namespace) -> int:
     return 0
 
 
-def _resume_line(site: str, run: str) -> str:
-    return f"fl-client resume --site {site} {run} --by NAME --reason TEXT"
-
-
 def _resume(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.resume import accept_ledger
     from fl_client.agent.site import open_ledger
-    from fl_shared.ledger.suspension import confirm_run
+    from fl_shared.ledger.suspension import confirm_run, resume_command
 
     if bool(options.run) == options.ledger:
-        raise ConfigError("name one run, or give --ledger", fix=_resume_line(options.site, "RUN"))
+        raise ConfigError("name one run, or give --ledger", fix=resume_command(options.site, "RUN"))
     config = SiteConfig.load(home, options.site)
     if options.ledger:
         entered = accept_ledger(home, config, options.by, options.reason)

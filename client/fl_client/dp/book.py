@@ -127,7 +127,8 @@ class GradientBook:
         A unit of weight zero is left out, whatever its gradient holds: infinities are not multiplied.
         """
         weights = weights.double()
-        left_out = weights == 0
+        zero = weights == 0
+        left_out = zero if bool(zero.any()) else None  # asked once: on CUDA the answer has to be waited for
         sums = []
         for entry in self._entries:
             if isinstance(entry, _PerUnit):
@@ -138,26 +139,25 @@ class GradientBook:
         return sums
 
 
-def _sum_units(entry: _PerUnit, weights: Tensor, left_out: Tensor) -> Tensor:
+def _sum_units(entry: _PerUnit, weights: Tensor, left_out: Tensor | None) -> Tensor:
     units = entry.gradient.shape[0]
     flat = entry.gradient.view(units, -1)
     total = weights.new_empty(flat.shape[1])
-    some = bool(left_out.any())
     for part, result in zip(flat.split(max(1, _CHUNK // units), 1), total.split(max(1, _CHUNK // units)), strict=True):
         exact = part.double()
-        if some:
+        if left_out is not None:
             exact.masked_fill_(left_out.unsqueeze(1), 0)
         torch.mv(exact.mT, weights, out=result)
     total = total.view(entry.gradient.shape[1:])
     return total.mT if entry.turned else total
 
 
-def _sum_rows(entry: _Outer, weights: Tensor, left_out: Tensor) -> Tensor:
+def _sum_rows(entry: _Outer, weights: Tensor, left_out: Tensor | None) -> Tensor:
     a, b, ends = entry.a, entry.b, entry.ends
     last = [a.shape[0]] if ends is None else ends.tolist()
     total = weights.new_zeros(len(last), a.shape[1], b.shape[1])
     weight = weights.index_select(0, entry.unit_of_row).unsqueeze(1)
-    out = left_out.index_select(0, entry.unit_of_row).unsqueeze(1) if bool(left_out.any()) else None
+    out = None if left_out is None else left_out.index_select(0, entry.unit_of_row).unsqueeze(1)
     start = 0
     for group, stop in enumerate(last):
         if start < stop:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_client.dp.book import grouped_outer, outer
-from fl_client.dp.lora_layers import ADAPTER, ExpertFactor, FrozenGrouped, LoraExperts, LoraLinear
+from fl_client.dp.lora_layers import ADAPTER, ExpertFactor, LoraExperts, LoraLinear, frozen_grouped
 from fl_client.dp.routing import Routing
 from fl_client.dp.scope import BatchScope
 from fl_client.model.quant_matmul import grouped_rows
@@ -111,7 +111,7 @@ class CoreExperts(LoraExperts):
             rest = (ends, routing.tokens // scope.tokens, scope.unit_anchor)
             added: Tensor = b(core(a(x.to(a.weight.dtype), *rest), *rest), *rest).to(x.dtype)
             return torch.add(frozen, added, alpha=self.factor)
-        h: Tensor = FrozenGrouped.apply(x, a.weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
+        h = frozen_grouped(x, a.weight, ends)
         mixed: Tensor = _ExpertCores.apply(h, core.weight, routing, scope)  # type: ignore[no-untyped-call]  # torch's
-        added = FrozenGrouped.apply(mixed, b.weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
+        added = frozen_grouped(mixed, b.weight, ends)
         return torch.add(frozen, added, alpha=self.factor)

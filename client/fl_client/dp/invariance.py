@@ -23,11 +23,11 @@ from fl_client.dp.batches import Records
 from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
 from fl_client.dp.lora_layers import ADAPTER, LoraExperts, PlainExperts, shape_of
-from fl_client.dp.packing import TILE, heights_for, pack
+from fl_client.dp.packing import TILE, heights_for, pack, tokens_of
 from fl_client.model.quant_matmul import ROW_BLOCK, grouped_rows
 from fl_shared.errors import EngineError
 
-_FIX = "use another machine or version of torch, or train with engine 'hooks', which takes one unit at a time"
+_FIX = "use another machine or another version of torch"
 _WITNESSES = (1, 2, 3, 5, 8, 9, 13)  # tokens of the units that are looked at; all fit into the least height
 _NEIGHBOURS = 64
 _MOVES = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -92,7 +92,7 @@ def _records(chance: np.random.Generator, vocabulary: int, classes: int, rows: i
 
 def _company(chance: np.random.Generator, records: Records, rows: int) -> list[int]:
     """The witnesses first, then other units in any order, while all of them fit into so many rows."""
-    size = [sum(len(records.ids[r]) for r in owned) for owned in records.of_unit]
+    size = [tokens_of(records, unit) for unit in range(records.units)]
     chosen = list(range(len(_WITNESSES)))
     left = rows - sum(size[unit] for unit in chosen)
     for unit in chance.permutation(np.arange(len(_WITNESSES), records.units)).tolist():

@@ -106,7 +106,7 @@ class _ExpertsWithFactors(torch.autograd.Function):
         return gx, grad_a, grad_b, None, None, None, None
 
 
-class FrozenGrouped(torch.autograd.Function):
+class _FrozenGrouped(torch.autograd.Function):
     """`x_e W_e` for rows sorted by expert and a frozen weight `[E, in, out]`; gradient with respect to x only."""
 
     @staticmethod
@@ -117,6 +117,12 @@ class FrozenGrouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grouped_rows(grads[0].contiguous(), ctx.weight.mT, ctx.ends), None, None
+
+
+def frozen_grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`x_e W_e^T` for rows sorted by expert and a frozen `W [E, out, in]`, inside autograd."""
+    found: Tensor = _FrozenGrouped.apply(x, weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
+    return found
 
 
 class _FrozenBase(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT ships no types
@@ -250,9 +256,7 @@ class _Experts(nn.Module):
         base: Any = self.base_layer
         if isinstance(base, QuantExperts):
             return base.project(f"{name}_proj", x, ends)
-        weight = getattr(base, f"{name}_proj").detach().to(x.dtype).mT
-        frozen: Tensor = FrozenGrouped.apply(x, weight, ends)  # type: ignore[no-untyped-call]  # torch's
-        return frozen
+        return frozen_grouped(x, getattr(base, f"{name}_proj"), ends)
 
     def _project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
         return self._frozen(name, x, routing.ends)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_client.dp.adapt import HEAD, AdaptedModel
+from fl_client.dp.adapt import HEAD, PREFIX, AdaptedModel
 from fl_client.dp.lora_layers import LoraExperts
 from fl_client.model.quant_layers import QuantExperts, QuantLinear
 from fl_client.model.quant_tensor import dequantise
@@ -57,14 +57,7 @@ def _weight_of(name: str) -> str:
 
 def _base_norms(adapted: AdaptedModel) -> dict[str, Tensor]:
     """L2 norm of each adapted weight, of each expert's `[E]`, by `_weight_of` its factors."""
-    layers = {path: dict(_weights(layer)) for path, layer in adapted.layers.items()}
-    found = {}
-    for name in adapted.plan:
-        if not name.startswith(HEAD):
-            path = next(path for path in layers if f".{path}.lora_" in name)
-            key = _weight_of(name)
-            found[key] = layers[path][key.partition(path)[2]]
-    return found
+    return {f"{PREFIX}{path}{part}": norm for path, layer in adapted.layers.items() for part, norm in _weights(layer)}
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class Segments:
         sizes: padded length and number of segments of that length, ascending.
         rows: `[R]`, the rows of one segment after another, each padded to its length with any row.
         segment: `[R]`, the segment of each of them.
-        real: float64 `[R]`, 1 for a segment's own rows, 0 for the padding.
+        real: bool `[R]`, whether a row is the segment's own and not its padding.
     """
 
     unit: Tensor
@@ -66,7 +66,7 @@ def find_segments(key: Tensor, units: int, rows: Tensor | None = None) -> Segmen
         sizes=tuple((length, size) for length, size in zip(lengths, sizes.tolist(), strict=True) if size),
         rows=offset if rows is None else rows.index_select(0, offset),
         segment=segment,
-        real=real.double(),
+        real=real,
     )
 
 
@@ -92,7 +92,7 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     if a.shape[1] > b.shape[1]:
         a, b = b, a
     lengths = _squares(a).mul_(_squares(b)).sqrt_().index_select(0, segments.rows)
-    reach = torch.where(segments.real > 0, lengths, 0)
+    reach = torch.where(segments.real, lengths, 0)
     found, at = [reach[:0]], 0
     for length, size in segments.sizes:
         if length == 1:
@@ -103,7 +103,7 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         for rows in segments.rows[at : at + length * size].split(chunk * length):
             left, right = a.index_select(0, rows).double(), b.index_select(0, rows).double()
             if length > _EXACT:  # the padding is somebody else's row, whatever it holds
-                padding = segments.real[at : at + len(rows)].unsqueeze(1) == 0
+                padding = ~segments.real[at : at + len(rows)].unsqueeze(1)
                 left.masked_fill_(padding, 0)
                 right.masked_fill_(padding, 0)
             at += len(rows)

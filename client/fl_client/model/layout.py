@@ -271,8 +271,7 @@ def stored_tensors(directory: Path) -> list[Stored]:
         count = max(expert for expert, _ in pieces) + 1
         order = ("down",) if fused == "down_proj" else ("gate", "up")
         if count * len(order) != len(pieces):
-            have = {(expert, part) for expert, part in pieces}
-            expert, part = next((e, p) for e in range(count) for p in order if (e, p) not in have)
+            expert, part = next((e, p) for e in range(count) for p in order if (e, p) not in pieces)
             raise ModelError(f"{directory}: {prefix}.{expert} has no {part} matrix", fix="copy the model again")
         ordered = tuple(pieces[expert, part] for expert in range(count) for part in order)
         fused_tensors.append(Stored(f"{prefix}.{fused}", ordered, count))

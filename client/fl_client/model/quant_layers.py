@@ -13,17 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_client.model import quant_matmul
-from fl_client.model.quant_matmul import grouped_matmul
 from fl_client.model.quant_tensor import GROUP, dequantise, packed_width, quantise_tensor
 
 __all__ = [
     "QuantExperts",
     "QuantLinear",
     "dequantise",
-    "grouped_matmul",
     "quantise_tensor",
-    "sort_by_expert",
-    "weighted_sum",
 ]
 
 

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from fl_shared import __version__
 from fl_shared.canonical import parse_json
-from fl_shared.errors import ConfigError, LedgerError, shown
+from fl_shared.errors import ConfigError, LedgerError, damaged, shown
 from fl_shared.ledger import chain, merkle, receipts
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader
@@ -32,6 +32,7 @@ from fl_shared.ledger.replay import Replay
 from fl_shared.ledger.shard import EVENT_FIELDS
 from fl_shared.ledger.store import Store
 from fl_shared.names import site_id
+from fl_shared.paths import sqlite_url
 
 FORMAT = "concordat-bundle/1"
 _COLUMNS = tuple(column.name for column in entries.columns)
@@ -121,7 +122,7 @@ def unpack(path: Path, directory: Path) -> str:
     Nothing is checked here: a forged bundle makes a ledger that does not verify. Raises LedgerError when a line
     is no entry or a place in the chain is taken twice, because then there is no ledger to make.
     """
-    url = f"sqlite:///{directory / 'ledger.sqlite'}"
+    url = sqlite_url(directory / "ledger.sqlite")
     store = Store(url, read_only=False)
     try:
         store.migrate()
@@ -135,8 +136,8 @@ def unpack(path: Path, directory: Path) -> str:
                 connection.exec_driver_sql(sql)
     except (LedgerError, OverflowError, UnicodeError) as error:  # the latter two: values that SQLite cannot hold
         what = error.message if isinstance(error, LedgerError) else str(error)
-        raise LedgerError(
-            f"the record is damaged: {path} holds no ledger: {what.removeprefix(f'ledger {store.name}: ')}",
+        raise damaged(
+            f"{path} holds no ledger: {what.removeprefix(f'ledger {store.name}: ')}",
             fix="have the bundle sent again; if it comes the same, it was forged",
             code="bundle-broken",
         ) from error

@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fl_shared.canonical import parse_json
-from fl_shared.errors import ConfigError, LedgerError, SignatureError, shown
+from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged, shown
 from fl_shared.ledger.store import Store
 from fl_shared.manifest import Receipt
 from fl_shared.signing import open_document
@@ -101,7 +101,7 @@ def zip_member(path: Path, name: str) -> bytes:
 def damaged_file(what: Path | str, how: str) -> LedgerError:
     """Return the error for a file of evidence that is not as it was written."""
     fix = "have the file sent again; if it comes the same, it was written so"
-    return LedgerError(f"the record is damaged: {what}: {how}", fix=fix, code="ledger-damaged")
+    return damaged(f"{what}: {how}", fix=fix)
 
 
 def parse(data: bytes, what: str) -> list[Kept]:

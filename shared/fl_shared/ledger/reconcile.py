@@ -24,8 +24,8 @@ from fl_shared.ledger.records import Spend
 from fl_shared.ledger.replay import Replay
 from fl_shared.ledger.shard import EVENT_FIELDS
 from fl_shared.manifest import Receipt
+from fl_shared.names import ALONE
 
-LOCAL = "alone:"  # runs that never leave the site have no receipts
 _TOLERANCE = 1e-6  # of epsilon; versions of the accountant may differ in the last digits
 
 
@@ -85,7 +85,8 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
         ]
     for seq, spend in spends.items():
         held = spend.reservation
-        if seq not in with_receipt and held.purpose == "training" and not held.run.startswith(LOCAL):
+        alone = held.run.startswith(ALONE)  # never leaves the site, and has no receipt
+        if seq not in with_receipt and held.purpose == "training" and not alone:
             found.append(
                 Divergence(
                     "missing",

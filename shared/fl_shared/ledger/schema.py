@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from fl_shared.ledger.models import APPEND_ONLY, metadata
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store, migrations, upgrade
+from fl_shared.paths import sqlite_url
 
 
 def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:
@@ -36,7 +37,7 @@ def _sqlite(connection: sa.Connection) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _fresh_sqlite() -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="concordat-schema-") as directory:
-        store = Store(f"sqlite:///{Path(directory) / 'fresh.sqlite'}", read_only=False)
+        store = Store(sqlite_url(Path(directory) / "fresh.sqlite"), read_only=False)
         try:
             with store.write() as connection:
                 upgrade(connection)

@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fl_shared.errors import LedgerError, shown
+from fl_shared.errors import damaged, shown
 from fl_shared.ledger.chain import Links, is_plain
 from fl_shared.ledger.merkle import leaf_hash, whole
 from fl_shared.ledger.models import TYPED, entries
@@ -124,8 +124,8 @@ def check(job: Job) -> Result:
                     cursor.execute(query)
                     return list(cursor.fetchall())
                 except store.driver_error as error:
-                    raise LedgerError(
-                        f"the record is damaged: ledger {store.name}: {table} cannot be read: {error}",
+                    raise damaged(
+                        f"ledger {store.name}: {table} cannot be read: {error}",
                         fix="the file is damaged: restore the newest backup, then reconcile",
                         code="ledger-corrupt",
                     ) from error

@@ -22,6 +22,7 @@ from fl_shared.errors import ConfigError, LedgerError, damaged
 from fl_shared.extras import require
 from fl_shared.ledger.migrations import HEAD
 from fl_shared.ledger.readable import ReadableFile
+from fl_shared.paths import sqlite_url
 from fl_shared.private import create_file
 
 BUSY_SECONDS = 120
@@ -72,7 +73,7 @@ class Store:
     def reading_url(self) -> str:
         """The address at which another process of this command reads the same; with its password."""
         if self._file is not None:
-            return URL.create("sqlite", database=str(self._file.path)).render_as_string()
+            return sqlite_url(self._file.path)
         return self.url.render_as_string(hide_password=False)
 
     def _sqlite_engine(self) -> sa.Engine:
@@ -239,6 +240,6 @@ def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
     )
     for word, code, fix in hints:
         if word in lowered:
-            what = "the record is damaged: " if code == "corrupt" else ""
-            return LedgerError(f"{what}ledger {name}: {text}", fix=fix, code=f"ledger-{code}")
+            make = damaged if code == "corrupt" else LedgerError
+            return make(f"ledger {name}: {text}", fix=fix, code=f"ledger-{code}")
     return LedgerError(f"ledger {name}: {text}", fix="nothing was granted; run fl-audit verify")

@@ -79,14 +79,24 @@ def _is_note(what: str) -> bool:
     return " " not in what
 
 
+def require_words(operator: str, reason: str) -> None:
+    """ConfigError unless a confirmation names who gives it and why."""
+    if not operator or not reason or len(operator) > 200 or len(reason) > 1000:
+        raise ConfigError("a confirmation needs a name and a reason", fix="give --by NAME and --reason TEXT")
+
+
+def resume_command(site: str, run: str) -> str:
+    """What an operator types to take part in a suspended run again."""
+    return f"fl-client resume --site {site} {run} --by NAME --reason TEXT"
+
+
 def confirm_run(ledger: Ledger, run: str, operator: str, reason: str) -> Entry:
     """Let the site take part in a suspended run again; a signed entry that names who said so.
 
     Raises:
         ConfigError: nobody or no reason is named. LedgerError: the run is not suspended.
     """
-    if not operator or not reason or len(operator) > 200 or len(reason) > 1000:
-        raise ConfigError("a confirmation needs a name and a reason", fix="give --by NAME and --reason TEXT")
+    require_words(operator, reason)
     if run not in Suspensions(ledger).all():
         raise LedgerError(f"run {run!r} is not suspended", fix="fl-client status lists the runs that are")
     return ledger.witness({"what": CONFIRMED, "run": run, "by": operator, "reason": reason})

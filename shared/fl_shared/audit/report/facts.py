@@ -11,6 +11,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
+from fl_shared import __version__
 from fl_shared.accounting.merge import Key, key_of
 from fl_shared.accounting.pld import pld_curve, steps_epsilon
 from fl_shared.accounting.renyi import curve_epsilon
@@ -296,7 +297,7 @@ def _policy(home: Path | None) -> dict[str, Any] | None:
 def code_digests() -> dict[str, str]:
     """Return versions, and one digest over the Python files of each of our packages that is installed."""
     found = {
-        "concordat": packages.version("concordat-fl"),
+        "concordat": __version__,
         "python": platform.python_version(),
         "cryptography": packages.version("cryptography"),
         "dp-accounting": packages.version("dp-accounting"),
