@@ -28,7 +28,7 @@ from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.receipts import UNREADABLE_ZIP, Kept, damaged_file, zip_member
 from fl_shared.ledger.reconcile import site_keys
-from fl_shared.ledger.replay import Replay
+from fl_shared.ledger.replay import Replay, Total
 from fl_shared.ledger.shard import EVENT_FIELDS
 from fl_shared.ledger.store import Store
 from fl_shared.names import site_id
@@ -182,7 +182,7 @@ def _fill(connection: sa.Connection, path: Path) -> None:
     """Write the entries, and what follows from them: typed rows, sums, tree nodes."""
     rows: dict[sa.Table, list[dict[str, Any]]] = {}
     state, tree = Replay(), merkle.Tree()
-    sums: dict[Any, tuple[int, int]] = {}  # (place, key) -> (number, version)
+    sums: dict[Total, tuple[int, int]] = {}  # (number, version)
     for number, entry in _lines(path):
         rows.setdefault(entries, []).append(entry)
         try:
@@ -199,11 +199,11 @@ def _fill(connection: sa.Connection, path: Path) -> None:
         if changed is not None:
             at, version = sums.get(changed, (len(sums) + 1, 0))
             if not version:
-                (dataset, study), key = changed
-                place = {"id": at, "dataset": dataset, "study": study, **key._asdict()}
+                dataset, study = changed.place
+                place = {"id": at, "dataset": dataset, "study": study, **changed.key._asdict()}
                 rows.setdefault(tally_keys, []).append(place)
             sums[changed] = (at, version + 1)
-            totals = {"held": state.held.get(changed, 0), "spent": state.spent.get(changed, 0)}
+            totals = {"held": changed.held, "spent": changed.spent}
             rows.setdefault(tallies, []).append({"seq": entry["seq"], "key": at, "version": version + 1, **totals})
         for level, position, node in nodes:
             rows.setdefault(merkle_nodes, []).append({"level": level, "position": position, "hash": node})

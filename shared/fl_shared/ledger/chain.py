@@ -8,6 +8,7 @@ The coordinator's admin log has the same form in a table of its own, so `table` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,14 @@ def parse_timestamp(text: str) -> datetime:
     if not _STAMP(text):
         raise ValueError(f"{text!r} is no time of the form 2027-01-31T12:00:00.000000Z")
     return datetime.fromisoformat(text)
+
+
+def is_timestamp(text: str) -> bool:
+    """Whether `text` is a moment as the ledger writes it."""
+    try:
+        return bool(_STAMP(text) and datetime.fromisoformat(text))
+    except ValueError:  # such as the 31st of February
+        return False
 
 
 @lru_cache(maxsize=8)  # building a statement costs more than running it
@@ -170,9 +179,29 @@ class Links:
         self._site = site
         self.expected, self.prev, self.time = first, prev, ""
 
-    def feed(self, row: Sequence[Any], signer: Ed25519PublicKey) -> list[Problem]:
+    def feed(self, row: Sequence[Any], signer: Ed25519PublicKey) -> Sequence[Problem]:
         """Name what is wrong with the next entry: (seq, kind, body, prev_hash, hash, signature, created_at)."""
         seq, kind, body, prev_hash, digest, signature, created_at = row
+        message = message_bytes(
+            seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
+        )
+        if (
+            seq == self.expected
+            and (prev_hash == self.prev or self.prev is None)
+            and hashlib.sha256(message).hexdigest() == digest
+            and _is_signed(signature, message, signer)
+            and created_at >= self.time
+            and is_timestamp(created_at)
+        ):
+            self.expected, self.prev, self.time = seq + 1, digest, created_at
+            return ()
+        problems = self._problems(row, message, signer)
+        self.expected, self.prev, self.time = seq + 1, digest, created_at
+        return problems
+
+    def _problems(self, row: Sequence[Any], message: bytes, signer: Ed25519PublicKey) -> list[Problem]:
+        """Look closely at an entry that does not follow."""
+        seq, _kind, _body, prev_hash, digest, signature, created_at = row
         problems: list[Problem] = []
         if seq < self.expected:
             problems.append(Problem(f"entries: {seq} stands there twice", seq))
@@ -181,9 +210,6 @@ class Links:
             problems.append(Problem(f"entries: {missing} missing", self.expected))
         if self.prev is not None and prev_hash != self.prev:
             problems.append(Problem(f"entry {seq}: prev_hash is not the hash of the entry before", seq))
-        message = message_bytes(
-            seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
-        )
         if sha256_hex(message) != digest:
             column = self._changed(row, message, signer)
             problems.append(Problem(f"entry {seq}: its content was changed, its hash does not fit: {column}", seq))
@@ -195,7 +221,6 @@ class Links:
             parse_timestamp(created_at)
         except (TypeError, ValueError):
             problems.append(Problem(f"entry {seq}: created_at {created_at!r} is no time", seq))
-        self.expected, self.prev, self.time = seq + 1, digest, created_at
         return problems
 
     def _changed(self, row: Sequence[Any], message: bytes, signer: Ed25519PublicKey) -> str:

@@ -7,6 +7,7 @@ recomputes the sums that the ledger keeps as a cache. It reads nothing but signe
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from fl_shared.accounting.gate import Filter
@@ -22,6 +23,41 @@ _TOLERANCE = 1e-6
 Place = tuple[str, str]  # (data set, study)
 
 
+@dataclass(slots=True, eq=False)
+class Total:
+    """Steps of one mechanism at one place; there is one object for each pair, so identity compares them.
+
+    Attributes:
+        prices: what one step costs each budget that it touches; None until asked for.
+        granted: whether a budget allows grants here at all; known with the prices.
+    """
+
+    place: Place
+    key: Key
+    held: int = 0
+    spent: int = 0
+    prices: list[tuple[_Ceiling, float]] | None = None
+    granted: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Ceiling:
+    """The newest version of one budget, and what is charged against it.
+
+    Attributes:
+        most: the gate's bound with the replay's tolerance; `cost` must not pass it.
+        small: whether delta is known to be below 1/units of the data set.
+    """
+
+    place: Place
+    body: dict[str, Any]
+    gate: Filter
+    bound: float
+    most: float
+    cost: float = 0.0
+    small: bool = False
+
+
 class Replay:
     """The state of a ledger as its signed entries tell it."""
 
@@ -31,19 +67,13 @@ class Replay:
         self.dataset_names: dict[int, str] = {}
         self.neighbours: dict[str, set[str]] = {}
         self.budgets: dict[Place, dict[str, Any]] = {}
-        self.open: dict[int, tuple[Place, Key, int]] = {}
-        self.held: dict[tuple[Place, Key], int] = {}
-        self.spent: dict[tuple[Place, Key], int] = {}
+        self.open: dict[int, tuple[Total, int]] = {}
         self.settled = dict.fromkeys(OUTCOMES, 0)
         self.reservations = 0
-        self._gates: dict[Place, Filter] = {}
-        self._bounds: dict[Place, float] = {}
-        self._costs: dict[Place, float] = {}
-        self._reach: dict[Place, list[Place]] = {}
-        self._priced: dict[tuple[Place, Key], list[tuple[Place, float]]] = {}
-        self._bodies: dict[tuple[Any, ...], tuple[Place, Key, int]] = {}
-        self._changed: tuple[Place, Key] | None = None
-        self._handlers: dict[str, Callable[[int, Any, str], None]] = {
+        self._totals: dict[tuple[Place, Key], Total] = {}
+        self._ceilings: dict[Place, _Ceiling] = {}
+        self._bodies: dict[tuple[Any, ...], tuple[Total, int]] = {}
+        self._handlers: dict[str, Callable[[int, Any, str], Total | None]] = {
             "dataset": self._dataset,
             "overlap": self._overlap,
             "budget": self._budget,
@@ -51,31 +81,29 @@ class Replay:
             "settlement": self._settlement,
         }
 
-    def feed(self, seq: int, kind: str, body: Any, created_at: str) -> tuple[Place, Key] | None:
+    def feed(self, seq: int, kind: str, body: Any, created_at: str) -> Total | None:
         """Take the next entry, as a stretch's events give it; return the sum that it changed, if any."""
         handler = self._handlers.get(kind)
         if handler is None:
             return None
-        self._changed = None
         try:
-            handler(seq, body, created_at)
+            return handler(seq, body, created_at)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, ConcordatError) as error:
             what = f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})"
             self.problems.append(Problem(what, seq))
             return None
-        return self._changed
 
     def charges(self, place: Place) -> tuple[dict[Key, int], dict[Key, int]]:
         """Return (spent, held) steps by mechanism that count against the budget at `place`."""
         names = {place[0], *self.neighbours.get(place[0], ())}
-        found: list[dict[Key, int]] = []
-        for sums in (self.spent, self.held):
-            merged: dict[Key, int] = {}
-            for ((name, study), key), steps in sums.items():
-                if steps and name in names and place[1] in {"", study}:
-                    merged[key] = merged.get(key, 0) + steps
-            found.append(dict(sorted(merged.items())))
-        return found[0], found[1]
+        spent: dict[Key, int] = {}
+        held: dict[Key, int] = {}
+        for total in self._totals.values():
+            if total.place[0] in names and place[1] in {"", total.place[1]}:
+                for merged, steps in ((spent, total.spent), (held, total.held)):
+                    if steps:
+                        merged[total.key] = merged.get(total.key, 0) + steps
+        return dict(sorted(spent.items())), dict(sorted(held.items()))
 
     def _say(self, seq: int, message: str) -> None:
         self.problems.append(Problem(message, seq, breach=True))
@@ -88,6 +116,8 @@ class Replay:
             self._say(seq, f"entry {seq}: the privacy unit of {body['name']!r} changed")
         self.datasets[body["name"]] = body
         self.dataset_names[seq] = body["name"]
+        for ceiling in self._ceilings.values():
+            self._compare_delta(ceiling)
 
     def _overlap(self, _seq: int, body: dict[str, Any], _at: str) -> None:
         first, second = body["first"], body["second"]
@@ -106,86 +136,87 @@ class Replay:
                 self._say(seq, f"entry {seq}: the filter's order changed after data had been used")
         if not body["approver"]:
             self._say(seq, f"entry {seq}: the budget names no approver")
-        gate = self._gates[place] = Filter(body["epsilon"], body["delta"], body["filter_order"])
-        self._bounds[place] = gate.bound
+        gate = Filter(body["epsilon"], body["delta"], body["filter_order"])
+        ceiling = _Ceiling(place, body, gate, gate.bound, gate.bound * (1 + _TOLERANCE))
+        self._ceilings[place] = ceiling
+        self._compare_delta(ceiling)
         self.budgets[place] = body
         self._recount()
 
+    def _compare_delta(self, ceiling: _Ceiling) -> None:
+        dataset = self.datasets.get(ceiling.place[0])
+        ceiling.small = dataset is not None and ceiling.body["delta"] * dataset["units"] < 1
+
     def _recount(self) -> None:
-        self._reach.clear()
-        self._priced.clear()
-        for place, gate in self._gates.items():
-            spent, held = self.charges(place)
-            self._costs[place] = gate.cost(spent) + gate.cost(held)
+        for total in self._totals.values():
+            total.prices = None
+        for ceiling in self._ceilings.values():
+            spent, held = self.charges(ceiling.place)
+            ceiling.cost = ceiling.gate.cost(spent) + ceiling.gate.cost(held)
 
-    def _touched(self, place: Place) -> list[Place]:
-        found = self._reach.get(place)
-        if found is None:
-            names = {place[0], *self.neighbours.get(place[0], ())}
-            found = [at for at in self._gates if at[0] in names and at[1] in {"", place[1]}]
-            self._reach[place] = found
-        return found
+    def _prices(self, total: Total) -> list[tuple[_Ceiling, float]]:
+        """Return what one step costs each budget that it touches, and set whether one allows grants here."""
+        dataset, study = place = total.place
+        names = {dataset, *self.neighbours.get(dataset, ())}
+        touched = [each for at, each in self._ceilings.items() if at[0] in names and at[1] in {"", study}]
+        places = [each.place for each in touched]
+        total.granted = any(name == dataset for name, _study in places) and (not study or place in places)
+        total.prices = [(each, step_curve(total.key, (each.gate.order,))[0]) for each in touched]
+        return total.prices
 
-    def _move(self, place: Place, key: Key, steps: int) -> None:
-        for at, cost in self._prices(place, key):
-            self._costs[at] += steps * cost
-
-    def _prices(self, place: Place, key: Key) -> list[tuple[Place, float]]:
-        """Return what one step of `key` at `place` costs each budget that it touches."""
-        found = self._priced.get((place, key))
-        if found is None:
-            found = [(at, step_curve(key, (self._gates[at].order,))[0]) for at in self._touched(place)]
-            self._priced[place, key] = found
-        return found
-
-    def _reservation(self, seq: int, body: tuple[Any, ...], at: str) -> None:
-        dataset, study, dataset_seq, kind, neighbouring, noise, sampling, steps = body
+    def _reservation(self, seq: int, body: tuple[Any, ...], at: str) -> Total:
         known = self._bodies.get(body)
         if known is None:
+            dataset, study, _seq, kind, neighbouring, noise, sampling, steps = body
             place, key = (dataset, study), Key(kind, neighbouring, noise, sampling)
-            known = self._bodies[body] = (place, key, steps)
-        place, key, _steps = self.open[seq] = known
+            total = self._totals.setdefault((place, key), Total(place, key))
+            known = self._bodies[body] = (total, steps)
+        total, steps = self.open[seq] = known
         self.reservations += 1
-        changed = (place, key)
-        self.held[changed] = self.held.get(changed, 0) + steps
-        if self.dataset_names.get(dataset_seq) != dataset:
-            self._say(seq, f"entry {seq}: data set entry {dataset_seq} is not {dataset!r}")
-        self._move(place, key, steps)
-        self._check_grant(seq, place, at)
-        self._changed = changed
+        total.held += steps
+        if self.dataset_names.get(body[2]) != body[0]:
+            self._say(seq, f"entry {seq}: data set entry {body[2]} is not {body[0]!r}")
+        prices = total.prices
+        if prices is None:
+            prices = self._prices(total)
+        if not total.granted:
+            self._say(seq, f"entry {seq}: granted without a budget for {body[0]!r} {body[1]}".rstrip())
+        for ceiling, price in prices:
+            ceiling.cost += steps * price
+            terms = ceiling.body
+            since, until = terms["valid_from"], terms["valid_to"]
+            if not (ceiling.cost <= ceiling.most and ceiling.small) or since or until:
+                self._check_grant(seq, ceiling, at)
+        return total
 
-    def _check_grant(self, seq: int, place: Place, at: str) -> None:
-        touched = self._touched(place)
-        if not any(budget[0] == place[0] for budget in touched) or (place[1] and place not in touched):
-            self._say(seq, f"entry {seq}: granted without a budget for {place[0]!r} {place[1]}".rstrip())
-        for budget in touched:
-            body, bound = self.budgets[budget], self._bounds[budget]
-            if not self._costs[budget] <= bound * (1 + _TOLERANCE):
-                self._say(
-                    seq,
-                    f"entry {seq}: granted beyond the ceiling of {budget[0]!r} {budget[1]}".rstrip()
-                    + f" ({self._costs[budget] / bound:.2%} of the bound)",
-                )
-            if (body["valid_from"] and at < body["valid_from"]) or (body["valid_to"] and at >= body["valid_to"]):
-                self._say(seq, f"entry {seq}: granted outside the budget's period")
-            if not body["delta"] * self.datasets[budget[0]]["units"] < 1:
-                self._say(seq, f"entry {seq}: granted at a delta of 1/units or more")
+    def _check_grant(self, seq: int, ceiling: _Ceiling, at: str) -> None:
+        (name, study), body = ceiling.place, ceiling.body
+        if not ceiling.cost <= ceiling.most:
+            self._say(
+                seq,
+                f"entry {seq}: granted beyond the ceiling of {name!r} {study}".rstrip()
+                + f" ({ceiling.cost / ceiling.bound:.2%} of the bound)",
+            )
+        if (body["valid_from"] and at < body["valid_from"]) or (body["valid_to"] and at >= body["valid_to"]):
+            self._say(seq, f"entry {seq}: granted outside the budget's period")
+        if not body["delta"] * self.datasets[name]["units"] < 1:
+            self._say(seq, f"entry {seq}: granted at a delta of 1/units or more")
 
-    def _settlement(self, seq: int, body: tuple[Any, ...], _at: str) -> None:
+    def _settlement(self, seq: int, body: tuple[Any, ...], _at: str) -> Total:
         reservation, steps, outcome, digest = body
         found = self.open.pop(reservation, None)
         if found is None:
             raise ValueError(f"reservation {reservation} is not open")
-        place, key, reserved = found
+        total, reserved = found
         self.settled[outcome] += 1
-        fair = {"settled": 0 < steps <= reserved, "released": steps == 0, "in-doubt": steps == reserved}
-        if not fair[outcome]:
+        most, least = (0, 0) if outcome == "released" else (reserved, 1 if outcome == "settled" else reserved)
+        if not least <= steps <= most:
             self._say(seq, f"entry {seq}: {outcome} with {steps} of {reserved} reserved steps")
         if (outcome == "settled") != bool(digest):
             self._say(seq, f"entry {seq}: {outcome} with release digest {digest!r}")
-        changed = (place, key)
-        self.held[changed] -= reserved
-        self.spent[changed] = self.spent.get(changed, 0) + steps
+        total.held -= reserved
+        total.spent += steps
         if steps != reserved:
-            self._move(place, key, steps - reserved)
-        self._changed = changed
+            for ceiling, price in self._prices(total) if total.prices is None else total.prices:
+                ceiling.cost += (steps - reserved) * price
+        return total

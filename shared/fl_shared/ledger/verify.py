@@ -8,13 +8,13 @@ itself: only a checkpoint or a receipt kept elsewhere shows it, so give what you
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import gc
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from fl_shared.ledger import chain, merkle, shard
 from fl_shared.ledger.damage import misfits
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.records import Entry, Problem
-from fl_shared.ledger.replay import Place, Replay
+from fl_shared.ledger.replay import Place, Replay, Total
 from fl_shared.ledger.schema import schema_problems
 from fl_shared.ledger.store import Store
 from fl_shared.signing import ed25519_key, verify
@@ -134,16 +134,41 @@ def _check(
     report.entries = _size(connection, report)
     keys = _keys(connection, report.site, public_key, report)
     report.problems += schema_problems(connection, store)
-    if not report.entries:
-        report.problems.append(Problem("the ledger is empty"))
-    elif not keys:
-        report.problems.append(Problem("entries: the genesis entry, which names the key, is missing or unusable", 1))
-    else:
-        with _no_collection():
-            _walk(connection, store, report, keys, processes)
+    with _no_collection(), _pool(processes, report.entries) as pool:
+        file = pool.submit(shard.check_file, store.reading_url)  # at the same time: it takes one core a while
+        before = len(report.problems)
+        try:
+            if not report.entries:
+                report.problems.append(Problem("the ledger is empty"))
+            elif not keys:
+                what = "entries: the genesis entry, which names the key, is missing or unusable"
+                report.problems.append(Problem(what, 1))
+            else:
+                _walk(connection, store, report, keys, pool, 2 * processes)
+        finally:
+            report.problems[before:before] = file.result()
+    if report.entries and keys:
         _check_counts(connection, report)
         for checkpoint in checkpoints:
             _check_checkpoint(connection, report, checkpoint)
+
+
+class _Here(Executor):
+    """Computes at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Return a future that is done."""
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def _pool(processes: int, total: int) -> Executor:
+    """Workers, when there is more than one stretch to share out."""
+    if processes == 1 or total <= shard.SIZE:
+        return _Here()
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    return ProcessPoolExecutor(processes, mp_context=context)
 
 
 @contextlib.contextmanager
@@ -222,20 +247,15 @@ def _whose(entry: Entry) -> str:
     return site if sha256_hex(message) == entry.hash else ""
 
 
-def _results(jobs: Iterator[shard.Job], processes: int, total: int) -> Iterator[shard.Result]:
-    """Yield results in order, with a bounded number of stretches in flight."""
-    if processes == 1 or total <= shard.SIZE:
-        yield from map(shard.check, jobs)
-        return
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        flying: deque[concurrent.futures.Future[shard.Result]] = deque()
-        for job in jobs:
-            flying.append(pool.submit(shard.check, job))
-            if len(flying) > 2 * processes:
-                yield flying.popleft().result()
-        while flying:
+def _results(jobs: Iterator[shard.Job], pool: Executor, most: int) -> Iterator[shard.Result]:
+    """Yield results in order, with `most` stretches in flight."""
+    flying: deque[Future[shard.Result]] = deque()
+    for job in jobs:
+        flying.append(pool.submit(shard.check, job))
+        if len(flying) > most:
             yield flying.popleft().result()
+    while flying:
+        yield flying.popleft().result()
 
 
 def _walk(
@@ -243,7 +263,8 @@ def _walk(
     store: Store,
     report: Report,
     keys: tuple[tuple[int, str], ...],
-    processes: int,
+    pool: Executor,
+    most: int,
 ) -> None:
     url = store.reading_url
     jobs = (
@@ -253,7 +274,7 @@ def _walk(
     state, tree = Replay(), merkle.Tree()
     sums = _Sums(connection, report)
     prev, time = chain.GENESIS_HASH, ""
-    for result in _results(jobs, processes, report.entries):
+    for result in _results(jobs, pool, most):
         first = result.job.first
         if result.first_prev and result.first_prev != prev:
             result.problems.append(Problem(f"entry {first}: prev_hash is not the hash of the entry before", first))
@@ -262,7 +283,7 @@ def _walk(
         for seq, kind, body, created_at in result.events:
             changed = state.feed(seq, kind, body, created_at)
             if changed is not None:
-                sums.check(seq, changed, state, result.tallies.pop(seq, None))
+                sums.check(seq, changed, result.tallies.pop(seq, None))
         for seq in result.tallies:
             result.problems.append(Problem(f"tallies: row {seq} belongs to no reservation or settlement", seq))
         for level, node in result.peaks:
@@ -313,27 +334,25 @@ class _Sums:
         self._report = report
         self._keys: dict[int, tuple[Place, Key]] = {}
         self._versions: dict[int, int] = {}
+        self._totals: dict[int, Total] = {}  # of the rows whose key was compared
         for row in connection.execute(sa.select(tally_keys)).mappings():
             key = Key(row["kind"], row["neighbouring"], row["noise_multiplier"], row["sampling_probability"])
             self._keys[int(row["id"])] = ((str(row["dataset"]), str(row["study"])), key)
 
-    def check(
-        self, seq: int, changed: tuple[Place, Key], state: Replay, stored: tuple[int, int, int, int] | None
-    ) -> None:
-        """Compare the row that entry `seq` wrote."""
+    def check(self, seq: int, total: Total, stored: tuple[int, int, int, int] | None) -> None:
+        """Compare the row that entry `seq` wrote with the sum after it."""
         if stored is None:
             self._say(f"tallies: row {seq} is missing", seq)
             return
         number, version, held, spent = stored
         expected = self._versions.get(number, 0) + 1
-        if (self._keys.get(number), version, held, spent) == (
-            changed,
-            expected,
-            state.held.get(changed, 0),
-            state.spent.get(changed, 0),
-        ):
+        same = self._totals.get(number) is total
+        if same and version == expected and held == total.held and spent == total.spent:
             self._versions[number] = version
             return
+        changed = (total.place, total.key)
+        if not same and self._keys.get(number) == changed:
+            self._totals[number] = total
         if self._keys.get(number) != changed and number not in self._versions:
             named = "is missing" if number not in self._keys else f"says {self._keys[number]}"
             self._say(f"tally_keys: row {number}, tallies.key of row {seq}, {named}; entry {seq} says {changed}", seq)
@@ -342,8 +361,8 @@ class _Sums:
         self._versions[number] = version
         sums = {
             "version": (version, expected),
-            "held": (held, state.held.get(changed, 0)),
-            "spent": (spent, state.spent.get(changed, 0)),
+            "held": (held, total.held),
+            "spent": (spent, total.spent),
         }
         for name, (is_, should) in sums.items():
             if is_ != should:
