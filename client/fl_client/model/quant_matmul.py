@@ -100,9 +100,10 @@ def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The same outside autograd, on CPU in blocks of rows as the quantised products have them."""
-    if x.is_cuda:
-        return grouped_matmul(x, weight, ends)
+    """The same outside autograd, in blocks or tiles of rows as the quantised products have them."""
+    if x.is_cuda and (kernels := _import_kernels()) is not None:
+        fused: Tensor = kernels.grouped_float(x, weight, ends)
+        return fused
     y = x.new_empty(x.shape[0], weight.shape[2])
     for expert, rows, result in _rows_by_expert(x, y, ends):
         _mm(rows, weight[expert], result)

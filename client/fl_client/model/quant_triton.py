@@ -1,10 +1,13 @@
-"""Fused products with quantised weights on CUDA: int8 or int4 is read, scaled in registers and multiplied at once.
+"""Products of rows sorted by expert on CUDA; int8 or int4 weights are read, scaled in registers and multiplied at once.
 
 Only `quant_matmul` imports this module, and only for CUDA tensors: Triton comes with torch's CUDA builds. The kernels'
 arithmetic is tested in Triton's interpreter (TRITON_INTERPRET=1); docs/quantisation.md says what has run on a GPU.
 
 int8 and int4 levels are exact in bfloat16. Forward, the scale of (output, group) multiplies the group's float32
 partial sum; backward it multiplies the gradient, which is rounded to its type once more, as a dequantised weight would.
+
+Every row is summed by one program, in steps of fixed size from first to last, so its bits follow from the row alone
+while tiles have one size; they do while torch's deterministic algorithms are on, as in all passes over private text.
 """
 
 from __future__ import annotations
@@ -55,12 +58,24 @@ def grouped_transposed(
     return gx
 
 
+def grouped_float(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`x_e W_e` as in `quant_matmul.grouped_matmul`, with `weight [E, in, out]` in x's type and of any strides."""
+    experts, inputs, outputs = weight.shape
+    y = x.new_empty(x.shape[0], outputs)
+    tile, owner, start, stop = _tiles(x.shape[0], experts, ends, x.device)
+    _float[len(owner), triton.cdiv(outputs, _WIDE)](
+        x.contiguous(), weight, y, owner, start, stop, outputs, inputs, *weight.stride(),
+        EXPERTS=experts, ROWS=tile, COLUMNS=_WIDE, STEP=_STEP,
+    )  # fmt: skip
+    return y
+
+
 def _tiles(rows: int, experts: int, ends: Tensor | None, device: Any) -> tuple[int, Tensor, Tensor, Tensor]:
     """Rows of a tile; and of each tile: its expert (E: none), first row and the end of that expert's rows.
 
     Found on the device, without waiting for it: there are at most `rows / tile + E` tiles, and some stay idle.
     """
-    tile = 64 if rows > 32 * experts else 16
+    tile = 64 if rows > 32 * experts or torch.are_deterministic_algorithms_enabled() else 16
     if ends is None:
         ends = torch.full((1,), rows, dtype=torch.int32, device=device)
     ends = ends.long()
@@ -115,6 +130,34 @@ def _forward(  # type: ignore[no-untyped-def]  # compiled by Triton
             else:
                 part = tl.dot(low_x, byte.to(tl.float32).to(low_x.dtype), part, input_precision="ieee")
         total += part * tl.load(s_row + group, mask=column_in, other=0.0)[None, :]
+    y_at = y + row.to(tl.int64)[:, None] * outputs + column[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
+def _float(  # type: ignore[no-untyped-def]  # compiled by Triton
+    x, w, y, owner, start, stop, outputs, inputs, w_expert, w_inner, w_column,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One tile `[ROWS, COLUMNS]` of `x_e W_e`."""
+    tile = tl.program_id(0)
+    expert = tl.load(owner + tile)
+    if expert >= EXPERTS:
+        return
+    row = tl.load(start + tile) + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_in, column_in = row < tl.load(stop + tile), column < outputs
+    x_row = x + row.to(tl.int64)[:, None] * inputs
+    w_column_at = w + expert.to(tl.int64) * w_expert + column[None, :] * w_column
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for first in range(0, inputs, STEP):
+        inner = first + tl.arange(0, STEP)
+        inner_in = inner < inputs
+        value = tl.load(x_row + inner[None, :], mask=row_in[:, None] & inner_in[None, :], other=0.0)
+        weight = tl.load(
+            w_column_at + inner[:, None] * w_inner, mask=inner_in[:, None] & column_in[None, :], other=0.0
+        )
+        total = tl.dot(value, weight, total, input_precision="ieee")
     y_at = y + row.to(tl.int64)[:, None] * outputs + column[None, :]
     tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
 

@@ -42,7 +42,41 @@ for kind, bound in ((torch.float32, 1e-5), (torch.float16, 2e-3)):  # the interp
                 assert found.dtype == kind
                 error = float((found.float() - wanted).norm() / wanted.norm())
                 assert error < bound, (kind, bits, inputs, error)
+    for inputs, outputs in ((3, 70), (65, 1), (200, 96)):
+        weight = torch.randn(5, inputs, outputs)
+        for turned in (weight, weight.mT.contiguous().mT):
+            x = torch.randn(43, inputs).to(kind)
+            wanted = quant_matmul.grouped_rows(x.float(), weight, ends)
+            found = quant_triton.grouped_float(x, turned.to(kind), ends)
+            assert found.dtype == kind and float((found.float() - wanted).norm() / wanted.norm()) < bound
 print("equal")
+"""
+
+ALONE = """
+import torch
+from fl_client.model import quant_triton
+from fl_client.model.quant_tensor import quantise_tensor
+torch.set_num_threads(1)
+torch.manual_seed(0)
+torch.use_deterministic_algorithms(True)
+q, s = quantise_tensor(torch.randn(3, 40, 200), 128, 8)
+weight = torch.randn(3, 200, 40)
+x, g = torch.randn(200, 200), torch.randn(80, 40)
+def ends(rows):
+    return torch.tensor([0, rows, rows], dtype=torch.int32)
+products = (
+    lambda rows, end: quant_triton.grouped(rows, q, s, end, 128, 200),
+    lambda rows, end: quant_triton.grouped_float(rows, weight, end),
+)
+for product in products:
+    whole = product(x, ends(200))
+    for rows in (1, 7, 16, 33, 64, 65, 130):
+        assert torch.equal(product(x[:rows], ends(rows)), whole[:rows])
+    assert torch.equal(product(x[64:], ends(136)), whole[64:])  # numpy's products, in a tile, see a row's place
+whole = quant_triton.grouped_transposed(g, q, s, ends(80), 128, 200)
+assert torch.equal(quant_triton.grouped_transposed(g[:5], q, s, ends(5), 128, 200), whole[:5])
+assert {quant_triton._tiles(rows, 1, None, "cpu")[0] for rows in (1, 16, 10_000)} == {64}
+print("alone")
 """
 
 COMPILED = """
@@ -50,17 +84,17 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fl_client.model import quant_triton
-for kernel in (quant_triton._forward, quant_triton._backward):
+for kernel in (quant_triton._forward, quant_triton._backward, quant_triton._float):
     for int4 in (False, True):
-        kinds = {"q": "*i8", "scale": "*fp32"}
-        kinds |= dict.fromkeys(("x", "y", "g", "gx"), "*bf16") | dict.fromkeys(("owner", "start", "stop"), "*i32")
+        kinds = {"q": "*i8", "scale": "*fp32"} | dict.fromkeys(("w_expert", "w_inner", "w_column"), "i64")
+        kinds |= dict.fromkeys(("x", "y", "g", "gx", "w"), "*bf16") | dict.fromkeys(("owner", "start", "stop"), "*i32")
         kinds |= dict.fromkeys(("outputs", "inputs", "width", "groups"), "i32")
         fixed = {"EXPERTS": 64, "GROUP": 128, "INT4": int4, "ROWS": 64, "COLUMNS": 64, "STEP": 32}
         names = kernel.arg_names
         source = ASTSource(
             kernel,
             {name: kinds.get(name, "constexpr") for name in names},
-            constexprs={(names.index(name),): value for name, value in fixed.items()},
+            constexprs={(names.index(name),): value for name, value in fixed.items() if name in names},
         )
         for capability in (80, 90):
             ptx = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
@@ -81,6 +115,12 @@ def _run(code: str, **env: str) -> str:
 def test_interpreted_kernels_equal_the_reference() -> None:
     """Forward and backward, int8 and int4, whole and short groups, experts without rows: as the CPU's products."""
     assert _run(INTERPRETED, TRITON_INTERPRET="1") == "equal"
+
+
+@needs_triton
+def test_a_row_is_the_same_bits_alone_and_among_others() -> None:
+    """However many rows an expert gets: tiles have one size while torch's deterministic algorithms are on."""
+    assert _run(ALONE, TRITON_INTERPRET="1") == "alone"
 
 
 @needs_triton
