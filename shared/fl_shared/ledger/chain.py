@@ -35,13 +35,17 @@ CLOCK_TOLERANCE = timedelta(minutes=5)
 def message_bytes(*, seq: int, kind: str, body: str, prev_hash: str, created_at: str, site: str) -> bytes:
     """Return the bytes that are hashed and signed; `body` is canonical JSON text and is put in as it is."""
     if is_plain(f"{created_at}{kind}{prev_hash}{site}"):  # one look at all four; what needs an escape is a forgery
-        return (
-            f'{{"body":{body},"created_at":"{created_at}","kind":"{kind}",'
-            f'"prev_hash":"{prev_hash}","seq":{seq},"site":"{site}"}}'
-        ).encode()
+        return _message(body, created_at, kind, prev_hash, seq, site)
     return (
         f'{{"body":{body},"created_at":{quoted(created_at)},"kind":{quoted(kind)},'
         f'"prev_hash":{quoted(prev_hash)},"seq":{seq},"site":{quoted(site)}}}'
+    ).encode()
+
+
+def _message(body: str, created_at: str, kind: str, prev_hash: str, seq: int, site: str) -> bytes:
+    return (
+        f'{{"body":{body},"created_at":"{created_at}","kind":"{kind}",'
+        f'"prev_hash":"{prev_hash}","seq":{seq},"site":"{site}"}}'
     ).encode()
 
 
@@ -177,25 +181,28 @@ class Links:
 
     def __init__(self, site: str, first: int = 1, prev: str | None = GENESIS_HASH) -> None:
         self._site = site
+        self._site_is_plain = is_plain(site)
+        self._good = False  # the entry before, whose hash `prev` then is
         self.expected, self.prev, self.time = first, prev, ""
 
     def feed(self, row: Sequence[Any], signer: Ed25519PublicKey) -> Sequence[Problem]:
         """Name what is wrong with the next entry: (seq, kind, body, prev_hash, hash, signature, created_at)."""
         seq, kind, body, prev_hash, digest, signature, created_at = row
-        message = message_bytes(
-            seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
-        )
-        if (
-            seq == self.expected
+        timely = is_timestamp(created_at) and created_at >= self.time
+        if self._good and self._site_is_plain and timely and prev_hash == self.prev and kind in ENTRY_KINDS:
+            message = _message(body, created_at, kind, prev_hash, seq, self._site)
+        else:
+            message = message_bytes(
+                seq=seq, kind=kind, body=body, prev_hash=prev_hash, created_at=created_at, site=self._site
+            )
+        self._good = (
+            timely
+            and seq == self.expected
             and (prev_hash == self.prev or self.prev is None)
             and hashlib.sha256(message).hexdigest() == digest
             and _is_signed(signature, message, signer)
-            and created_at >= self.time
-            and is_timestamp(created_at)
-        ):
-            self.expected, self.prev, self.time = seq + 1, digest, created_at
-            return ()
-        problems = self._problems(row, message, signer)
+        )
+        problems = () if self._good else self._problems(row, message, signer)
         self.expected, self.prev, self.time = seq + 1, digest, created_at
         return problems
 

@@ -25,7 +25,7 @@ from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
 from fl_shared.signing import ed25519_key
 
-LEVEL = 12
+LEVEL = 11  # larger ones leave cores idle at the end
 SIZE = 1 << LEVEL  # entries of one stretch
 _ENTRY = ", ".join(column.name for column in entries.columns)
 # What the replay needs of the frequent kinds, as a tuple: a ledger is mostly these, and they cross processes.
