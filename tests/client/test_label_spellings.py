@@ -80,5 +80,7 @@ def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_char
     for done, what in ((alone, "the training data"), (judged, "the hold-out")):
         assert done.returncode == 15, done.stderr
         assert f"no record of {what} has one of the spec's labels: '1', '2'" in done.stderr
+        assert "120 rows used of 124, 60 units" in done.stdout  # told whatever comes then, and before any charge
+        assert "used rows have one of the spec's 2 labels" in done.stdout
     assert site.spends() == []
     assert not (tmp_path / "alone").exists()

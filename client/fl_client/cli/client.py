@@ -319,6 +319,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
     from fl_client.alone import train_alone
+    from fl_client.data.load import label_report
     from fl_shared.manifest import RunSpec
     from fl_shared.names import ALONE
     from fl_shared.signing import SigningKey
@@ -345,6 +346,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
         show("opening ledger, data and model")
         site = open_site(home, config, lambda key: key == order_key.public_hex, namespace=ALONE)
         try:
+            say(f"{site.rows}; {label_report(site.data, spec.task.labels)}")
             done = train_alone(site, spec, order_key, options.out, say)
         finally:
             site.close()
@@ -362,6 +364,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
+    from fl_client.data.load import label_report
     from fl_client.evaluation import evaluate_privately
     from fl_shared.manifest import RunSpec
 
@@ -379,6 +382,9 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     ):
         site = open_site(home, config, lambda _: False)
         try:
+            if not options.json:
+                told = f"; {label_report(site.holdout, spec.task.labels)}" if site.holdout is not None else ""
+                print(f"{site.rows}{told}", flush=True)
             say("evaluating on the hold-out")
             document = evaluate_privately(site, spec, adapter, options.noise, force=options.force)
         finally:
