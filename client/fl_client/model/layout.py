@@ -76,7 +76,14 @@ def unreadable(path: Path, form: str, error: object) -> ModelError:
 
 
 def _refuse_other_kinds(directory: Path) -> None:
-    """ModelError for what is no model directory: an adapter, or a GGUF file."""
+    """ModelError for what is no model directory: an adapter, or a GGUF file; and for a path that libraries lose."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise ModelError(
+            f"{str(directory)!a}: the path is no UTF-8 text, or this process has no locale for it",
+            fix="rename it, or run the command with LC_ALL=C.UTF-8",
+        ) from None
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
             f"{directory} holds a LoRA adapter, not a base model",

@@ -285,6 +285,15 @@ def test_a_file_that_the_model_cannot_be_used_with_is_named_by_every_command(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_that_is_no_text_is_told_as_such(float_model: Make, tmp_path: Path) -> None:
+    """The libraries below would call a sound file broken."""
+    bad = tmp_path / "m\udcff"
+    shutil.copytree(float_model("mixtral")[1], bad)
+    with pytest.raises(ModelError, match="the path is no UTF-8 text") as caught:
+        inspect_directory(bad)
+    assert "LC_ALL" in caught.value.fix
+
+
 @pytest.mark.parametrize("layout", ["no index", "an index without metadata", "a variant's name"])
 def test_float_weights_that_can_be_quantised_can_be_loaded(layout: str, float_model: Make, tmp_path: Path) -> None:
     """One reader for both: what transformers asks of names and index, the weights do not need."""
