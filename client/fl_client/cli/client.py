@@ -365,14 +365,12 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.site import open_site
     from fl_client.data.load import label_report
     from fl_client.evaluation import evaluate_privately
+    from fl_shared.adapter import read_adapter
     from fl_shared.manifest import RunSpec
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)
-    try:
-        adapter = options.adapter.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{options.adapter}: {error.strerror}", fix="give the adapter's file") from None
+    adapter = read_adapter(options.adapter)
     home.make()
     _log_to_file(home, options.site, "evaluate")
     with (

@@ -12,7 +12,7 @@ from typing import Any
 from fl_shared.commands import add_quiet, add_version, describe, path
 from fl_shared.completion import complete
 from fl_shared.console import facts, working
-from fl_shared.errors import DataError, ModelError, cli_main
+from fl_shared.errors import DataError, cli_main
 from fl_shared.extras import require
 from fl_shared.offline import stay_offline
 
@@ -159,13 +159,10 @@ def _read_rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
     return list(zip(*(found[name] for name in columns), strict=True))
 
 
-def _read_adapter(path: Path) -> dict[str, Any]:
-    from fl_shared.adapter import unpack
+def _adapter(path: Path) -> dict[str, Any]:
+    from fl_shared.adapter import read_adapter, unpack
 
-    try:
-        return unpack(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", fix="check --adapter") from error
+    return unpack(read_adapter(path))
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +179,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             f"({len(known) - len(labels)} of {len(known)} rows)",
             fix="leave these rows out, or correct --label-column",
         )
-    offset = {} if options.zero_shot else _read_adapter(options.adapter)
+    offset = {} if options.zero_shot else _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
     from fl_client.model.load import load_model
     from fl_client.training import evaluate
@@ -209,7 +206,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     from fl_shared.manifest import RunSpec
 
     require_empty(options.out)
-    spec, offset = RunSpec.from_toml(options.spec), _read_adapter(options.adapter)
+    spec, offset = RunSpec.from_toml(options.spec), _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
     from fl_client.model.load import load_model
     from fl_client.training import export_peft

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
 
+from fl_client.model.features import pooled_features
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.load import load_model
 from fl_client.model.quantise import quantise_directory
@@ -314,6 +315,18 @@ def test_float_weights_that_can_be_quantised_can_be_loaded(layout: str, float_mo
     quantise_directory(tmp_path / "it", tmp_path / "q")
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "it", "cpu").module(IDS).logits, model(IDS).logits)
+
+
+def test_a_tokenizer_without_a_token_for_padding_suffices(float_model: Make, tmp_path: Path) -> None:
+    """Features of texts of several lengths, one of them empty, are those that each has alone."""
+    shutil.copytree(float_model("mixtral")[1], tmp_path / "it")
+    path = tmp_path / "it/tokenizer_config.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "pad_token"}))
+    model = load_model(tmp_path / "it", "cpu")
+    assert model.tokenizer.pad_token_id is None
+    texts = ["cholera", "", "a room where patients are seen"]
+    alone = torch.cat([pooled_features(model, [text]) for text in texts])
+    assert torch.allclose(pooled_features(model, texts), alone, atol=1e-5)
 
 
 def test_every_file_that_changes_what_a_text_becomes_is_in_the_digest(float_model: Make, tmp_path: Path) -> None:
