@@ -56,6 +56,21 @@ def test_every_command_has_examples_a_version_and_exit_codes(command: str) -> No
     assert {0, 2, 70, 74, 130, 141} <= listed <= documented_codes()
 
 
+@pytest.mark.parametrize("path", sorted(VERBS), ids=" ".join)
+def test_no_path_of_any_verb_may_be_empty(path: tuple[str, ...]) -> None:
+    """`--home "$UNSET"` would be the directory in which the command happens to run."""
+    assert [action.dest for action in VERBS[path]._actions if action.type is Path] == []
+
+
+def test_an_unset_variable_for_a_home_makes_nothing(tmp_path: Path) -> None:
+    """Said as a wrong argument, with what it may come from."""
+    line = [BIN / "fl-server", "init", "--home", "", "--host", "c.example"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "argument --home: an empty path" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def documented_codes() -> set[int]:
     """The numbers in the one table of docs/commands.md."""
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")

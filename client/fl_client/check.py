@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 from fl_client.agent.policy import check_policy
 from fl_client.agent.site import base_targets, load_base
 from fl_client.config import ANY_APP, SiteConfig
-from fl_client.data.load import label_report, load_unit_data, require_labels
+from fl_client.data.load import label_report, load_unit_data, require_labels, row_report
 from fl_client.data.units import UnitData
 from fl_client.enrolment import Coordinator
 from fl_client.handover import account, exposed
@@ -88,14 +88,8 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
         def table() -> str:
             nonlocal data
             data = load_unit_data(found.data, home.fingerprint_key)
-            unit = found.data.privacy_unit
-            rows = len(data.texts)
-            total = rows + sum(number for _, number in data.left_out)
-            text = f"{found.data.path.name}: {rows} rows used of {total}, {data.units} units (each a {unit})"
-            if data.left_out:
-                text += "; left out: " + ", ".join(f"{number} {why}" for why, number in data.left_out)
             public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
-            return text + public
+            return row_report(data, found.data) + public
 
         def model() -> str:
             nonlocal base

@@ -22,6 +22,7 @@ from fl_server.home import ServerHome
 from fl_shared.errors import ConcordatError, RunError, TransportError
 from fl_shared.hosts import is_proxy_variable
 from fl_shared.offline import OFFLINE
+from fl_shared.paths import sqlite_url
 
 CONNECTION = "concordat"
 COMMAND_TIMEOUT_S = 90.0
@@ -145,7 +146,7 @@ class Flower:
         return [
             script("flower-superlink"), "--host", "127.0.0.1", "--port", str(port),
             "--enable-supernode-auth", "--disable-runtime-dependency-installation",
-            "--database", str(self._database),
+            "--database", sqlite_url(self._database),  # a bare path would end at its first question mark
             "--ssl-certfile", str(self._home.server_certificate),
             "--ssl-keyfile", str(self._home.server_key),
             "--ssl-ca-certfile", str(self._home.ca),

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -170,6 +171,20 @@ def _entries(header: dict[str, Any], room: int, allowed: tuple[str, ...]) -> dic
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+
+
+def read_adapter(path: Path) -> bytes:
+    """The bytes of the file that a person named; ConfigError unless it can be read, DataError if it is no adapter.
+
+    Between sites and coordinator no bytes stand for a run's start. In a file they are a copy that failed.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", fix="give the adapter's file, --adapter FILE") from None
+    if not unpack(data):
+        raise DataError(f"{path} holds no tensor", fix="export the adapter again: fl-admin adapters export")
+    return data
 
 
 def unpack(data: Buffer, *, wire: str = "float32") -> Tensors:

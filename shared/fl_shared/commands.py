@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 
 from fl_shared import __version__
 
 QUIET = "say nothing about progress on standard error"
+
+
+def path(text: str) -> Path:
+    """The type of an option that takes a path: `--home "$UNSET"` is a mistake, not the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path (is a shell variable unset?)")
+    return Path(text)
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:

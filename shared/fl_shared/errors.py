@@ -25,6 +25,7 @@ Exit codes are stable; a retired number is not used again. Besides those above:
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -153,6 +154,9 @@ def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     With `CONCORDAT_DEBUG=1` in the environment a defect of ours also prints its traceback.
     """
     as_json = "--json" in (sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A terminal or locale without a letter shows its number, as standard error does: what was done stays done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = run(argv)
         sys.stdout.flush()  # here, not at the interpreter's exit, where a lost reader could not be handled

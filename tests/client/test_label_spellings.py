@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from client_agents import MARKER, SITE, RealSite, spec
 from client_gateway import Gateway
 
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
+from fl_shared.adapter import pack
 
 
 def write_spec(path: Path, labels: list[str]) -> Path:
@@ -75,10 +77,18 @@ def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_char
     """train-alone and evaluate: exit code 15, and no reservation is in the ledger."""
     made = write_spec(tmp_path / "spec.toml", ["1", "2"])
     alone = run(site, "train-alone", "--spec", made, "--out", tmp_path / "alone")
-    (tmp_path / "adapter").write_bytes(b"")
+    hidden = json.loads((TINY / "config.json").read_text())["hidden_size"]
+    (tmp_path / "adapter").write_bytes(pack({"classifier.weight": np.zeros((2, hidden), np.float32)}))
     judged = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "adapter", "--force")
     for done, what in ((alone, "the training data"), (judged, "the hold-out")):
         assert done.returncode == 15, done.stderr
         assert f"no record of {what} has one of the spec's labels: '1', '2'" in done.stderr
+        assert "120 rows used of 124, 60 units" in done.stdout  # told whatever comes then, and before any charge
+        assert "used rows have one of the spec's 2 labels" in done.stdout
+    for content, word in ((b"", "holds no tensor"), (pack({}, {"a": "b"}), "holds no tensor"), (b"{", "header")):
+        (tmp_path / "none").write_bytes(content)  # a copy that failed costs nothing
+        done = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "none", "--force")
+        assert done.returncode == 15, done.stderr
+        assert word in done.stderr
     assert site.spends() == []
     assert not (tmp_path / "alone").exists()

@@ -125,6 +125,17 @@ def test_what_the_system_refuses_is_no_defect(
     assert "internal error" not in err
 
 
+def test_letters_that_the_output_has_not_are_shown_by_number() -> None:
+    """A name with an umlaut under an ASCII locale is no defect after the work was done; nor is half a character."""
+    told = "import sys; from fl_shared.errors import cli_main; cli_main(lambda _: print(sys.argv[1]), [])"
+    for encoding, shown in (("ascii", "G\\xfc\\u2026"), ("latin-1", "G\xfc\\u2026"), ("utf-8", "G\xfc\u2026")):
+        done = subprocess.run(
+            [sys.executable, "-c", told, "G\xfc\u2026"],
+            env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout.decode(encoding).strip(), done.stderr) == (0, shown, b"")
+
+
 COMMAND = """
 import sys
 from fl_shared.errors import cli_main

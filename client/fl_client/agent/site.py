@@ -16,7 +16,7 @@ from fl_client.agent.progress import Progress
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.config import SiteConfig
-from fl_client.data.load import load_unit_data, restrict_labels, split_holdout
+from fl_client.data.load import load_unit_data, restrict_labels, row_report, split_holdout
 from fl_client.data.units import UnitData
 from fl_client.home import SiteHome
 from fl_client.ranks.group import RankGroup
@@ -113,7 +113,8 @@ def base_targets(config: SiteConfig) -> tuple[str, ...]:
 
 @dataclass
 class OpenSite:
-    """The trusted half, ready for rounds. `data` is trained on; `holdout` is for evaluation alone.
+    """The trusted half, ready for rounds. `data` is trained on; `holdout` is for evaluation alone; `rows` tells what is
+    used of the table, for whoever sits at the site.
 
     With more than one process `ranks` holds the model for training, and this process only when something asks for it.
     """
@@ -129,6 +130,7 @@ class OpenSite:
     ranks: RankGroup | None
     facts: SiteFacts
     store: ReleaseStore
+    rows: str
 
     @property
     def model(self) -> LoadedModel:
@@ -227,4 +229,5 @@ def open_site(
     except BaseException:
         ledger.close()
         raise
-    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts, store)
+    rows = row_report(everything, config.data)
+    return OpenSite(config, ledger, outgoing, data, holdout, dataset, rounds, base, ranks, facts, store, rows)

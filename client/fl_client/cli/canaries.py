@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_shared.accounting import rdp_epsilon
 from fl_shared.audit.output import add_format, print_json, table
-from fl_shared.commands import add_quiet
+from fl_shared.commands import add_quiet, path
 from fl_shared.console import working
 from fl_shared.errors import ConfigError, EngineError, shown
 from fl_shared.extras import require
@@ -69,9 +69,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--site", help="audit with this site's base model and device")
-    parser.add_argument("--home", metavar="DIR", type=Path, help="its directory [FL_CLIENT_HOME]")
+    parser.add_argument("--home", metavar="DIR", type=path, help="its directory [FL_CLIENT_HOME]")
     parser.add_argument("--model", metavar="DIR", help="a base model instead of the site's (default: tiny)")
-    parser.add_argument("--spec", metavar="FILE", type=Path, help="take LoRA, task and mechanism of this run's spec")
+    parser.add_argument("--spec", metavar="FILE", type=path, help="take LoRA, task and mechanism of this run's spec")
     parser.add_argument("--canaries", choices=("records", "gradients", "both"), default="both", help="default: both")
     parser.add_argument("--count", type=_even, help="number of canaries (default: 200 records, 20000 gradients)")
     parser.add_argument("--guesses", type=_even, help="fixed beforehand (default: half the records, 1000 gradients)")
@@ -82,7 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confidence", type=float, default=0.95, help="of all audits together, 0.5 to 0.999999 (default: 0.95)"
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON result, for `statement --empirical`")
+    parser.add_argument("--out", metavar="FILE", type=path, help="write the JSON result, for `statement --empirical`")
     add_quiet(parser)
     add_format(parser, with_csv=False)
 

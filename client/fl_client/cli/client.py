@@ -11,13 +11,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fl_client.address import server_url
 from fl_client.config import SiteConfig, template
 from fl_client.files import write_durably
 from fl_client.home import SiteHome
-from fl_shared.commands import add_quiet, add_version, describe
+from fl_shared.commands import add_quiet, add_version, describe, path
 from fl_shared.completion import complete, completed_by, known_sites
 from fl_shared.console import command, working
 from fl_shared.errors import ConfigError, cli_main
@@ -71,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         )
         completed_by(site, known_sites)
         made.add_argument(
-            "--home", type=Path, default=None, help="its directory [FL_CLIENT_HOME, ~/.concordat/site/ID]"
+            "--home", type=path, default=None, help="its directory [FL_CLIENT_HOME, ~/.concordat/site/ID]"
         )
         if prints:
             made.add_argument("--json", action="store_true", help="print one JSON object")
@@ -105,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         "Nothing is written and nothing is spent. Exit code 2 when a line fails.",
     )  # fmt: skip
     check.add_argument(
-        "--spec", type=Path, default=None, help="a run's spec: also say whether this site could take part in it"
+        "--spec", type=path, default=None, help="a run's spec: also say whether this site could take part in it"
     )
     resume = verb(
         "resume", "take part again in a run that this site left after a failure",
@@ -129,18 +128,18 @@ def parser() -> argparse.ArgumentParser:
         "fl-client train-alone --site hospital-001 --spec spec.toml --out alone/",
     )  # fmt: skip
     alone.add_argument(
-        "--spec", type=Path, required=True, help="the run's spec, as for `fl-admin runs launch`"
+        "--spec", type=path, required=True, help="the run's spec, as for `fl-admin runs launch`"
     )
     alone.add_argument(
-        "--out", type=Path, required=True, help="directory for adapter.safetensors and receipts.json"
+        "--out", type=path, required=True, help="directory for adapter.safetensors and receipts.json"
     )
     judge = verb(
         "evaluate", "evaluate an adapter on the private hold-out, with noise and an entry in the ledger",
         "fl-client evaluate --site hospital-001 --spec spec.toml --adapter demo.safetensors\n"
         "fl-client evaluate --site hospital-001 --spec spec.toml --adapter demo.safetensors --noise 20 --json",
     )  # fmt: skip
-    judge.add_argument("--spec", type=Path, required=True, help="the spec that the adapter was trained with")
-    judge.add_argument("--adapter", type=Path, required=True, help="from `fl-admin adapters export` or train-alone")
+    judge.add_argument("--spec", type=path, required=True, help="the spec that the adapter was trained with")
+    judge.add_argument("--adapter", type=path, required=True, help="from `fl-admin adapters export` or train-alone")
     judge.add_argument("--noise", type=float, default=10.0, help="noise multiplier, default 10; less costs more")
     judge.add_argument(
         "--force", action="store_true", help="be charged even where the noise is likely to hide the figures"
@@ -150,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
         node, "run only the untrusted half, as another user",
         "fl-client supernode --directory /run/concordat/hospital-001/supernode", "It needs its own directory alone.",
     )  # fmt: skip
-    node.add_argument("--directory", type=Path, required=True, help="the site's supernode directory")
+    node.add_argument("--directory", type=path, required=True, help="the site's supernode directory")
     return top
 
 
@@ -319,6 +318,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
     from fl_client.alone import train_alone
+    from fl_client.data.load import label_report
     from fl_shared.manifest import RunSpec
     from fl_shared.names import ALONE
     from fl_shared.signing import SigningKey
@@ -345,6 +345,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
         show("opening ledger, data and model")
         site = open_site(home, config, lambda key: key == order_key.public_hex, namespace=ALONE)
         try:
+            say(f"{site.rows}; {label_report(site.data, spec.task.labels)}")
             done = train_alone(site, spec, order_key, options.out, say)
         finally:
             site.close()
@@ -362,15 +363,14 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
     from fl_client.agent.locks import sole
     from fl_client.agent.site import open_site
+    from fl_client.data.load import label_report
     from fl_client.evaluation import evaluate_privately
+    from fl_shared.adapter import read_adapter
     from fl_shared.manifest import RunSpec
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)
-    try:
-        adapter = options.adapter.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{options.adapter}: {error.strerror}", fix="give the adapter's file") from None
+    adapter = read_adapter(options.adapter)
     home.make()
     _log_to_file(home, options.site, "evaluate")
     with (
@@ -379,6 +379,9 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     ):
         site = open_site(home, config, lambda _: False)
         try:
+            if not options.json:
+                told = f"; {label_report(site.holdout, spec.task.labels)}" if site.holdout is not None else ""
+                print(f"{site.rows}{told}", flush=True)
             say("evaluating on the hold-out")
             document = evaluate_privately(site, spec, adapter, options.noise, force=options.force)
         finally:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_shared.commands import add_quiet, add_version, describe
+from fl_shared.commands import add_quiet, add_version, describe, path
 from fl_shared.completion import complete
 from fl_shared.console import facts, working
-from fl_shared.errors import DataError, ModelError, cli_main
+from fl_shared.errors import DataError, cli_main
 from fl_shared.extras import require
 from fl_shared.offline import stay_offline
 
@@ -58,15 +58,15 @@ def parser() -> argparse.ArgumentParser:
         "It takes an hour or so on a CPU, and needs the extra 'demo' and WordNet.",
     )  # fmt: skip
     build.add_argument("name", choices=["tiny"])
-    build.add_argument("--out", type=Path, default=Path("tiny"), help="new folder (default: ./tiny)")
+    build.add_argument("--out", type=path, default=Path("tiny"), help="new folder (default: ./tiny)")
     build.add_argument("--steps", type=_positive, default=2200, help="pretraining steps (default: 2200)")
-    build.add_argument("--wordnet", type=Path, help="folder with WordNet's data.noun")
+    build.add_argument("--wordnet", type=path, help="folder with WordNet's data.noun")
     quantize = verb(
         "quantize", _quantize, "quantise a Hugging Face MoE directory, tensor by tensor",
         "fl-model quantize ./OLMoE-1B-7B ./olmoe-int8\nfl-model quantize ./OLMoE-1B-7B ./olmoe-int4 --bits 4 --json",
     )  # fmt: skip
-    quantize.add_argument("directory", type=Path, help="the model's directory")
-    quantize.add_argument("out", type=Path, help="new folder")
+    quantize.add_argument("directory", type=path, help="the model's directory")
+    quantize.add_argument("out", type=path, help="new folder")
     quantize.add_argument(
         "--bits", type=int, choices=[4, 8], default=8, help="8 (default), or 4: half the memory, larger errors"
     )
@@ -87,17 +87,17 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     for each in (evaluate, export):
         each.add_argument("--model", default="tiny", help="a model directory, or tiny (default)")
-        each.add_argument("--spec", type=Path, required=True, help="the run's spec")
+        each.add_argument("--spec", type=path, required=True, help="the run's spec")
         each.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu", help="default: cpu")
     which = evaluate.add_mutually_exclusive_group(required=True)
-    which.add_argument("--adapter", type=Path, help="the run's adapter (safetensors)")
+    which.add_argument("--adapter", type=path, help="the run's adapter (safetensors)")
     which.add_argument("--zero-shot", action="store_true", help="no adapter: the nearest label title wins")
-    evaluate.add_argument("--data", type=Path, required=True, help="a table with public rows (CSV, JSONL, Parquet)")
+    evaluate.add_argument("--data", type=path, required=True, help="a table with public rows (CSV, JSONL, Parquet)")
     evaluate.add_argument("--text-column", default="text", help="default: text")
     evaluate.add_argument("--label-column", default="label", help="default: label")
-    evaluate.add_argument("--titles", type=Path, help="with --zero-shot: CSV with the columns label,title")
-    export.add_argument("--adapter", type=Path, required=True, help="the run's adapter (safetensors)")
-    export.add_argument("out", type=Path, help="new folder")
+    evaluate.add_argument("--titles", type=path, help="with --zero-shot: CSV with the columns label,title")
+    export.add_argument("--adapter", type=path, required=True, help="the run's adapter (safetensors)")
+    export.add_argument("out", type=path, help="new folder")
     return top
 
 
@@ -159,13 +159,10 @@ def _read_rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
     return list(zip(*(found[name] for name in columns), strict=True))
 
 
-def _read_adapter(path: Path) -> dict[str, Any]:
-    from fl_shared.adapter import unpack
+def _adapter(path: Path) -> dict[str, Any]:
+    from fl_shared.adapter import read_adapter, unpack
 
-    try:
-        return unpack(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", fix="check --adapter") from error
+    return unpack(read_adapter(path))
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +179,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
             f"({len(known) - len(labels)} of {len(known)} rows)",
             fix="leave these rows out, or correct --label-column",
         )
-    offset = {} if options.zero_shot else _read_adapter(options.adapter)
+    offset = {} if options.zero_shot else _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
     from fl_client.model.load import load_model
     from fl_client.training import evaluate
@@ -209,7 +206,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     from fl_shared.manifest import RunSpec
 
     require_empty(options.out)
-    spec, offset = RunSpec.from_toml(options.spec), _read_adapter(options.adapter)
+    spec, offset = RunSpec.from_toml(options.spec), _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
     from fl_client.model.load import load_model
     from fl_client.training import export_peft

@@ -118,6 +118,16 @@ def require_labels(data: UnitData, labels: tuple[str, ...], what: str) -> None:
         )
 
 
+def row_report(data: UnitData, config: DataConfig) -> str:
+    """What is used of the table, in one line for whoever sits at the site."""
+    rows = len(data.texts)
+    total = rows + sum(number for _, number in data.left_out)
+    text = f"{config.path.name}: {rows} rows used of {total}, {data.units} units (each a {config.privacy_unit})"
+    if data.left_out:
+        text += "; left out: " + ", ".join(f"{number} {why}" for why, number in data.left_out)
+    return text
+
+
 def label_report(data: UnitData, labels: tuple[str, ...]) -> str:
     """How the data's labels fit a run's, in one line for whoever sits at the site."""
     found = run_labels(data.labels, labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import itertools
 import json
 import re
@@ -22,6 +23,14 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 MAX_FIELD_CHARACTERS = 1_000_000
 UTF_8 = "utf-8"
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "is compressed with gzip", "decompress it: gunzip FILE"),
+    (b"PK\x03\x04", "is a ZIP file, as .xlsx and .ods are", "export the sheet as CSV (UTF-8)"),
+    (b"\xd0\xcf\x11\xe0", "is an old Excel file (.xls)", "export the sheet as CSV (UTF-8)"),
+    (b"PAR1", "is a Parquet file", "end its name in .parquet"),
+    (b"SQLite format 3", "is an SQLite database", "export the table as CSV (UTF-8)"),
+)
+_BLANK = " \t\r\n\x1a\ufeff"  # \x1a: how DOS programs end a text
 _SEPARATORS = (",", ";", "\t", "|")
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
 
@@ -54,10 +63,7 @@ def read_columns(path: Path, columns: list[str], encoding: str = UTF_8) -> dict[
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", fix="correct [data] path in site.toml") from None
     except UnicodeError:
-        raise DataError(
-            f"{path} is not {encoding.upper()} text",
-            fix='save the table as UTF-8, or name its encoding in [data], e.g. encoding = "cp1252" for Western Windows',
-        ) from None
+        raise _undecodable(path, encoding) from None
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror or 'cannot be read'}", fix="check the file's owner and mode"
@@ -65,6 +71,16 @@ def read_columns(path: Path, columns: list[str], encoding: str = UTF_8) -> dict[
     if columns and not found[columns[0]]:
         raise DataError(f"{path}: the table has no rows", fix="check that the export is complete")
     return found
+
+
+def _undecodable(path: Path, encoding: str) -> DataError:
+    marked = _marked(path)
+    if marked is not None:
+        return DataError(f"{path} is no {marked.upper()} text, as its first bytes say", fix="export the table again")
+    fix = 'save the table as UTF-8, or name its encoding in [data], e.g. encoding = "cp1252" for Western Windows'
+    if encoding != UTF_8:
+        fix = "save the table as UTF-8 and take encoding out of [data], or name the one that it has"
+    return DataError(f"{path} is not {encoding.upper()} text", fix=fix)
 
 
 def _rows(path: Path, columns: list[str], encoding: str) -> Iterator[Mapping[str, Any]]:
@@ -78,14 +94,46 @@ def _rows(path: Path, columns: list[str], encoding: str) -> Iterator[Mapping[str
     return _csv_rows(path, columns, encoding, "\t" if suffix == ".tsv" else ",")
 
 
+def _marked(path: Path) -> str | None:
+    """The encoding that the file's byte order mark names; DataError for what is no text at all."""
+    with path.open("rb") as handle:
+        start = handle.read(16)
+    for magic, what, fix in _OTHER_KINDS:
+        if start.startswith(magic):
+            raise DataError(f"{path} {what}", fix=fix)
+    if start[:2] == codecs.BOM_UTF16_LE and start[2:4] == b"\0\0":
+        raise DataError(f"{path} is UTF-32 text", fix="save the table as UTF-8")
+    return next((name for mark, name in _MARKS if start.startswith(mark)), None)
+
+
 def _open(path: Path, encoding: str) -> TextIO:
     """The file as text, line ends as they are; its byte order mark wins over `encoding`."""
+    return path.open(encoding=_marked(path) or encoding, newline="")
+
+
+def _require_encoding(path: Path, encoding: str) -> None:
+    """DataError for UTF-8 text that would be read, letter by letter, as another encoding."""
+    if _marked(path) is not None or not _one_byte(encoding):
+        return
+    decoder = codecs.getincrementaldecoder(UTF_8)()
+    ascii_alone = True
     with path.open("rb") as handle:
-        start = handle.read(4)
-    if start[:2] == codecs.BOM_UTF16_LE and start[2:] == b"\0\0":
-        raise DataError(f"{path} is UTF-32 text", fix="save the table as UTF-8")
-    known = next((name for mark, name in _MARKS if start.startswith(mark)), encoding)
-    return path.open(encoding=known, newline="")
+        while part := handle.read(1 << 20):
+            ascii_alone = ascii_alone and part.isascii()
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError:
+                return
+    if not ascii_alone:
+        raise DataError(f"{path} is UTF-8 text, and [data] encoding is {encoding!r}", fix="take encoding out of [data]")
+
+
+def _one_byte(encoding: str) -> bool:
+    """Whether the encoding has a letter for each byte, so that any text can be read as such."""
+    try:
+        return len("é".encode(encoding)) == 1
+    except (UnicodeError, LookupError):
+        return False
 
 
 def _lines(path: Path, handle: TextIO) -> Iterator[str]:
@@ -100,8 +148,8 @@ def _lines(path: Path, handle: TextIO) -> Iterator[str]:
 
 
 def _csv_lines(path: Path, handle: TextIO) -> tuple[str | None, Iterator[str]]:
-    """The separator that Excel's line `sep=;` names, if there is one, and the lines below."""
-    lines = _lines(path, handle)
+    """The separator that Excel's line `sep=;` names, if there is one, and the lines from the header on."""
+    lines = itertools.dropwhile(lambda line: not line.strip(_BLANK), _lines(path, handle))
     first = next(lines, "")
     match = _SEPARATOR_LINE.fullmatch(first)
     return (match.group(1), lines) if match else (None, itertools.chain([first] if first else [], lines))
@@ -116,7 +164,8 @@ def _separator(path: Path, columns: Sequence[str], encoding: str, usual: str) ->
             if named is not None:
                 return named
             try:
-                found = len(set(columns).intersection(next(csv.reader(lines, delimiter=candidate, strict=True), [])))
+                header = next(csv.reader(lines, delimiter=candidate, strict=True), [])
+                found = len(set(columns).intersection(name.strip(_BLANK) for name in header))
             except csv.Error:
                 continue
         if found > most:
@@ -128,6 +177,7 @@ def _separator(path: Path, columns: Sequence[str], encoding: str, usual: str) ->
 
 def _csv_rows(path: Path, columns: list[str], encoding: str, usual: str) -> Iterator[Mapping[str, Any]]:
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    _require_encoding(path, encoding)
     separator = _separator(path, columns, encoding, usual)
     with _open(path, encoding) as handle:
         reader = csv.reader(_csv_lines(path, handle)[1], delimiter=separator, strict=True)
@@ -135,14 +185,20 @@ def _csv_rows(path: Path, columns: list[str], encoding: str, usual: str) -> Iter
             header = next(reader, None)
             if header is None:
                 return
-            named = [name for name in header if name]  # exports leave empty columns without a name
+            header = [name.strip(_BLANK) for name in header]
+            while header and not header[-1]:  # exports leave empty columns at the right
+                header.pop()
+            named = [name for name in header if name]  # and an index without a name at the left
             if len(set(named)) != len(named):
-                raise DataError(
-                    f"{path}: two columns have the same name", fix="rename one in the header line"
-                )
+                raise DataError(f"{path}: two columns have the same name", fix="rename one in the header line")
+            for name in columns:
+                if name not in header:
+                    raise _unnamed(path, name, header)
             for number, fields in enumerate(reader, start=1):
-                if not fields:
+                if not fields or (len(header) > 1 and len(fields) == 1 and not fields[0].strip(_BLANK)):
                     continue
+                while len(fields) > len(header) and not fields[-1]:
+                    fields.pop()
                 if len(fields) != len(header):
                     raise DataError(
                         f"{path}: row {number} has {len(fields)} fields, the header has {len(header)}",
@@ -164,18 +220,23 @@ def _jsonl_rows(path: Path, encoding: str) -> Iterator[Mapping[str, Any]]:
 
 def _json_rows(path: Path, encoding: str) -> Iterator[Mapping[str, Any]]:
     with _open(path, encoding) as handle:
-        rows = _parsed(path, "".join(_lines(path, handle)), "the file")
+        text = "".join(_lines(path, handle))
+    if len(text.strip(_BLANK).splitlines()) > 1 and _is_object(text.strip(_BLANK).splitlines()[0]):
+        raise DataError(f"{path} holds one JSON object a line", fix="end its name in .jsonl")
+    rows = _parsed(path, text, "the file")
     if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: not a JSON list of objects", fix="write one object per row in a list, or use .jsonl"
-        )
+        raise DataError(f"{path}: not a JSON list of objects", fix="write one object per row in a list, or use .jsonl")
     for number, row in enumerate(rows, start=1):
         yield _object(path, row, f"row {number}")
 
 
 def _parsed(path: Path, text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
+    except KeyError:
+        raise DataError(
+            f"{path}: {where} has a column twice", fix="export the table again, each column under a name of its own"
+        ) from None
     except (ValueError, RecursionError) as error:
         position = getattr(error, "pos", 0)
         raise DataError(
@@ -183,9 +244,27 @@ def _parsed(path: Path, text: str, where: str) -> Any:
         ) from None
 
 
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's fields; KeyError when a name comes twice, of which one value would be lost."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise KeyError
+    return made
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _object(path: Path, row: object, where: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{path}: {where} is not a JSON object", fix='write rows as {"column": "value", ...}')
+        raise DataError(
+            f"{path}: {where} is not a JSON object",
+            fix='write rows as {"column": "value", ...}; a list of all rows is a .json file',
+        )
     return row
 
 
@@ -228,4 +307,14 @@ def _missing(path: Path, name: str, row: Mapping[str, Any], number: int) -> Data
     return DataError(
         f"{path}: row {number} has no column {name!r}",
         fix=f"correct the column in [data] of site.toml; the table has: {known}",
+    )
+
+
+def _unnamed(path: Path, name: str, header: Sequence[str]) -> DataError:
+    """What to raise for a first line that does not name a column. It may be a record: only what is like it is shown."""
+    near = [each for each in header if each and difflib.SequenceMatcher(None, each.lower(), name.lower()).ratio() > 0.8]
+    meant = f"did you mean {near[0]!r}?" if near else "its first line must name the columns"
+    return DataError(
+        f"{path}: the first line names {len(header)} columns, and none of them is {name!r}",
+        fix=f"correct the column in [data] of site.toml, or the table: {meant}",
     )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from fl_client.dp.batches import token_ids
 from fl_client.model.load import LoadedModel
 
 MAX_TOKENS = 32
@@ -20,11 +22,10 @@ def pooled_features(model: LoadedModel, texts: Sequence[str], batch: int = 128) 
     backbone = model.module.get_submodule("model")
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        encoded = model.tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        mask = encoded["attention_mask"].to(model.device)
-        hidden = backbone(input_ids=encoded["input_ids"].to(model.device), attention_mask=mask).last_hidden_state
+        ids, _ = token_ids([texts[i] for i in rows], model.tokenizer, MAX_TOKENS)  # needs no token for padding
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in ids], batch_first=True).to(model.device)
+        padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(model.device)
+        hidden = backbone(input_ids=padded, attention_mask=mask).last_hidden_state
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         out[rows] = ((hidden * weight).sum(1) / weight.sum(1).clamp_min(1)).float().cpu()
     return out

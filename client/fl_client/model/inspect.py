@@ -10,16 +10,19 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fl_client.model.checkpoint import fast_tokenizer, float_tensors, require_quantised
 from fl_client.model.layout import (
     QUANTISATION_KEY,
     directory_digest,
+    expert_count,
     expert_modules,
     quantised_linears,
     read_config,
     skeleton,
+    unreadable,
     weight_files,
 )
-from fl_shared.errors import ModelError
+from fl_client.model.load import read_features, with_quantised_layers
 
 _FLOAT32_BYTES = 4
 
@@ -53,20 +56,28 @@ class Inspection:
 
 
 def inspect_directory(directory: Path) -> Inspection:
-    """Read config and tensor headers; no weight is loaded. ModelError when the directory is unusable."""
+    """Read config, tokenizer and tensor headers; no weight is loaded.
+
+    ModelError when the directory is neither a model that can be loaded nor one that can be quantised.
+    """
     config = read_config(directory)
     model = skeleton(directory)
+    settings = config.get(QUANTISATION_KEY)
+    if settings is None:
+        float_tensors(directory, model)
+    else:
+        require_quantised(directory, with_quantised_layers(skeleton(directory), settings["bits"], settings["group"]))
+    fast_tokenizer(directory, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]  # a method
+    read_features(directory, int(model.config.hidden_size))  # type: ignore[union-attr,arg-type]  # every config has it
     parameters = sum(each.numel() for each in model.parameters())
     experts = expert_modules(model)
     routed = sum(p.numel() for module in experts.values() for p in module.parameters())
-    # A text-only config names the counts differently by family; the fused tensors say how many experts there are.
-    count = max((int(next(module.parameters()).shape[0]) for module in experts.values()), default=0)
+    count = expert_count(model)
     chosen = int(model.config.num_experts_per_tok) if count else 0  # type: ignore[union-attr,arg-type]  # MoE configs have it
     active = parameters - routed + (routed * chosen // count if count else 0)
     names = {f"{name}.weight" for name in quantised_linears(model)}
     quantisable = routed + sum(dict(model.named_parameters())[name].numel() for name in names)
     on_disk, quantised_bytes = _bytes_on_disk(directory)
-    settings = config.get(QUANTISATION_KEY)
     return Inspection(
         directory=str(directory),
         architecture=str(config["model_type"]),
@@ -93,7 +104,7 @@ def _bytes_on_disk(directory: Path) -> tuple[int, int]:
             with safe_open(path, framework="pt"), path.open("rb") as source:  # the library has checked the header
                 header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is no safetensors file: {error}", fix="copy the model directory again") from error
+            raise unreadable(path, "safetensors", error) from error
         for name, entry in header.items():
             if name != "__metadata__":
                 size = entry["data_offsets"][1] - entry["data_offsets"][0]

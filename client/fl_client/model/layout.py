@@ -6,6 +6,7 @@ checkpoints keep one matrix per expert (DeepSeek, Qwen, OLMoE, Mixtral) or anoth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ OUTPUT_HEAD = "lm_head"
 _SCALE = "_scale_inv"  # DeepSeek's name: what a float8 block is multiplied by
 INDEX = "model.safetensors.index.json"
 _BESIDE = ("features.safetensors", "adapter_model.safetensors")
+_LFS = b"version https://git-lfs.github.com/spec/"
 _OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
-_DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "features.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_DIGESTED = ("config.json", *TOKENIZER_FILES, "features.safetensors")
 _EXPERT = re.compile(
     r"(?P<layer>.*\blayers\.\d+)\.(?:\w+\.)*experts\.(?P<expert>\d{1,6})"
     r"\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
@@ -46,7 +49,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no readable config.json ({error.strerror})", fix="name a Hugging Face model directory"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{directory / 'config.json'} is not JSON", fix="download the model again") from error
+        raise unreadable(directory / "config.json", "JSON", error) from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     known = known_architectures()
     if not isinstance(kind, str) or kind not in known:
@@ -64,8 +67,23 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]  # checked to be a dict above
 
 
+def unreadable(path: Path, form: str, error: object) -> ModelError:
+    """What to raise for a file of a model directory that is not in the `form` that its name says."""
+    with contextlib.suppress(OSError), path.open("rb") as source:
+        if source.read(len(_LFS)) == _LFS:
+            return ModelError(f"{path} is a Git LFS pointer, not the file itself", fix="fetch the files: git lfs pull")
+    return ModelError(f"{path} is no {form} file: {error}", fix="copy the model directory again, whole")
+
+
 def _refuse_other_kinds(directory: Path) -> None:
-    """ModelError for what is no model directory: an adapter, or a GGUF file."""
+    """ModelError for what is no model directory: an adapter, or a GGUF file; and for a path that libraries lose."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise ModelError(
+            f"{str(directory)!a}: the path is no UTF-8 text, or this process has no locale for it",
+            fix="rename it, or run the command with LC_ALL=C.UTF-8",
+        ) from None
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
             f"{directory} holds a LoRA adapter, not a base model",
@@ -92,6 +110,12 @@ def skeleton(directory: Path) -> nn.Module:
         raise ModelError(
             f"{directory / 'config.json'}: {reason}", fix="take config.json from the model's release"
         ) from error
+    most = expert_count(model)
+    if most and not 0 < config.num_experts_per_tok <= most:
+        raise ModelError(
+            f"{directory / 'config.json'}: {config.num_experts_per_tok} of {most} experts for a token",
+            fix="take config.json from the model's release",
+        )
     return model
 
 
@@ -181,6 +205,15 @@ class Stored:
     pieces: tuple[Piece, ...]
     experts: int = 0  # 0: the single piece as it is; E: per expert [gate, up] or [down], stacked
 
+    def misshapen(self, shape: tuple[int, ...]) -> str:
+        """What the files' headers hold in place of a tensor of this shape; nothing when they hold it."""
+        per = len(self.pieces) // self.experts if self.experts else 1
+        if self.experts not in (0, shape[0]):
+            return f"{self.name} has {self.experts} experts, config.json says {shape[0]}"
+        wanted = (shape[1] // per, *shape[2:]) if self.experts else shape
+        odd = [piece for piece in self.pieces if piece.shape != wanted]
+        return f"{odd[0].name} has shape {odd[0].shape}, config.json says {wanted}" if odd else ""
+
     def read(self, *, by_expert: bool) -> Iterator[Tensor]:
         """The tensor whole, or expert by expert (whatever its layout on disk), so that only one is held at a time."""
         if self.experts == 0:
@@ -237,7 +270,7 @@ def _pieces(directory: Path) -> list[Piece]:
                     stored = source.get_slice(name)
                     found[name] = Piece(path, name, str(stored.get_dtype()), tuple(stored.get_shape()))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is no safetensors file: {error}", fix="copy the model directory again") from error
+            raise unreadable(path, "safetensors", error) from error
     settings = read_config(directory).get("quantization_config")
     block = _block_of(settings.get("weight_block_size")) if isinstance(settings, dict) else None
     for name in [name for name in found if name.endswith(_SCALE)]:
@@ -301,6 +334,11 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold fused experts, by name."""
     end = f".{_architecture(model).routed_experts}"
     return {name: module for name, module in model.named_modules() if name.endswith(end)}
+
+
+def expert_count(model: nn.Module) -> int:
+    """Routed experts of a layer; a text-only config names their number differently by family, the tensors say it."""
+    return max((int(next(module.parameters()).shape[0]) for module in expert_modules(model).values()), default=0)
 
 
 def target_groups(model: nn.Module) -> tuple[str, ...]:

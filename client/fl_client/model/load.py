@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from fl_client.model.checkpoint import float_tensors, load_tokenizer, ties_head
+from fl_client.model.checkpoint import float_tensors, load_tokenizer, require_quantised, ties_head
 from fl_client.model.layout import (
     QUANTISATION_KEY,
     directory_digest,
@@ -21,11 +21,13 @@ from fl_client.model.layout import (
     quantised_linears,
     read_config,
     skeleton,
+    unreadable,
     weight_files,
 )
 from fl_client.model.quant_layers import QuantExperts, QuantLinear
 from fl_shared.errors import ModelError
 
+CPU = torch.device("cpu")
 TINY = Path(__file__).resolve().parent / "tiny"
 
 
@@ -81,42 +83,38 @@ def load_model(directory: str | Path, device: str = "auto", dtype: torch.dtype |
     config = read_config(path)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    tokenizer = load_tokenizer(path)
     if QUANTISATION_KEY in config:
         module = _load_quantised(path, config, place, dtype)
     else:
         module = _load_plain(path, place, dtype)
     module.requires_grad_(requires_grad=False)
     module.eval()
-    known = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # a method of PreTrainedModel
-    if len(tokenizer) > known:
-        raise ModelError(
-            f"{path}: the tokenizer knows {len(tokenizer)} tokens, the model {known}",
-            fix="copy tokenizer and weights from the same model",
-        )
-    mean, std = _features(path, module, place)
+    rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # a method of PreTrainedModel
+    tokenizer = load_tokenizer(path, int(rows))
+    mean, std = read_features(path, int(module.config.hidden_size), place)  # type: ignore[union-attr,arg-type]  # all have it
     return LoadedModel(module, tokenizer, config, directory_digest(path), mean, std, path)
 
 
 def _load_plain(path: Path, place: torch.device, dtype: torch.dtype) -> nn.Module:
-    if any(piece.scale is not None for each in float_tensors(path, skeleton(path)) for piece in each.pieces):
+    """The float model, its tensors read one by one: what `fl-model quantize` reads of the directory, and no more."""
+    model = skeleton(path)
+    tensors = float_tensors(path, model)
+    if any(piece.scale is not None for each in tensors for piece in each.pieces):
         raise ModelError(f"{path} is stored in float8", fix="quantise it first: `fl-model quantize` reads it")
-    try:
-        module: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, config=_float_config(path), local_files_only=True, dtype=dtype, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path}: {error}", fix="copy the model directory again, whole") from error
-    module.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # a method of PreTrainedModel
-    return module.to(place)
+    state: dict[str, Tensor] = {}
+    for stored in tensors:
+        parts = [_kept(stored.name, part, dtype).to(place) for part in stored.read(by_expert=stored.experts > 0)]
+        state[stored.name] = torch.stack(parts) if stored.experts else parts[0]
+    made = _filled(path, model, state, place)
+    made.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # a method of PreTrainedModel
+    return made
 
 
-def _float_config(path: Path) -> Any:
-    """The config without `quantization_config`, which the weights have been found not to follow."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+def _kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`, unless it holds whole numbers, scales, or what chooses experts."""
+    if name.endswith("e_score_correction_bias"):
+        return tensor.float()
+    return tensor.to(dtype) if tensor.is_floating_point() and not name.endswith("scale") else tensor
 
 
 def with_quantised_layers(model: nn.Module, bits: int, group: int) -> nn.Module:
@@ -133,25 +131,20 @@ def with_quantised_layers(model: nn.Module, bits: int, group: int) -> nn.Module:
 def _load_quantised(path: Path, config: Mapping[str, Any], place: torch.device, dtype: torch.dtype) -> nn.Module:
     settings = config[QUANTISATION_KEY]
     model = with_quantised_layers(skeleton(path), int(settings["bits"]), int(settings["group"]))
+    require_quantised(path, model)
     state: dict[str, Tensor] = {}
     for file in weight_files(path):
         try:
             tensors = load_file(file, device=str(place))
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: {error}", fix="copy the model directory again, whole") from error
-        for name, tensor in tensors.items():
-            keep = not tensor.is_floating_point() or name.endswith(("scale", "e_score_correction_bias"))
-            state[name] = tensor if keep else tensor.to(dtype)
-    expected = set(model.state_dict())
-    if ties_head(model):
-        expected.discard("lm_head.weight")
-    if set(state) != expected:
-        odd = sorted(set(state) ^ expected)
-        raise ModelError(f"{path}: weights and config differ at {odd[0]} ({len(odd)} in all)", fix="quantise it anew")
-    try:
-        model.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as error:
-        raise ModelError(f"{path}: {error}", fix="quantise the model anew") from error
+            raise unreadable(file, "safetensors", error) from error
+        state |= {name: _kept(name, tensor, dtype) for name, tensor in tensors.items()}
+    return _filled(path, model, state, place)
+
+
+def _filled(path: Path, model: nn.Module, state: dict[str, Tensor], place: torch.device) -> nn.Module:
+    """The model of a skeleton with these tensors, which have been found to fit."""
+    model.load_state_dict(state, strict=False, assign=True)
     if ties_head(model):
         model.tie_weights()  # type: ignore[operator]  # a method of PreTrainedModel
     make_rotary(model, place)
@@ -173,12 +166,18 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def _features(path: Path, module: nn.Module, place: torch.device) -> tuple[Tensor, Tensor]:
+def read_features(path: Path, hidden: int, place: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[hidden]` of the directory's features.safetensors, 0 and 1 without one."""
     file = path / "features.safetensors"
-    hidden = int(module.config.hidden_size)  # type: ignore[union-attr,arg-type]  # every supported config has it
     if not file.is_file():
         return torch.zeros(hidden, device=place), torch.ones(hidden, device=place)
-    stored = load_file(file, device=str(place))
-    if set(stored) != {"mean", "std"} or any(each.shape != (hidden,) for each in stored.values()):
-        raise ModelError(f"{file} does not fit the model", fix="build the feature statistics anew")
+    try:
+        stored = load_file(file, device=str(place))
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, "safetensors", error) from error
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    if shapes != {"mean": (hidden,), "std": (hidden,)} or not all(bool(v.isfinite().all()) for v in stored.values()):
+        raise ModelError(
+            f"{file} does not hold a finite mean and std of {hidden} values", fix="build the feature statistics anew"
+        )
     return stored["mean"].float(), stored["std"].float().clamp_min(1e-6)

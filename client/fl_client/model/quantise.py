@@ -17,18 +17,20 @@ from fl_client.model.checkpoint import fast_tokenizer, float_tensors
 from fl_client.model.layout import (
     INDEX,
     QUANTISATION_KEY,
+    TOKENIZER_FILES,
     Stored,
     expert_modules,
     quantised_linears,
     read_config,
     skeleton,
 )
+from fl_client.model.load import read_features
 from fl_client.model.quant_tensor import GROUP, quantise_tensor
 from fl_shared.errors import ModelError
 
 SHARD_BYTES = 1 << 30
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-           "features.safetensors", "report.json", "MODEL_CARD.md")  # fmt: skip
+_COPIED = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json", "features.safetensors", "report.json",
+           "MODEL_CARD.md")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def quantise_directory(
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]  # a method of PreTrainedModel
     tensors = float_tensors(src, model)
     tokenizer, converted = fast_tokenizer(src, rows)
+    read_features(src, int(model.config.hidden_size))  # type: ignore[union-attr,arg-type]  # every supported config has it
     with filled_or_gone(out):
         for name in _COPIED:
             if (src / name).is_file():
@@ -148,19 +151,12 @@ def _write_weights(
 def _convert(
     stored: Stored, shape: tuple[int, ...], *, quantise: bool, bits: int, group: int, keep: torch.dtype | None
 ) -> tuple[int, dict[str, Tensor]]:
-    """(bytes read, what is written) for one tensor of the given shape in memory.
-
-    Raises:
-        ModelError: another shape than the config says, or a value that is not finite.
-    """
+    """(bytes read, what is written) for one tensor of this shape in memory; ModelError if a value is not finite."""
     size = 0
     qweights, scales, floats = [], [], []
     stacked = stored.experts > 0 or (quantise and len(shape) == 3)
     for piece in stored.read(by_expert=stacked):
         size += piece.numel() * piece.element_size()
-        if tuple(piece.shape) != (shape[1:] if stacked else shape):
-            found = (shape[0], *piece.shape) if stacked else tuple(piece.shape)
-            raise _misshapen(stored.name, found, shape)
         if quantise:
             qweight, scale = quantise_tensor(piece, group, bits)
             qweights.append(qweight)
@@ -172,14 +168,8 @@ def _convert(
             raise ModelError(f"{stored.name} holds NaN or infinity", fix="this checkpoint is broken: get it anew")
     whole = torch.stack if stacked else (lambda parts: parts[0])
     value = whole(qweights if quantise else floats)
-    if stacked and value.shape[0] != shape[0]:
-        raise _misshapen(stored.name, (value.shape[0], *shape[1:]), shape)
     if not quantise:
         return size, {stored.name: value}
     base = stored.name.removesuffix(".weight")
     join = "." if stored.name.endswith(".weight") else "_"
     return size, {f"{base}{join}qweight": value, f"{base}{join}scale": whole(scales)}
-
-
-def _misshapen(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelError:
-    return ModelError(f"{name} has shape {found}, config.json says {wanted}", fix="copy the model again, whole")

@@ -12,7 +12,7 @@ from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
 from fl_server.files import write_durably
 from fl_shared.adapter import digest
-from fl_shared.commands import add_quiet
+from fl_shared.commands import add_quiet, path
 from fl_shared.console import table, working
 from fl_shared.errors import ConfigError, TransportError
 from fl_shared.wire import control_pb2 as pb
@@ -48,7 +48,7 @@ def add(groups: Any) -> None:
         "fl-admin adapters export --released production --out production.safetensors",
     )  # fmt: skip
     _which(export)
-    argument(export, "--out", type=Path, required=True, metavar="FILE", completer=complete.files,
+    argument(export, "--out", type=path, required=True, metavar="FILE", completer=complete.files,
              help="the file to write (safetensors)")  # fmt: skip
     export.add_argument("--force", action="store_true", help="replace the file")
     add_quiet(export)

@@ -11,7 +11,7 @@ from typing import Any
 from fl_server.backup import backup, restore
 from fl_server.cli.show import moment
 from fl_server.home import ServerHome
-from fl_shared.commands import add_quiet, describe
+from fl_shared.commands import add_quiet, describe, path
 from fl_shared.console import command, working
 from fl_shared.fingerprints import spoken_key
 
@@ -42,7 +42,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         "`fl-server up` then carries every run on from its last committed round; sites notice a pause, no more.",
     )  # fmt: skip
     add_quiet(bring)
-    bring.add_argument("archive", type=Path, help="from `fl-server backup`")
+    bring.add_argument("archive", type=path, help="from `fl-server backup`")
     bring.add_argument(
         "--database", default=None,
         help="put the rows into this empty database instead of the one in server.toml; 'home' for SQLite in the home",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fl_server.adminlog import AdminLog, local_user
@@ -16,7 +15,7 @@ from fl_server.home import ServerHome
 from fl_server.operators import OPERATOR_DAYS, OPERATOR_ROLES, Operators, write_credentials
 from fl_server.pki import Authority
 from fl_server.rotation import DAY_S, GRACE_S, rotate
-from fl_shared.commands import describe
+from fl_shared.commands import describe, path
 from fl_shared.console import table
 from fl_shared.fingerprints import spoken, spoken_key
 
@@ -39,8 +38,8 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     issue.add_argument("--role", choices=OPERATOR_ROLES, required=True, help="what its holder may do")
     issue.add_argument("--name", required=True, help="who holds it, e.g. anna-smith")
-    issue.add_argument("--out", type=Path, required=True, help="the directory to write; nothing is overwritten")
-    issue.add_argument("--request", type=Path, default=None, help="the holder's own certificate signing request")
+    issue.add_argument("--out", type=path, required=True, help="the directory to write; nothing is overwritten")
+    issue.add_argument("--request", type=path, default=None, help="the holder's own certificate signing request")
     issue.add_argument("--days", type=float, default=OPERATOR_DAYS, help="validity, default %(default)s")
     verb("issued", "list the certificates of admins and auditors", "fl-server issued\nfl-server issued --json")
     revoke = verb(

@@ -11,6 +11,7 @@ from fl_server.cli import complete
 from fl_server.cli.show import print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
 from fl_server.files import write_durably
+from fl_shared.commands import path
 from fl_shared.errors import ConfigError
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
@@ -27,7 +28,7 @@ def add(groups: Any) -> None:
     )  # fmt: skip
     argument(export, "--site", default="", metavar="SITE", completer=complete.sites, help="only this site's")
     argument(export, "--run", default="", metavar="RUN", completer=complete.runs, help="only this run's")
-    argument(export, "--out", type=Path, required=True, metavar="FILE", completer=complete.files, help="where to write")
+    argument(export, "--out", type=path, required=True, metavar="FILE", completer=complete.files, help="where to write")
     export.add_argument("--force", action="store_true", help="replace the file")
 
 

@@ -8,14 +8,13 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from fl_server.cli import backup, keys
 from fl_server.cli.connection import make_default
 from fl_server.home import ServerHome, default_home
 from fl_server.pki import Authority
 from fl_server.setup import initialise
-from fl_shared.commands import add_quiet, add_version, describe
+from fl_shared.commands import add_quiet, add_version, describe, path
 from fl_shared.completion import complete
 from fl_shared.console import command, working
 from fl_shared.errors import cli_main
@@ -56,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_version(made)
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--home", type=Path, default=default_home(), help="the coordinator's directory")
+    common.add_argument("--home", type=path, default=default_home(), help="the coordinator's directory")
     common.add_argument("--json", action="store_true", help="print one JSON object")
     init = verbs.add_parser("init", parents=[common], help="make keys, certificates, database and server.toml")
     describe(

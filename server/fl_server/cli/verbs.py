@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from fl_shared.commands import describe
+from fl_shared.commands import describe, path
 from fl_shared.completion import completed_by
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
@@ -19,7 +18,7 @@ def common() -> argparse.ArgumentParser:
     """The options that every verb has."""
     made = argparse.ArgumentParser(add_help=False)
     made.add_argument(
-        "--profile", type=Path, default=None, metavar="FILE", help="the admin profile, admin.toml [FL_ADMIN_PROFILE]"
+        "--profile", type=path, default=None, metavar="FILE", help="the admin profile, admin.toml [FL_ADMIN_PROFILE]"
     )
     made.add_argument("--json", action="store_true", help="print JSON")
     return made

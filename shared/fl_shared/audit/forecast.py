@@ -7,7 +7,6 @@ in the terminal and, with --out, as PNG or SVG.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from fl_shared.accounting.renyi import curve_epsilon
@@ -16,6 +15,7 @@ from fl_shared.audit.history import Point, history
 from fl_shared.audit.output import add_format, print_csv, print_json
 from fl_shared.audit.proposal import Proposal, Standing, add_proposal, dataset_name, proposal_of, standings
 from fl_shared.audit.source import add_source, open_ledger
+from fl_shared.commands import path
 from fl_shared.extras import require
 
 HELP = "rounds left, noise that fits, burn-down curve"
@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_source(parser)
     add_proposal(parser)
-    parser.add_argument("--out", metavar="FILE", type=Path, help="draw the curve: a name that ends in .png or .svg")
+    parser.add_argument("--out", metavar="FILE", type=path, help="draw the curve: a name that ends in .png or .svg")
     add_format(parser)
 
 

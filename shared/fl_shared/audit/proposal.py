@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from fl_shared.accounting.calibrate import noise_that_fits, steps_that_fit
 from fl_shared.accounting.gate import Filter
 from fl_shared.accounting.merge import Key, key_of
+from fl_shared.commands import path
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import BudgetRecord, LedgerReader
 from fl_shared.ledger.reader import filter_of
@@ -35,7 +35,7 @@ def add_proposal(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe a run."""
     parser.add_argument("--dataset", metavar="NAME", help="the data set (default: the only one)")
     parser.add_argument("--study", metavar="NAME", help="the study whose budget is asked, too")
-    parser.add_argument("--spec", metavar="FILE", type=Path, help="a run spec (TOML), as for fl-admin runs launch")
+    parser.add_argument("--spec", metavar="FILE", type=path, help="a run spec (TOML), as for fl-admin runs launch")
     parser.add_argument("--noise", metavar="SIGMA", type=float, help="noise multiplier, instead of the spec's")
     parser.add_argument("--sampling", metavar="Q", type=float, help="sampling probability, instead of the spec's")
     parser.add_argument("--steps", metavar="N", type=int, help="steps a round, instead of the spec's")

@@ -17,7 +17,7 @@ from fl_shared.audit.report.stated import stated_of
 from fl_shared.audit.source import add_source, home_of, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
-from fl_shared.commands import add_quiet
+from fl_shared.commands import add_quiet, path
 from fl_shared.console import working
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
 from fl_shared.extras import require
@@ -44,13 +44,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--partner", metavar="NAME", action="append", help="who takes part; give it once for each")
     parser.add_argument("--approved-on", metavar="DATE", help="when the budget was approved, e.g. 2027-01-31")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where to write (default: here)")
+    parser.add_argument("--out", metavar="DIR", type=path, default=Path(), help="where to write (default: here)")
     parser.add_argument(
-        "--key", metavar="FILE", type=Path, help="the site's signing key (default: HOME/keys/signing.pem)"
+        "--key", metavar="FILE", type=path, help="the site's signing key (default: HOME/keys/signing.pem)"
     )
     parser.add_argument("--receipts", metavar="FILE|URL", help="the coordinator's receipts, held against the ledger")
-    parser.add_argument("--empirical", metavar="FILE", type=Path, help="result of an empirical audit (JSON)")
-    parser.add_argument("--check", metavar="FILE", type=Path, help="check a statement (.json or .html) instead")
+    parser.add_argument("--empirical", metavar="FILE", type=path, help="result of an empirical audit (JSON)")
+    parser.add_argument("--check", metavar="FILE", type=path, help="check a statement (.json or .html) instead")
     parser.add_argument("--public-key", metavar="HEX|FILE", help="the site's key as you know it")
     add_quiet(parser)
     add_format(parser, with_csv=False)

@@ -24,9 +24,7 @@ def delimited(separator: str, end: str = "\r\n") -> str:
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\r"], ids=["crlf", "lf", "cr"])
-def test_separator_encoding_and_line_ends(
-    ending: str, separator: str, encoding: str, end: str, tmp_path: Path
-) -> None:
+def test_separator_encoding_and_line_ends(ending: str, separator: str, encoding: str, end: str, tmp_path: Path) -> None:
     """The separator is found by the header; marks win over the setting; without one the encoding is named."""
     path = tmp_path / f"t.{ending}"
     path.write_bytes(delimited(separator, end).encode(encoding))
@@ -75,7 +73,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "cp1252 unsaid": ("t.csv", "text,label\nSECRET Grüße,S\n".encode("cp1252"), "is not UTF-8 text"),
     "utf-16 without a mark": ("t.csv", "text,label\nSECRET,S\n".encode("utf-16-le"), "line 1 holds a NUL"),
     "utf-32": ("t.csv", "text,label\nSECRET,S\n".encode("utf-32"), "UTF-32"),
-    "half of utf-16": ("t.csv", "text,label\nSECRET,S\n".encode("utf-16")[:-1], "is not UTF-8 text"),
+    "half of utf-16": ("t.csv", "text,label\nSECRET,S\n".encode("utf-16")[:-1], "is no UTF-16 text"),
     "a NUL": ("t.csv", b"text,label\nSEC\0RET,S\n", "line 2 holds a NUL"),
     "a NUL in JSON": ("t.jsonl", b'{"text": "SEC\0RET", "label": "S"}\n', "line 1 holds a NUL"),
     "a header twice": ("t.csv", b"text;label;label\nSECRET;S;T\n", "two columns have the same name"),
@@ -88,7 +86,19 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "brackets": ("t.jsonl", b"[" * 200_000 + b"\n", "line 1 is not valid JSON"),
     "endless digits": ("t.jsonl", b'{"text": ' + b"7" * 5000 + b', "label": "S"}\n', "line 1 is not valid JSON"),
     "half a character": ("t.jsonl", b'{"text": "SECRET \\ud800", "label": "S"}\n', "row 1, column 'text' holds half"),
-    "the wrong columns": ("t.csv", b"note;class\nSECRET;S\n", "row 1 has no column 'text'"),
+    "the wrong columns": ("t.csv", b"note;class\nSECRET;S\n", "none of them is 'text'"),
+    "no header": ("t.csv", b"SECRET,S\nSECRET,T\n", "names 2 columns, and none of them is 'text'"),
+    "a title": ("t.csv", b"SECRET of ward 3,,\ntext,label\na,S\n", "names 1 columns"),
+    "a value without a name": ("t.csv", b"text;label;\na;S;\nb;1;SECRET\n", "row 2 has 3 fields, the header has 2"),
+    "gzip": ("t.csv", b"\x1f\x8bSECRET", "compressed with gzip"),
+    "a zip": ("t.csv", b"PK\x03\x04SECRET", ".xlsx"),
+    "old Excel": ("t.tsv", b"\xd0\xcf\x11\xe0SECRET", "old Excel"),
+    "Parquet": ("t.csv", b"PAR1SECRET", "is a Parquet file"),
+    "SQLite": ("t.csv", b"SQLite format 3\0SECRET", "SQLite"),
+    "lines in .json": ("t.json", b'{"text": "SECRET", "label": "S"}\n{"text": "b", "label": "T"}\n', "object a line"),
+    "a list in .jsonl": ("t.jsonl", b'[{"text": "SECRET", "label": "S"}]\n', "line 1 is not a JSON object"),
+    "a key twice": ("t.jsonl", b'{"text": "SECRET", "text": "b", "label": "S"}\n', "line 1 has a column twice"),
+    "a key twice in a list": ("t.json", b'[{"text": "SECRET", "label": "S", "label": "T"}]', "has a column twice"),
     "a zip by name": ("t.xlsx", b"PK\x03\x04SECRET", "ending '.xlsx'"),
 }
 
@@ -103,6 +113,42 @@ def test_what_cannot_be_read_is_refused_by_name_and_without_a_value(case: str, t
         read_columns(path, ["text", "label"])
     assert message in caught.value.message
     assert caught.value.fix
+    assert "SECRET" not in caught.value.message + caught.value.fix
+
+
+def test_what_spreadsheets_leave_about_header_and_rows_is_no_fault(tmp_path: Path) -> None:
+    """Blanks about names, a second mark, blank lines, a separator more at the end, DOS's last byte."""
+    path = tmp_path / "t.csv"
+    for content in (
+        " text ;label\t;n\r\na;S;1\r\nb;T;2\r\n", "\ufefftext;label;n\na;S;1\nb;T;2\n",
+        "\n  \ntext;label;n\na;S;1\nb;T;2\n",
+        "text;label;n\na;S;1\n   \nb;T;2\n\x1a", "text;label;n;\na;S;1\nb;T;2\n", "text;label;n\na;S;1;\nb;T;2;;\n",
+    ):  # fmt: skip
+        path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read_columns(path, ["text", "label"]) == {"text": ["a", "b"], "label": ["S", "T"]}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "iso8859-15", "mac_roman", "cp437"])
+def test_text_in_utf8_is_not_read_as_letters_of_another_encoding(encoding: str, tmp_path: Path) -> None:
+    """Umlauts would become two letters each, in labels too; text that reads alike in both is taken."""
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\nHerz,Kreisläufe\n", encoding="utf-8")
+    with pytest.raises(DataError, match="is UTF-8 text") as caught:
+        read_columns(path, ["text"], encoding)
+    assert "take encoding out" in caught.value.fix
+    path.write_text("text,label\nHerz,Kreislauf\n")
+    assert read_columns(path, ["label"], encoding) == {"label": ["Kreislauf"]}
+    path.write_bytes(b"text,label\nHerz,\x84\xe4\n")
+    assert read_columns(path, ["text"], encoding) == {"text": ["Herz"]}
+
+
+def test_a_first_line_is_shown_as_far_as_it_is_like_what_was_asked(tmp_path: Path) -> None:
+    """It may be a record."""
+    path = tmp_path / "t.csv"
+    path.write_text("Text,SECRET\na,S\n")
+    with pytest.raises(DataError) as caught:
+        read_columns(path, ["text"])
+    assert "did you mean 'Text'?" in caught.value.fix
     assert "SECRET" not in caught.value.message + caught.value.fix
 
 

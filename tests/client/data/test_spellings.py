@@ -40,7 +40,10 @@ def load(path: Path, key: Path, ids: list[str]) -> UnitData:
 LOOKALIKES = [
     ("1", "1.0"), ("1", "001"), ("1.0", "001"), ("1", "1,0"), ("1", "+1"), ("1", "1."), ("-7", "-7.0"), ("0", "-0"),
     ("p1", "P1"), ("p 1", "p1"), ("p1", "p\u200b1"), ("p1", "\ufeffp1"), ("\uff11", "1"), ("\u0661", "1"),
-    ("ä", "a\u0308"), ("Straße", "STRASSE"), ("77", "7\u00a07"),
+    ("ä", "a\u0308"), ("Straße", "STRASSE"), ("77", "7\u00a07"), ("1e3", "1000"), ("1.5", "1,50"), ("0.10", "1e-1"),
+    ("1.234", "1234"), ("1,234", "1234.0"), ("1'234'567", "1234567"), ("1.000", "1000"), ("1.000", "1"),
+    ("'001", "1"), ('=""001""', "1"), ("{AB-1}", "ab-1"), ("(7)", "7"), ("P01", "P1"), ("2020-01-02", "2020-1-2"),
+    ("\uff30\uff0d\uff10\uff11", "p-1"), ("9" * 40, "9" * 40 + "\u200d"), ("\u2019001", "1"),
 ]  # fmt: skip
 
 
@@ -59,20 +62,28 @@ def test_two_spellings_of_what_may_be_one_patient_are_refused(
 def test_numbers_of_two_kinds_in_json_are_refused_too(tmp_path: Path, key: Path) -> None:
     """1 and 1.0 in one JSON Lines file, and the text "1" beside the number."""
     path = tmp_path / "t.jsonl"
-    for one, other in (("1", "1.0"), ('"1"', "1.0"), ("1", '"01"')):
+    for one, other in (("1", "1.0"), ('"1"', "1.0"), ("1", '"01"'), ("1e2", "100"), ("0.5", '"0.50"')):
         path.write_text("".join(f'{{"patient": {each}, "note": "x", "label": "S"}}\n' for each in (one, "2", other)))
         with pytest.raises(DataError, match="rows 1 and 3"):
             load_unit_data(config_of(path), key)
 
 
-@pytest.mark.parametrize("ids", [["1", "2", "10"], ["1.0", "2.0", "10.0"], ["001", "002", "010"], ["1a", "1b", "1.5"]])
+@pytest.mark.parametrize("ids", [["1", "2", "10"], ["1.0", "2.0", "10.0"], ["001", "002", "010"], ["1a", "1b", "1.5"],
+    ["1-23", "12-3", "123"], ["12.05", "12.5", "125"], ["9" * 40, "9" * 39 + "8", "9" * 39], ["A1", "1A", "A-1"]])
 def test_ids_that_are_written_in_one_way_are_taken_as_they_are(ids: list[str], tmp_path: Path, key: Path) -> None:
     """Whatever the way is: the same id is the same unit, another one another."""
     data = load(tmp_path / "t.csv", key, [*ids, *ids])
     assert data.unit_of_record.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize("word", ["", " ", "NaN", "nan", "NULL", "<NA>", "#N/A", "NaT", "\u200b", "-nan"])
+MISSING = [
+    "", " ", "NaN", "nan", "NULL", "<NA>", "#N/A", "NaT", "\u200b", "-nan", "-", "--", "?", ".", "'", "unknown",
+    "Missing",
+    "(null)", "[NULL]", "\\N", "#DIV/0!", "#NAME?", "#REF!", "inf", "-Infinity", "not available", "\u2014",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", MISSING)
 def test_a_missing_id_is_refused_in_every_spelling(word: str, tmp_path: Path, key: Path) -> None:
     """Rows of several patients would be one unit under it."""
     with pytest.raises(DataError, match="row 2 has no 'patient'"):

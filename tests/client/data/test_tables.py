@@ -54,7 +54,7 @@ def test_numbers_and_missing_values_become_text(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "no header field": ("t.csv", "text,x\nSECRET,1\n", "no column 'label'"),
+    "no header field": ("t.csv", "text,x\nSECRET,1\n", "none of them is 'label'"),
     "short row": ("t.csv", "text,label\nSECRET\n", "row 1 has 1 fields, the header has 2"),
     "long row": ("t.csv", "text,label\na,b\nSECRET,b,c\n", "row 2 has 3 fields"),
     "twice": ("t.csv", "text,text\nSECRET,b\n", "same name"),

@@ -242,13 +242,54 @@ def test_a_model_that_is_already_quantised_is_refused_by_name(
     method, make = SCHEMES[what]
     settings = {"quant_method": method} if said else None
     bad = altered(float_model("qwen3_moe")[1], tmp_path / "bad", lambda t: _each(t, make), quantization_config=settings)
-    for use in (lambda: quantise_directory(bad, tmp_path / "out"), lambda: load_model(bad, "cpu")):
+    for use in (
+        lambda: quantise_directory(bad, tmp_path / "out"),
+        lambda: load_model(bad, "cpu"),
+        lambda: inspect_directory(bad),
+    ):
         with pytest.raises(ModelError, match="already quantised") as caught:
             use()
         assert "float release" in caught.value.fix
         assert not said or method in caught.value.message
     assert not (tmp_path / "out").exists()
-    assert inspect_directory(bad).bytes_on_disk > 0
+
+
+FORMS: dict[str, tuple[str, dict[str, Tensor]]] = {  # what stands for a matrix `x.weight`, by who writes it
+    "HQQ": ("HQQ", {"W_q": torch.zeros(8, 8, dtype=torch.uint8), "zero": torch.zeros(8), "scale": torch.zeros(8)}),
+    "AQLM": ("AQLM", {"codes": torch.zeros(8, dtype=torch.int16), "codebooks": torch.ones(1), "scales": torch.ones(1)}),
+    "QuIP#": ("QuIP#", {"Qidxs": torch.zeros(8, 8, dtype=torch.int64), "SU": torch.ones(8), "SV": torch.ones(8)}),
+    "VPTQ": ("VPTQ", {"indices": torch.zeros(8, dtype=torch.int32), "centroids.weight": torch.ones(8)}),
+    "EXL2": ("EXL2", {"q_weight": torch.zeros(8, dtype=torch.int32), "q_invperm": torch.zeros(8, dtype=torch.int32)}),
+    "EXL3": ("EXL3", {"trellis": torch.zeros(8, dtype=torch.int16), "suh": torch.ones(8), "svh": torch.ones(8)}),
+    "EETQ": ("EETQ", {"weight": torch.zeros(8, 8, dtype=torch.int8), "weight_scales": torch.ones(8)}),
+    "NVFP4": (
+        "ModelOpt",
+        {"weight": torch.ones(8, 4, dtype=torch.uint8), "weight_scale": torch.ones(8), "weight_scale_2": torch.ones(1)},
+    ),
+    "MLX": ("MLX", {"weight": torch.zeros(8, dtype=torch.uint32), "scales": torch.ones(8), "biases": torch.ones(8)}),
+    "Marlin": ("not known", {"B": torch.zeros(8, 8, dtype=torch.int32), "s": torch.ones(8)}),
+    "floats and scales of their inputs": ("quanto", {"weight": torch.ones(8, 8), "input_scale": torch.ones(1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_matrix_in_any_other_form_is_refused_with_the_name_of_its_scheme(
+    form: str, float_model: Make, tmp_path: Path
+) -> None:
+    """One such matrix among floats suffices, and no setting has to say so."""
+    words, made = FORMS[form]
+    place = "model.layers.1.self_attn.o_proj."
+
+    def change(tensors: Tensors) -> Tensors:
+        kept = tensors if form.startswith("floats") else {n: v for n, v in tensors.items() if place not in n}
+        return kept | {place + name: value for name, value in made.items() if place + name not in kept}
+
+    bad = altered(float_model("olmoe")[1], tmp_path / "bad", change)
+    for use in (lambda: quantise_directory(bad, tmp_path / "out"), lambda: inspect_directory(bad)):
+        with pytest.raises(ModelError, match="already quantised") as caught:
+            use()
+        assert words in caught.value.message
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_that_claims_a_quantisation_of_float_weights_is_not_believed(

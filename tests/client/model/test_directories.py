@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
 
+from fl_client.model.features import pooled_features
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.load import load_model
 from fl_client.model.quantise import quantise_directory
@@ -99,9 +101,7 @@ def test_other_kinds_of_directories_are_refused_by_name(kind: str, float_model: 
     [("num_attention_heads", 0), ("hidden_size", "abc"), ("moe_intermediate_size", -1), ("vocab_size", None),
      ("hidden_size", 1.5), ("dtype", []), ("layer_types", True), ("model_type", []), ("rope_parameters", 3)],
 )  # fmt: skip
-def test_a_config_with_a_wrong_value_is_refused(
-    field: str, value: object, float_model: Make, tmp_path: Path
-) -> None:
+def test_a_config_with_a_wrong_value_is_refused(field: str, value: object, float_model: Make, tmp_path: Path) -> None:
     """However the family's own code fails on it, the three commands that read it name config.json."""
     shutil.copytree(float_model("qwen3_moe")[1], tmp_path / "bad")
     path = tmp_path / "bad/config.json"
@@ -117,6 +117,14 @@ def test_a_config_with_a_wrong_value_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def _fields(**changes: object) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return write
+
+
 CHANGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a bias that config.json denies": (
         lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.ones(200)},
@@ -130,6 +138,22 @@ CHANGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: {n: v for n, v in t.items() if "layers.1.self_attn.q_proj" not in n},
         "lacks model.layers.1.self_attn.q_proj",
     ),
+    "a layer more than config.json says": (
+        lambda t: t | {n.replace("layers.1.", "layers.2."): v.clone() for n, v in t.items() if ".layers.1." in n},
+        "has no model.layers.2",
+    ),
+    "a matrix on its side": (
+        lambda t: {n: v.T.contiguous() if "k_proj" in n else v for n, v in t.items()},
+        r"k_proj.weight has shape \(200, 100\), config.json says \(100, 200\)",
+    ),
+    "an expert more": (
+        lambda t: t | {n.replace("s.3.", "s.4."): v.clone() for n, v in t.items() if ".experts.3." in n},
+        "has 5 experts, config.json says 4",
+    ),
+    "halves of two sizes": (
+        lambda t: {n: v[:-1].clone() if "experts.2.w1" in n else v for n, v in t.items()},
+        r"experts.2.w1.weight has shape \(135, 200\)",
+    ),
     "an expert beyond all bounds": (
         lambda t: {**t, "model.layers.0.mlp.experts.99999999999999.gate_proj.weight": torch.ones(1)},
         "has no model.layers.0",
@@ -141,13 +165,182 @@ CHANGES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 def test_weights_of_another_model_are_refused_when_quantised_and_when_loaded(
     what: str, float_model: Make, tmp_path: Path
 ) -> None:
-    """Nothing is dropped, and nothing is filled with random numbers as transformers would."""
+    """Nothing is dropped, and nothing is filled with random numbers as transformers would; the headers tell."""
     change, words = CHANGES[what]
     bad = altered(float_model("mixtral")[1], tmp_path / "bad", change)
-    for use in (lambda: quantise_directory(bad, tmp_path / "out"), lambda: load_model(bad, "cpu")):
+    for use in (
+        lambda: quantise_directory(bad, tmp_path / "out"),
+        lambda: load_model(bad, "cpu"),
+        lambda: inspect_directory(bad),
+    ):
         with pytest.raises(ModelError, match=words):
             use()
     assert not (tmp_path / "out").exists()
+
+
+QUANTISED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "bytes without a sign": (
+        lambda t: {n: v.view(torch.uint8) if "o_proj.qweight" in n else v for n, v in t.items()},
+        "o_proj.qweight is U8",
+    ),
+    "a scale too few": (
+        lambda t: {n: v[:-1].clone() if "o_proj.scale" in n else v for n, v in t.items()},
+        r"o_proj.scale is F32 \(199, 2\)",
+    ),
+    "floats for whole numbers": (
+        lambda t: {n: v.float() if "gate_up_proj_qweight" in n else v for n, v in t.items()},
+        "gate_up_proj_qweight is F32",
+    ),
+    "one that is left over": (lambda t: t | {"model.norm.bias": torch.ones(200)}, "differ at model.norm.bias"),
+    "one that is gone": (lambda t: {n: v for n, v in t.items() if n != "model.norm.weight"}, "differ at model.norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", QUANTISED)
+def test_a_quantised_directory_with_other_tensors_is_refused_by_its_headers(
+    what: str, float_model: Make, tmp_path: Path
+) -> None:
+    """Bytes read with the wrong sign would be another model without a word."""
+    change, words = QUANTISED[what]
+    quantise_directory(float_model("mixtral")[1], tmp_path / "good")
+    bad = altered(tmp_path / "good", tmp_path / "bad", change)
+    for use in (lambda: load_model(bad, "cpu"), lambda: inspect_directory(bad)):
+        with pytest.raises(ModelError, match=words) as caught:
+            use()
+        assert caught.value.fix
+
+
+def _beside(name: str, content: str | bytes) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
+def _tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        table = json.loads(path.read_text())
+        change(table)
+        path.write_text(json.dumps(table))
+
+    return write
+
+
+def _words(table: dict[str, Any]) -> None:
+    vocabulary = {"[UNK]": 0, "water": 1, "fire": 2}
+    table["pre_tokenizer"] = {"type": "Whitespace"}
+    table["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    table["added_tokens"] = []
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "an id past the embeddings": (
+        _tokenizer(lambda t: t["model"]["vocab"].update({next(reversed(t["model"]["vocab"])): 99_999})),
+        "knows ids up to 99999, the model 320",
+    ),
+    "a vocabulary of nothing": (_tokenizer(lambda t: t["model"].update(vocab={}, merges=[])), "as unknown"),
+    "words of another world": (_tokenizer(_words), "as unknown"),
+    "a normaliser that drops all": (
+        _tokenizer(lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": ".+"}, "content": ""})),
+        "as unknown",
+    ),
+    "a pointer for weights": (_beside("model.safetensors", _POINTER), "model.safetensors is a Git LFS pointer"),
+    "a pointer for a tokenizer": (_beside("tokenizer.json", _POINTER), "tokenizer.json is a Git LFS pointer"),
+    "a pointer for a config": (_beside("config.json", _POINTER), "config.json is a Git LFS pointer"),
+    "a config with a mark": (_beside("config.json", b"\xef\xbb\xbf{}"), "config.json is no JSON file: .*BOM"),
+    "half a tokenizer_config": (_beside("tokenizer_config.json", '{"a'), "tokenizer_config.json is no JSON file"),
+    "a list of special tokens": (_beside("special_tokens_map.json", "[]"), "special_tokens_map.json is no JSON file"),
+    "added tokens that are none": (_beside("added_tokens.json", b"\xff"), "added_tokens.json is no JSON file"),
+    "statistics that are none": (_beside("features.safetensors", "{}"), "features.safetensors is no safetensors"),
+    "statistics of another width": (
+        lambda d: save_file({"mean": torch.zeros(3), "std": torch.ones(3)}, d / "features.safetensors"),
+        "finite mean and std of 200",
+    ),
+    "statistics of NaN": (
+        lambda d: save_file({"mean": torch.zeros(200) / 0, "std": torch.ones(200)}, d / "features.safetensors"),
+        "finite mean and std of 200",
+    ),
+    "too many experts for a token": (_fields(num_experts_per_tok=5), "5 of 4 experts for a token"),
+    "no expert for a token": (_fields(num_experts_per_tok=0), "0 of 4 experts for a token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_that_the_model_cannot_be_used_with_is_named_by_every_command(
+    what: str, float_model: Make, tmp_path: Path
+) -> None:
+    """A model that quantises well and is then unusable is refused at once, by the file's name."""
+    write, words = FILES[what]
+    shutil.copytree(float_model("mixtral")[1], tmp_path / "bad")
+    write(tmp_path / "bad")
+    for use in (
+        lambda: quantise_directory(tmp_path / "bad", tmp_path / "out"),
+        lambda: load_model(tmp_path / "bad", "cpu"),
+        lambda: inspect_directory(tmp_path / "bad"),
+    ):
+        with pytest.raises(ModelError, match=words) as caught:
+            use()
+        assert caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_is_no_text_is_told_as_such(float_model: Make, tmp_path: Path) -> None:
+    """The libraries below would call a sound file broken."""
+    bad = tmp_path / "m\udcff"
+    shutil.copytree(float_model("mixtral")[1], bad)
+    with pytest.raises(ModelError, match="the path is no UTF-8 text") as caught:
+        inspect_directory(bad)
+    assert "LC_ALL" in caught.value.fix
+
+
+@pytest.mark.parametrize("layout", ["no index", "an index without metadata", "a variant's name"])
+def test_float_weights_that_can_be_quantised_can_be_loaded(layout: str, float_model: Make, tmp_path: Path) -> None:
+    """One reader for both: what transformers asks of names and index, the weights do not need."""
+    model, good = float_model("granitemoe")
+    shutil.copytree(good, tmp_path / "it")
+    weights = tmp_path / "it/model.safetensors"
+    if layout == "a variant's name":
+        weights.rename(tmp_path / "it/model.fp16.safetensors")
+    else:
+        tensors = load_file(weights)
+        weights.unlink()
+        halves = (list(tensors)[::2], list(tensors)[1::2])
+        for number, names in enumerate(halves):
+            save_file({name: tensors[name] for name in names}, tmp_path / f"it/part-{number}.safetensors")
+        if layout == "an index without metadata":
+            where = {name: f"part-{number}.safetensors" for number, names in enumerate(halves) for name in names}
+            (tmp_path / "it/model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    quantise_directory(tmp_path / "it", tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "it", "cpu").module(IDS).logits, model(IDS).logits)
+
+
+def test_a_tokenizer_without_a_token_for_padding_suffices(float_model: Make, tmp_path: Path) -> None:
+    """Features of texts of several lengths, one of them empty, are those that each has alone."""
+    shutil.copytree(float_model("mixtral")[1], tmp_path / "it")
+    path = tmp_path / "it/tokenizer_config.json"
+    path.write_text(json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n != "pad_token"}))
+    model = load_model(tmp_path / "it", "cpu")
+    assert model.tokenizer.pad_token_id is None
+    texts = ["cholera", "", "a room where patients are seen"]
+    alone = torch.cat([pooled_features(model, [text]) for text in texts])
+    assert torch.allclose(pooled_features(model, texts), alone, atol=1e-5)
+
+
+def test_every_file_that_changes_what_a_text_becomes_is_in_the_digest(float_model: Make, tmp_path: Path) -> None:
+    """Two sites with one digest read a text alike."""
+    good = float_model("mixtral")[1]
+    digests = {inspect_directory(good).digest}
+    for name, content in (
+        ("added_tokens.json", '{"<more>": 319}'),
+        ("special_tokens_map.json", '{"pad_token": "<s>"}'),
+    ):
+        shutil.copytree(good, tmp_path / name)
+        (tmp_path / name / name).write_text(content)
+        digests.add(inspect_directory(tmp_path / name).digest)
+    assert len(digests) == 3
 
 
 def test_what_releases_hold_beside_the_model_is_left_out(float_model: Make, tmp_path: Path) -> None:
