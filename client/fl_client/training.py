@@ -146,6 +146,8 @@ def train_round(
     progress: Callable[..., None] | None = None,
     engine: EngineName = "book",
     expected_batch: float | None = None,
+    most_units: int | None = None,
+    records_per_unit: int | None = None,
     max_units: int = MAX_UNITS,
     private: bool = True,
     shard: Shard | None = None,
@@ -163,6 +165,8 @@ def train_round(
         engine: `book`, or `hooks` for Opacus' own per-sample gradients.
         expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out, which
             then counts as public. With no unit at all it is needed, and the update is noise alone.
+        most_units, records_per_unit: public bounds on units, and on records of each; the data's own figures when left
+            out, which then count as public: the grid of the noise follows from both, and can be read off an update.
         max_units: units in a micro-batch; halved when memory runs out.
         private: False trains without clipping and noise. Only for data that the site's policy declares public.
         shard: this process's share, when several processes of the site train together (private training only).
@@ -172,8 +176,9 @@ def train_round(
         charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
-    per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
-    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=per_unit)
+    if records_per_unit is None:
+        records_per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
+    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=records_per_unit)
     adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
@@ -186,6 +191,7 @@ def train_round(
             head_learning_rate=spec.training.head_learning_rate,
             momentum=spec.training.momentum,
             expected_batch=expected_batch,
+            most_units=most_units,
             engine=engine,
             frozen=frozen,
             max_units=max_units,

@@ -20,6 +20,8 @@ from fl_shared.errors import DataError
 
 log = logging.getLogger("fl_client.data")
 
+_MARGIN = 4  # how many times as many units as `[data] expected_units` there may be
+
 
 def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
     """Return the private data that `[data]` describes.
@@ -43,14 +45,26 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
     texts = [texts[i] for i in kept]
     labels = [labels[i] for i in kept]
     log.info("data set %s loaded, kept per %s", config.name, config.privacy_unit)
+    units = int(unit_of_record.max()) + 1
+    if units > most_units(config, units):
+        raise DataError(
+            f"{config.path}: there are more than {_MARGIN} times as many units as [data] expected_units = "
+            f"{config.expected_units}",
+            fix="set expected_units to a public round figure that is nearer: the noise's rounding is paid for so many",
+        )
     return UnitData(
         texts=tuple(texts),
         labels=tuple(labels),
         unit_of_record=unit_of_record,
-        units=int(unit_of_record.max()) + 1,
+        units=units,
         fingerprint=fingerprint(usable, fingerprint_key),
         left_out=left_out,
     )
+
+
+def most_units(config: DataConfig, units: int) -> int:
+    """A public bound on the number of units, however many there are: nothing exact may follow from these."""
+    return units if config.expected_units is None else _MARGIN * config.expected_units
 
 
 def _texts(columns: list[list[str]], names: tuple[str, ...]) -> list[str]:

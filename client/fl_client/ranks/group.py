@@ -102,6 +102,8 @@ class RankGroup:
         round: int,
         progress: Callable[..., None],
         expected_batch: float | None,
+        most_units: int | None = None,
+        records_per_unit: int | None = None,
         private: bool,
     ) -> TrainingResult:
         """One round on all ranks; as `fl_client.training.train_round`. On any failure all ranks end, at once."""
@@ -117,6 +119,8 @@ class RankGroup:
             "mechanism": mechanism.to_dict(),
             "round": round,
             "expected_batch": expected_batch,
+            "most_units": most_units,
+            "records_per_unit": records_per_unit,
             "private": private,
         }
         adapter = pack(dict(offset))

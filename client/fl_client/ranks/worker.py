@@ -88,6 +88,8 @@ def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes,
         round=job["round"],
         progress=progress,
         expected_batch=job["expected_batch"],
+        most_units=job["most_units"],
+        records_per_unit=job["records_per_unit"],
         private=job["private"],
         shard=shard if job["private"] else None,
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_client.config import DataConfig
-from fl_client.data.load import load_unit_data, restrict_labels
+from fl_client.data.load import load_unit_data, most_units, restrict_labels
 from fl_shared.errors import DataError
 
 TABLE = """patient,age,note,label
@@ -95,6 +95,16 @@ def test_the_fingerprint_changes_with_the_data_and_with_the_key(table: Path, key
     key.write_text("no hex")
     with pytest.raises(DataError, match=r"fingerprint\.key"):
         load_unit_data(config_of(table), key)
+
+
+def test_a_round_figure_for_the_units_may_not_be_far_below_them(tmp_path: Path, key: Path) -> None:
+    """The rounding of so many is paid for: a figure that more than four times as many outnumber is refused."""
+    path = tmp_path / "many.csv"
+    path.write_text("patient,note,label\n" + "".join(f"p{number}x,cough,X\n" for number in range(9)))
+    assert load_unit_data(config_of(path, expected_units=3), key).units == 9
+    assert most_units(config_of(path, expected_units=3), 9) == most_units(config_of(path, expected_units=3), 8) == 12
+    with pytest.raises(DataError, match="more than 4 times as many units as"):
+        load_unit_data(config_of(path, expected_units=2), key)
 
 
 @given(
