@@ -57,7 +57,10 @@ class GradientBook:
         self._record_segments: Segments | None = None
 
     def add_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-        """A LoRA factor's gradient `sum_t a_t (x) b_t`; rows `[M, p]` and `[M, q]` of the packed micro-batch."""
+        """A LoRA factor's gradient `sum_t a_t (x) b_t`; rows `[M, p]` and `[M, q]` of the packed micro-batch.
+
+        Rows may be wider than the parameter, if what is beyond it is filler.
+        """
         height = self.batch.ids.shape[0]
         if a.shape[0] != height:
             raise EngineError(
@@ -72,7 +75,8 @@ class GradientBook:
             here, shape = slice(row, row + tokens * count), (count, tokens, -1)
             torch.bmm(left[here].view(shape).mT, right[here].view(shape), out=product[record : record + count])
             record, row = record + count, here.stop
-        product = product.float()
+        narrow, wide = parameter.shape[::-1] if turned else parameter.shape
+        product = product[:, :narrow, :wide].float().contiguous()
         if not self._single:
             whole = product.new_zeros(self.units, *product.shape[1:])
             product = add_rows(whole, self.batch.unit_of_record, product)

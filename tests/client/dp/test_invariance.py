@@ -53,6 +53,24 @@ def test_nor_on_float_bases_and_cores(architecture: str, how: dict[str, bool]) -
     assert is_bitwise(adapted, records)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "rank", "core"), [("mixtral", 5, False), ("deepseek_v3", 9, False), ("qwen3_moe", 7, True)]
+)
+def test_nor_at_ranks_whose_products_libraries_treat_otherwise(
+    architecture: str, rank: int, core: bool, dtype: torch.dtype
+) -> None:
+    """A unit of one token moves all others by one place; narrow products of 5, 7 or 9 columns would notice."""
+    adapted = adapted_small(architecture, quantised=True, rank=rank, core=core)
+    cast_base(adapted.classifier.backbone, dtype)
+    ATTACKS["large"](adapted, np.random.default_rng(3))
+    records = company(np.random.default_rng(5), units=40, vocabulary=96, classes=5, low=3, high=9, longer=1)
+    check_invariance(adapted, vocabulary=96, seed=1)  # and such a rank is not refused
+    assert adapted.heights == HEIGHTS
+    assert is_bitwise(adapted, records)
+    assert core or change_of_sum(adapted, records, 0.5, slack(units=41, rows=2 * FULL)) <= 1
+
+
 def test_units_of_several_records_in_many_micro_batches() -> None:
     """Units that own records of many lengths, cut into micro-batches by rows, contribute the same bits."""
     adapted = attacked("deepseek_v3", "large", torch.float32)
@@ -121,6 +139,68 @@ def test_a_machine_whose_products_follow_the_number_of_rows_is_refused(monkeypat
     monkeypatch.setattr(invariance, "grouped_rows", fickle)
     with pytest.raises(EngineError, match="depends on its neighbours on this machine"):
         check_layers(adapted_small("mixtral", quantised=True), vocabulary=96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_products_that_follow_a_rows_place_are_found_though_half_precision_hides_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """One product whose last row is a float32 rounding off: at one height, at the full one, in a block of rows."""
+    adapted = adapted_small("mixtral", quantised=True)
+    cast_base(adapted.classifier.backbone, dtype)
+    right: Callable[..., Tensor] = torch.mm
+    odd: set[int] = set()
+
+    def fickle(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+        found = right(x, weight, out=out)
+        if x.shape[0] in odd:
+            found[-1] *= 1 + 2**-22
+        return found
+
+    monkeypatch.setattr(invariance.torch, "mm", fickle)
+    odd |= {768, 1024}
+    check_invariance(adapted, vocabulary=96, seed=1)
+    assert adapted.heights == tuple(each for each in HEIGHTS if each not in odd)
+    for rows in (FULL, 96):
+        odd.clear()
+        odd.add(rows)
+        with pytest.raises(EngineError, match=f"depends on its place among {rows} rows"):
+            check_invariance(adapted, vocabulary=96, seed=1)
+
+
+def test_an_experts_product_that_follows_where_its_rows_begin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of another expert before it change the alignment of an expert's own."""
+    right: Callable[[Tensor, Tensor, Tensor], Tensor] = invariance.grouped_rows
+
+    def fickle(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        found = right(x, weight, ends)
+        begins = int(ends[0]) % len(x)
+        return found if begins % 16 == 0 else found * (1 + 2**-22)
+
+    monkeypatch.setattr(invariance, "grouped_rows", fickle)
+    with pytest.raises(EngineError, match="depends on its neighbours on this machine"):
+        check_invariance(adapted_small("mixtral", quantised=True), vocabulary=96, seed=1)
+
+
+def test_what_is_tried_is_what_the_models_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is tried in the widths, scale and window of the model, and for lengths up to the run's."""
+    tried = set()
+    right = invariance.causal
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        tried.add((query.shape[1:], key.shape[1], value.shape[-1], window))
+        return right(query, key, value, scaling, window)
+
+    monkeypatch.setattr(invariance, "causal", noted)
+    adapted = adapted_small("deepseek_v3", quantised=True)
+    check_invariance(adapted, vocabulary=96, seed=1, rows=800)
+    assert {(4, tokens, 16) for tokens in (1, 193, 512, 769)} <= {shape for shape, *_ in tried}
+    assert {each[1:] for each in tried} == {(4, 12, None)}
+    tried.clear()
+    adapted = adapted_small("mixtral", quantised=True)
+    adapted.classifier.backbone.config.sliding_window = 4  # type: ignore[union-attr]  # it is one
+    check_invariance(adapted, vocabulary=96, seed=1)
+    assert {each[1:] for each in tried} == {(2, 34, 4)}
 
 
 def test_a_height_that_computes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
