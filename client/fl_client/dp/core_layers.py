@@ -64,7 +64,7 @@ class _ExpertCores(torch.autograd.Function):
         if ctx.book is None:
             return gh, grouped_outer(g, h, routing.ends).to(cores.dtype), None, None
         unit, segments = routing.segments(ctx.book.unit_of_token, ctx.book.units)
-        ctx.book.add_expert_factor(cores, g, h, unit, segments, routing.ends)
+        ctx.book.add_expert_factor(cores, g, h, unit, segments, routing.spans)
         return gh, None, None, None
 
 

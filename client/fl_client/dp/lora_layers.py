@@ -114,8 +114,8 @@ class _ExpertsWithFactors(torch.autograd.Function):
         if ctx.book is not None:
             unit, segments = routing.segments(ctx.book.unit_of_token, ctx.book.units)
             if a.requires_grad:
-                ctx.book.add_expert_factor(a, low, x, unit, segments, routing.ends)
-            ctx.book.add_expert_factor(b, g, scaled, unit, segments, routing.ends)
+                ctx.book.add_expert_factor(a, low, x, unit, segments, routing.spans)
+            ctx.book.add_expert_factor(b, g, scaled, unit, segments, routing.spans)
         else:
             if a.requires_grad:
                 grad_a = grouped_outer(low, x, routing.ends).to(a.dtype)

@@ -107,8 +107,8 @@ def test_cancelling_rows_add_no_more_than_is_paid_for(ratio: float, dtype: torch
     ones = torch.ones(units * tokens, dtype=torch.int64)
     whole = Packed(ones, ones, units * tokens, ((tokens, units),), ones[:units], torch.arange(units), units)
     book = GradientBook(whole)
-    ends = torch.tensor([units * tokens], dtype=torch.int32)
-    book.add_expert_factor(parameter, a, b, unit_of_row, find_segments(unit_of_row, units), ends)
+    spans = torch.tensor([[0, units * tokens]])
+    book.add_expert_factor(parameter, a, b, unit_of_row, find_segments(unit_of_row, units), spans)
     weights = clip / book.norms().clamp(min=clip)
     [(_, whole)] = book.weighted_sums(weights)
     for unit in range(12):
