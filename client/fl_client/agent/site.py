@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import functools
 import logging
@@ -82,6 +83,8 @@ def load_base(config: SiteConfig) -> LoadedModel:
 
     torch.set_num_threads(config.model.threads)
     model = load_model(config.model.directory, device=config.model.device)
+    if config.model.engine == "hooks":
+        model = dataclasses.replace(model, engine="hooks")
     adopt_libraries()
     return model
 

@@ -133,7 +133,7 @@ class AdaptedModel:
         plain_experts: path to routed experts without LoRA.
         heights: numbers of rows that a packed micro-batch may have.
         base_norms: set by `magnitude.check_magnitude`.
-        probe_error: set by `checks.check_layers` once the layers have passed.
+        probe_error, probed: set by `checks.check_layers` once the layers have passed, and for which engine.
     """
 
     classifier: Classifier
@@ -146,6 +146,7 @@ class AdaptedModel:
     plain_experts: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     heights: tuple[int, ...] = HEIGHTS
     probe_error: float | None = None
+    probed: str = ""
     base_norms: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property

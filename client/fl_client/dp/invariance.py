@@ -31,7 +31,7 @@ from fl_client.dp.packing import EVEN, TILE, heights_for, pack, tokens_of
 from fl_client.model.quant_matmul import ROW_BLOCK, grouped_rows
 from fl_shared.errors import EngineError
 
-_FIX = "use another machine or another version of torch"
+_FIX = 'use another machine or version of torch, or [model] engine = "hooks", at ten times the time'
 _WITNESSES = (1, 2, 3, 5, 8, 9, 13)  # tokens of the units that are looked at; all fit into the least height
 _NEIGHBOURS = 64
 _ELEMENTS = 1 << 16  # results compared for each number of rows in half precision on CUDA

@@ -77,7 +77,8 @@ class RankGroup:
                 self._keeper = self._launch(self._directory)
                 self._channels = self._admit(listener, time.monotonic() + START_S)
             hello = {
-                "model": str(self._config.directory), "device": self._config.device, "threads": self._config.threads
+                "model": str(self._config.directory), "device": self._config.device, "threads": self._config.threads,
+                "engine": self._config.engine,
             }  # fmt: skip
             for channel in self._channels:
                 send(channel, hello)

@@ -7,6 +7,7 @@ agent by type and public message; then the rank waits for the end, which the age
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -116,7 +117,7 @@ def serve(directory: Path, channel: socket.socket) -> None:
     hello, _ = receive(channel)
     torch.set_num_threads(hello["threads"])
     shard = join(directory, hello["device"])
-    model = load_model(hello["model"], device=str(shard.device))
+    model = dataclasses.replace(load_model(hello["model"], device=str(shard.device)), engine=hello["engine"])
     adopt_libraries()
     log.info("device: %s", try_device(model))
     send(channel, {"ready": True, "digest": model.digest})
