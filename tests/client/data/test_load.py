@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,26 @@ def test_the_same_data_have_the_same_fingerprint_in_another_order(table: Path, k
     assert load_unit_data(config_of(table, **both, unit_column=None, privacy_unit="record"), key).fingerprint == first
     table.write_text("\n".join(lines[:-1]) + "\n")
     assert load_unit_data(config_of(table, **both), key).fingerprint != first
+
+
+def test_the_same_data_have_the_same_fingerprint_in_another_export(tmp_path: Path, key: Path) -> None:
+    """Other column names, encoding, line ends, Unicode forms, case and numbers' writing; rows twice."""
+    long = "Große Übelkeit nach dem Essen,\nseit Tagen Fieber, Müdigkeit und Husten; kein Schmerz"
+    rows = [("p1", long, "1"), ("p2", "Husten", "True")]
+
+    def of(name: str, columns: tuple[str, str, str], rows: list[tuple[str, str, str]], encoding: str) -> str:
+        path = tmp_path / name
+        with path.open("w", newline="", encoding=encoding) as sink:
+            writer = csv.writer(sink, lineterminator="\n" if encoding == "utf-8" else "\r\n")
+            writer.writerows([columns, *rows])
+        patient, note, label = columns
+        named = {"unit_column": patient, "text_columns": (note,), "label_column": label}
+        return load_unit_data(config_of(path, **named), key).fingerprint
+
+    first = of("a.csv", ("patient", "note", "label"), rows, "utf-8")
+    other = [
+        ("7", unicodedata.normalize("NFD", long.replace("\n", "\r\n")), "1.0"), ("8", "HUSTEN ", "TRUE"),
+        ("8", "HUSTEN ", "TRUE"),
+    ]  # fmt: skip
+    assert of("b.csv", ("pid", "text", "code"), other, "utf-8-sig") == first
+    assert of("c.csv", ("pid", "text", "code"), [*rows[:1], ("p2", "Husten!", "True")], "utf-8") != first
