@@ -103,13 +103,13 @@ def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes,
 def prepare(model: LoadedModel, job: dict[str, Any], adapter: bytes) -> dict[str, Any]:
     """Do a round's public half; what it raises is told, and the rank goes on."""
     try:
-        prepare_round(
+        prepared = prepare_round(
             model, RunSpec.from_dict(job["spec"]), unpack(adapter), private=job["private"],
             max_adapter_norm=job["max_adapter_norm"], records_per_unit=job["records_per_unit"],
         )  # fmt: skip
     except ConcordatError as error:
         return {"error": type(error).__name__, "message": error.message, "fix": error.fix}
-    return {"done": True}
+    return {"done": True, "witness": prepared.adapted.witness}
 
 
 def serve(directory: Path, channel: socket.socket) -> None:

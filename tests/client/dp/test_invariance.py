@@ -15,6 +15,7 @@ from fl_client.dp.checks import check_layers
 from fl_client.dp.invariance import check_invariance
 from fl_client.dp.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
 from fl_client.dp.rounding import slack
+from fl_client.dp.routing import Routing
 from fl_shared.errors import EngineError
 from helpers.clipped import clipped_sum
 from helpers.hostile_adapters import (
@@ -110,6 +111,26 @@ def test_an_expert_beyond_half_precision_spoils_only_the_units_that_it_sees(arch
         norms = [float(each[0]) for each in contributions(adapted, records)]
         spoilt += sum(not np.isfinite(norm) for norm in norms)
     assert 0 < spoilt < 4 * 7
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_experts_come_in_few_numbers(seed: int) -> None:
+    """Whole tiles of each expert, whole vectors of all, and filler last; some kernels here would not mind."""
+    rng = np.random.default_rng(seed)
+    tokens, experts, top_k = int(rng.integers(1, 300)), int(rng.integers(2, 9)), int(rng.integers(1, 3))
+    index = torch.from_numpy(rng.permuted(np.tile(np.arange(experts), (tokens + 3, 1)), axis=1)[:, :top_k].copy())
+    made = Routing(index, experts, rows=tokens)
+    assert not bool((torch.diff(made.ends, prepend=made.ends.new_zeros(1)) % 8).any())
+    assert int(made.ends[-1]) % 32 == 0
+    assert int(made.spans[-1, 1]) < int(made.ends[-1])
+    assert torch.equal(made.spans[:, 1] - made.spans[:, 0], torch.bincount(index[:tokens].flatten(), minlength=experts))
+    hidden = torch.randn(tokens + 3, 4)
+    rows = made.select(hidden)
+    filler = torch.ones(len(rows), dtype=torch.bool)
+    for start, stop in made.spans.tolist():
+        filler[start:stop] = False
+    assert not bool(rows[filler].any())
+    assert torch.equal(rows[~filler], hidden.index_select(0, made.tokens[~filler]))
 
 
 def test_experts_without_lora_keep_to_it() -> None:
