@@ -28,6 +28,7 @@ SHIPPED_MODEL = "tiny"
 RECORD = "record"
 PRIVACY_UNITS = (RECORD, "patient", "customer")
 DEVICES = ("auto", "cpu", "cuda")
+ENGINES = ("book", "hooks")
 _DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -61,13 +62,15 @@ class DataConfig:
 class ModelConfig:
     """[model]: the quantised base model's directory, the device, and how many processes train together on it.
 
-    With more than one process, each holds the model (one per GPU) and has `threads` threads.
+    With more than one process, each holds the model (one per GPU) and has `threads` threads. `engine` "hooks" takes one
+    privacy unit at a time, for bases and machines that the start-up check refuses; it costs ten times the time.
     """
 
     directory: Path
     device: str
     threads: int
     processes: int = 1
+    engine: str = ENGINES[0]
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,7 @@ def _model(fields: Fields) -> ModelConfig:
         device=fields.choice("device", DEVICES, default="auto"),
         threads=fields.integer("threads", low=1, high=1024, default=1),
         processes=fields.integer("processes", low=1, high=64, default=1),
+        engine=fields.choice("engine", ENGINES, default=ENGINES[0]),
     )
     fields.done()
     return made

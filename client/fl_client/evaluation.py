@@ -151,7 +151,8 @@ def evaluate_privately(
     # What does not fit is said before anything is charged.
     most = config.policy.max_adapter_norm
     adapted = prepare_round(site.model, spec, offset, private=False, max_adapter_norm=most).adapted
-    check_layers(adapted, vocabulary=site.model.tokenizer.vocab_size, rows=spec.task.max_tokens)
+    vocabulary, engine = site.model.tokenizer.vocab_size, site.model.engine
+    check_layers(adapted, vocabulary=vocabulary, rows=spec.task.max_tokens, engine=engine)
     holdout = site.holdout
     if not force:
         # The number of units is public or replaced by a public one (docs/decisions/0023); who is held out is not.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.batches import MAX_UNITS, Records, label_rows, token_ids, tokenise
+from fl_client.dp.batches import MAX_UNITS, Records, label_rows, pad_ids, token_ids, tokenise
 from fl_client.dp.checks import StepCheck, check_layers
 from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, precision_of
 from fl_client.dp.export import write_peft
@@ -119,7 +119,7 @@ def prepare_round(
     check_magnitude(adapted, max_adapter_norm)
     if private:
         rows = spec.task.max_tokens * records_per_unit
-        check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=rows)
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=rows, engine=model.engine)
         asked = spec.training
         DPEngine(
             adapted,
@@ -129,6 +129,7 @@ def prepare_round(
             head_learning_rate=asked.head_learning_rate,
             momentum=asked.momentum,
             expected_batch=1.0,
+            engine=model.engine,
             frozen=frozen,
         ).close()
     return Prepared(adapted, start, frozen)
@@ -144,8 +145,10 @@ def train_round(
     *,
     round: int,
     progress: Callable[..., None] | None = None,
-    engine: EngineName = "book",
+    engine: EngineName | None = None,
     expected_batch: float | None = None,
+    most_units: int | None = None,
+    records_per_unit: int | None = None,
     max_units: int = MAX_UNITS,
     private: bool = True,
     shard: Shard | None = None,
@@ -160,9 +163,11 @@ def train_round(
         offset: the global adapter as it came over the wire; empty in round 1.
         round: number of the round, for messages.
         progress: called as `progress(step=i, steps=n)` after every step; may raise to stop.
-        engine: `book`, or `hooks` for Opacus' own per-sample gradients.
+        engine: `book`, or `hooks` for Opacus' own per-sample gradients; the model's when left out.
         expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out, which
             then counts as public. With no unit at all it is needed, and the update is noise alone.
+        most_units, records_per_unit: public bounds on units, and on records of each; the data's own figures when left
+            out, which then count as public: the grid of the noise follows from both, and can be read off an update.
         max_units: units in a micro-batch; halved when memory runs out.
         private: False trains without clipping and noise. Only for data that the site's policy declares public.
         shard: this process's share, when several processes of the site train together (private training only).
@@ -172,8 +177,9 @@ def train_round(
         charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
-    per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
-    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=per_unit)
+    if records_per_unit is None:
+        records_per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
+    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=records_per_unit)
     adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
     records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
@@ -186,7 +192,8 @@ def train_round(
             head_learning_rate=spec.training.head_learning_rate,
             momentum=spec.training.momentum,
             expected_batch=expected_batch,
-            engine=engine,
+            most_units=most_units,
+            engine=engine or model.engine,
             frozen=frozen,
             max_units=max_units,
             shard=shard,
@@ -242,13 +249,17 @@ def predict(
     """
     adapted = _adapted(model, spec)
     _load(adapted, spec, offset)
-    check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens)
+    check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens, engine=model.engine)
     ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
     nothing = np.zeros(len(ids), dtype=np.int64)
     records = Records(ids, nothing, tuple(np.arange(len(ids))[:, None]), truncated)
     found = np.zeros((len(ids), len(spec.task.labels)), dtype=np.float32)
     adapted.classifier.eval()
     with torch.no_grad(), independent_rows(model.device, precision_of(adapted)):
+        if model.engine == "hooks":  # one by one, as it trains
+            for row, each in enumerate(ids):
+                found[row] = adapted.classifier(*pad_ids([each], model.device)).cpu().numpy()
+            return found
         for rows in cut(records, range(len(ids)), max_units=_EVALUATION_BATCH, heights=adapted.heights):
             batch = pack(records, rows, model.device, heights=adapted.heights)
             owners = [rows[at] for at in batch.unit_of_record.tolist()]

@@ -83,6 +83,7 @@ WRONG = [
     ("model", "directory = 1", "directory is 1"),
     ("model", 'device = "gpu"', "device is 'gpu'"),
     ("model", "threads = 0", "threads is 0"),
+    ("model", 'engine = "ghost"', "engine is 'ghost'"),
     ("policy", "min_noise_multiplier = 0", "min_noise_multiplier is 0"),
     ("policy", "min_noise_multiplier = nan", "min_noise_multiplier is nan"),
     ("policy", "max_clipping_norm = -1", "max_clipping_norm is -1"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
@@ -24,6 +25,7 @@ from fl_client import check
 from fl_client.config import ModelConfig
 from fl_client.data.units import UnitData
 from fl_client.model.load import TINY, load_model
+from fl_client.ranks import group as ranks_group
 from fl_client.ranks.group import RankGroup
 from fl_client.status import agent_state
 from fl_client.training import train_round
@@ -83,6 +85,31 @@ def test_a_round_on_two_ranks_is_one_process_round(group: RankGroup) -> None:
     apart = np.sqrt(sum(float(((made.update[n] - alone.update[n]) ** 2).sum()) for n in alone.update))
     size = np.sqrt(sum(float((value**2).sum()) for value in alone.update.values()))
     assert apart < 0.02 * size
+
+
+def test_all_ranks_are_tried_before_a_round_and_compute_to_the_same_bits(
+    group: RankGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which rank a unit falls to follows from the others in the sample: ranks that compute otherwise are refused."""
+    made_for = spec("sha256:" + "0" * 64)
+    heard: list[dict[str, Any]] = []
+    right = ranks_group.receive
+
+    def noted(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
+        head, payload = right(channel)
+        heard.append(head)
+        return head | ({"witness": "another"} if odd and len(heard) == 2 else {}), payload
+
+    monkeypatch.setattr(ranks_group, "receive", noted)
+    for odd in (False, True):
+        group.start()
+        heard.clear()
+        ready = pytest.raises(EngineError, match="different bits") if odd else contextlib.nullcontext()
+        with ready:
+            group.prepare(made_for, {}, private=True, max_adapter_norm=10.0, records_per_unit=2)
+        assert len(heard) == 2
+        assert len({head["witness"] for head in heard}) == 1
+        assert heard[0]["witness"]
 
 
 def test_a_rank_killed_in_mid_step_ends_the_round(group: RankGroup) -> None:

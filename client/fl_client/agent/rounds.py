@@ -18,7 +18,8 @@ when it is not asked for again within a day or the run has moved on.
 
 What fails after private data was read is charged in full, and ends the site's part in the run until its operator
 confirms: "failed" is an exact answer that no noise covers, so there is at most one (docs/decisions/0080). Answers to
-rounds that were computed leave at multiples of `[policy] reply_every_s`, counted from the order's start.
+rounds that were computed are settled and leave at multiples of `[policy] reply_every_s`, counted from the order's
+start.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Rounds:
         self._stopping = threading.Event()
         self._nonces: dict[str, tuple[str, int]] = {}
         self._specs: dict[str, str] = {}
-        self._computed = False
+        self._began, self._computed = 0.0, False
         self.state = "idle"
 
     def recover(self) -> None:
@@ -193,7 +194,7 @@ class Rounds:
         """Answer one round. Raises RunError for an order that names no usable run and round, and Stopping."""
         body, run, round_ = self._peek(manifest_json)
         with self._busy:
-            began, self._computed = time.monotonic(), False
+            self._began, self._computed = time.monotonic(), False
             try:
                 return self._answer(json.loads(manifest_json), adapter)
             except Refused as refused:
@@ -211,19 +212,23 @@ class Rounds:
                 code, message = "failed", "the site cannot answer this round; see the site's own log"
             finally:
                 self._progress.end()
-                if self._computed:
-                    self._wait_for_the_moment(began)
+                self._wait_for_the_moment()
                 self.state = "idle"
         log.warning("refused: %s", message, extra={"run": run, "round": round_, "code": code})
         return self._outgoing.refuse(
             Refusal(run, round_, self._facts.site, document_digest(body), code, message, time.time())
         )
 
-    def _wait_for_the_moment(self, began: float) -> None:
-        """Wait until a whole number of intervals has passed since the order began; how long it took is private."""
+    def _wait_for_the_moment(self) -> None:
+        """Once a round was computed, wait until a whole number of intervals has passed since the order began.
+
+        How long it took is private, and what is entered and signed from here on bears the time of the moment: a
+        receipt has a time, and names a hash of ledger entries that have one each.
+        """
         every = self._facts.policy.reply_every_s
-        if every > 0:
-            self._stopping.wait(every - (time.monotonic() - began) % every)
+        if self._computed and every > 0:
+            self._stopping.wait(every - (time.monotonic() - self._began) % every)
+        self._computed = False
 
     def _answer(self, document: Any, adapter: bytes) -> Sealed:
         manifest = self._checked(document, adapter)
@@ -248,6 +253,8 @@ class Rounds:
         order, update = self._compute(manifest, reservation, offset)
         if order.executed is None or order.update_digest is None:
             raise RunError("the round has no update", fix="this is a defect of the agent")
+        self._progress.end()
+        self._wait_for_the_moment()
         entry = self._ledger.settle(reservation, order.executed, order.update_digest)
         fault("round.settled")
         self._written()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import functools
 import logging
@@ -16,7 +17,7 @@ from fl_client.agent.progress import Progress
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.config import SiteConfig
-from fl_client.data.load import load_unit_data, restrict_labels, row_report, split_holdout
+from fl_client.data.load import load_unit_data, most_units, restrict_labels, row_report, split_holdout
 from fl_client.data.units import UnitData
 from fl_client.home import SiteHome
 from fl_client.ranks.group import RankGroup
@@ -82,6 +83,8 @@ def load_base(config: SiteConfig) -> LoadedModel:
 
     torch.set_num_threads(config.model.threads)
     model = load_model(config.model.directory, device=config.model.device)
+    if config.model.engine == "hooks":
+        model = dataclasses.replace(model, engine="hooks")
     adopt_libraries()
     return model
 
@@ -192,6 +195,8 @@ def open_site(
                 progress=timed(progress),
                 # Of all units, not of those with these labels: the coordinator chooses the labels.
                 expected_batch=mechanism.sampling_probability * (config.data.expected_units or data.units),
+                most_units=most_units(config.data, data.units),
+                records_per_unit=config.data.max_records_per_unit,
                 private=not config.policy.allow_non_private,
             )
 

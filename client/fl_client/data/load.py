@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import hmac
 import logging
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.config import DataConfig
-from fl_client.data.spellings import UnitIds, run_labels
+from fl_client.data.spellings import UnitIds, folded, run_labels
 from fl_client.data.tables import read_columns
 from fl_client.data.units import UnitData
 from fl_shared.errors import DataError
 
 log = logging.getLogger("fl_client.data")
+
+_SHORT = 64
+_MARGIN = 4  # how many times as many units as `[data] expected_units` there may be
 
 
 def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
@@ -43,14 +47,26 @@ def load_unit_data(config: DataConfig, fingerprint_key: Path) -> UnitData:
     texts = [texts[i] for i in kept]
     labels = [labels[i] for i in kept]
     log.info("data set %s loaded, kept per %s", config.name, config.privacy_unit)
+    units = int(unit_of_record.max()) + 1
+    if units > most_units(config, units):
+        raise DataError(
+            f"{config.path}: there are more than {_MARGIN} times as many units as [data] expected_units = "
+            f"{config.expected_units}",
+            fix="set expected_units to a public round figure that is nearer: the noise's rounding is paid for so many",
+        )
     return UnitData(
         texts=tuple(texts),
         labels=tuple(labels),
         unit_of_record=unit_of_record,
-        units=int(unit_of_record.max()) + 1,
+        units=units,
         fingerprint=fingerprint(usable, fingerprint_key),
         left_out=left_out,
     )
+
+
+def most_units(config: DataConfig, units: int) -> int:
+    """A public bound on the number of units, however many there are: nothing exact may follow from these."""
+    return units if config.expected_units is None else _MARGIN * config.expected_units
 
 
 def _texts(columns: list[list[str]], names: tuple[str, ...]) -> list[str]:
@@ -180,16 +196,23 @@ def fingerprint(rows: Iterable[Sequence[str]], key_file: Path) -> str:
     """Return `hmac-sha256:<hex>` over the cells of the usable rows, keyed by the site's secret.
 
     It is stored in the ledger, which others read: without a key anyone could test guesses of small tables. The order
-    of rows, and of cells in a row, makes no difference, nor does how many rows of one unit are used: so the same data
-    under another name are recognised. Equality is all that it tells, not overlap.
+    of rows, and of cells in a row, makes no difference, nor does how many rows of one unit are used, or rows that are
+    there twice, or case, blanks, line ends and Unicode forms, which exports change: so the same data under another
+    name are recognised. Equality is all that it tells, not overlap.
     """
     key = _secret(key_file)
     found = []
     for row in rows:
         mac = hmac.new(key, b"record", hashlib.sha256)
-        _absorb(mac, sorted(cell.strip() for cell in row if cell.strip()))
+        _absorb(mac, sorted(same for cell in row if (same := _as_in_any_export(cell))))
         found.append(mac.digest())
-    return f"hmac-sha256:{hmac.new(key, b''.join(sorted(found)), hashlib.sha256).hexdigest()}"
+    return f"hmac-sha256:{hmac.new(key, b''.join(sorted(set(found))), hashlib.sha256).hexdigest()}"
+
+
+def _as_in_any_export(cell: str) -> str:
+    if len(cell) < _SHORT:
+        return folded(cell)  # labels and numbers, which are written in more ways than texts
+    return "".join(unicodedata.normalize("NFKC", cell).casefold().split())
 
 
 def _secret(key_file: Path) -> bytes:

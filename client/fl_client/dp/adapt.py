@@ -19,7 +19,6 @@ from fl_client.dp.lora_layers import ADAPTER, LoraExperts, LoraLinear, PlainExpe
 from fl_client.dp.packing import EVEN, HEIGHTS, Packed
 from fl_client.dp.scope import BatchScope
 from fl_client.model.quant_layers import QuantExperts, QuantLinear
-from fl_client.model.quant_matmul import rows_product
 from fl_shared.errors import EngineError
 from fl_shared.manifest import LoraSection
 
@@ -50,8 +49,12 @@ class _Head(torch.autograd.Function):
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight` whose number of rows follows from the data: filled up with zeros, in blocks of few shapes."""
-    return rows_product(F.pad(x, (0, 0, 0, -x.shape[0] % EVEN)), weight)[: x.shape[0]]
+    """`x @ weight` whose number of rows follows from the data: filled up with zeros, in blocks of one shape."""
+    blocks = F.pad(x, (0, 0, 0, -x.shape[0] % _BLOCK)).split(_BLOCK)
+    return torch.cat([block @ weight for block in blocks])[: x.shape[0]]
+
+
+_BLOCK = 2 * EVEN
 
 
 class Head(nn.Linear):
@@ -133,7 +136,8 @@ class AdaptedModel:
         plain_experts: path to routed experts without LoRA.
         heights: numbers of rows that a packed micro-batch may have.
         base_norms: set by `magnitude.check_magnitude`.
-        probe_error: set by `checks.check_layers` once the layers have passed.
+        probe_error, probed: set by `checks.check_layers` once the layers have passed, and for which engine.
+        witness: digest of what public units contribute here, set by `invariance.check_invariance`.
     """
 
     classifier: Classifier
@@ -146,6 +150,8 @@ class AdaptedModel:
     plain_experts: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     heights: tuple[int, ...] = HEIGHTS
     probe_error: float | None = None
+    probed: str = ""
+    witness: str = ""
     base_norms: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,30 @@ from fl_shared.errors import EngineError
 
 NAME = "concordat_runs"
 _current: ContextVar[Packed] = ContextVar("packed")
+_heard: ContextVar[set[Shape] | None] = ContextVar("heard", default=None)
 _KNOWN = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "sliding_window", "cache_position"}
+
+
+class Shape(NamedTuple):
+    """What a layer asks of `causal`: heads of queries and of keys, widths of these and of values, and how they meet."""
+
+    heads: int
+    groups: int
+    width: int
+    wide: int
+    scaling: float | None
+    window: int | None
+
+
+@contextlib.contextmanager
+def heard_shapes() -> Iterator[set[Shape]]:
+    """Note what the layers ask for, as long as the context lasts."""
+    found: set[Shape] = set()
+    token = _heard.set(found)
+    try:
+        yield found
+    finally:
+        _heard.reset(token)
 
 
 @contextlib.contextmanager
@@ -61,6 +84,8 @@ def attend(
             fix="private training does not support this architecture",
         )
     window = rest.get("sliding_window")
+    if (heard := _heard.get()) is not None:
+        heard.add(Shape(query.shape[1], key.shape[1], query.shape[3], value.shape[3], scaling, window))
     parts = [each[0].split(batch.lengths, dim=1) for each in (query, key, value)]
     found = []
     for (tokens, count), q, k, v in zip(batch.runs, *parts, strict=False):

@@ -32,13 +32,13 @@ class _PerUnit:
 
 @dataclass(frozen=True)
 class _Outer:
-    """`sum_i a_i (x) b_i` over rows: kept as its factors. `ends` splits the rows by expert."""
+    """`sum_i a_i (x) b_i` over rows: kept as its factors. `spans` are the rows of each expert; None: all are one."""
 
     parameter: nn.Parameter
     a: Tensor
     b: Tensor
     unit_of_row: Tensor
-    ends: Tensor | None
+    spans: Tensor | None
 
 
 class GradientBook:
@@ -57,7 +57,10 @@ class GradientBook:
         self._record_segments: Segments | None = None
 
     def add_factor(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-        """A LoRA factor's gradient `sum_t a_t (x) b_t`; rows `[M, p]` and `[M, q]` of the packed micro-batch."""
+        """A LoRA factor's gradient `sum_t a_t (x) b_t`; rows `[M, p]` and `[M, q]` of the packed micro-batch.
+
+        Rows may be wider than the parameter, if what is beyond it is filler.
+        """
         height = self.batch.ids.shape[0]
         if a.shape[0] != height:
             raise EngineError(
@@ -72,7 +75,8 @@ class GradientBook:
             here, shape = slice(row, row + tokens * count), (count, tokens, -1)
             torch.bmm(left[here].view(shape).mT, right[here].view(shape), out=product[record : record + count])
             record, row = record + count, here.stop
-        product = product.float()
+        narrow, wide = parameter.shape[::-1] if turned else parameter.shape
+        product = product[:, :narrow, :wide].float().contiguous()
         if not self._single:
             whole = product.new_zeros(self.units, *product.shape[1:])
             product = add_rows(whole, self.batch.unit_of_record, product)
@@ -91,13 +95,14 @@ class GradientBook:
         self._entries.append(_Outer(parameter, a.detach(), b.detach(), self.batch.unit_of_record, None))
 
     def add_expert_factor(
-        self, parameter: nn.Parameter, a: Tensor, b: Tensor, unit_of_row: Tensor, segments: Segments, ends: Tensor
+        self, parameter: nn.Parameter, a: Tensor, b: Tensor, unit_of_row: Tensor, segments: Segments, spans: Tensor
     ) -> None:
-        """Factors of all experts: rows `[M, p]`, `[M, q]` sorted by expert; zeros where they are filler."""
-        if parameter.ndim != 3 or ends.shape[0] != parameter.shape[0]:
+        """Factors of all experts: rows `[M, p]`, `[M, q]` sorted by expert, those of expert e from `spans[e, 0]` to
+        `spans[e, 1]`. Between them is filler, which belongs to nobody and may hold anything."""
+        if parameter.ndim != 3 or spans.shape[0] != parameter.shape[0]:
             raise EngineError(f"an expert factor has shape {tuple(parameter.shape)}", fix="report this defect")
         add_rows(self._squared, segments.unit, squared_norms(a, b, segments))
-        self._entries.append(_Outer(parameter, a.detach(), b.detach(), unit_of_row, ends))
+        self._entries.append(_Outer(parameter, a.detach(), b.detach(), unit_of_row, spans))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -112,8 +117,11 @@ class GradientBook:
                 found.append(entry.gradient[unit])
             else:
                 own = entry.unit_of_row == unit
-                if entry.ends is not None:  # rows of filler belong to nobody
-                    own &= (entry.a != 0).any(1) & (entry.b != 0).any(1)
+                if entry.spans is not None:
+                    real = torch.zeros_like(own)
+                    for start, stop in entry.spans.tolist():
+                        real[start:stop] = True
+                    own &= real
                 found += [entry.a[own], entry.b[own]]
         return found
 
@@ -153,13 +161,12 @@ def _sum_units(entry: _PerUnit, weights: Tensor, left_out: Tensor | None) -> Ten
 
 
 def _sum_rows(entry: _Outer, weights: Tensor, left_out: Tensor | None) -> Tensor:
-    a, b, ends = entry.a, entry.b, entry.ends
-    last = [a.shape[0]] if ends is None else ends.tolist()
-    total = weights.new_zeros(len(last), a.shape[1], b.shape[1])
+    a, b = entry.a, entry.b
+    spans = [(0, a.shape[0])] if entry.spans is None else entry.spans.tolist()
+    total = weights.new_zeros(len(spans), a.shape[1], b.shape[1])
     weight = weights.index_select(0, entry.unit_of_row).unsqueeze(1)
     out = None if left_out is None else left_out.index_select(0, entry.unit_of_row).unsqueeze(1)
-    start = 0
-    for group, stop in enumerate(last):
+    for group, (start, stop) in enumerate(spans):
         if start < stop:
             left, right = a[start:stop].double(), b[start:stop].double()
             if out is not None:
@@ -168,7 +175,6 @@ def _sum_rows(entry: _Outer, weights: Tensor, left_out: Tensor | None) -> Tensor
             narrow = left if left.shape[1] <= right.shape[1] else right
             narrow *= weight[start:stop]
             torch.mm(left.mT, right, out=total[group])
-        start = stop
     return total
 
 

@@ -8,7 +8,8 @@ batch-size-1 loop; `StepCheck` compares what moved with the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.batches import Records, pack_units
-from fl_client.dp.engine import book_of, per_record_loss, precision_of
+from fl_client.dp.engine import DPEngine, EngineName, book_of, per_record_loss, precision_of
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.invariance import check_invariance
-from fl_client.dp.packing import pack
+from fl_client.dp.packing import heights_for, pack
 from fl_shared.errors import EngineError
+from fl_shared.privacy import Mechanism
 
 PROBE_LENGTHS = (5, 1, 9, 3)
 PROBE_UNITS = (0, 0, 1, 2)
@@ -45,7 +47,7 @@ def unit_gradients_by_loop(adapted: AdaptedModel, records: Records, units: int) 
     adapted.classifier.zero_grad(set_to_none=True)
 
 
-def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0) -> float:
+def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engine: EngineName = "book") -> float:
     """Hold the engine's per-unit gradients against the batch-size-1 loop on public random tokens.
 
     The adapter that was sent has no say: weights start from public ones, shaken, since a zero factor B would hide
@@ -53,6 +55,7 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0) -> fl
 
     Args:
         rows: tokens that all records of one unit may have together; shapes up to these are tried.
+        engine: with `hooks` every unit is computed alone, and no shapes have to be tried.
 
     Returns:
         The largest relative error over units.
@@ -60,7 +63,7 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0) -> fl
     Raises:
         EngineError: an unplanned parameter is trainable, a planned one is not reached, or the gradients differ.
     """
-    if adapted.probe_error is not None and rows <= adapted.heights[-1]:
+    if adapted.probed == engine and adapted.probe_error is not None and rows <= adapted.heights[-1]:
         return adapted.probe_error
     _only_planned(adapted)
     chance = np.random.Generator(np.random.PCG64(PROBE_SEED))
@@ -76,13 +79,16 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0) -> fl
             for name, p in adapted.plan.items():
                 noise = chance.normal(0, 0.05, size=tuple(p.shape)).astype(np.float32)
                 p.copy_(torch.from_numpy(start[name] + noise))
-        error = _probe(adapted, records)
-        check_invariance(adapted, vocabulary=vocabulary, seed=PROBE_SEED, rows=rows)
+        error = _probe(adapted, records, engine)
+        if engine == "book":
+            check_invariance(adapted, vocabulary=vocabulary, seed=PROBE_SEED, rows=rows)
+        else:
+            adapted.heights = heights_for(rows)
     finally:
         with torch.no_grad():
             for name, p in adapted.plan.items():
                 p.copy_(kept[name])
-    adapted.probe_error = error
+    adapted.probe_error, adapted.probed = error, engine
     return error
 
 
@@ -95,7 +101,33 @@ def _only_planned(adapted: AdaptedModel) -> None:
         raise EngineError(f"{odd[0]} is trainable without being planned ({len(odd)} in all)", fix="freeze the base")
 
 
-def _probe(adapted: AdaptedModel, records: Records) -> float:
+_Gradients = Iterable[tuple[dict[str, Tensor], float]]
+
+
+def _by_hooks(adapted: AdaptedModel, records: Records) -> _Gradients:
+    """Each unit's gradient and its norm as engine `hooks` adds them; all of them, for the hooks must come off again."""
+    frozen = frozenset(name for name, p in adapted.plan.items() if not p.requires_grad)
+    engine = DPEngine(
+        adapted, records, Mechanism(1.0, 1.0, 1, 1e12),
+        learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, engine="hooks", frozen=frozen,
+    )  # fmt: skip
+    trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+    found = []
+    try:
+        for unit in range(records.units):
+            engine.optimizer.zero_grad(set_to_none=True)
+            engine.accumulate([unit])
+            held: dict[str, Any] = dict(trained)  # Opacus keeps the sum as an attribute of the parameter
+            sums = {name: p.summed_grad.detach().clone() for name, p in held.items()}
+            found.append((sums, math.sqrt(sum(float(value.square().sum()) for value in sums.values()))))
+    finally:
+        engine.optimizer.zero_grad(set_to_none=True)
+        engine.close()
+    return found
+
+
+def _by_book(adapted: AdaptedModel, records: Records) -> _Gradients:
+    """The same from the book of one packed micro-batch; EngineError when it does not reach the plan."""
     device = next(iter(adapted.plan.values())).device
     names = {id(p): name for name, p in adapted.plan.items()}
     book = book_of(adapted, pack(records, list(range(records.units)), device, heights=adapted.heights))
@@ -107,22 +139,28 @@ def _probe(adapted: AdaptedModel, records: Records) -> float:
             f"the backward pass does not reach the plan: {missing[0] if missing else 'unplanned tensors'}",
             fix="this architecture needs its own file under fl_client/dp/architectures",
         )
-    norms = book.norms().detach()
-    dtype = precision_of(adapted)
-    worst = 0.0
-    for unit, truth in enumerate(unit_gradients_by_loop(adapted, records, records.units)):
+    for unit, norm in enumerate(book.norms().tolist()):
         one = torch.zeros(records.units, device=device)
         one[unit] = 1.0
-        got = {names[id(p)]: value.detach() for p, value in book.weighted_sums(one)}
+        yield {names[id(p)]: value.detach() for p, value in book.weighted_sums(one)}, norm
+
+
+def _probe(adapted: AdaptedModel, records: Records, engine: EngineName) -> float:
+    dtype = precision_of(adapted)
+    worst = 0.0
+    found = (_by_book if engine == "book" else _by_hooks)(adapted, records)
+    truths = unit_gradients_by_loop(adapted, records, records.units)
+    for (got, norm), truth in zip(found, truths, strict=True):
         size = math.sqrt(sum(float(value.double().square().sum()) for value in truth.values()))
         apart = math.sqrt(sum(float((got[n] - value).double().square().sum()) for n, value in truth.items()))
-        errors = (apart, abs(float(norms[unit]) - size))
+        errors = (apart, abs(norm - size))
         sound = size > 0 and all(math.isfinite(error) for error in errors)
         worst = max(worst, max(errors) / size) if sound else math.inf
     if not worst <= TOLERANCE[dtype]:
         raise EngineError(
             f"per-unit gradients of this {adapted.architecture.model_type} model are off by {worst:.1e}",
-            fix="the architecture mixes examples or has an unknown layer; it cannot be trained privately",
+            fix="the architecture mixes examples or has an unknown layer"
+            + ('; a site may try [model] engine = "hooks"' if engine == "book" else ""),
         )
     return worst
 

@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fl_client.dp.book import grouped_outer, outer
-from fl_client.dp.lora_layers import ADAPTER, ExpertFactor, LoraExperts, LoraLinear, frozen_grouped
+from fl_client.dp.lora_layers import ADAPTER, ExpertFactor, LoraExperts, LoraLinear, filled, frozen_grouped, narrowed
 from fl_client.dp.routing import Routing
 from fl_client.dp.scope import BatchScope
 from fl_client.model.quant_matmul import grouped_rows
 from fl_shared.errors import EngineError
+
+
+def _square(core: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cores `[..., r, r]` filled up on both sides, as the rows that they meet are."""
+    return filled(core.to(dtype), rows=True, columns=True)
 
 
 class _Core(torch.autograd.Function):
@@ -29,14 +34,15 @@ class _Core(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, core: nn.Parameter, scope: BatchScope) -> Tensor:
         ctx.save_for_backward(h)
         ctx.core, ctx.book = core, scope.book
-        return h @ core.to(h.dtype).mT
+        return h @ _square(core, h.dtype).mT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (h,), core, g = ctx.saved_tensors, ctx.core, grads[0].contiguous()
-        gh = g @ core.to(g.dtype) if ctx.needs_input_grad[0] else None
+        gh = g @ _square(core, g.dtype) if ctx.needs_input_grad[0] else None
         if ctx.book is None:
-            return gh, outer(g, h).to(core.dtype), None
+            rank = core.shape[0]
+            return gh, outer(narrowed(g, rank), narrowed(h, rank)).to(core.dtype), None
         ctx.book.add_factor(core, g, h)
         return gh, None, None
 
@@ -48,16 +54,17 @@ class _ExpertCores(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, cores: nn.Parameter, routing: Routing, scope: BatchScope) -> Tensor:
         ctx.save_for_backward(h)
         ctx.cores, ctx.routing, ctx.book = cores, routing, scope.book
-        return grouped_rows(h, cores.to(h.dtype).mT, routing.ends)
+        return grouped_rows(h, _square(cores, h.dtype).mT, routing.ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (h,), cores, routing, g = ctx.saved_tensors, ctx.cores, ctx.routing, grads[0].contiguous()
-        gh = grouped_rows(g, cores.to(g.dtype), routing.ends) if ctx.needs_input_grad[0] else None
+        gh = grouped_rows(g, _square(cores, g.dtype), routing.ends) if ctx.needs_input_grad[0] else None
+        g, h = narrowed(g, cores.shape[1]), narrowed(h, cores.shape[1])
         if ctx.book is None:
             return gh, grouped_outer(g, h, routing.ends).to(cores.dtype), None, None
         unit, segments = routing.segments(ctx.book.unit_of_token, ctx.book.units)
-        ctx.book.add_expert_factor(cores, g, h, unit, segments, routing.ends)
+        ctx.book.add_expert_factor(cores, g, h, unit, segments, routing.spans)
         return gh, None, None, None
 
 
@@ -82,9 +89,9 @@ class CoreLinear(LoraLinear):
             examples = x.reshape(scope.records, -1, x.shape[-1]).to(down.weight.dtype)
             added = up(core(down(examples))).to(x.dtype)
         else:
-            h = F.linear(x.reshape(-1, x.shape[-1]), down.weight.to(x.dtype))
+            h = F.linear(x.reshape(-1, x.shape[-1]), filled(down.weight.to(x.dtype), rows=True))
             mixed: Tensor = _Core.apply(h, core.weight, scope)  # type: ignore[no-untyped-call]  # torch's
-            added = F.linear(mixed, up.weight.to(x.dtype))
+            added = F.linear(mixed, filled(up.weight.to(x.dtype), columns=True))
         y: Tensor = self.base_layer(x)
         return torch.add(y, added.view(y.shape), alpha=self.factor)
 
@@ -111,7 +118,7 @@ class CoreExperts(LoraExperts):
             rest = (ends, routing.tokens // scope.tokens, scope.unit_anchor)
             added: Tensor = b(core(a(x.to(a.weight.dtype), *rest), *rest), *rest).to(x.dtype)
             return torch.add(frozen, added, alpha=self.factor)
-        h = frozen_grouped(x, a.weight, ends)
+        h = frozen_grouped(x, filled(a.weight, rows=True), ends)
         mixed: Tensor = _ExpertCores.apply(h, core.weight, routing, scope)  # type: ignore[no-untyped-call]  # torch's
-        added = frozen_grouped(mixed, b.weight, ends)
+        added = frozen_grouped(mixed, filled(b.weight, columns=True), ends)
         return torch.add(frozen, added, alpha=self.factor)

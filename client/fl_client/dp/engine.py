@@ -53,6 +53,8 @@ class DPEngine:
         learning_rate, head_learning_rate, momentum: of SGD on the noisy gradient.
         expected_batch: constant that sums are divided by; q times the number of units when left out. The number of
             units is public by decision (docs/decisions/0023), that of a part of them is not.
+        most_units: public bound on the number of units; their number when left out, which then counts as public. The
+            noise's grid follows from it, and whoever gets an update can read the grid off exactly.
         engine: `book`; `hooks` for Opacus' own `grad_sample`, `ghost` for its ghost clipping with a second backward
             pass (one record per unit only). The last two are slow and serve as oracles.
         frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
@@ -61,8 +63,8 @@ class DPEngine:
         sampling, noise: random streams; only tests pass them.
 
     Raises:
-        EngineError: C is too small for float32, the expected batch is not positive, or there are more draws of noise
-            in the round than its tables are good for.
+        EngineError: C is too small for float32, the expected batch is not positive, there are more units than
+            `most_units`, or more draws of noise in the round than its tables are good for.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class DPEngine:
         head_learning_rate: float,
         momentum: float,
         expected_batch: float | None = None,
+        most_units: int | None = None,
         engine: EngineName = "book",
         frozen: frozenset[str] = frozenset(),
         max_units: int = MAX_UNITS,
@@ -90,6 +93,9 @@ class DPEngine:
             expected_batch = mechanism.sampling_probability * records.units
         if not expected_batch > 0:
             raise EngineError(f"expected batch {expected_batch:g}", fix="give a positive constant")
+        most_units = records.units if most_units is None else most_units
+        if records.units > most_units:
+            raise EngineError("there are more units than their public bound", fix="raise [data] expected_units")
         use_exact_products()
         self.adapted, self.records, self.mechanism, self.name = adapted, records, mechanism, engine
         self.max_units, self.shard = max_units, shard
@@ -106,7 +112,7 @@ class DPEngine:
             max_grad_norm=mechanism.clipping_norm,
             expected_batch_size=expected_batch,
             stream=noise or SecureStream(),
-            slack=slack(units=records.units, rows=self._most_rows(), ranks=1 if shard is None else shard.size),
+            slack=slack(units=most_units, rows=self._most_rows(), ranks=1 if shard is None else shard.size),
         )
         draws = mechanism.steps * self.optimizer.dimensions * self.optimizer.grid.tables
         if draws > MAX_DRAWS:

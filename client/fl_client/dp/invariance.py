@@ -2,38 +2,44 @@
 
 A kernel's order of additions follows from the shapes, strides and alignment that it is called with, never from values.
 So every shape that a round can use is tried on public numbers before private text is read: every height of a packed
-micro-batch through the whole model, and every number of rows that an expert can get through its products. A height
-that computes otherwise than the full one is not used; where the full one is at odds with itself, or an expert's
-products are, the round is refused.
+micro-batch through the whole model; every product that the model was seen to make, at every height and place of a row;
+every number of rows that an expert can get through its products; attention by length. A height that computes otherwise
+than the full one is not used; where the full one is at odds with itself, or a product is, the round is refused.
+
+Half precision hides most differences of order, all but one in some thousands. On CPU its products are float32 ones, so
+they are tried as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.attention import causal
-from fl_client.dp.batches import Records
+from fl_client.dp.attention import Shape, causal, heard_shapes
+from fl_client.dp.batches import MAX_UNITS, Records
 from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
-from fl_client.dp.lora_layers import ADAPTER, LoraExperts, PlainExperts, shape_of
-from fl_client.dp.packing import TILE, heights_for, pack, tokens_of
+from fl_client.dp.lora_layers import ADAPTER, LoraExperts, PlainExperts, filled, shape_of
+from fl_client.dp.packing import EVEN, TILE, heights_for, pack, tokens_of
 from fl_client.model.quant_matmul import ROW_BLOCK, grouped_rows
 from fl_shared.errors import EngineError
 
-_FIX = "use another machine or another version of torch"
+_FIX = 'use another machine or version of torch, or [model] engine = "hooks", at ten times the time'
 _WITNESSES = (1, 2, 3, 5, 8, 9, 13)  # tokens of the units that are looked at; all fit into the least height
 _NEIGHBOURS = 64
-_MOVES = (1, 2, 3, 5, 8, 13, 21, 34)
-_ELEMENTS = 1 << 16  # results compared for each number of rows: half precision hides most differences of order
+_ELEMENTS = 1 << 16  # results compared for each number of rows in half precision on CUDA
+_NUMBERS = 64  # results of one row that are compared with those of another place: one may agree by chance
 _COMPANY = 9
-_LENGTHS = (*range(1, 18), 24, 31, 32, 33, 48, 64, 100, 192, 193)  # tokens of records
+_LENGTHS = (*range(1, 18), 24, 31, 32, 33, 48, 64, 100, 191, 192, 193)  # tokens of records
+_LONG = (383, 511, 512, 513, 767, 768, 769, 1023, 1024, 1025, 2048)  # around what kernels cut attention into
 
 
 def check_invariance(adapted: AdaptedModel, *, vocabulary: int, seed: int, rows: int = 0) -> None:
@@ -47,10 +53,110 @@ def check_invariance(adapted: AdaptedModel, *, vocabulary: int, seed: int, rows:
     """
     chance = np.random.Generator(np.random.PCG64(seed))
     device = next(iter(adapted.plan.values())).device
+    heights = heights_for(rows)
+    asked = _Asked()
+    with asked, independent_rows(device, precision_of(adapted)), heard_shapes() as shapes:
+        _copies(adapted, heights[-1], vocabulary)
     with independent_rows(device, precision_of(adapted)):
+        heights = _heights_of_products(asked.products, heights, chance, device)
         _check_experts(adapted, chance, device)
-        _check_attention(adapted, chance, device)
-        adapted.heights = _heights_that_agree(adapted, heights_for(rows), vocabulary, chance, device)
+        _check_attention(shapes, rows, precision_of(adapted), chance, device)
+        adapted.heights = _heights_that_agree(adapted, heights, vocabulary, chance, device)
+
+
+class _Product(NamedTuple):
+    """A product of rows with a weight: `turned` where its columns lie close, `added` where there is a sum already.
+
+    `block`: its rows are a block whose number follows from the data, not a height.
+    """
+
+    inputs: int
+    outputs: int
+    turned: bool
+    added: bool
+    block: bool
+    dtype: torch.dtype
+
+
+class _Asked(TorchDispatchMode):
+    """Notes every product of matrices that reaches the libraries, after half precision was made float32."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.products: set[_Product] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "addmm"):
+            x, weight = args[-2:]
+            if x.dtype != torch.float64:  # what those round is paid for: the sums of the book
+                inputs, outputs = weight.shape
+                turned = weight.stride(0) == 1 and weight.stride(1) != 1
+                block = x.shape[0] <= ROW_BLOCK
+                self.products.add(_Product(inputs, outputs, turned, name == "addmm", block, x.dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def _copies(adapted: AdaptedModel, rows: int, vocabulary: int) -> None:
+    """One record many times, forward and, with as many as share a micro-batch, backward: all are computed alike.
+
+    Raises:
+        EngineError: what a unit contributes, or is answered, depends on where its rows lie.
+    """
+    device = next(iter(adapted.plan.values())).device
+    for tokens in (1, rows // MAX_UNITS):  # few gradients at a time, as in a round
+        units = rows // tokens if tokens == 1 else MAX_UNITS
+        one = tuple(token % vocabulary for token in range(1, 1 + tokens))
+        alike = Records((one,) * units, np.zeros(units, np.int64), tuple(np.arange(units)[:, None]), 0)
+        batch = pack(alike, range(units), device, heights=(rows,))
+        with torch.no_grad():
+            found = adapted.classifier.packed(batch)
+        if tokens > 1:
+            found = torch.cat([found.double(), book_of(adapted, batch).norms().unsqueeze(1)], 1)
+        if not torch.equal(found, found[:1].expand_as(found)):
+            raise EngineError(f"at {rows} rows what a unit contributes depends on its place on this machine", fix=_FIX)
+
+
+def _heights_of_products(
+    products: set[_Product], heights: tuple[int, ...], chance: np.random.Generator, device: torch.device
+) -> tuple[int, ...]:
+    """The heights at which equal rows have equal results at every place, the same as at the full one.
+
+    Raises:
+        EngineError: they have not at the full height, or in a block.
+    """
+    blocks = range(EVEN, ROW_BLOCK + 1, EVEN)
+    odd: set[int] = set()
+    for each in sorted(products, key=str):
+        weight = _normal(chance, (each.outputs, each.inputs), device, each.dtype).mT
+        weight = weight if each.turned else weight.contiguous()
+        for _ in range(-(-_NUMBERS // each.outputs)):
+            row = _normal(chance, (1, each.inputs), device, each.dtype)
+            wanted: Tensor | None = None
+            for rows in reversed(blocks if each.block else heights):
+                x = row.repeat(rows, 1)
+                found = x.new_zeros(rows, each.outputs)
+                found = found.addmm_(x, weight) if each.added else torch.mm(x, weight, out=found)
+                first = wanted is None
+                wanted = found[:1].clone() if wanted is None else wanted
+                if torch.equal(found, wanted.expand_as(found)):
+                    continue
+                if first or each.block:
+                    raise EngineError(
+                        f"a row's product with a weight of shape [{each.outputs}, {each.inputs}] depends on its place "
+                        f"among {rows} rows on this machine",
+                        fix=f"{_FIX}, or another LoRA rank",
+                    )
+                odd.add(rows)
+    return tuple(each for each in heights if each not in odd)
+
+
+def _normal(
+    chance: np.random.Generator, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)).to(device, dtype)
 
 
 def _heights_that_agree(
@@ -68,7 +174,16 @@ def _heights_that_agree(
     wanted = contributions(full, 1.0)
     if not _same(wanted, contributions(full, 0.0)):
         raise EngineError(f"at {full} rows a unit's gradient depends on its neighbours on this machine", fix=_FIX)
+    adapted.witness = _digest(wanted)
     return (*(each for each in heights[:-1] if _same(wanted, contributions(each, 1.0))), full)
+
+
+def _digest(values: list[Tensor]) -> str:
+    """Of all bits, by which processes on several devices tell whether they compute alike."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -116,10 +231,10 @@ def _check_experts(adapted: AdaptedModel, chance: np.random.Generator, device: t
             _check_rows(path, product, inputs, layer.num_experts, chance, device, precision_of(adapted))
 
 
-_Product = Callable[[Tensor, Tensor], Tensor]
+_Rows = Callable[[Tensor, Tensor], Tensor]
 
 
-def _products(layer: LoraExperts | PlainExperts) -> Iterator[tuple[_Product, int]]:
+def _products(layer: LoraExperts | PlainExperts) -> Iterator[tuple[_Rows, int]]:
     """Functions of rows and ends, and the width of the rows: base and factors, forward and backward."""
     _, hidden, inner = shape_of(layer.base_layer)
     for name, inputs, outputs in (("gate_up", hidden, 2 * inner), ("down", inner, hidden)):
@@ -128,7 +243,7 @@ def _products(layer: LoraExperts | PlainExperts) -> Iterator[tuple[_Product, int
         for factor in "ARB":
             module: Any = getattr(layer, f"lora_{factor}_{name}", None)
             if module is not None:
-                weight = module[ADAPTER].weight.detach()
+                weight = filled(module[ADAPTER].weight.detach(), rows=factor in "AR", columns=factor in "BR")
                 yield partial(_times, weight.mT), weight.shape[2]
                 yield partial(_times, weight), weight.shape[1]
 
@@ -139,47 +254,61 @@ def _times(weight: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
 
 def _check_rows(
     path: str,
-    product: _Product,
+    product: _Rows,
     inputs: int,
     experts: int,
     chance: np.random.Generator,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Every number of rows, and every place of a row within some tiles, against a full block."""
+    """Every number of rows against a full block, and every place of a row in it, wherever the block begins."""
+    exact = device.type == "cpu" or dtype.itemsize >= 4
+    dtype = torch.float32 if exact else dtype
 
-    def run(rows: Tensor) -> Tensor:
-        return product(rows, torch.full((experts,), len(rows), dtype=torch.int32, device=device))
+    def run(rows: Tensor, before: int = 0) -> Tensor:
+        """By the second expert, behind so many rows of the first one."""
+        ends = torch.full((experts,), before + len(rows), dtype=torch.int32, device=device)
+        if experts > 1:
+            ends[0] = before
+        return product(torch.cat([rows.new_zeros(before, inputs), rows]), ends)[before:]
 
     full = run(torch.zeros(ROW_BLOCK, inputs, device=device, dtype=dtype)).numel()
-    for _ in range(1 if dtype.itemsize >= 4 else min(8, -(-_ELEMENTS // full))):
-        x = torch.from_numpy(chance.standard_normal((ROW_BLOCK, inputs), dtype=np.float32)).to(device, dtype)
+    for _ in range(1 if exact else min(8, -(-_ELEMENTS // full))):
+        x = _normal(chance, (ROW_BLOCK, inputs), device, dtype)
         wanted = run(x)
-        moved = (torch.equal(run(x.roll(by, 0)), wanted.roll(by, 0)) for by in _MOVES)
+        behind = experts == 1 or all(torch.equal(run(x, before), wanted) for before in (TILE, 3 * TILE))
         fewer = (torch.equal(run(x[:rows]), wanted[:rows]) for rows in range(TILE, ROW_BLOCK, TILE))
-        if not all(moved) or not all(fewer):
+        places = (_alike(run(row.repeat(ROW_BLOCK, 1))) for row in x[: -(-_NUMBERS // wanted.shape[1])].split(1))
+        if not behind or not all(places) or not all(fewer):
             raise EngineError(f"{path}: a row's product depends on its neighbours on this machine", fix=_FIX)
 
 
-def _check_attention(adapted: AdaptedModel, chance: np.random.Generator, device: torch.device) -> None:
+def _alike(rows: Tensor) -> bool:
+    return torch.equal(rows, rows[:1].expand_as(rows))
+
+
+def _check_attention(
+    shapes: set[Shape], rows: int, dtype: torch.dtype, chance: np.random.Generator, device: torch.device
+) -> None:
     """Attention of a record alone against the same record among others, values and gradients, by length."""
-    config: Any = adapted.classifier.backbone.config
-    heads = int(config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    for tokens in _LENGTHS:
-        shape = (_COMPANY, heads, tokens, width)
-        parts = [
-            torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)).to(device, precision_of(adapted))
-            for _ in range(4)
-        ]
-        whole = _attended(parts)
-        for unit, beside in ((0, 1), (_COMPANY - 1, _COMPANY), (1, 3)):
-            alone = _attended([part[unit:beside] for part in parts])
-            if not all(torch.equal(mine, among[unit:beside]) for mine, among in zip(alone, whole, strict=True)):
-                raise EngineError(f"attention over {tokens} tokens depends on the neighbours on this machine", fix=_FIX)
+    for shape in sorted(shapes, key=str):
+        for tokens in (*_LENGTHS, *(each for each in _LONG if each <= rows)):
+            company = _COMPANY if tokens <= max(_LENGTHS) else 3
+            widths = (
+                (shape.heads, shape.width), (shape.groups, shape.width), (shape.groups, shape.wide),
+                (shape.heads, shape.wide),
+            )  # fmt: skip
+            parts = [_normal(chance, (company, heads, tokens, width), device, dtype) for heads, width in widths]
+            whole = _attended(parts, shape)
+            for unit, beside in ((0, 1), (company - 1, company), (1, 3)):
+                alone = _attended([part[unit:beside] for part in parts], shape)
+                if not all(torch.equal(mine, among[unit:beside]) for mine, among in zip(alone, whole, strict=True)):
+                    raise EngineError(
+                        f"attention over {tokens} tokens depends on the neighbours on this machine", fix=_FIX
+                    )
 
 
-def _attended(parts: list[Tensor]) -> list[Tensor]:
+def _attended(parts: list[Tensor], shape: Shape) -> list[Tensor]:
     query, key, value = (part.clone().requires_grad_() for part in parts[:3])
-    found = causal(query, key, value, None, None)
+    found = causal(query, key, value, shape.scaling, shape.window)
     return [found.detach(), *torch.autograd.grad(found, (query, key, value), parts[3])]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fl_client.dp.book import grouped_outer, outer
 from fl_client.dp.routing import Routing
@@ -21,6 +22,20 @@ from fl_client.model.quant_matmul import grouped_matmul, grouped_rows
 from fl_shared.errors import EngineError
 
 ADAPTER = "default"
+LANES = 4
+"""Ranks are filled up to a multiple of this. MKL's kernels for narrow products (5, 6, 7, 9, 10 or 11 columns) add in an
+order that follows a row's place; rows of whole 16 bytes are multiplied alike wherever they lie."""
+
+
+def filled(weight: Tensor, *, rows: bool = False, columns: bool = False) -> Tensor:
+    """`weight` `[..., p, q]` with zeros behind its rows, its columns or both, up to whole `LANES`: a rank's axes."""
+    below, beside = -weight.shape[-2] % LANES * rows, -weight.shape[-1] % LANES * columns
+    return F.pad(weight, (0, beside, 0, below)) if below or beside else weight
+
+
+def narrowed(rows: Tensor, rank: int) -> Tensor:
+    """Rows `[M, rank]` without what `filled` put behind them."""
+    return rows if rows.shape[1] == rank else rows[:, :rank].contiguous()
 
 
 class _LinearWithFactors(torch.autograd.Function):
@@ -29,9 +44,10 @@ class _LinearWithFactors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: nn.Parameter, b: nn.Parameter, layer: LoraLinear, scope: BatchScope) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        h = rows @ a.to(rows.dtype).mT
+        down, up = filled(a.to(rows.dtype), rows=True), filled(b.to(rows.dtype), columns=True)
+        h = rows @ down.mT
         y = layer.base_matmul(rows)
-        y.addmm_(h, b.to(rows.dtype).mT, alpha=layer.factor)
+        y.addmm_(h, up.mT, alpha=layer.factor)
         ctx.save_for_backward(rows, h)
         ctx.parameters, ctx.layer, ctx.book, ctx.shape = (a, b), layer, scope.book, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -41,14 +57,14 @@ class _LinearWithFactors(torch.autograd.Function):
         rows, h = ctx.saved_tensors
         (a, b), factor = ctx.parameters, ctx.layer.factor
         g = grads[0].reshape(-1, grads[0].shape[-1])
-        low = g @ b.to(g.dtype)
+        low = g @ filled(b.to(g.dtype), columns=True)
         low *= factor
         gx = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             gx = ctx.layer.base_matmul_transposed(g)
-            gx.addmm_(low, a.to(g.dtype))
+            gx.addmm_(low, filled(a.to(g.dtype), rows=True))
             gx = gx.view(ctx.shape)
-        scaled = h * factor
+        low, scaled = narrowed(low, a.shape[0]), narrowed(h * factor, a.shape[0])
         if ctx.book is not None:
             if a.requires_grad:
                 ctx.book.add_factor(a, low, rows)
@@ -74,9 +90,10 @@ class _ExpertsWithFactors(torch.autograd.Function):
         routing: Routing,
         scope: BatchScope,
     ) -> Tensor:
-        h = grouped_rows(x, a.to(x.dtype).mT, routing.ends)
+        down, up = filled(a.to(x.dtype), rows=True), filled(b.to(x.dtype), columns=True)
+        h = grouped_rows(x, down.mT, routing.ends)
         y = layer.base_matmul(name, x, routing.ends)
-        y.add_(grouped_rows(h, b.to(x.dtype).mT, routing.ends), alpha=layer.factor)
+        y.add_(grouped_rows(h, up.mT, routing.ends), alpha=layer.factor)
         ctx.save_for_backward(x, h)
         ctx.parameters, ctx.layer, ctx.name = (a, b), layer, name
         ctx.routing, ctx.book = routing, scope.book
@@ -87,18 +104,18 @@ class _ExpertsWithFactors(torch.autograd.Function):
         x, h = ctx.saved_tensors
         (a, b), factor, routing = ctx.parameters, ctx.layer.factor, ctx.routing
         g = grads[0].contiguous()
-        low = grouped_rows(g, b.to(g.dtype), routing.ends)
+        low = grouped_rows(g, filled(b.to(g.dtype), columns=True), routing.ends)
         low *= factor
         gx = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             gx = ctx.layer.base_matmul_transposed(ctx.name, g, routing.ends)
-            gx.add_(grouped_rows(low, a.to(g.dtype), routing.ends))
-        scaled = h * factor
+            gx.add_(grouped_rows(low, filled(a.to(g.dtype), rows=True), routing.ends))
+        low, scaled = narrowed(low, a.shape[1]), narrowed(h * factor, a.shape[1])
         if ctx.book is not None:
             unit, segments = routing.segments(ctx.book.unit_of_token, ctx.book.units)
             if a.requires_grad:
-                ctx.book.add_expert_factor(a, low, x, unit, segments, routing.ends)
-            ctx.book.add_expert_factor(b, g, scaled, unit, segments, routing.ends)
+                ctx.book.add_expert_factor(a, low, x, unit, segments, routing.spans)
+            ctx.book.add_expert_factor(b, g, scaled, unit, segments, routing.spans)
         else:
             if a.requires_grad:
                 grad_a = grouped_outer(low, x, routing.ends).to(a.dtype)

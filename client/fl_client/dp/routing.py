@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fl_client.dp.packing import EVEN, TILE
 from fl_client.dp.segments import Segments, find_segments
@@ -28,6 +29,7 @@ class Routing:
     Attributes:
         tokens: `[M]`, the token at each row; any at a row of filler.
         ends: int32 `[E]`, the end of each expert's rows; the last one is M.
+        spans: `[E, 2]`, the first and the end of those of each expert's rows that are no filler.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Routing:
             # Tokens that are filler themselves find zeros.
             self._place = order.new_full((self._all * self.top_k,), last - 1).scatter_(0, order, row)
         self.ends = ends.to(torch.int32)
+        starts = F.pad(ends[:-1], (1, 0))
+        self.spans = torch.stack([starts, starts + counts], 1)
         self.tokens = self._pairs // self.top_k
         if kept is not None:
             self.tokens = kept.index_select(0, self.tokens)

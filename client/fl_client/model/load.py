@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +38,7 @@ class LoadedModel:
     Attributes:
         module: the Hugging Face causal language model, frozen, in eval mode.
         feature_mean, feature_std: `[H]`, public statistics of the mean-pooled last hidden state.
+        engine: how it is trained privately, and answers: `book` in packed micro-batches, `hooks` unit by unit.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class LoadedModel:
     feature_mean: Tensor
     feature_std: Tensor
     directory: Path
+    engine: Literal["book", "hooks"] = "book"
 
     @property
     def device(self) -> torch.device:

@@ -77,7 +77,8 @@ class RankGroup:
                 self._keeper = self._launch(self._directory)
                 self._channels = self._admit(listener, time.monotonic() + START_S)
             hello = {
-                "model": str(self._config.directory), "device": self._config.device, "threads": self._config.threads
+                "model": str(self._config.directory), "device": self._config.device, "threads": self._config.threads,
+                "engine": self._config.engine,
             }  # fmt: skip
             for channel in self._channels:
                 send(channel, hello)
@@ -102,6 +103,8 @@ class RankGroup:
         round: int,
         progress: Callable[..., None],
         expected_batch: float | None,
+        most_units: int | None = None,
+        records_per_unit: int | None = None,
         private: bool,
     ) -> TrainingResult:
         """One round on all ranks; as `fl_client.training.train_round`. On any failure all ranks end, at once."""
@@ -117,6 +120,8 @@ class RankGroup:
             "mechanism": mechanism.to_dict(),
             "round": round,
             "expected_batch": expected_batch,
+            "most_units": most_units,
+            "records_per_unit": records_per_unit,
             "private": private,
         }
         adapter = pack(dict(offset))
@@ -135,20 +140,30 @@ class RankGroup:
     def prepare(
         self, spec: RunSpec, offset: Mapping[str, Any], *, private: bool, max_adapter_norm: float, records_per_unit: int
     ) -> None:
-        """Do on the first rank what `fl_client.training.prepare_round` does; what it raises ends no rank."""
+        """Do on all ranks what `fl_client.training.prepare_round` does; what it raises ends no rank.
+
+        Raises EngineError when the ranks compute one and the same public units to different bits: which rank a unit
+        falls to follows from the others in the sample.
+        """
         self.start()
         try:
             job = {
                 "prepare": True, "spec": spec.to_dict(), "private": private, "max_adapter_norm": max_adapter_norm,
                 "records_per_unit": records_per_unit,
             }  # fmt: skip
-            send(self._channels[0], job, pack(dict(offset)))
-            head, _ = receive(self._channels[0])
+            for channel in self._channels:
+                send(channel, job, pack(dict(offset)))
+            heads = [receive(channel)[0] for channel in self._channels]
         except (BrokenPipeError, EOFError):
             self.stop()
-            raise _ended("rank 0") from None
-        if "error" in head:
-            raise _typed(0, head)
+            raise _ended("one of them") from None
+        for rank, head in enumerate(heads):
+            if "error" in head:
+                raise _typed(rank, head)
+        if len({head["witness"] for head in heads}) > 1:
+            raise EngineError(
+                "the processes compute to different bits", fix="use devices of one kind, or [model] processes = 1"
+            )
 
     def pids(self) -> list[int]:
         """The process id of each rank, by rank."""

@@ -7,6 +7,7 @@ agent by type and public message; then the rank waits for the end, which the age
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -88,6 +89,8 @@ def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes,
         round=job["round"],
         progress=progress,
         expected_batch=job["expected_batch"],
+        most_units=job["most_units"],
+        records_per_unit=job["records_per_unit"],
         private=job["private"],
         shard=shard if job["private"] else None,
     )
@@ -100,13 +103,13 @@ def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes,
 def prepare(model: LoadedModel, job: dict[str, Any], adapter: bytes) -> dict[str, Any]:
     """Do a round's public half; what it raises is told, and the rank goes on."""
     try:
-        prepare_round(
+        prepared = prepare_round(
             model, RunSpec.from_dict(job["spec"]), unpack(adapter), private=job["private"],
             max_adapter_norm=job["max_adapter_norm"], records_per_unit=job["records_per_unit"],
         )  # fmt: skip
     except ConcordatError as error:
         return {"error": type(error).__name__, "message": error.message, "fix": error.fix}
-    return {"done": True}
+    return {"done": True, "witness": prepared.adapted.witness}
 
 
 def serve(directory: Path, channel: socket.socket) -> None:
@@ -114,7 +117,7 @@ def serve(directory: Path, channel: socket.socket) -> None:
     hello, _ = receive(channel)
     torch.set_num_threads(hello["threads"])
     shard = join(directory, hello["device"])
-    model = load_model(hello["model"], device=str(shard.device))
+    model = dataclasses.replace(load_model(hello["model"], device=str(shard.device)), engine=hello["engine"])
     adopt_libraries()
     log.info("device: %s", try_device(model))
     send(channel, {"ready": True, "digest": model.digest})

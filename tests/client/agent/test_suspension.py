@@ -205,14 +205,20 @@ def test_refused_orders_leave_nothing_on_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_answers_leave_at_public_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
-    """However long training took, the answer waits for the next multiple, and until then the site says `training`."""
+    """However long training took, the answer waits for the next multiple, and until then the site says `training`.
+
+    An update is settled at that moment, too, and its receipt bears it.
+    """
     small = Site(tmp_path, policy=dataclasses.replace(POLICY, reply_every_s=7.0))
-    clock, durations = [1000.0], [0.5, 6.9, 30.0]
+    clock, durations, wall = [1000.0], [0.5, 6.9, 30.0], time.time()
     waits: list[tuple[float, str]] = []
+    settled_at: list[int] = []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "time", lambda: wall + clock[0])
 
     class Stop(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
+            settled_at.append(small.ledger.head().entries)
             waits.append((timeout or 0.0, small.rounds.state))
             clock[0] += timeout or 0.0
             return False
@@ -231,6 +237,8 @@ def test_answers_leave_at_public_moments(tmp_path: Path, monkeypatch: pytest.Mon
         assert answer.status == ("failed" if fails else "ok")
         assert (clock[0] - began) % 7.0 == pytest.approx(0.0, abs=1e-6) or 7.0 - (clock[0] - began) % 7.0 < 1e-6
         assert waits[-1][1] == "training"
+        assert json.loads(answer.document)["body"]["created_at"] == pytest.approx(wall + clock[0], abs=1e-3)
+        assert small.ledger.head().entries == settled_at[-1] + (0 if fails else 1)
         assert small.rounds.state == "idle"
         if fails:
             confirm_run(small.ledger, "demo-1", "officer", "test")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_client.config import DataConfig
-from fl_client.data.load import load_unit_data, restrict_labels
+from fl_client.data.load import load_unit_data, most_units, restrict_labels
 from fl_shared.errors import DataError
 
 TABLE = """patient,age,note,label
@@ -97,6 +99,16 @@ def test_the_fingerprint_changes_with_the_data_and_with_the_key(table: Path, key
         load_unit_data(config_of(table), key)
 
 
+def test_a_round_figure_for_the_units_may_not_be_far_below_them(tmp_path: Path, key: Path) -> None:
+    """The rounding of so many is paid for: a figure that more than four times as many outnumber is refused."""
+    path = tmp_path / "many.csv"
+    path.write_text("patient,note,label\n" + "".join(f"p{number}x,cough,X\n" for number in range(9)))
+    assert load_unit_data(config_of(path, expected_units=3), key).units == 9
+    assert most_units(config_of(path, expected_units=3), 9) == most_units(config_of(path, expected_units=3), 8) == 12
+    with pytest.raises(DataError, match="more than 4 times as many units as"):
+        load_unit_data(config_of(path, expected_units=2), key)
+
+
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from("abcd"), st.sampled_from(["t", "u", ""]), st.sampled_from("XYZ")), min_size=1
@@ -139,3 +151,26 @@ def test_the_same_data_have_the_same_fingerprint_in_another_order(table: Path, k
     assert load_unit_data(config_of(table, **both, unit_column=None, privacy_unit="record"), key).fingerprint == first
     table.write_text("\n".join(lines[:-1]) + "\n")
     assert load_unit_data(config_of(table, **both), key).fingerprint != first
+
+
+def test_the_same_data_have_the_same_fingerprint_in_another_export(tmp_path: Path, key: Path) -> None:
+    """Other column names, encoding, line ends, Unicode forms, case and numbers' writing; rows twice."""
+    long = "Große Übelkeit nach dem Essen,\nseit Tagen Fieber, Müdigkeit und Husten; kein Schmerz"
+    rows = [("p1", long, "1"), ("p2", "Husten", "True")]
+
+    def of(name: str, columns: tuple[str, str, str], rows: list[tuple[str, str, str]], encoding: str) -> str:
+        path = tmp_path / name
+        with path.open("w", newline="", encoding=encoding) as sink:
+            writer = csv.writer(sink, lineterminator="\n" if encoding == "utf-8" else "\r\n")
+            writer.writerows([columns, *rows])
+        patient, note, label = columns
+        named = {"unit_column": patient, "text_columns": (note,), "label_column": label}
+        return load_unit_data(config_of(path, **named), key).fingerprint
+
+    first = of("a.csv", ("patient", "note", "label"), rows, "utf-8")
+    other = [
+        ("7", unicodedata.normalize("NFD", long.replace("\n", "\r\n")), "1.0"), ("8", "HUSTEN ", "TRUE"),
+        ("8", "HUSTEN ", "TRUE"),
+    ]  # fmt: skip
+    assert of("b.csv", ("pid", "text", "code"), other, "utf-8-sig") == first
+    assert of("c.csv", ("pid", "text", "code"), [*rows[:1], ("p2", "Husten!", "True")], "utf-8") != first

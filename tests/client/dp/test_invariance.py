@@ -15,8 +15,17 @@ from fl_client.dp.checks import check_layers
 from fl_client.dp.invariance import check_invariance
 from fl_client.dp.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
 from fl_client.dp.rounding import slack
+from fl_client.dp.routing import Routing
 from fl_shared.errors import EngineError
-from helpers.hostile_adapters import ATTACKS, change_of_evaluation, change_of_sum, company, is_bitwise
+from helpers.clipped import clipped_sum
+from helpers.hostile_adapters import (
+    ATTACKS,
+    change_of_evaluation,
+    change_of_sum,
+    company,
+    contributions,
+    is_bitwise,
+)
 from helpers.random_models import ARCHITECTURES, adapted_small, cast_base, units_of_records
 
 torch.set_num_threads(1)
@@ -53,6 +62,24 @@ def test_nor_on_float_bases_and_cores(architecture: str, how: dict[str, bool]) -
     assert is_bitwise(adapted, records)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "rank", "core"), [("mixtral", 5, False), ("deepseek_v3", 9, False), ("qwen3_moe", 7, True)]
+)
+def test_nor_at_ranks_whose_products_libraries_treat_otherwise(
+    architecture: str, rank: int, core: bool, dtype: torch.dtype
+) -> None:
+    """A unit of one token moves all others by one place; narrow products of 5, 7 or 9 columns would notice."""
+    adapted = adapted_small(architecture, quantised=True, rank=rank, core=core)
+    cast_base(adapted.classifier.backbone, dtype)
+    ATTACKS["large"](adapted, np.random.default_rng(3))
+    records = company(np.random.default_rng(5), units=40, vocabulary=96, classes=5, low=3, high=9, longer=1)
+    check_invariance(adapted, vocabulary=96, seed=1)  # and such a rank is not refused
+    assert adapted.heights == HEIGHTS
+    assert is_bitwise(adapted, records)
+    assert core or change_of_sum(adapted, records, 0.5, slack(units=41, rows=2 * FULL)) <= 1
+
+
 def test_units_of_several_records_in_many_micro_batches() -> None:
     """Units that own records of many lengths, cut into micro-batches by rows, contribute the same bits."""
     adapted = attacked("deepseek_v3", "large", torch.float32)
@@ -60,6 +87,50 @@ def test_units_of_several_records_in_many_micro_batches() -> None:
     rng = np.random.default_rng(2)
     sizes = [rng.integers(1, 40, rng.integers(1, 5)).tolist() for _ in range(60)]
     assert is_bitwise(adapted, units_of_records([*sizes, [200, 100]]))
+
+
+@pytest.mark.parametrize("side", [".lora_A", ".lora_B"])
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v2"])
+def test_an_expert_beyond_half_precision_spoils_only_the_units_that_it_sees(architecture: str, side: str) -> None:
+    """Finite as it was sent, infinite in bfloat16. The filler of the last expert is infinity times zero, and nobody's:
+    whether a round fails must not tell which expert the shortest record chose."""
+    adapted = adapted_small(architecture, quantised=True)
+    cast_base(adapted.classifier.backbone, torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in adapted.plan.items():
+            if side in name and "experts" in name and parameter.ndim == 3:
+                parameter[-1] = 3.4e38
+    spoilt = 0
+    for seed in range(4):
+        records = company(
+            np.random.default_rng(seed), units=6, vocabulary=96, classes=5, low=1, high=2, longer=4
+        )
+        assert is_bitwise(adapted, records)
+        sums = clipped_sum(adapted, records, 0.5)
+        assert all(bool(torch.isfinite(value).all()) for value in sums.values())
+        norms = [float(each[0]) for each in contributions(adapted, records)]
+        spoilt += sum(not np.isfinite(norm) for norm in norms)
+    assert 0 < spoilt < 4 * 7
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_experts_come_in_few_numbers(seed: int) -> None:
+    """Whole tiles of each expert, whole vectors of all, and filler last; some kernels here would not mind."""
+    rng = np.random.default_rng(seed)
+    tokens, experts, top_k = int(rng.integers(1, 300)), int(rng.integers(2, 9)), int(rng.integers(1, 3))
+    index = torch.from_numpy(rng.permuted(np.tile(np.arange(experts), (tokens + 3, 1)), axis=1)[:, :top_k].copy())
+    made = Routing(index, experts, rows=tokens)
+    assert not bool((torch.diff(made.ends, prepend=made.ends.new_zeros(1)) % 8).any())
+    assert int(made.ends[-1]) % 32 == 0
+    assert int(made.spans[-1, 1]) < int(made.ends[-1])
+    assert torch.equal(made.spans[:, 1] - made.spans[:, 0], torch.bincount(index[:tokens].flatten(), minlength=experts))
+    hidden = torch.randn(tokens + 3, 4)
+    rows = made.select(hidden)
+    filler = torch.ones(len(rows), dtype=torch.bool)
+    for start, stop in made.spans.tolist():
+        filler[start:stop] = False
+    assert not bool(rows[filler].any())
+    assert torch.equal(rows[~filler], hidden.index_select(0, made.tokens[~filler]))
 
 
 def test_experts_without_lora_keep_to_it() -> None:
@@ -121,6 +192,68 @@ def test_a_machine_whose_products_follow_the_number_of_rows_is_refused(monkeypat
     monkeypatch.setattr(invariance, "grouped_rows", fickle)
     with pytest.raises(EngineError, match="depends on its neighbours on this machine"):
         check_layers(adapted_small("mixtral", quantised=True), vocabulary=96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_products_that_follow_a_rows_place_are_found_though_half_precision_hides_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """One product whose last row is a float32 rounding off: at one height, at the full one, in a block of rows."""
+    adapted = adapted_small("mixtral", quantised=True)
+    cast_base(adapted.classifier.backbone, dtype)
+    right: Callable[..., Tensor] = torch.mm
+    odd: set[int] = set()
+
+    def fickle(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+        found = right(x, weight, out=out)
+        if x.shape[0] in odd:
+            found[-1] *= 1 + 2**-22
+        return found
+
+    monkeypatch.setattr(invariance.torch, "mm", fickle)
+    odd |= {768, 1024}
+    check_invariance(adapted, vocabulary=96, seed=1)
+    assert adapted.heights == tuple(each for each in HEIGHTS if each not in odd)
+    for rows in (FULL, 96):
+        odd.clear()
+        odd.add(rows)
+        with pytest.raises(EngineError, match=f"depends on its place among {rows} rows"):
+            check_invariance(adapted, vocabulary=96, seed=1)
+
+
+def test_an_experts_product_that_follows_where_its_rows_begin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of another expert before it change the alignment of an expert's own."""
+    right: Callable[[Tensor, Tensor, Tensor], Tensor] = invariance.grouped_rows
+
+    def fickle(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        found = right(x, weight, ends)
+        begins = int(ends[0]) % len(x)
+        return found if begins % 16 == 0 else found * (1 + 2**-22)
+
+    monkeypatch.setattr(invariance, "grouped_rows", fickle)
+    with pytest.raises(EngineError, match="depends on its neighbours on this machine"):
+        check_invariance(adapted_small("mixtral", quantised=True), vocabulary=96, seed=1)
+
+
+def test_what_is_tried_is_what_the_models_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is tried in the widths, scale and window of the model, and for lengths up to the run's."""
+    tried = set()
+    right = invariance.causal
+
+    def noted(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        tried.add((query.shape[1:], key.shape[1], value.shape[-1], window))
+        return right(query, key, value, scaling, window)
+
+    monkeypatch.setattr(invariance, "causal", noted)
+    adapted = adapted_small("deepseek_v3", quantised=True)
+    check_invariance(adapted, vocabulary=96, seed=1, rows=800)
+    assert {(4, tokens, 16) for tokens in (1, 193, 512, 769)} <= {shape for shape, *_ in tried}
+    assert {each[1:] for each in tried} == {(4, 12, None)}
+    tried.clear()
+    adapted = adapted_small("mixtral", quantised=True)
+    adapted.classifier.backbone.config.sliding_window = 4  # type: ignore[union-attr]  # it is one
+    check_invariance(adapted, vocabulary=96, seed=1)
+    assert {each[1:] for each in tried} == {(2, 34, 4)}
 
 
 def test_a_height_that_computes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
