@@ -158,7 +158,7 @@ def _keys(home: SiteHome) -> str:
         )
     key = SigningKey.load(home.signing_key)
     told = f"private; signing key {spoken_key(key.public_hex)}"
-    if behind := open_to_others(home.root):
+    if behind := open_to_others(home.root, home.untrusted):
         told += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
     return told
 

@@ -48,7 +48,7 @@ class Cgroup:
                 return None
             if limited and (made.directory / "pids.max").exists():
                 (made.directory / "pids.max").write_text(str(MOST_TASKS))
-        except (OSError, LookupError):
+        except (OSError, LookupError, ValueError):  # ValueError: a hierarchy that is only partly to be seen here
             return None
         return made
 
@@ -108,12 +108,15 @@ def _tasks_of(user: int) -> int:
 
 
 def descendants() -> set[int]:
-    """The process ids of this process's children and of theirs, zombies among them."""
+    """The process ids of this process's children and of theirs, zombies among them.
+
+    OSError when they cannot be listed (no descriptor is free): that is not the same as none.
+    """
     found: set[int] = set()
     waiting = [os.getpid()]
     while waiting:
         pid = waiting.pop()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             for task in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as source:
                     fresh = {int(word) for word in source.read().split()} - found
@@ -143,7 +146,11 @@ def kill_descendants() -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        found = descendants()
+        try:
+            found = descendants()
+        except OSError:
+            time.sleep(0.05)
+            continue
         if not found:
             return
         fresh = found - stopped

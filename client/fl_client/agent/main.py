@@ -66,10 +66,10 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
 
 def _close(home: SiteHome, config: SiteConfig) -> None:
     """Take from others what rights they had on files of the home; say what the untrusted user can still read."""
-    changed = close_to_others(home.root)
+    changed = close_to_others(home.root, home.untrusted)
     if changed:
         log.warning("closed %d files that others than their owner could open, e.g. %s", len(changed), changed[0])
-    for path in open_to_others(home.root):
+    for path in open_to_others(home.root, home.untrusted):
         log.warning("%s can be opened by others and belongs to another user: chown it to this one", path)
     if config.supernode.user:
         for path in exposed(account(config.supernode.user), config.secrets(home)):

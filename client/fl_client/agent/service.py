@@ -17,7 +17,7 @@ from fl_client.metrics import Metrics
 from fl_shared import __version__
 from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.paths import check_socket, socket_address
+from fl_shared.paths import check_grpc_socket, socket_address
 from fl_shared.threads import running_pool
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest
@@ -84,7 +84,7 @@ def serve(service: AgentService, socket: Path, group: str = "") -> grpc.Server:
 
     ConfigError when the path cannot be a socket's or the group is unknown.
     """
-    check_socket(socket, fix="name a shorter [supernode] socket")
+    check_grpc_socket(socket, fix="name another [supernode] socket")
     socket.unlink(missing_ok=True)
     server = grpc.server(
         running_pool(4, "agent"),
