@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 
 _PAUSE_S = 0.5
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many descriptors as the system allows it; the soft limit is often 1024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def admit(listener: socket.socket, most: int, serve: Callable[[socket.socket], Awaitable[None]]) -> None:

@@ -140,9 +140,10 @@ def _listen_tcp(port: int) -> socket.socket:
 
 
 def _listen_unix(path: str) -> socket.socket:
-    """Listen where the other side's socket lies outside; its directory is a new, empty one."""
+    """Listen where the other side's socket lies outside; in its directory there is nothing of the machine's but what
+    was attached."""
     place = os.path.dirname(path)
-    if os.path.isdir(place):
+    if os.path.isdir(place) and os.statvfs(place).f_flag & os.ST_RDONLY:
         _check(_libc().mount(b"tmpfs", os.fsencode(place), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=0755"), place)
     os.makedirs(place, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX)

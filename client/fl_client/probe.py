@@ -20,7 +20,8 @@ from typing import Any
 NEW_USER, SEIZE, MPTCP, FASTOPEN = 0x10000000, 0x4206, 262, 0x20000000
 NUMBERS = {  # x86_64, aarch64
     "io_uring_setup": (425, 425), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "bpf": (321, 280),
-    "io_setup": (206, 0), "keyctl": (250, 219), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mq_open": (240, 180),
+    "io_setup": (206, 0), "keyctl": (250, 219),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mq_open": (240, 180),
 }  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
 facts = json.loads(sys.argv[1])

@@ -20,6 +20,7 @@ from pathlib import Path
 
 MOST_TASKS = 512
 """Processes and threads that the untrusted half may have; a SuperNode with an app has about a hundred."""
+SPARED_TASKS = 64
 _FREEZE_PASSES = 50
 _COMPLAIN_S = 30.0
 
@@ -89,11 +90,12 @@ def _own_group() -> Path:
 def limit_tasks(tasks: int) -> None:
     """Let this process's user have at most `tasks` processes and threads more than now (root is never limited so).
 
-    For the child, before exec: the limit is inherited and cannot be raised again.
+    For the child, before exec: the limit is inherited and cannot be raised again. The last `SPARED_TASKS` that the
+    user may have are not for it, so that the agent, under the same user and limit, can always start what it needs.
     """
     most = _tasks_of(os.getuid()) + tasks
-    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    for limit in resource.getrlimit(resource.RLIMIT_NPROC):
+        most = most if limit == resource.RLIM_INFINITY else min(most, max(limit - SPARED_TASKS, 1))
     resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
 
 

@@ -1,4 +1,4 @@
-"""The untrusted half's output as its keeper records it: the app has a pipe, never the file, and fills no disk with it."""
+"""The untrusted half's output, recorded by its keeper: the app has a pipe and never the file, and fills no disk."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fl_client import namespaces, seccomp
+from fl_client.admission import raise_file_limit
 from fl_client.forwarder import Target, forward
 from fl_client.reaping import Cgroup, kill_descendants, limit_tasks, reap_orphans
 from fl_client.record import Record
@@ -360,8 +361,7 @@ def main() -> int:
         return 0
     _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     forbid_inspection()
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_file_limit()
     guard, ends = os.getpid(), {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     keeper = os.fork()

@@ -11,6 +11,7 @@ from types import FrameType
 
 from cryptography import x509
 
+from fl_client.admission import raise_file_limit
 from fl_client.agent.announcement import Announcer
 from fl_client.agent.locks import sole
 from fl_client.agent.questions import Answerer
@@ -28,6 +29,7 @@ from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
 from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
 from fl_client.tunnel import TunnelSettings, make_local_certificate
+from fl_client.walls import require_apart
 from fl_shared.errors import ConfigError
 from fl_shared.monitoring import serve_monitoring
 from fl_shared.private import close_to_others, open_to_others
@@ -45,6 +47,8 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
             fix="correct the url, or enrol at the new coordinator with a token and --force",
         )
     forbid_inspection()
+    raise_file_limit()
+    require_apart([home.root, *config.secrets(home)])
     home.make()
     _close(home, config)
     ending = StopRequest()
