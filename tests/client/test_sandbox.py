@@ -195,8 +195,8 @@ for act in (lambda: os.fchmod(1, 0o4777), lambda: os.ftruncate(1, 0), lambda: os
     except OSError:
         pass
 for _ in range(20):
-    os.write(1, b"x" * 1023 * 1024 + b"\n" * 1024)
-os.write(1, json.dumps(report).encode() + b"\n")
+    os.write(1, b"x" * 1023 * 1024 + b"\\n" * 1024)
+os.write(1, json.dumps(report).encode() + b"\\n")
 """
 
 
