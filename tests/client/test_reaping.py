@@ -164,7 +164,7 @@ def test_no_descriptor_left_is_not_taken_for_no_process() -> None:
         "from fl_client.reaping import kill_descendants\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "child = os.fork()\n"
-        "if child == 0: time.sleep(600)\n"
+        "if child == 0: time.sleep(60)\n"
         "def again(): time.sleep(1); resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
         "threading.Thread(target=again).start()\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))\n"
