@@ -25,7 +25,7 @@ from fl_client.home import SiteHome
 from fl_client.renewal import certificate
 from fl_client.rotation import follow
 from fl_client.supernode import PLAN_FILE, describe_confinement
-from fl_client.walls import try_walls
+from fl_client.walls import require_apart, try_walls
 from fl_shared import __version__
 from fl_shared.base_model import BaseModel
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
@@ -152,13 +152,14 @@ def _keys(home: SiteHome) -> str:
         )
     key = SigningKey.load(home.signing_key)
     told = f"private; signing key {spoken_key(key.public_hex)}"
-    if behind := open_to_others(home.root):
+    if behind := open_to_others(home.root, home.untrusted):
         told += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
     return told
 
 
 def _separation(home: SiteHome, config: SiteConfig) -> str:
-    """The other user is there and can read none of the site's secrets."""
+    """Nothing private lies where the untrusted half reads; the other user is there and can read no secret."""
+    require_apart([home.root, *config.secrets(home)])
     user = config.supernode.user
     if user:
         for path in exposed(account(user), config.secrets(home)):

@@ -20,7 +20,7 @@ from fl_shared.audit.report.stated import read_stated
 from fl_shared.errors import ConfigError, EnrolmentError, shown
 from fl_shared.manifest import LORA_TARGETS, check_digest
 from fl_shared.names import site_id
-from fl_shared.paths import check_socket, sqlite_url
+from fl_shared.paths import check_grpc_socket, check_socket, sqlite_url
 from fl_shared.settings import Fields, load_toml
 
 ANY_APP = "any"
@@ -345,7 +345,8 @@ def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
         socket=fields.path("socket", default=home.meeting / "agent.sock" if other else home.socket),
     )
     fields.done()
-    check_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{home.root.name[:30]}.sock" or the like')
+    short = home.root.name.replace(",", "")[:30]
+    check_grpc_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{short}.sock" or the like')
     if made.user or made.socket_group:
         for name, path in (("socket", made.socket), *([("directory", made.directory)] if made.user else [])):
             if path.is_relative_to(home.root):

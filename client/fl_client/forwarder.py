@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
+import sys
 import threading
 
-MAX_CONNECTIONS = 256
+from fl_client.admission import admit
+
+MAX_CONNECTIONS = 100
+"""For each listener; each takes two descriptors, and a process often has no more than 1024."""
 _BLOCK = 1 << 16
 
 Target = tuple[str, int] | str
@@ -19,37 +25,47 @@ Target = tuple[str, int] | str
 
 
 def forward(listeners: list[tuple[socket.socket, Target]]) -> None:
-    """Serve the listeners in a thread of their own until the process ends."""
-    threading.Thread(target=lambda: asyncio.run(_serve(listeners)), name="forwarder", daemon=True).start()
+    """Serve the listeners in a thread of their own until the process ends.
+
+    Whatever ends the thread ends the process, too, by SIGTERM: whoever keeps it starts the next.
+    """
+
+    def serve() -> None:
+        try:
+            asyncio.run(_serve(listeners))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the doors are shut from now on
+            print(f"the connections to tunnel and agent ended: {error}", file=sys.stderr, flush=True)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=serve, name="forwarder", daemon=True).start()
 
 
 async def _serve(listeners: list[tuple[socket.socket, Target]]) -> None:
-    places = asyncio.Semaphore(MAX_CONNECTIONS)
-
-    def handler(target: Target):  # type: ignore[no-untyped-def]  # a coroutine function of asyncio's own form
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            async with places:
-                with contextlib.suppress(OSError):
-                    await _carry(reader, writer, target)
-            writer.close()
-
-        return connected
-
-    for listener, target in listeners:
-        start = asyncio.start_unix_server if isinstance(target, str) else asyncio.start_server
-        await start(handler(target), sock=listener)
-    await asyncio.Event().wait()
+    async with asyncio.TaskGroup() as group:
+        for listener, target in listeners:
+            group.create_task(_forward(listener, target))
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target) -> None:
-    if isinstance(target, str):
-        far_reader, far_writer = await asyncio.open_unix_connection(target)
-    else:
-        far_reader, far_writer = await asyncio.open_connection(*target)
+async def _forward(listener: socket.socket, target: Target) -> None:
+    await admit(listener, MAX_CONNECTIONS, lambda arrived: _carry(arrived, target))
+
+
+async def _carry(arrived: socket.socket, target: Target) -> None:
+    reader, writer = await asyncio.open_connection(sock=arrived)
     try:
-        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+        if isinstance(target, str):
+            far_reader, far_writer = await asyncio.open_unix_connection(target)
+        else:
+            far_reader, far_writer = await asyncio.open_connection(*target)
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(_pump(reader, far_writer))
+                both.create_task(_pump(far_reader, writer))
+        finally:
+            far_writer.close()
     finally:
-        far_writer.close()
+        writer.close()
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

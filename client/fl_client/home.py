@@ -116,6 +116,11 @@ class SiteHome:
         return self.root / "supernode"
 
     @property
+    def untrusted(self) -> Path:
+        """What the code that the coordinator ships may fill; nothing in it is read or walked."""
+        return self.supernode / "work"
+
+    @property
     def meeting(self) -> Path:
         """Beside the home: what another user needs that runs the untrusted half, its directory and the socket."""
         return self.root.with_name(f"{self.root.name}.node")

@@ -21,7 +21,7 @@ _NAMESPACES = 0x00020000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000  # 
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # the same numbers on every architecture
 _AT_FDCWD, _AT_RECURSIVE, _AT_EMPTY_PATH = -100, 0x8000, 0x1000
 _TREE_CLONE, _MOVE_EMPTY_PATH, _READ_ONLY = 1, 4, 1
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 2, 4, 8, 0x4000, 0x40000, 2
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 1, 2, 4, 8, 0x4000, 0x40000, 2
 _PR_SET_DUMPABLE = 4
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -70,7 +70,7 @@ def furnish(readable: list[str], writable: list[str], ports: list[int], unix: st
     for real in sorted(trees, key=len):
         _attach(*trees[real], _BASE + real)
     os.makedirs(_BASE + _PROC, exist_ok=True)
-    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC  # /proc/sys is the machine's, and root here is root there
     if libc.mount(b"proc", (_BASE + _PROC).encode(), b"proc", flags, None):
         _attach(proc, True, _BASE + _PROC)  # in a container whose /proc is masked: the masked one
     os.close(proc)
@@ -140,9 +140,10 @@ def _listen_tcp(port: int) -> socket.socket:
 
 
 def _listen_unix(path: str) -> socket.socket:
-    """Listen where the other side's socket lies outside; its directory is a new, empty one."""
+    """Listen where the other side's socket lies outside; in its directory there is nothing of the machine's but what
+    was attached."""
     place = os.path.dirname(path)
-    if os.path.isdir(place):
+    if os.path.isdir(place) and os.statvfs(place).f_flag & os.ST_RDONLY:
         _check(_libc().mount(b"tmpfs", os.fsencode(place), b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=0755"), place)
     os.makedirs(place, exist_ok=True)
     listener = socket.socket(socket.AF_UNIX)

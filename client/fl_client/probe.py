@@ -7,6 +7,7 @@ and not written, and what would change something is tried on the decoys that `fl
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -19,7 +20,8 @@ from typing import Any
 NEW_USER, SEIZE, MPTCP, FASTOPEN = 0x10000000, 0x4206, 262, 0x20000000
 NUMBERS = {  # x86_64, aarch64
     "io_uring_setup": (425, 425), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "bpf": (321, 280),
-    "keyctl": (250, 219), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mq_open": (240, 180),
+    "io_setup": (206, 0), "keyctl": (250, 219),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mq_open": (240, 180),
 }  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
 facts = json.loads(sys.argv[1])
@@ -138,6 +140,21 @@ def shared() -> str:
     return done(libc.shmctl(segment, 0, None), "it was made")
 
 
+def leased() -> str:
+    """Lease a file of one's own for a moment: whoever opens a leased file waits for up to 45 s."""
+    with open("leased", "w", encoding="ascii") as mine:
+        fcntl.fcntl(mine, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    return "it was leased"
+
+
+def requests() -> str:
+    """Take some of the machine's asynchronous requests, and give them back."""
+    context = ctypes.c_ulong(0)
+    system("io_setup", 1, ctypes.byref(context))
+    libc.syscall(207 if os.uname().machine == "x86_64" else 1, context)
+    return "they were taken"
+
+
 def limits() -> str:
     """Set another process's limit to what it is."""
     now = resource.prlimit(pid, resource.RLIMIT_CORE)
@@ -194,6 +211,10 @@ attempt("load BPF", lambda: done(system("bpf", 0, ctypes.create_string_buffer(b"
 attempt("use the user's keyring", lambda: done(system("keyctl", 0, -4, 1)))
 attempt("open a message queue", queued)
 attempt("share memory by key", shared)
+attempt("hold up who opens a file", leased)
+attempt("use up the machine's asynchronous requests", requests)
+attempt("change the machine's settings", lambda: opened("/proc/sys/kernel/core_pattern", os.O_WRONLY))
+attempt("survive when memory runs out", lambda: opened("/proc/self/oom_score_adj", os.O_WRONLY))
 attempt("make a user namespace", lambda: done(libc.unshare(NEW_USER)))
 attempt("mount something", lambda: done(libc.mount(b"none", b"/dev", b"tmpfs", 0, None)))
 if os.uname().machine == "x86_64":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 MOST_TASKS = 512
 """Processes and threads that the untrusted half may have; a SuperNode with an app has about a hundred."""
+SPARED_TASKS = 64
 _FREEZE_PASSES = 50
 _COMPLAIN_S = 30.0
 
@@ -48,7 +49,7 @@ class Cgroup:
                 return None
             if limited and (made.directory / "pids.max").exists():
                 (made.directory / "pids.max").write_text(str(MOST_TASKS))
-        except (OSError, LookupError):
+        except (OSError, LookupError, ValueError):  # ValueError: a hierarchy that is only partly to be seen here
             return None
         return made
 
@@ -89,11 +90,12 @@ def _own_group() -> Path:
 def limit_tasks(tasks: int) -> None:
     """Let this process's user have at most `tasks` processes and threads more than now (root is never limited so).
 
-    For the child, before exec: the limit is inherited and cannot be raised again.
+    For the child, before exec: the limit is inherited and cannot be raised again. The last `SPARED_TASKS` that the
+    user may have are not for it, so that the agent, under the same user and limit, can always start what it needs.
     """
     most = _tasks_of(os.getuid()) + tasks
-    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    for limit in resource.getrlimit(resource.RLIMIT_NPROC):
+        most = most if limit == resource.RLIM_INFINITY else min(most, max(limit - SPARED_TASKS, 1))
     resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
 
 
@@ -108,12 +110,15 @@ def _tasks_of(user: int) -> int:
 
 
 def descendants() -> set[int]:
-    """The process ids of this process's children and of theirs, zombies among them."""
+    """The process ids of this process's children and of theirs, zombies among them.
+
+    OSError when they cannot be listed (no descriptor is free): that is not the same as none.
+    """
     found: set[int] = set()
     waiting = [os.getpid()]
     while waiting:
         pid = waiting.pop()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             for task in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as source:
                     fresh = {int(word) for word in source.read().split()} - found
@@ -143,7 +148,11 @@ def kill_descendants() -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        found = descendants()
+        try:
+            found = descendants()
+        except OSError:
+            time.sleep(0.05)
+            continue
         if not found:
             return
         fresh = found - stopped

@@ -6,7 +6,8 @@ the kernel offers it: namespaces of its own (`fl_client.namespaces`), in which t
 network; Landlock, which lets it read the Python environment and the system's libraries and write its own
 directory; and a filter of system calls (`fl_client.seccomp`). When standard input ends (the agent is gone, however
 it died) or on SIGTERM, every descendant is killed, including those that left the process
-group and those that fork faster than they are killed (`fl_client.reaping`).
+group and those that fork faster than they are killed (`fl_client.reaping`). The keeper is two processes, each of which
+ends everything when the other one is killed.
 
 With `--walls` it starts nothing and says which of the walls this machine offers for the confinement
 (docs/decisions/0084).
@@ -19,26 +20,30 @@ import ctypes
 import json
 import os
 import pwd
+import resource
 import select
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from fl_client import namespaces, seccomp
+from fl_client.admission import raise_file_limit
 from fl_client.forwarder import Target, forward
 from fl_client.reaping import Cgroup, kill_descendants, limit_tasks, reap_orphans
+from fl_client.record import Record
 
 MODES = ("auto", "require", "off")
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 _RULE_PATH, _RULE_PORT = 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_MOST_FILES = 1024  # descriptors that each process of the command may have
 _STOP_S = 2.0  # a SuperNode needs about 5 s to end by itself and has nothing to lose
 _PR_CAPBSET_DROP, _CAPABILITY_VERSION_3, _CAPABILITIES = 24, 0x20080522, 64
 
@@ -88,9 +93,22 @@ def forbid_inspection() -> None:
     _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies."""
-    _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to kill this process (or send it another signal) when its parent dies."""
+    _libc().prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def limit_itself() -> None:
+    """What concerns this process alone: no core files, few descriptors, and the first to go when memory runs out."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    libc = _libc()
+    libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # an undumpable process may not write its own
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def drop_capabilities() -> None:
@@ -215,8 +233,11 @@ def _try_namespaces(confinement: Confinement) -> str:
     return reason
 
 
-def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.Popen[bytes]:
-    """Start the command: own user if asked for, in its group, confined, killed when this process dies."""
+def _start(confinement: Confinement, record: Record, group: Cgroup | None = None) -> subprocess.Popen[bytes]:
+    """Start the command: own user if asked for, in its group, confined, killed when this process dies.
+
+    Its output goes into the record.
+    """
     off = confinement.mode == "off"
     walls = Walls(0, "off", "off") if off else Walls.offered(confinement)
     if confinement.mode == "require" and walls.missing():
@@ -227,8 +248,10 @@ def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.
 
     def restrict() -> None:
         try:
+            near.close()  # so that to hand sockets to a keeper that is gone fails
             if door >= 0:
                 os.write(door, b"0")
+            limit_itself()
             if confinement.tasks:
                 limit_tasks(confinement.tasks)
             die_with_parent()
@@ -246,20 +269,14 @@ def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.
             raise
 
     owner = _account(confinement.user) if confinement.user else None
-    # In a directory of another user: what is no file of one name (a link, a pipe) is not written to.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    log = os.fdopen(os.open(confinement.log, flags, 0o600), "ab", buffering=0)
     try:
-        found = os.fstat(log.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-            raise OSError(f"{confinement.log} is not a file of its own")
         process = subprocess.Popen(
             confinement.command,
             env=confinement.environment,
             cwd="/" if not walls.no_namespaces else confinement.directory,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=record.entrance,
+            stderr=record.entrance,
             close_fds=True,
             preexec_fn=restrict,
             user=owner.pw_uid if owner else None,
@@ -267,7 +284,7 @@ def _start(confinement: Confinement, group: Cgroup | None = None) -> subprocess.
             extra_groups=[] if owner else None,
         )
     finally:
-        log.close()
+        os.close(record.entrance)
         far.close()
         if door >= 0:
             os.close(door)
@@ -334,37 +351,74 @@ def _end_all(group: Cgroup | None) -> None:
 
 
 def main() -> int:
-    """Keep one confined command, or say which walls there are; return the exit status."""
+    """Keep one confined command, or say which walls there are; return the exit status.
+
+    The process that was started guards the one that keeps the command: whatever that one leaves when it is killed,
+    comes to the guard. When the guard is killed, the other one ends all and itself.
+    """
+    if "--walls" in sys.argv[1:]:
+        print(json.dumps(asdict(Walls.offered(_ordered()))))
+        return 0
+    _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    forbid_inspection()
+    raise_file_limit()
+    guard, ends = os.getpid(), {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    keeper = os.fork()
+    if keeper == 0:
+        die_with_parent(signal.SIGTERM)
+        if os.getppid() != guard:
+            os._exit(1)
+        return _keep(ends)
+    for number in ends:
+        signal.signal(number, lambda _number, _frame: os.kill(keeper, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+    os.close(0)
+    while (found := os.wait())[0] != keeper:
+        pass
+    kill_descendants()
+    return min(abs(os.waitstatus_to_exitcode(found[1])), 125)
+
+
+def _ordered() -> Confinement:
+    """The confinement on standard input; SystemExit when it ends before."""
     line = b""
     while not line.endswith(b"\n"):
         block = os.read(0, 1)
         if not block:
-            return 1
+            raise SystemExit(1)
         line += block
-    confinement = Confinement(**json.loads(line))
-    if "--walls" in sys.argv[1:]:
-        print(json.dumps(asdict(Walls.offered(confinement))))
-        return 0
+    return Confinement(**json.loads(line))
+
+
+def _keep(ends: set[signal.Signals]) -> int:
+    """Start the command and wait for its end, the agent's, or one of the signals, which are blocked until here."""
     _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     forbid_inspection()
     stop_read, stop_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(stop_write, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+    for number in (*ends, signal.SIGCHLD):
         signal.signal(number, lambda _number, _frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+    confinement = _ordered()
     group = Cgroup.make(confinement.directory, limited=confinement.tasks > 0)
     try:
-        process = _start(confinement, group)
+        record = Record(Path(confinement.log))
+        process = _start(confinement, record, group)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no thread for the forwarder
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         print(f"it cannot be started: {why}", file=sys.stderr, flush=True)
         _end_all(group)
         return 1
     status: int | None = None
+    sources = [0, stop_read, record.pipe]
     while status is None:
-        ready, _, _ = select.select([0, stop_read], [], [], 5.0)
+        ready, _, _ = select.select(sources, [], [], 5.0)
+        if record.pipe in ready and not record.take():
+            sources.remove(record.pipe)
         if 0 in ready and not os.read(0, 1):
             break
-        if stop_read in ready and {signal.SIGTERM, signal.SIGINT} & set(os.read(stop_read, 256)):
+        if stop_read in ready and ends & set(os.read(stop_read, 256)):
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(_STOP_S)
@@ -372,6 +426,8 @@ def main() -> int:
         status = process.poll()
         reap_orphans(process.pid)
     _end_all(group)
+    while record.take():
+        pass
     return 0 if status is None else min(abs(status), 125)
 
 

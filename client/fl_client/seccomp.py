@@ -1,7 +1,8 @@
 """The system calls that the untrusted half may not make: a seccomp filter of our own, put together here.
 
 It closes what Landlock and namespaces leave open: sockets other than TCP and Unix streams (UDP, MPTCP, netlink,
-vsock), data in a TCP handshake, io_uring, new namespaces and mounts, and reading or steering other processes. Where no
+vsock), data in a TCP handshake, io_uring, new namespaces and mounts, leases on files (whoever opens one then waits),
+and reading or steering other processes. Where no
 mount namespace keeps other files out of reach, changes of modes, owners, times and attributes are answered as done and
 not done: Flower copies its app with them and stops at a refusal. Numbers that are newer than this file do not exist for
 the caller, nor does another ABI than the machine's own (i386, x32).
@@ -27,7 +28,8 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "perf_event_open": (298, 241),
     # ways around the other walls
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "bpf": (321, 280),
-    "userfaultfd": (323, 282), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
+    "io_setup": (206, 0), "userfaultfd": (323, 282),
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
     "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428), "move_mount": (429, 429),
     "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
     "mount_setattr": (442, 442), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
@@ -59,7 +61,7 @@ ATTRIBUTES: dict[str, tuple[int | None, int | None]] = {
 CHECKED: dict[str, tuple[int, int]] = {
     "socket": (41, 198), "socketpair": (53, 199), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
     "clone": (56, 220), "clone3": (435, 435), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
-    "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
+    "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274), "fcntl": (72, 25),
 }  # fmt: skip
 _FIRST_UNKNOWN = 463  # setxattrat, and what came after it; x32 numbers are far above
 
@@ -68,6 +70,7 @@ _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _FASTOPEN = 0x20000000
+_SET_LEASE, _NOTIFY = 1024, 1026  # F_SETLEASE, with which every other opening of a file waits 45 s, and F_NOTIFY
 _UNIX, _INET, _INET6, _STREAM, _TCP = 1, 2, 10, 1, 6
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _MODE_FILTER = 22, 38, 2
 
@@ -104,6 +107,7 @@ def program(machine: str, *, pretend: bool) -> list[_Step]:
         case(name, _argument(0), (_EQUAL, 1, 0, 0), deny, allow)  # of the caller alone
     for name, place in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
         case(name, _argument(place), (_ANY_BIT, 0, 1, _FASTOPEN), deny, allow)
+    case("fcntl", _argument(1), (_EQUAL, 1, 0, _SET_LEASE), (_EQUAL, 0, 1, _NOTIFY), deny, allow)
     stream = [_argument(1), (_AND, 0, 0, 0xF), (_EQUAL, 1, 0, _STREAM), deny]
     case("socketpair", _argument(0), (_EQUAL, 1, 0, _UNIX), deny, *stream, allow)
     case(

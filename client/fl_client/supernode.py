@@ -45,7 +45,6 @@ SYSTEM_READABLE = (
 _TUNNEL_WAIT_S = 30.0
 _PROVEN_S = 10.0  # after a failure a process that runs for so long is well again
 _STOP_S = 30.0  # a keeper that has much to kill needs its time
-_LOG_LIMIT_BYTES = 8 << 20
 PLAN_FILE = "launch.json"
 
 
@@ -164,8 +163,10 @@ def make_home(plan: NodePlan) -> None:
             f"[supernode] the untrusted half has no place to work in: {error}",
             fix=f"let the user that runs it own {work}: install -d -m 700 -o USER {work}",
         ) from None
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
-        subprocess.run(["rm", "-rf", "--", *work.glob("old-*")], stderr=subprocess.DEVNULL, timeout=60, check=False)
+    left = list(work.glob("old-*"))
+    for words in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):  # an app may have closed its directories to its own user
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
+            subprocess.run([*words, "--", *left], stderr=subprocess.DEVNULL, timeout=60, check=False)
 
 
 def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
@@ -173,8 +174,6 @@ def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
     directory = plan.directory
     make_home(plan)
     record = (directory if os.access(directory, os.W_OK) else plan.home.parent) / "supernode.log"
-    if record.exists() and record.stat().st_size > _LOG_LIMIT_BYTES:
-        record.replace(record.with_suffix(".log.1"))
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink", f"127.0.0.1:{plan.tunnel_port}",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import functools
 import hashlib
 import ipaddress
 import json
@@ -39,7 +40,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
+from fl_client.admission import admit
 from fl_client.config import ANY_APP
 from fl_client.enrolment import verified_context
 from fl_client.files import write_durably
@@ -63,6 +67,8 @@ FLEET_CALLS = frozenset(
     }
 )
 MAX_APP_BYTES = 16 << 20
+MAX_CONNECTIONS = 64
+HANDSHAKE_S = 10.0
 OFF_LINE_S = 6.0
 TIMEOUT_S = 300.0
 READY = "tunnel ready"
@@ -409,6 +415,18 @@ async def _whole(answer: httpx.Response, limit: int) -> bytes | None:
     return bytes(body)
 
 
+class _Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol, which takes 64 KiB of a request's head and no more, and says when it is over."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config, state, {})
+        self.over = asyncio.Event()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.over.set()
+
+
 async def _serve(settings: TunnelSettings) -> None:
     credentials = Credentials(Path(settings.ca), Path(settings.certificate), Path(settings.key))
     config = uvicorn.Config(
@@ -420,7 +438,7 @@ async def _serve(settings: TunnelSettings) -> None:
         lifespan="off",
         timeout_keep_alive=75,
         timeout_graceful_shutdown=3,
-        limit_concurrency=64,
+        http="h11",
     )
     server = uvicorn.Server(config)
     loop = asyncio.get_running_loop()
@@ -432,11 +450,24 @@ async def _serve(settings: TunnelSettings) -> None:
 
     loop.add_reader(0, keeper_gone)
     listener = socket.socket(fileno=settings.listen_fd)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=[]))  # the connections are made here, so many and no more
     while not (server.started or serving.done()):
         await asyncio.sleep(0.02)
+
+    async def connect(arrived: socket.socket) -> None:
+        made = functools.partial(_Connection, config, server.server_state)
+        _, connection = await loop.connect_accepted_socket(
+            made, arrived, ssl=config.ssl, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
+        )
+        await connection.over.wait()
+
+    admitting = asyncio.create_task(admit(listener, MAX_CONNECTIONS, connect))
+    admitting.add_done_callback(lambda _: setattr(server, "should_exit", True))  # a shut door is no tunnel
     print(READY, flush=True)
-    await serving
+    try:
+        await serving
+    finally:
+        admitting.cancel()
 
 
 def main() -> int:

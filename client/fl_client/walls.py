@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 from fl_client.handover import account
 from fl_client.sandbox import Confinement
-from fl_client.supernode import SYSTEM_READABLE, keeper_environment, node_environment
+from fl_client.supernode import SYSTEM_READABLE, keeper_environment, node_environment, shared_source
 from fl_shared.errors import ConfigError
 
 _PROBE_S = 120.0
@@ -40,6 +40,22 @@ class Findings:
 
     open: dict[str, str]
     works: dict[str, str]
+
+
+def require_apart(paths: Iterable[Path]) -> None:
+    """ConfigError when one of these lies where the untrusted half must read to run at all (Python's environment, /usr).
+
+    No wall can stand between a program and the directory that it runs from.
+    """
+    source = shared_source()
+    trees = [sys.prefix, sys.base_prefix, *SYSTEM_READABLE, *([str(source)] if source else [])]
+    for path in paths:
+        for tree in trees:
+            if path.resolve().is_relative_to(Path(tree).resolve()):
+                raise ConfigError(
+                    f"{path} lies in {tree}, which the untrusted half can read",
+                    fix="move it out of there, to /var/lib/concordat/SITE or the like",
+                )
 
 
 def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:

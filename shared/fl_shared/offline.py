@@ -15,8 +15,10 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
+_NO_FORK_HANDLERS = {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+"""After a fork that fails (no more processes) gRPC's handlers end the process; ours only ever fork to run a program."""
 
 
 def stay_offline() -> None:
     """Set all of it for this process and those that it starts; called before any of the libraries is imported."""
-    os.environ.update(OFFLINE)
+    os.environ.update(OFFLINE | _NO_FORK_HANDLERS)

@@ -29,3 +29,10 @@ def check_socket(path: Path, *, fix: str) -> None:
         raise ConfigError(
             f"the socket path {path} has {size} bytes, and the system takes at most {MAX_SOCKET_BYTES}", fix=fix
         )
+
+
+def check_grpc_socket(path: Path, *, fix: str) -> None:
+    """ConfigError unless a socket can have this path, and gRPC can call it there."""
+    check_socket(path, fix=fix)
+    if "," in str(path):
+        raise ConfigError(f"the socket path {path} has a comma, and gRPC would take it for two addresses", fix=fix)

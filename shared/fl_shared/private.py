@@ -28,18 +28,19 @@ def create_file(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
-def open_to_others(root: Path) -> list[Path]:
-    """What lies at `root` and below that others than the owner may open, links aside."""
-    return [path for path, _ in _open(root)]
+def open_to_others(root: Path, foreign: Path | None = None) -> list[Path]:
+    """What lies at `root` and below that others than the owner may open, links aside; nothing inside `foreign`."""
+    return [path for path, _ in _open(root, foreign)]
 
 
-def close_to_others(root: Path) -> list[Path]:
+def close_to_others(root: Path, foreign: Path | None = None) -> list[Path]:
     """Take every right from others than the owner, at `root` and below; what was changed.
 
-    What belongs to another user is left as it is: `open_to_others` still names it.
+    What belongs to another user is left as it is: `open_to_others` still names it. What lies in the directory
+    `foreign` is not looked at: code that is not ours may have put there as much, and as deep, as it likes.
     """
     changed = []
-    for path, descriptor in _open(root):
+    for path, descriptor in _open(root, foreign):
         # The descriptor names the file itself, whatever lies at its path by now; it may be a socket.
         place = f"/proc/self/fd/{descriptor}"
         with contextlib.suppress(PermissionError):
@@ -48,7 +49,7 @@ def close_to_others(root: Path) -> list[Path]:
     return changed
 
 
-def _open(root: Path) -> Iterator[tuple[Path, int]]:
+def _open(root: Path, foreign: Path | None) -> Iterator[tuple[Path, int]]:
     """Each open file or directory with a descriptor that lives until the next one; what vanishes is left out."""
     walk = os.fwalk(root, follow_symlinks=False, onerror=None)
     for place, directories, files, parent in walk:
@@ -64,3 +65,4 @@ def _open(root: Path) -> Iterator[tuple[Path, int]]:
                     yield Path(place, name), descriptor
             finally:
                 os.close(descriptor)
+        directories[:] = [name for name in directories if Path(place, name) != foreign]

@@ -15,6 +15,18 @@ from fl_client.supernode import NodePlan, node_confinement
 NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" "$@"']
 """Before a command: run it where nobody may make user namespaces, as on machines that forbid them."""
 
+_WITHOUT = """
+import ctypes, os, struct, sys
+steps = [(0x20, 0, 0, 0), (0x35, 0, 2, 444), (0x25, 1, 0, 446), (6, 0, 0, 0x50026), (6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, struct.pack("@HP", len(steps), ctypes.addressof(code)), 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+NO_LANDLOCK = [sys.executable, "-c", _WITHOUT]
+"""Before a command: run it where Landlock's three calls do not exist, as in kernels without it."""
+
 
 def start_keeper(confinement: Confinement, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Start the keeper as the agent does, with an inherited secret in its own environment."""

@@ -157,6 +157,47 @@ def test_what_a_killed_keeper_left_ends_at_the_next_start(tmp_path: Path) -> Non
     assert not again.directory.exists()
 
 
+def test_no_descriptor_left_is_not_taken_for_no_process() -> None:
+    """A keeper that cannot list its descendants just then goes on until it can, and none is left."""
+    script = (
+        "import os, resource, threading, time\n"
+        "from fl_client.reaping import kill_descendants\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "child = os.fork()\n"
+        "if child == 0: time.sleep(60)\n"
+        "def again(): time.sleep(1); resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
+        "threading.Thread(target=again).start()\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))\n"
+        "kill_descendants()\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))\n"
+        "print(os.path.exists(f'/proc/{child}'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["False"]
+
+
+def test_the_agent_keeps_places_that_the_untrusted_half_cannot_take() -> None:
+    """Both have the same user and limit: the last 64 processes are for the agent, which has helpers to start."""
+    ask = (
+        "import os, resource; from fl_client.reaping import limit_tasks; os.setuid(61181)\n"
+        "resource.setrlimit(resource.RLIMIT_NPROC, (200, resource.getrlimit(resource.RLIMIT_NPROC)[1]))\n"
+        "limit_tasks(512)\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NPROC))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["136", "136"]
+
+
+def test_a_hierarchy_of_groups_that_is_only_partly_seen_is_no_hierarchy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In some containers the own group lies outside what is mounted: there is no group then, and no traceback."""
+
+    def elsewhere() -> Path:
+        return Path("/sys/fs/cgroup") / Path("/b").relative_to("/a")
+
+    monkeypatch.setattr("fl_client.reaping._own_group", elsewhere)
+    assert Cgroup.make("x", limited=True) is None
+
+
 def test_the_limit_counts_what_the_user_has_already() -> None:
     """Others of the same user do not use up the places of the untrusted half, and it cannot raise its limit."""
     ask = (

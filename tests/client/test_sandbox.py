@@ -109,20 +109,24 @@ def test_arguments_environment_and_open_files_hold_nothing_of_the_site(node_dire
     report, _ = hostile_report(node_directory, mode="off")
     assert set(report["environment"]) - {"LC_CTYPE"} == set(node_environment(node_directory / "work" / "home"))
     assert "planted-secret" not in json.dumps([report["environment"], report["group"]])
-    assert all(place == "/dev/null" or place.startswith((str(node_directory), "/proc/")) for place in report["fds"])
+    (output,) = {place for place in report["fds"] if place.startswith("pipe:")}  # its keeper's, who alone has the log
+    rest = [place for place in report["fds"] if place not in ("/dev/null", output)]
+    assert all(place.startswith((str(node_directory / "work" / "home"), "/proc/")) for place in rest)
     # The hostile app's own arguments name the secrets: the test put them there.
     others = [line for line in report["group"] if "HOSTILE" not in line and "report = {}" not in line]
     assert not any(name in line for line in others for name in ("signing.pem", "ledger", "patients"))
 
 
-@pytest.mark.parametrize(("how", "fallback"), [("closed", False), ("closed", True), ("killed", False)])
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("how", ["closed", "guard killed", "keeper killed"])
 def test_nothing_outlives_the_keeper_even_when_it_leaves_the_group(
     node_directory: Path, how: str, fallback: bool
 ) -> None:
-    """A daemonised grandchild is killed when the agent's end of the pipe closes; with namespaces even when the keeper
-    itself is killed."""
+    """An app and its daemon, who will not die with their parents, are killed when the agent's end of the pipe closes,
+    and when either of the keeper's two processes is killed."""
     script = (
-        "import os, time\n"
+        "import ctypes, os, time\n"
+        "ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"  # no signal at the parent's death
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
         "    if os.fork() == 0:\n"
@@ -148,12 +152,67 @@ def test_nothing_outlives_the_keeper_even_when_it_leaves_the_group(
         close(keeper)
         assert keeper.wait(60) == 0
     else:
-        keeper.kill()
+        (inner,) = psutil.Process(keeper.pid).children()
+        (inner if how == "keeper killed" else keeper).kill()
         keeper.wait(60)
-        deadline = time.monotonic() + 60  # the kernel ends them, nobody waits for it
+        deadline = time.monotonic() + 60  # after the guard's death the other one ends them, and nobody waits for it
         while alive() and time.monotonic() < deadline:
             time.sleep(0.05)
     assert alive() == []
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_keeper_killed_at_any_moment_of_its_start_leaves_nothing(node_directory: Path, fallback: bool) -> None:
+    """kill -9 of its second process after 0 to 0.6 s: while it makes walls, forks, hands over sockets, runs."""
+    marker = secrets.token_hex(8)
+    script = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(600)"
+    made = confinement_of(node_directory, [sys.executable, "-c", script, marker])
+
+    def alive() -> list[psutil.Process]:
+        return [each for each in psutil.process_iter(["cmdline"]) if marker in (each.info["cmdline"] or [])]
+
+    for number in range(12):
+        keeper = start_keeper(made, NO_NAMESPACES if fallback else [])
+        deadline = time.monotonic() + 60
+        while not psutil.Process(keeper.pid).children():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(number * 0.05)
+        for inner in psutil.Process(keeper.pid).children():
+            inner.kill()
+        assert keeper.wait(60) != 0
+        close(keeper)
+        assert alive() == []
+
+
+LIMITS = """
+import json, os, resource
+report = {"score": open("/proc/self/oom_score_adj").read().strip(), "core": resource.getrlimit(resource.RLIMIT_CORE)}
+report["files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for act in (lambda: os.fchmod(1, 0o4777), lambda: os.ftruncate(1, 0), lambda: os.posix_fallocate(1, 0, 1 << 30)):
+    try:
+        act()
+    except OSError:
+        pass
+for _ in range(20):
+    os.write(1, b"x" * 1023 * 1024 + b"\\n" * 1024)
+os.write(1, json.dumps(report).encode() + b"\\n")
+"""
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_an_app_fills_no_disk_with_words_and_is_the_first_to_go(node_directory: Path, fallback: bool) -> None:
+    """Its output goes through a pipe: two files of 8 MiB, whose mode it cannot change; no core, few descriptors."""
+    made = confinement_of(node_directory, [sys.executable, "-c", LIMITS])
+    keeper = start_keeper(made, NO_NAMESPACES if fallback else [])
+    assert keeper.wait(120) == 0
+    close(keeper)
+    log = Path(made.log)
+    report = json.loads(log.read_text().splitlines()[-1])
+    assert report == {"score": "1000", "core": [0, 0], "files": 1024}
+    written = [log, log.with_name(log.name + ".1")]
+    assert all(each.stat().st_mode & 0o7777 == 0o600 and each.stat().st_size <= 8 << 20 for each in written)
+    assert sorted(node_directory.glob("supernode.log*")) == written
 
 
 def test_the_command_runs_as_another_user_when_asked(node_directory: Path) -> None:

@@ -7,18 +7,20 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from client_sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
+from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client import seccomp
-from fl_client.supernode import PLAN_FILE, NodePlan, node_confinement, start_node
-from fl_client.walls import try_walls
+from fl_client.supernode import PLAN_FILE, NodePlan, make_home, node_confinement, start_node
+from fl_client.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
 
 OUT = """
@@ -132,6 +134,64 @@ def test_what_is_open_without_namespaces_is_what_the_documents_say() -> None:
         "connect to another Unix socket", "see the agent among the processes",
     }  # fmt: skip
     assert set(works.values()) == {""}
+
+
+def test_without_landlock_the_two_other_walls_hold_alone() -> None:
+    """In a kernel without it nothing is open either, for root neither: the machine's settings in /proc are root's."""
+    script = (
+        "import json; from pathlib import Path; from fl_client.sandbox import landlock_abi;"
+        "from fl_client.walls import try_walls;"
+        f"found = try_walls({{'the data': Path({str(Path(__file__))!r})}}, 'auto');"
+        "print(json.dumps([landlock_abi(), found.open, found.works]))"
+    )
+    words = [*NO_LANDLOCK, sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    abi, left_open, works = json.loads(done.stdout)
+    assert abi == 0
+    assert {name: got for name, got in left_open.items() if got} == {}
+    assert set(works.values()) == {""}
+
+
+def test_nothing_private_lies_where_the_untrusted_half_must_read(tmp_path: Path) -> None:
+    """No wall stands between a program and the directory that it runs from; nor behind a link to it."""
+    (tmp_path / "link").symlink_to(sys.prefix)
+    require_apart([tmp_path])
+    for path in (Path(sys.prefix) / "home", tmp_path / "link" / "home", Path("/usr/local/site")):
+        with pytest.raises(ConfigError, match="which the untrusted half can read"):
+            require_apart([tmp_path, path])
+
+
+CLOSED = """
+import os
+os.makedirs("tmp/closed/inner")
+open("tmp/closed/inner/file", "w").write("x" * 100000)
+for path in ("tmp/closed/inner", "tmp/closed", "tmp", "."):
+    os.chmod(path, 0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
+def test_what_an_app_closed_to_its_own_user_is_removed_all_the_same() -> None:
+    """Directories of mode 0 do not pile up start after start; for an ordinary user, whom modes bind."""
+    place = Path(tempfile.mkdtemp())
+    try:
+        os.chown(place, 61201, 61201)
+        child = os.fork()
+        if child == 0:
+            os.setgroups([])
+            os.setgid(61201)
+            os.setuid(61201)
+            plan = NodePlan(place, Path("/nowhere/agent.sock"), place / "node_key", place / "tunnel-ca.pem", 1)
+            for _ in range(2):
+                make_home(plan)
+                os.chdir(plan.home)
+                exec(CLOSED)
+            os.chdir("/")
+            make_home(plan)
+            os._exit(len(list((place / "work").iterdir())))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1  # home alone
+    finally:
+        shutil.rmtree(place)
 
 
 def test_no_byte_leaves_by_any_socket(node: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import sqlite3
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from fl_shared.errors import ConfigError
 from fl_shared.ledger.service import Ledger
-from fl_shared.paths import check_socket, socket_address, sqlite_url
+from fl_shared.paths import check_grpc_socket, check_socket, socket_address, sqlite_url
 from fl_shared.private import close_to_others, create_file, open_to_others
 from fl_shared.signing import SigningKey
 
@@ -89,6 +90,39 @@ def test_a_path_of_any_kind_survives_an_address(tmp_path: Path, name: str) -> No
     ledger.close()
     assert sqlite3.connect(place).execute("SELECT count(*) FROM sqlite_master").fetchone() > (0,)
     assert not set(socket_address(place)) & set(" \"'\\?#")
+
+
+def test_a_socket_path_that_grpc_would_cut_in_two_is_refused() -> None:
+    """A comma separates addresses there, also when it is written as %2C."""
+    check_socket(Path("/srv/Klinik, Nord/s"), fix="")
+    with pytest.raises(ConfigError, match="comma"):
+        check_grpc_socket(Path("/srv/Klinik, Nord/s"), fix="another")
+    check_grpc_socket(Path("/srv/Klinik; Nord = 1/s"), fix="")
+
+
+def test_what_code_of_others_left_is_not_walked(tmp_path: Path) -> None:
+    """As deep as it likes: an agent starts all the same, and closes what is its own."""
+    foreign = tmp_path / "supernode" / "work"
+    foreign.mkdir(parents=True)
+    tmp_path.chmod(0o700)
+    (tmp_path / "mine").touch(0o644)
+    (tmp_path / "mine").chmod(0o644)
+    here = os.open(foreign, os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("d", 0o777, dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    try:
+        foreign.chmod(0o755)
+        (tmp_path / "supernode").chmod(0o700)
+        assert set(close_to_others(tmp_path, foreign)) == {foreign, tmp_path / "mine"}
+        assert open_to_others(tmp_path, foreign) == []
+        assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+        assert foreign.stat().st_mode & 0o777 == 0o700
+    finally:
+        subprocess.run(["rm", "-rf", str(foreign)], check=True)
 
 
 def test_a_socket_path_is_measured_in_bytes() -> None:

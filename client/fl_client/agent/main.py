@@ -11,6 +11,7 @@ from types import FrameType
 
 from cryptography import x509
 
+from fl_client.admission import raise_file_limit
 from fl_client.agent.announcement import Announcer
 from fl_client.agent.locks import sole
 from fl_client.agent.questions import Answerer
@@ -28,6 +29,7 @@ from fl_client.rotation import PinnedKeys
 from fl_client.sandbox import forbid_inspection
 from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
 from fl_client.tunnel import TunnelSettings, make_local_certificate
+from fl_client.walls import require_apart
 from fl_shared.errors import ConfigError
 from fl_shared.monitoring import serve_monitoring
 from fl_shared.private import close_to_others, open_to_others
@@ -45,6 +47,8 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
             fix="correct the url, or enrol at the new coordinator with a token and --force",
         )
     forbid_inspection()
+    raise_file_limit()
+    require_apart([home.root, *config.secrets(home)])
     home.make()
     _close(home, config)
     ending = StopRequest()
@@ -66,10 +70,10 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
 
 def _close(home: SiteHome, config: SiteConfig) -> None:
     """Take from others what rights they had on files of the home; say what the untrusted user can still read."""
-    changed = close_to_others(home.root)
+    changed = close_to_others(home.root, home.untrusted)
     if changed:
         log.warning("closed %d files that others than their owner could open, e.g. %s", len(changed), changed[0])
-    for path in open_to_others(home.root):
+    for path in open_to_others(home.root, home.untrusted):
         log.warning("%s can be opened by others and belongs to another user: chown it to this one", path)
     if config.supernode.user:
         for path in exposed(account(config.supernode.user), config.secrets(home)):

@@ -24,6 +24,7 @@ start.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -189,6 +190,14 @@ class Rounds:
         self._stopping.set()
         with self._busy:
             return
+
+    def signed(self, manifest_json: str) -> bool:
+        """Whether a key that may sign orders signed this one: of no other are gigabytes taken into memory."""
+        self._peek(manifest_json)
+        with contextlib.suppress(ConcordatError):
+            self._opened(json.loads(manifest_json))
+            return True
+        return False
 
     def handle(self, manifest_json: str, adapter: bytes) -> Sealed:
         """Answer one round. Raises RunError for an order that names no usable run and round, and Stopping."""
@@ -411,10 +420,7 @@ class Rounds:
         """Return the manifest after every check that needs no private data; Refused otherwise."""
         facts = self._facts
         try:
-            key = str(document.get("key", "")) if isinstance(document, dict) else ""
-            if not facts.accepts_key(key):
-                raise SignatureError(f"signed by key {key[:16]!r}, which is not the coordinator's")
-            manifest = RoundManifest.from_dict(open_document(document, key))
+            manifest = RoundManifest.from_dict(self._opened(document))
         except ConcordatError as error:
             raise Refused("bad-manifest", error.message) from error
         now = time.time()
@@ -444,6 +450,13 @@ class Rounds:
         if objection := facts.base.objection(manifest.spec):
             raise Refused(objection.code, objection.message)
         return manifest
+
+    def _opened(self, document: Any) -> dict[str, Any]:
+        """The body of an order; SignatureError unless one of the coordinator's keys signed it."""
+        key = str(document.get("key", "")) if isinstance(document, dict) else ""
+        if not self._facts.accepts_key(key):
+            raise SignatureError(f"signed by key {key[:16]!r}, which is not the coordinator's")
+        return open_document(document, key)
 
     def _may_order(self, run: str) -> bool:
         """Whether the run lies in the name space of those who may sign orders here."""

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 
-from fl_client.agent.outgoing import chunks
+from fl_client.agent.outgoing import Sealed, chunks
 from fl_client.agent.rounds import Rounds, Stopping
 from fl_client.metrics import Metrics
 from fl_shared import __version__
 from fl_shared.adapter import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.paths import check_socket, socket_address
+from fl_shared.paths import check_grpc_socket, socket_address
 from fl_shared.threads import running_pool
 from fl_shared.wire import agent_pb2_grpc
-from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest
+from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest, RoundHeader
 from fl_shared.wire.chunks import join
 
 log = logging.getLogger("fl_client.agent")
@@ -43,6 +44,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         self._rounds = rounds
         self._metrics = metrics or Metrics()
         self._problems = problems
+        self._receiving = threading.Lock()
 
     def Round(self, request_iterator: Iterator[Chunk], context: grpc.ServicerContext) -> Iterator[Chunk]:  # noqa: N802
         """One round: header and adapter in, reply and update out."""
@@ -51,21 +53,28 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
             first = next(request_iterator, None)
             if first is None or first.WhichOneof("part") != "header":
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first chunk must be the header")
-            header = first.header
-            adapter = join(
-                (_data(chunk) for chunk in request_iterator),
-                expected_bytes=header.adapter_bytes,
-                expected_digest=header.adapter_digest,
-                limit=MAX_BYTES,
-            )
-            sealed = self._rounds.handle(header.manifest_json, adapter)
+            sealed, size = self._answered(first.header, request_iterator)
         except Stopping as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
         except ConcordatError as error:
             log.warning("a round was not answered: %s", error.message)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message[:300])
-        self._metrics.round(sealed.outcome, time.monotonic() - began, len(adapter), len(sealed.payload))
+        self._metrics.round(sealed.outcome, time.monotonic() - began, size, len(sealed.payload))
         yield from chunks(sealed)
+
+    def _answered(self, header: RoundHeader, chunks_: Iterator[Chunk]) -> tuple[Sealed, int]:
+        """The answer to an order, and its adapter's size. One adapter at a time is in memory, and none that nobody
+        signed for: such an order is refused without."""
+        if not self._rounds.signed(header.manifest_json):
+            return self._rounds.handle(header.manifest_json, b""), 0
+        with self._receiving:
+            adapter = join(
+                (_data(chunk) for chunk in chunks_),
+                expected_bytes=header.adapter_bytes,
+                expected_digest=header.adapter_digest,
+                limit=MAX_BYTES,
+            )
+            return self._rounds.handle(header.manifest_json, adapter), len(adapter)
 
     def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
         """What the untrusted half may know."""
@@ -84,7 +93,7 @@ def serve(service: AgentService, socket: Path, group: str = "") -> grpc.Server:
 
     ConfigError when the path cannot be a socket's or the group is unknown.
     """
-    check_socket(socket, fix="name a shorter [supernode] socket")
+    check_grpc_socket(socket, fix="name another [supernode] socket")
     socket.unlink(missing_ok=True)
     server = grpc.server(
         running_pool(4, "agent"),

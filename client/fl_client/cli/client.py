@@ -24,7 +24,7 @@ from fl_shared.extras import require
 from fl_shared.fingerprints import spoken, spoken_key
 from fl_shared.logs import FORMATS, default_format, set_up
 from fl_shared.offline import stay_offline
-from fl_shared.paths import check_socket
+from fl_shared.paths import check_grpc_socket
 from fl_shared.private import create_privately
 
 EXAMPLES = """\
@@ -199,7 +199,8 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
             raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
     from fl_client.enrolment import enrol, own_fingerprints
 
-    check_socket(home.socket, fix="choose a shorter --home; nothing was made, and the token is still good")
+    fix = "choose a --home with a shorter path and no comma; nothing was made, and the token is still good"
+    check_grpc_socket(home.socket, fix=fix)
     address = server_url(options.server)
     with working(f"asking {address} for a certificate", quiet=options.quiet, json=options.json):
         pinned = enrol(home, site=options.site, server=address, token=options.token, force=options.force)

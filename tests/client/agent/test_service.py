@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from fl_client.agent.outgoing import Sealed
 from fl_client.agent.service import AgentService, serve
 from fl_shared.adapter import digest, pack, unpack
 from fl_shared.errors import ConfigError
-from fl_shared.signing import sign_document
+from fl_shared.signing import SigningKey, sign_document
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoRequest, RoundHeader
 from fl_shared.wire.chunks import split
@@ -122,3 +124,48 @@ def test_a_path_too_long_for_a_socket_is_refused(site: Site, tmp_path: Path) -> 
     """The kernel's limit is explained instead of failing strangely."""
     with pytest.raises(ConfigError, match="at most 107"):
         serve(AgentService("hospital-001", site.rounds), tmp_path / ("x" * 100) / "agent.sock")
+
+
+def test_nobody_makes_the_agent_hold_gigabytes(site: Site, stub: agent_pb2_grpc.AgentStub) -> None:
+    """An order that no key of the coordinator signed is refused before its adapter is taken in."""
+    document = sign_document(SigningKey.generate(), site.manifest().to_dict())
+    header = RoundHeader(manifest_json=json.dumps(document), adapter_bytes=4 << 30, adapter_digest=digest(b""))
+    sent = 0
+
+    def chunks() -> Iterator[Chunk]:
+        nonlocal sent
+        yield Chunk(header=header)
+        for sent in range(1, 200):  # noqa: B007 - read afterwards
+            yield Chunk(data=bytes(1 << 20))
+
+    reply = next(stub.Round(chunks(), timeout=60)).reply
+    assert (reply.status, json.loads(reply.document_json)["body"]["code"]) == ("refused", "bad-manifest")
+    assert sent < 100
+
+
+def test_one_adapter_at_a_time_is_in_memory(site: Site, stub: agent_pb2_grpc.AgentStub) -> None:
+    """While one is being received, whoever sends another is stopped by flow control, and served afterwards."""
+    taken, done = [0, 0], threading.Event()
+    adapter = bytes(64 << 20)
+
+    def send(place: int, wait: bool) -> None:
+        def chunks() -> Iterator[Chunk]:
+            yield Chunk(header=header_of(site, adapter))
+            for piece in split(adapter):
+                if wait and taken[place] == 1:
+                    done.wait(60)
+                taken[place] += 1
+                yield Chunk(data=piece)
+
+        assert next(stub.Round(chunks(), timeout=60)).reply.status == "refused"
+
+    threads = [threading.Thread(target=send, args=each) for each in ((0, True), (1, False))]
+    for thread in threads:
+        thread.start()
+        time.sleep(1)
+    held = taken[1]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert held < 40
+    assert taken == [64, 64]
