@@ -164,9 +164,11 @@ def make_home(plan: NodePlan) -> None:
             fix=f"let the user that runs it own {work}: install -d -m 700 -o USER {work}",
         ) from None
     left = list(work.glob("old-*"))
-    for words in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):  # an app may have closed its directories to its own user
+    # An app may have closed its directories to its own user; a link that it left is not followed.
+    closed = [each for each in left if not each.is_symlink()]
+    for words in (["chmod", "-R", "u+rwx", "--", *closed], ["rm", "-rf", "--", *left]):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
-            subprocess.run([*words, "--", *left], stderr=subprocess.DEVNULL, timeout=60, check=False)
+            subprocess.run(words, stderr=subprocess.DEVNULL, timeout=60, check=False)
 
 
 def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:

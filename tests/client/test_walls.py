@@ -194,6 +194,21 @@ def test_what_an_app_closed_to_its_own_user_is_removed_all_the_same() -> None:
         shutil.rmtree(place)
 
 
+def test_a_link_that_an_app_left_is_removed_and_not_followed(tmp_path: Path) -> None:
+    """A link beside its own directory changes no mode of a file elsewhere, and nothing behind it goes."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o500)
+    (private / "key").touch(mode=0o400)
+    plan = NodePlan(tmp_path / "s", tmp_path / "agent.sock", tmp_path / "node_key", tmp_path / "tunnel-ca.pem", 1)
+    plan.directory.mkdir()
+    make_home(plan)
+    for name, target in (("old-directory", private), ("old-file", private / "key")):
+        (plan.home.parent / name).symlink_to(target)
+    make_home(plan)
+    assert [each.name for each in plan.home.parent.iterdir()] == [plan.home.name]
+    assert [path.stat().st_mode & 0o777 for path in (private, private / "key")] == [0o500, 0o400]
+
+
 def test_no_byte_leaves_by_any_socket(node: Path) -> None:
     """Listeners outside hear nothing, by TCP, UDP, MPTCP or with the first packet; nobody outside gets in."""
     with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, socket.socket() as tunnel:

@@ -110,15 +110,6 @@ def grouped_rows(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-def rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight` outside autograd, `[M, in]`, `[in, out]`, on CPU in blocks of rows."""
-    if x.is_cuda:
-        return x @ weight
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    _mm(x, weight, y)
-    return y
-
-
 def _mm(x: Tensor, weight: Tensor, y: Tensor) -> None:
     for rows, result in zip(x.split(ROW_BLOCK), y.split(ROW_BLOCK), strict=True):
         torch.mm(rows, weight, out=result)
