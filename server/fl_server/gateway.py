@@ -380,20 +380,29 @@ class Gateway:
             return _refusal(error, 400)
 
     async def _note(self, site: str, call: str, status: int) -> None:
-        """Remember whether the SuperLink accepts the site's node; if not, the launcher looks into it."""
+        """Remember whether the SuperLink accepts the site's node; if not, the launcher looks into it.
+
+        What cannot be written is left to the next call. An answer has come meanwhile, and is passed on in any case.
+        """
         if call not in fleet.SIGNS_OF_LIFE:
             return
         now, accepted = time.monotonic(), status < 400
         if accepted and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
             return
+        if not accepted and site not in self._accepted and now - self._doubted < SEEN_EVERY_S:
+            return  # known already
+        try:
+            if not accepted:
+                await asyncio.to_thread(self._flower.doubt, True)
+            await asyncio.to_thread(self._sites.node_seen, site, accepted=accepted)
+        except (DatabaseAway, OSError) as error:
+            log.warning("cannot note that the SuperLink answered %s: %s", site, error)
+            return
         if accepted:
             self._accepted[site] = now
-        elif self._accepted.pop(site, None) is None and now - self._doubted < SEEN_EVERY_S:
-            return  # known already
         else:
+            self._accepted.pop(site, None)
             self._doubted = now
-            await asyncio.to_thread(self._flower.doubt, True)
-        await asyncio.to_thread(self._sites.node_seen, site, accepted=accepted)
 
     async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
         content: bytes | AsyncIterator[bytes]
@@ -411,10 +420,10 @@ class Gateway:
             )
             answer = await self._client.send(outgoing, stream=True)
             request.state.at_end.push_async_callback(answer.aclose)
-            await self._note(row.site, call, answer.status_code)
         except (httpx.HTTPError, TransportError) as error:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return _refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
+        await self._note(row.site, call, answer.status_code)
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
         return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter, spec_table
 
-from fl_client.agent.rounds import Stopping
+from fl_client.agent.rounds import Rounds, Stopping
 from fl_shared.adapter import digest, pack, unpack
 from fl_shared.errors import LedgerError, RunError
 from fl_shared.manifest import Receipt, Refusal, RunSpec
@@ -131,6 +131,33 @@ def test_a_nonce_serves_one_round_only(site: Site) -> None:
     site.order(site.manifest(1, nonce="n"))
     site.open()
     assert "nonce" in body(site.order(site.manifest(2, nonce="n")))["message"]
+
+
+@pytest.mark.parametrize("name", ["records", "other"])
+def test_what_is_computed_again_is_of_the_data_that_was_charged(site: Site, name: str) -> None:
+    """A crash, then site.toml names other data, or other data under the same name: no update of it leaves uncharged."""
+
+    def crash() -> None:
+        raise Crash
+
+    site.trainer.before = crash
+    manifest = site.manifest()
+    with pytest.raises(Crash):
+        site.order(manifest)
+    site.open()
+    changed = site.ledger.register_dataset(name, "e" * 64, "record", 900, 1)
+    site.ledger.set_budget(changed, 8.0, 1e-5, "officer")
+    site.facts = dataclasses.replace(site.facts, dataset=changed)
+    site.rounds = Rounds(
+        site.facts, ledger=site.ledger, store=site.store, outgoing=site.outgoing, train=site.trainer
+    )
+    site.trainer.before = lambda: None
+    assert body(site.order(manifest))["code"] == "failed"
+    assert site.outcomes() == [(1, "in-doubt")]
+    assert site.trainer.calls == 1
+    assert site.order(site.manifest(2)).status == "ok"
+    settled = [spend.reservation for spend in site.ledger.spends() if spend.outcome == "settled"]
+    assert [(each.dataset, each.dataset_version) for each in settled] == [(name, changed.version)]
 
 
 def test_another_base_model_is_refused_by_name(site: Site) -> None:
