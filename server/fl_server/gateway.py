@@ -130,6 +130,7 @@ class Requests:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass every part of an answer on within `SEND_IDLE_S`; no request that two readers could read in two ways."""
+        scope["path"] = scope["raw_path"].decode("latin-1")  # as it came: `/v1%2Fca` is not `/v1/ca`
         names = [name for name, _ in scope["headers"]]
         if len(set(names)) != len(names) or {b"content-length", b"transfer-encoding"} <= set(names):
             twice = TransportError("a header stands there twice, or the length in two ways", code="bad-request")

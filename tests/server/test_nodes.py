@@ -107,6 +107,36 @@ def test_online_is_who_flower_lets_through(one: Coordinator) -> None:
     assert online(one)[A] is False
 
 
+def test_an_answer_that_cannot_be_noted_is_passed_on_and_noted_later(one: Coordinator) -> None:
+    """The database refuses the note alone: what the SuperLink answered, an order it may be, reaches the site, and the
+    log blames the right one of the two; with the next call after it the note is made up for.
+    """
+    site = "hospital-noted"
+    one.enrol(site)
+    until(lambda: bool(activate(one, site)), "the new node is accepted", 30.0)
+    other = "hospital-unnoted"
+    one.enrol(other)
+    log = one.home / "logs" / "gateway.log"
+    said = log.read_text()
+    with closing(sqlite3.connect(one.home / "coordinator.sqlite", timeout=30)) as database:
+        database.execute(
+            "CREATE TRIGGER away BEFORE UPDATE OF node_seen_at ON sites BEGIN DELETE FROM nowhere; END"
+        )
+        database.commit()
+        node = activate(one, other)
+        assert node
+        assert beat(one, other, node) == 200
+        assert beat(one, other, node ^ 1) == 401
+        database.execute("DROP TRIGGER away")
+        database.commit()
+    fresh = log.read_text().removeprefix(said)
+    assert "cannot note" in fresh
+    assert "the SuperLink cannot be reached" not in fresh
+    assert online(one)[other] is False
+    assert beat(one, other, node) == 200
+    assert online(one)[other] is True
+
+
 def lost(database: Path) -> None:
     """The file and what belongs to it are gone."""
     for each in database.parent.glob("superlink.db*"):
