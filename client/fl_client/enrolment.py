@@ -34,6 +34,7 @@ from fl_client.agent.locks import sole
 from fl_client.ask import PASSING, ask, read
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
+from fl_shared.enrolment import statement
 from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
 from fl_shared.names import site_id
 from fl_shared.signing import SigningKey, ed25519_key
@@ -277,12 +278,19 @@ def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -
     request = (
         x509.CertificateSigningRequestBuilder().subject_name(subject).sign(pending.tls_key, hashes.SHA384())
     )
+    csr_pem = request.public_bytes(serialization.Encoding.PEM).decode("ascii")
+    signing_key, node_key = pending.signing.public_hex, _ssh_public(pending.node_key).decode("ascii")
+    proof = statement(token=token.text, csr_pem=csr_pem, signing_key=signing_key, node_key=node_key)
     body = {
         "site": site,
         "token": token.text,
-        "csr_pem": request.public_bytes(serialization.Encoding.PEM).decode("ascii"),
-        "signing_public_key": pending.signing.public_hex,
-        "node_public_key": _ssh_public(pending.node_key).decode("ascii"),
+        "csr_pem": csr_pem,
+        "signing_public_key": signing_key,
+        "node_public_key": node_key,
+        "proofs": {
+            "signing": pending.signing.sign(proof),
+            "node": pending.node_key.sign(proof, ec.ECDSA(hashes.SHA384())).hex(),
+        },
     }
     url = f"{server}/v1/enroll"
     answer = read(url, _request("POST", url, verified_context(ca_pem), body))

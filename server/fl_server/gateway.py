@@ -38,6 +38,7 @@ from fl_server.sites.service import Sites
 from fl_server.traffic import Counted
 from fl_shared.base_model import BaseModel
 from fl_shared.canonical import parse_json
+from fl_shared.enrolment import PROVED
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.limits import Places, Rates, network
 from fl_shared.logs import set_up
@@ -248,6 +249,7 @@ class Gateway:
             csr, signing, node = (
                 str(body[name]) for name in ("csr_pem", "signing_public_key", "node_public_key")
             )
+            proofs = {name: str(body["proofs"][name]) for name in PROVED}
         except ConcordatError as error:
             return _refusal(error, 400)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -258,7 +260,7 @@ class Gateway:
             async with self._enrolling:
                 enrolled = await asyncio.to_thread(
                     self._sites.enrol, site=site, token=token, csr_pem=csr, signing_key=signing, node_key=node,
-                    authority=self._authority, flower=self._flower, days=self._settings.certificate_days,
+                    proofs=proofs, authority=self._authority, flower=self._flower, days=self._settings.certificate_days,
                 )  # fmt: skip
         except EnrolmentError as error:
             log.warning("refused to enrol %s: %s", site, error.code)

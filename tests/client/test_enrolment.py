@@ -40,7 +40,7 @@ def test_enrolment_makes_keys_locally_and_pins_the_coordinator(gateway: Gateway,
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert stat.S_IMODE(home.root.stat().st_mode) == 0o700
     ((_, sent),) = gateway.requests
-    assert set(sent) == {"site", "token", "csr_pem", "signing_public_key", "node_public_key"}
+    assert set(sent) == {"site", "token", "csr_pem", "signing_public_key", "node_public_key", "proofs"}
     assert sent["signing_public_key"] == SigningKey.load(home.signing_key).public_hex
     assert "PRIVATE" not in json.dumps(sent)
     csr = x509.load_pem_x509_csr(sent["csr_pem"].encode())

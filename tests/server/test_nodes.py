@@ -233,6 +233,10 @@ def test_a_revoked_sites_keys_are_never_accepted_again(one: Coordinator) -> None
         one.admin("sites", "revoke", site)
         assert ask(old) == (403, "key-revoked")
         fresh = Keys(site, one.root / site, signing=old.signing)
+        # Each in the other's place: the same keys.
+        assert ask(Keys(site, one.root / site, signing=old.signing, node=old.tls, tls=old.node)) == (403, "key-taken")
+        assert ask(Keys(site, one.root / site, signing=old.signing, node=old.tls)) == (403, "key-taken")
+        assert ask(Keys(site, one.root / site, signing=old.signing, tls=old.node)) == (403, "key-taken")
         for stale in (
             Keys(site, one.root / site, signing=old.signing, node=old.node),
             Keys(site, one.root / site, signing=old.signing, tls=old.tls),
@@ -246,6 +250,38 @@ def test_a_revoked_sites_keys_are_never_accepted_again(one: Coordinator) -> None
     with one.client(folder=fresh.folder) as client:
         renewal = client.post("/v1/renew", json={"csr_pem": old.request("")["csr_pem"]})
         assert (renewal.status_code, renewal.json()["code"]) == (403, "key-revoked")
+
+
+def test_a_key_is_enrolled_by_who_holds_it_and_serves_one_purpose(one: Coordinator) -> None:
+    """Nobody can take another's key by naming it first, and the untrusted half's node key is no TLS key."""
+    site, victim = "hospital-thief", Keys("hospital-victim", one.root / "victim")
+    mine = Keys(site, one.root / site)
+    public = victim.request("")
+    with one.client() as client:
+
+        def ask(body: dict[str, object]) -> tuple[int, str]:
+            answer = client.post("/v1/enroll", json=body)
+            return answer.status_code, str(answer.json().get("code", ""))
+
+        token = one.invite(site)
+        honest = mine.request(token)
+        for name in ("signing_public_key", "node_public_key"):
+            assert ask(honest | {name: public[name]}) == (403, "not-proved")
+        for changed in (
+            {"signing": "0" * 128}, {"node": "00"}, {"signing": honest["proofs"]["signing"].upper()},
+            victim.request(token)["proofs"], mine.request(one.invite("hospital-other"))["proofs"],
+        ):  # fmt: skip
+            assert ask(honest | {"proofs": honest["proofs"] | changed}) == (403, "not-proved")
+        for lacking in ({}, {"signing": honest["proofs"]["signing"]}, [], None, "x"):
+            assert ask(honest | {"proofs": lacking})[0] == 400
+        assert ask(Keys(site, one.root / site, tls=mine.tls, node=mine.tls).request(token)) == (403, "key-taken")
+        assert ask(honest) == (200, "")
+        assert ask(victim.request(one.invite(victim.site))) == (200, "")
+        mine.save(client.post("/v1/enroll", json=mine.request(one.invite(site))).json()["certificate_pem"])
+    renewed = Keys(site, one.root / "unused", tls=mine.node).request("")
+    with one.client(folder=mine.folder) as client:
+        answer = client.post("/v1/renew", json={"csr_pem": renewed["csr_pem"]})
+    assert (answer.status_code, answer.json()["code"]) == (403, "key-taken")
 
 
 def test_an_enrolment_that_broke_off_after_flowers_registration_can_be_repeated(one: Coordinator) -> None:
