@@ -50,7 +50,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         try:
             first = next(request_iterator, None)
             if first is None or first.WhichOneof("part") != "header":
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first chunk must be the header")
+                raise ConfigError("the first chunk must be the header", fix="send the header, then data")
             header = first.header
             adapter = join(
                 (_data(chunk) for chunk in request_iterator),
@@ -64,6 +64,11 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         except ConcordatError as error:
             log.warning("a round was not answered: %s", error.message)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message[:300])
+        except grpc.RpcError:
+            raise  # the caller went away
+        except Exception:  # gRPC would send the words of whatever it is, which may quote files and data
+            log.exception("a round ended in a defect")
+            context.abort(grpc.StatusCode.INTERNAL, "the site cannot answer this round; see the site's own log")
         self._metrics.round(sealed.outcome, time.monotonic() - began, len(adapter), len(sealed.payload))
         yield from chunks(sealed)
 
