@@ -172,7 +172,8 @@ def _order(**changes: Any) -> bytes:
 DAMAGED = {
     "demo-1-1.json": [
         b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"{}", _order(round="1"), _order(round=2),
-        _order(round=1e400), _order(run=5), _order(run="demo-2"), _order(run=None), _order(nonce=["n"]), _order(ordered_at="x"),
+        _order(round=1e400), _order(run=5), _order(run="demo-2"), _order(run=None), _order(nonce=["n"]),
+        _order(ordered_at="x"),
         _order(update_digest=5), _order(executed=[]), _order(executed={"steps": 1}), _order(more=1),
     ],
     "evaluation_x.figures": [b"", b"[]", b"\xff", b"[" * 100_000, b"{}", b'{"mechanism": {}}', b'{"mechanism": []}'],
