@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -267,7 +268,30 @@ def test_a_holder_can_keep_the_private_key(office: Office, tmp_path: Path) -> No
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
+    (out / "auditor.key").chmod(0o600)
     assert office.status(out / "auditor.toml").version
+
+
+def test_a_profile_or_key_that_others_can_use_is_refused(office: Office) -> None:
+    """Readable keys, profiles that others may write or that belong to them, also behind links; then it works again."""
+    profile = office.issue("auditor", "open")
+    key = profile.with_suffix(".key")
+    link = office.root / "link.toml"
+    link.symlink_to(profile)
+    for path, mode, word in ((key, 0o640, "read by"), (key, 0o604, "read by"), (profile, 0o620, "changed by")):
+        path.chmod(mode)
+        for named in (profile, link):
+            with pytest.raises(ConfigError, match=word) as failure:
+                office.status(named)
+            assert failure.value.fix.startswith("chmod go")
+        path.chmod(0o600)
+    if os.geteuid() == 0:
+        for path in (key, profile):
+            os.chown(path, 65_534, -1)
+            with pytest.raises(ConfigError, match="another user"):
+                office.status(profile)
+            os.chown(path, 0, -1)
+    assert office.status(link).version
 
 
 @pytest.mark.parametrize(
