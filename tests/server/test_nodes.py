@@ -185,7 +185,13 @@ def forbidden(database: Path) -> None:
         opened.execute("UPDATE node SET status = 'unregistered'")
 
 
-DAMAGE = [lost, nonsense, cut_off, torn_page, forbidden]
+def another_version(database: Path) -> None:
+    """SQLite finds nothing wrong, and the SuperLink does not start with it."""
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+
+DAMAGE = [lost, nonsense, cut_off, torn_page, forbidden, another_version]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda each: each.__name__)
@@ -201,6 +207,19 @@ def test_a_lost_or_damaged_superlink_database_locks_nobody_out(one: Coordinator,
     row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
     assert row.node_id == str(node)
     assert online(one) == {A: True, B: True}
+
+
+def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
+    """SQLite makes no file through it; the next start makes one in its place."""
+    home = ServerHome(tmp_path)
+    home.flower.mkdir()
+    database = home.flower / "superlink.db"
+    database.symlink_to("/nowhere/superlink.db")
+    flower = Flower(home)
+    assert flower.damaged()
+    assert flower.set_aside()
+    assert not database.is_symlink()
+    assert not flower.damaged()
 
 
 @pytest.mark.parametrize("damage", [no_nodes, emptied], ids=lambda each: each.__name__)
