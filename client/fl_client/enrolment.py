@@ -30,16 +30,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fl_client.address import server_url
+from fl_client.agent.locks import sole
+from fl_client.ask import PASSING, ask, read
 from fl_client.files import sync_directory, write_durably
 from fl_client.home import SiteHome
+from fl_shared.enrolment import statement
 from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
-from fl_shared.hosts import by_proxy
 from fl_shared.names import site_id
 from fl_shared.signing import SigningKey, ed25519_key
 
 TOKEN_PATTERN = re.compile(r"ct1\.([a-z0-9-]+)\.([A-Za-z0-9_-]{16,})\.([0-9a-f]{64})")
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
-MAX_ANSWER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def fetch_ca(server: str, expected_sha256: str) -> str:
     unverified.verify_mode = ssl.CERT_NONE
     answer = _request("GET", f"{server}/v1/ca", unverified)
     try:
-        certificate = x509.load_pem_x509_certificate(answer.content)
+        certificate = x509.load_pem_x509_certificate(answer)
     except (ValueError, x509.InvalidVersion):
         raise EnrolmentError(
             f"{server}/v1/ca did not answer with a certificate",
@@ -171,17 +172,25 @@ def enrol(home: SiteHome, *, site: str, server: str, token: str, force: bool = F
         )
     address = server_url(server)
     if home.coordinator.exists() and not force:
-        raise EnrolmentError(
-            f"site {site} is enrolled already ({home.coordinator})",
-            fix="nothing to do; to replace the certificate get a new token and add --force",
-        )
+        raise _enrolled_already(home, site)
     ca_pem = fetch_ca(address, parsed.ca_sha256)
     home.make()
-    pending = _pending_keys(home, new_node=force)
-    answer = _ask(address, ca_pem, site, parsed, pending)
-    pinned = _checked(answer, site=site, server=address, ca_pem=ca_pem, token=parsed, pending=pending)
-    _put_in_place(home, pending, ca_pem, str(answer["certificate_pem"]), pinned)
+    # Two at once would put the one's key beside the other's certificate.
+    with sole(home.run / "enrol.lock", "an enrolment"):
+        if home.coordinator.exists() and not force:
+            raise _enrolled_already(home, site)
+        pending = _pending_keys(home, new_node=force)
+        answer = _ask(address, ca_pem, site, parsed, pending)
+        pinned = _checked(answer, site=site, server=address, ca_pem=ca_pem, token=parsed, pending=pending)
+        _put_in_place(home, pending, ca_pem, str(answer["certificate_pem"]), pinned)
     return pinned
+
+
+def _enrolled_already(home: SiteHome, site: str) -> EnrolmentError:
+    return EnrolmentError(
+        f"site {site} is enrolled already ({home.coordinator})",
+        fix="nothing to do; to replace the certificate get a new token and add --force",
+    )
 
 
 @dataclass(frozen=True)
@@ -234,36 +243,25 @@ def new_ec_key() -> bytes:
     )
 
 
-def _request(
-    method: str, url: str, context: ssl.SSLContext, body: dict[str, Any] | None = None
-) -> httpx.Response:
-    """One HTTPS request; TransportError when no answer came, EnrolmentError for a refusal."""
-    try:
-        with httpx.Client(verify=context, timeout=TIMEOUT, trust_env=by_proxy(url)) as client:
-            answer = client.request(method, url, json=body)
-    except httpx.HTTPError as error:
-        raise TransportError(
-            f"no answer from {url}: {error or type(error).__name__}",
-            fix="check the address, the network and that the coordinator runs (`fl-server status`)",
-        ) from None
-    if answer.status_code != 200:
-        raise _refusal(url, answer)
-    if len(answer.content) > MAX_ANSWER_BYTES:
-        raise TransportError(f"the answer of {url} is too large", fix="check that --server is the gateway")
+def _request(method: str, url: str, context: ssl.SSLContext, body: dict[str, Any] | None = None) -> bytes:
+    """The body that answers one HTTPS request; TransportError when none came, EnrolmentError for a refusal."""
+    status, answer = ask(method, url, context, body, timeout=TIMEOUT)
+    if status != 200:
+        raise _refusal(url, status, answer)
     return answer
 
 
-def _refusal(url: str, answer: httpx.Response) -> ConcordatError:
+def _refusal(url: str, status: int, answer: bytes) -> ConcordatError:
     """Turn the gateway's `{error, code, fix}` into an EnrolmentError, or a TransportError when it may pass."""
     try:
-        body = answer.json()
-    except ValueError:
+        body = read(url, answer)
+    except TransportError:
         body = {}
     if not isinstance(body, dict):
         body = {}
-    message = str(body.get("error", f"{url} answered with status {answer.status_code}"))[:500]
+    message = str(body.get("error", f"{url} answered with status {status}"))[:500]
     fix = str(body.get("fix", "ask the coordinator's administrator for a new token"))[:500]
-    if answer.status_code in (408, 429, 502, 503, 504):
+    if status in PASSING:
         return TransportError(f"the coordinator cannot answer just now: {message}", fix=fix)
     return EnrolmentError(f"the coordinator refused: {message}", fix=fix)
 
@@ -280,14 +278,22 @@ def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -
     request = (
         x509.CertificateSigningRequestBuilder().subject_name(subject).sign(pending.tls_key, hashes.SHA384())
     )
+    csr_pem = request.public_bytes(serialization.Encoding.PEM).decode("ascii")
+    signing_key, node_key = pending.signing.public_hex, _ssh_public(pending.node_key).decode("ascii")
+    proof = statement(token=token.text, csr_pem=csr_pem, signing_key=signing_key, node_key=node_key)
     body = {
         "site": site,
         "token": token.text,
-        "csr_pem": request.public_bytes(serialization.Encoding.PEM).decode("ascii"),
-        "signing_public_key": pending.signing.public_hex,
-        "node_public_key": _ssh_public(pending.node_key).decode("ascii"),
+        "csr_pem": csr_pem,
+        "signing_public_key": signing_key,
+        "node_public_key": node_key,
+        "proofs": {
+            "signing": pending.signing.sign(proof),
+            "node": pending.node_key.sign(proof, ec.ECDSA(hashes.SHA384())).hex(),
+        },
     }
-    answer = _request("POST", f"{server}/v1/enroll", verified_context(ca_pem), body).json()
+    url = f"{server}/v1/enroll"
+    answer = read(url, _request("POST", url, verified_context(ca_pem), body))
     if not isinstance(answer, dict):
         raise EnrolmentError("the coordinator's answer is not a JSON object", fix="check --server")
     return answer
@@ -307,11 +313,12 @@ def _checked(
         certificate = x509.load_pem_x509_certificate(str(answer["certificate_pem"]).encode("ascii"))
         ca = x509.load_pem_x509_certificate(ca_pem.encode("ascii"))
         certificate.verify_directly_issued_by(ca)
+        public_key = certificate.public_key()
+        names = [str(a.value) for a in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise wrong(f"the certificate that came back is not valid: {error}", fix=fix) from None
-    if certificate.public_key() != pending.tls_key.public_key():
+    if public_key != pending.tls_key.public_key():
         raise wrong("the certificate that came back is for another key", fix=fix)
-    names = [str(a.value) for a in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if names != [site]:
         raise wrong(f"the certificate that came back names {names}, not {site}", fix=fix)
     key = str(answer.get("coordinator_key", ""))

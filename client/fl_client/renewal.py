@@ -72,15 +72,17 @@ def renew(home: SiteHome, pinned: Coordinator) -> x509.Certificate:
         text = str(answer["certificate_pem"])
         made = x509.load_pem_x509_certificate(text.encode("ascii"))
         made.verify_directly_issued_by(x509.load_pem_x509_certificate(home.ca.read_bytes()))
+        public_key = made.public_key()
+        found = [str(a.value) for a in made.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        valid = datetime.now(UTC) < made.not_valid_after_utc
     except (KeyError, ValueError, TypeError, OSError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise EnrolmentError(
             f"the renewed certificate is not valid ({type(error).__name__})",
             fix="report this to the coordinator's administrator; the old certificate stays in use",
         ) from None
-    found = [str(a.value) for a in made.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    if made.public_key() != key.public_key() or found != [pinned.site]:
+    if public_key != key.public_key() or found != [pinned.site] or not valid:
         raise EnrolmentError(
-            "the renewed certificate is for another key or site",
+            "the renewed certificate is for another key, site or time",
             fix="report this to the coordinator's administrator; the old certificate stays in use",
         )
     write_durably(home.client_certificate, text.encode("ascii"))

@@ -14,6 +14,7 @@ as the one in use: a site that gets orders but hears nothing refuses them (decis
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -63,7 +64,8 @@ def follow(pinned: Coordinator, rotations: Any, now: float) -> Coordinator:
             pinned,
             coordinator_key=new_key,
             previous_key=pinned.coordinator_key,
-            previous_until=min(until, created + MAX_GRACE_S, now + MAX_GRACE_S),
+            # By both clocks: a site whose own is behind would go on accepting a key that was ended without a grace.
+            previous_until=min(until, now + min(until - created, MAX_GRACE_S)),
         )
     return pinned
 
@@ -97,9 +99,13 @@ class PinnedKeys:
 
     def _known(self, key: str) -> bool:
         pinned = self._pinned
-        if key == pinned.coordinator_key:
-            return True
-        return bool(pinned.previous_key) and key == pinned.previous_key and time.time() < pinned.previous_until
+        if pinned.previous_key and time.time() >= pinned.previous_until:
+            # For good, and on disk: a clock that is set back must not bring an ended key back.
+            pinned = dataclasses.replace(pinned, previous_key="", previous_until=0.0)
+            self._pinned = pinned
+            with contextlib.suppress(OSError):  # a full disk: written with the next change, or after the next start
+                pinned.save(self._home)
+        return bool(key) and key in (pinned.coordinator_key, pinned.previous_key)
 
     def _refresh(self) -> None:
         try:

@@ -32,7 +32,7 @@ from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.home import ServerHome
 from fl_server.messages import plan_message, site_message
-from fl_server.operators import Operators
+from fl_server.operators import AuditorPlaces, Operators
 from fl_server.pki import Authority, Identity, identity
 from fl_server.plans import Plans
 from fl_server.rotation import coordinator_key
@@ -60,6 +60,8 @@ MAX_REQUEST_BYTES = 4 << 20
 WORKERS = 32
 MAX_WATCHERS = 16
 MAX_PLANNERS = 8
+MAX_MESSAGE_BYTES = 2000  # of message and fix each: gRPC takes 16 KiB of details, and JSON writes 4 bytes as 12
+MAX_ARGUMENT = 1000
 WATCH_POLL_S = 0.5
 PLAN_POLL_S = 0.25
 _NOT_ALLOWED = ("wrong-role", "not-authorised", "expired")
@@ -68,10 +70,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def _abort(context: grpc.ServicerContext, error: ConcordatError) -> NoReturn:
     """End the call with the error as JSON in the details; `fl_server.cli.connection` reads it back."""
-    detail = {"message": error.message, "fix": error.fix, "code": error.code, "exit_code": error.exit_code}
+    said = {"message": _cut(error.message), "fix": _cut(error.fix)}
+    detail = {**said, "code": error.code, "exit_code": error.exit_code}
     code = grpc.StatusCode.PERMISSION_DENIED if error.code in _NOT_ALLOWED else grpc.StatusCode.FAILED_PRECONDITION
     context.abort(code, json.dumps(detail))
     raise error  # abort raises; this line is for the type checker
+
+
+def _cut(text: str) -> str:
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= MAX_MESSAGE_BYTES else data[: MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
 
 
 def caller(context: grpc.ServicerContext) -> Identity:
@@ -97,11 +105,12 @@ def allow(*roles: str, action: str = "") -> Callable[[F], F]:
                         code="wrong-role",
                     )
                 control.operators.authorise(who)
-                if action:
-                    with control.log.recorded(who, action, _arguments(request)):
+                with control.places.taken(who):
+                    if action:
+                        with control.log.recorded(who, action, _arguments(request)):
+                            yield
+                    else:
                         yield
-                else:
-                    yield
             except ConcordatError as error:
                 _abort(context, error)
 
@@ -121,13 +130,16 @@ def allow(*roles: str, action: str = "") -> Callable[[F], F]:
 
 
 def _arguments(request: Message) -> dict[str, Any]:
-    """What was asked, for the admin log: the fields as they came, a spec by its name and hash."""
+    """What was asked, for the admin log: the fields as they came, a spec by its name and hash, long texts cut."""
     table: dict[str, Any] = MessageToDict(request, preserving_proto_field_name=True)
     text = table.pop("spec_toml", None)
     if text is not None:
         table["spec_sha256"] = sha256_hex(text.encode("utf-8"))
         with contextlib.suppress(ConcordatError):  # a spec that cannot be read is refused below, with its reason
             table["run"] = RunSpec.from_text(text, where="the run spec").run.name
+    for name, value in table.items():
+        if isinstance(value, str) and len(value) > MAX_ARGUMENT:
+            table[name] = f"{value[:MAX_ARGUMENT]}… ({len(value)} characters)"
     return table
 
 
@@ -214,6 +226,7 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         self._home = home
         self.operators = Operators.of(home, store)
         self.log = AdminLog.of(home, store)
+        self.places = AuditorPlaces()
         self._plans = Plans(store)
         self._sites = Sites(store)
         self._runs = Runs(store, home.adapters)

@@ -99,7 +99,7 @@ class Flower:
     def damaged(self) -> bool:
         """Whether the SuperLink's database cannot be used: no SQLite file, inconsistent, or without its nodes."""
         if not self._database.exists():
-            return False
+            return self._database.is_symlink()  # to nowhere: SQLite makes no file through it
         try:
             with contextlib.closing(sqlite3.connect(self._database, timeout=10.0)) as database:
                 tables = {str(name) for (name,) in database.execute("SELECT name FROM sqlite_master")}

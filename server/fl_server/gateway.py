@@ -38,6 +38,7 @@ from fl_server.sites.service import Sites
 from fl_server.traffic import Counted
 from fl_shared.base_model import BaseModel
 from fl_shared.canonical import parse_json
+from fl_shared.enrolment import PROVED
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.limits import Places, Rates, network
 from fl_shared.logs import set_up
@@ -130,6 +131,7 @@ class Requests:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass every part of an answer on within `SEND_IDLE_S`; no request that two readers could read in two ways."""
+        scope["path"] = scope["raw_path"].decode("latin-1")  # as it came: `/v1%2Fca` is not `/v1/ca`
         names = [name for name, _ in scope["headers"]]
         if len(set(names)) != len(names) or {b"content-length", b"transfer-encoding"} <= set(names):
             twice = TransportError("a header stands there twice, or the length in two ways", code="bad-request")
@@ -247,6 +249,7 @@ class Gateway:
             csr, signing, node = (
                 str(body[name]) for name in ("csr_pem", "signing_public_key", "node_public_key")
             )
+            proofs = {name: str(body["proofs"][name]) for name in PROVED}
         except ConcordatError as error:
             return _refusal(error, 400)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -257,7 +260,7 @@ class Gateway:
             async with self._enrolling:
                 enrolled = await asyncio.to_thread(
                     self._sites.enrol, site=site, token=token, csr_pem=csr, signing_key=signing, node_key=node,
-                    authority=self._authority, flower=self._flower, days=self._settings.certificate_days,
+                    proofs=proofs, authority=self._authority, flower=self._flower, days=self._settings.certificate_days,
                 )  # fmt: skip
         except EnrolmentError as error:
             log.warning("refused to enrol %s: %s", site, error.code)
@@ -380,20 +383,29 @@ class Gateway:
             return _refusal(error, 400)
 
     async def _note(self, site: str, call: str, status: int) -> None:
-        """Remember whether the SuperLink accepts the site's node; if not, the launcher looks into it."""
+        """Remember whether the SuperLink accepts the site's node; if not, the launcher looks into it.
+
+        What cannot be written is left to the next call. An answer has come meanwhile, and is passed on in any case.
+        """
         if call not in fleet.SIGNS_OF_LIFE:
             return
         now, accepted = time.monotonic(), status < 400
         if accepted and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
             return
+        if not accepted and site not in self._accepted and now - self._doubted < SEEN_EVERY_S:
+            return  # known already
+        try:
+            if not accepted:
+                await asyncio.to_thread(self._flower.doubt, True)
+            await asyncio.to_thread(self._sites.node_seen, site, accepted=accepted)
+        except (DatabaseAway, OSError) as error:
+            log.warning("cannot note that the SuperLink answered %s: %s", site, error)
+            return
         if accepted:
             self._accepted[site] = now
-        elif self._accepted.pop(site, None) is None and now - self._doubted < SEEN_EVERY_S:
-            return  # known already
         else:
+            self._accepted.pop(site, None)
             self._doubted = now
-            await asyncio.to_thread(self._flower.doubt, True)
-        await asyncio.to_thread(self._sites.node_seen, site, accepted=accepted)
 
     async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
         content: bytes | AsyncIterator[bytes]
@@ -411,10 +423,10 @@ class Gateway:
             )
             answer = await self._client.send(outgoing, stream=True)
             request.state.at_end.push_async_callback(answer.aclose)
-            await self._note(row.site, call, answer.status_code)
         except (httpx.HTTPError, TransportError) as error:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return _refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
+        await self._note(row.site, call, answer.status_code)
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
         return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
 

@@ -6,8 +6,11 @@ so that a revocation takes effect on the next one.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography import x509
@@ -19,12 +22,14 @@ from fl_server.db.store import Store
 from fl_server.files import write_durably
 from fl_server.home import ServerHome, ServerSettings, reachable
 from fl_server.pki import Authority, Identity, identity
-from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.hosts import host_and_port
+from fl_shared.limits import Places
 from fl_shared.names import operator_name
 
 OPERATOR_ROLES = ("admin", "auditor")
 OPERATOR_DAYS = 365
+MAX_AUDITORS, MAX_AN_AUDITOR = 12, 6  # calls of the control API at once, of all auditors together and of one
 
 
 class Operators:
@@ -106,6 +111,37 @@ class Operators:
                 row.revoked_at = now
             session.add(EventRow(at=now, kind="certificate-revoked", message=f"{role} {name}"))
         return found
+
+
+class AuditorPlaces:
+    """The calls that auditors have under way. A stream that its reader does not read holds a thread of the API."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._all, self._each = Places(MAX_AUDITORS), Places(MAX_AN_AUDITOR)
+
+    @contextlib.contextmanager
+    def taken(self, who: Identity) -> Iterator[None]:
+        """Hold a place while the block runs; ConcordatError when there is none. Admins are not counted."""
+        if who.role == "admin":
+            yield
+            return
+        with self._lock:
+            if not self._each.take(who.name):
+                raise _too_many()
+            if not self._all.take(""):
+                self._each.give_back(who.name)
+                raise _too_many()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._all.give_back("")
+                self._each.give_back(who.name)
+
+
+def _too_many() -> ConcordatError:
+    return ConcordatError("too many calls at once", fix="end another `fl-admin` of an auditor", code="too-many")
 
 
 def write_credentials(

@@ -215,12 +215,16 @@ class Authority:
         """
         fix = "enrol with `fl-client enroll`, which makes the right request"
         try:
+            if len(csr_pem) > MAX_CSR_BYTES:
+                raise ValueError("too long")
             request = x509.load_pem_x509_csr(csr_pem.encode("ascii"))
             key = request.public_key()
-            proven = request.is_signature_valid
+            # Its kind first: to check the signature of a giant RSA key is work that a stranger could order.
+            usable = isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in ("secp256r1", "secp384r1")
+            proven = usable and request.is_signature_valid
         except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
             raise EnrolmentError("the certificate request cannot be read", fix=fix, code="bad-csr") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in ("secp256r1", "secp384r1"):
+        if not usable or not isinstance(key, ec.EllipticCurvePublicKey):
             raise EnrolmentError("the certificate request's key is not EC P-256 or P-384", fix=fix, code="bad-csr")
         if not proven:
             raise EnrolmentError(

@@ -44,6 +44,7 @@ PROBE_S = 2.0
 STOP_S = 8.0
 STALE_S = 15.0
 FIRST_PAUSE_S, MOST_PAUSE_S, CALM_S = 0.5, 30.0, 10.0
+SUPERLINK_TRIES = 3  # starts in a row that do not come to listening; then its database is made again
 
 
 def free_port() -> int:
@@ -95,6 +96,7 @@ class Supervisor:
         self._written = ""
         self._written_at = 0.0
         self._unwritten = False
+        self._superlink_starts = 0
 
     def _plan(self, settings: ServerSettings) -> list[Component]:
         superlink = Component("superlink", "127.0.0.1", self._superlink, self._superlink_ready)
@@ -129,6 +131,9 @@ class Supervisor:
         ]
 
     def _superlink(self) -> list[str]:
+        self._superlink_starts += 1
+        if self._superlink_starts % SUPERLINK_TRIES == 0:  # it does not get up with this database, whatever is wrong
+            self._flower.want_rebuild()
         if self._flower.set_aside():
             log.warning("superlink: its database is unusable; set aside in %s", self._home.flower / "aside")
         port = free_port()
@@ -138,7 +143,10 @@ class Supervisor:
 
     def _superlink_ready(self) -> bool:
         host, _, port = self._component("superlink").address.partition(":")
-        return _listens(host, int(port))
+        if not _listens(host, int(port)):
+            return False
+        self._superlink_starts = 0
+        return True
 
     def _healthy(self, host: str, port: int) -> bool:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fl_client.address import server_url
 from fl_client.enrolment import Coordinator, Token, enrol
+from fl_client.hello import say_hello
 from fl_client.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 from fl_shared.signing import SigningKey
@@ -22,9 +25,9 @@ SITE = "hospital-001"
 
 
 def files(home: SiteHome) -> set[str]:
-    """Every file below the home, except what a retry may reuse."""
+    """Every file below the home, except what a retry may reuse, and the lock."""
     found = {str(p.relative_to(home.root)) for p in home.root.rglob("*") if p.is_file()}
-    return {name for name in found if not name.startswith("pending/")}
+    return {name for name in found if not name.startswith("pending/")} - {"run/enrol.lock"}
 
 
 def test_enrolment_makes_keys_locally_and_pins_the_coordinator(gateway: Gateway, tmp_path: Path) -> None:
@@ -37,7 +40,7 @@ def test_enrolment_makes_keys_locally_and_pins_the_coordinator(gateway: Gateway,
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert stat.S_IMODE(home.root.stat().st_mode) == 0o700
     ((_, sent),) = gateway.requests
-    assert set(sent) == {"site", "token", "csr_pem", "signing_public_key", "node_public_key"}
+    assert set(sent) == {"site", "token", "csr_pem", "signing_public_key", "node_public_key", "proofs"}
     assert sent["signing_public_key"] == SigningKey.load(home.signing_key).public_hex
     assert "PRIVATE" not in json.dumps(sent)
     csr = x509.load_pem_x509_csr(sent["csr_pem"].encode())
@@ -128,6 +131,24 @@ def test_a_second_enrolment_needs_force_and_keeps_the_signing_key(gateway: Gatew
     assert home.client_key.read_bytes() != old
     assert home.node_key.read_bytes() != old_node
     assert [p.read_bytes() for p in (home.tls / "replaced").rglob("client.key")] == [old]
+
+
+def test_two_enrolments_at_once_in_one_home_leave_keys_that_fit(gateway: Gateway, tmp_path: Path) -> None:
+    """Real processes: one enrols, the others say so, and key, certificate and signing key belong together."""
+    home = SiteHome(tmp_path / "home")
+    line = [
+        sys.executable, "-m", "fl_client.cli.client", "enroll", "--site", SITE, "--home", str(home.root),
+        "--server", gateway.url, "--token", gateway.token(SITE),
+    ]  # fmt: skip
+    processes = [subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(4)]
+    said = [process.communicate(timeout=120)[1].decode() for process in processes]
+    assert sorted(process.returncode for process in processes)[0] == 0
+    assert {process.returncode for process in processes} <= {0, 2, 17}, said
+    assert sum(process.returncode == 0 for process in processes) == 1, said
+    assert say_hello(home, Coordinator.load(home))["site"] == SITE
+    sent = {asked["signing_public_key"] for _, asked in gateway.requests}
+    assert SigningKey.load(home.signing_key).public_hex in sent
+    assert not (home.root / "pending").exists()
 
 
 def test_no_answer_is_a_transport_error_with_the_address(tmp_path: Path) -> None:

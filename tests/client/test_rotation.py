@@ -146,3 +146,37 @@ def test_a_hello_that_names_another_key_confirms_nothing(home: SiteHome, gateway
     keys = PinnedKeys(home, pinned)
     assert not keys.accepts(pinned.coordinator_key)
     assert not keys.accepts(gateway.signing.public_hex)
+
+
+@pytest.mark.parametrize("behind_s", [0.0, 3600.0, 86_400.0])
+def test_a_key_without_a_grace_ends_at_a_site_whose_clock_is_behind(
+    home: SiteHome, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, behind_s: float
+) -> None:
+    """The coordinator's moment lies in this site's future; the length of the grace does not depend on a clock."""
+    real = time.time
+    keys = PinnedKeys(home, Coordinator.load(home))
+    old = gateway.rotate(time.time())
+    gateway.rotations = [
+        sign_document(old, {**gateway.rotations[0]["body"], "created_at": real(), "old_until": real()})
+    ]
+    monkeypatch.setattr(time, "time", lambda: real() - behind_s)
+    assert keys.accepts(gateway.signing.public_hex)
+    assert not keys.accepts(old.public_hex)
+    assert not PinnedKeys(home, Coordinator.load(home)).accepts(old.public_hex)
+
+
+def test_a_clock_that_is_set_back_brings_no_ended_key_back(
+    home: SiteHome, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the grace was over it is over, for the agent that runs and for the next one."""
+    real = time.time
+    keys = PinnedKeys(home, Coordinator.load(home))
+    old = gateway.rotate(real() + 3600)
+    assert keys.accepts(gateway.signing.public_hex)
+    assert keys.accepts(old.public_hex)
+    monkeypatch.setattr(time, "time", lambda: real() + 3601)
+    assert not keys.accepts(old.public_hex)
+    monkeypatch.setattr(time, "time", real)
+    assert not keys.accepts(old.public_hex)
+    assert not PinnedKeys(home, Coordinator.load(home)).accepts(old.public_hex)
+    assert keys.accepts(gateway.signing.public_hex)

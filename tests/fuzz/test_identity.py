@@ -103,7 +103,7 @@ def test_any_text_as_a_token(sites: Sites, authority: pki.Authority, keys: Keys,
     with pytest.raises(ConcordatError):
         sites.enrol(
             site=SITE, token=text, csr_pem=asked["csr_pem"], signing_key=asked["signing_public_key"],
-            node_key=asked["node_public_key"], authority=authority, flower=None, days=1.0,  # type: ignore[arg-type]
+            node_key=asked["node_public_key"], proofs={}, authority=authority, flower=None, days=1.0,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_any_text_as_a_key_or_request(
     signing = data.draw(st.text(max_size=70) | damaged(keys.signing.public_hex.encode()).map(latin))
     with pytest.raises(ConcordatError):
         sites.enrol(
-            site=SITE, token="x", csr_pem=csr, signing_key=signing, node_key=node, authority=authority,
+            site=SITE, token="x", csr_pem=csr, signing_key=signing, node_key=node, proofs={}, authority=authority,
             flower=None, days=1.0,  # type: ignore[arg-type]
         )  # fmt: skip
     with contextlib.suppress(ConcordatError):

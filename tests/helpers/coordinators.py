@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fl_shared.enrolment import statement
 from fl_shared.signing import SigningKey
 from helpers import stand_in_agent
 from helpers.ports import free_port
@@ -75,12 +76,18 @@ class Keys:
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.site)])
         csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(self.tls, hashes.SHA256())
         node = self.node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        csr_pem = csr.public_bytes(serialization.Encoding.PEM).decode()
+        proof = statement(token=token, csr_pem=csr_pem, signing_key=self.signing.public_hex, node_key=node.decode())
         return {
             "site": self.site,
             "token": token,
-            "csr_pem": csr.public_bytes(serialization.Encoding.PEM).decode(),
+            "csr_pem": csr_pem,
             "signing_public_key": self.signing.public_hex,
             "node_public_key": node.decode(),
+            "proofs": {
+                "signing": self.signing.sign(proof),
+                "node": self.node.sign(proof, ec.ECDSA(hashes.SHA384())).hex(),
+            },
         } | changes
 
     def save(self, certificate_pem: str) -> None:

@@ -217,6 +217,7 @@ def test_a_certificate_of_the_right_name_that_was_not_handed_out_is_refused(one:
     [
         "/v1/fleet/register-node", "/v1/fleet/unregister-node", "/v1/control/start-run", "/v1/runtime/pull-task-input",
         "/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run", "/", "/docs", "/openapi.json",
+        "/v1%2Fhello", "/v1/%68ello", "/v1%2ffleet/pull-messages", "/v1/fleet%2fpull-messages", "/v1/renew%00",
     ],
 )  # fmt: skip
 def test_nothing_else_of_flower_is_published(one: Coordinator, path: str) -> None:

@@ -107,6 +107,36 @@ def test_online_is_who_flower_lets_through(one: Coordinator) -> None:
     assert online(one)[A] is False
 
 
+def test_an_answer_that_cannot_be_noted_is_passed_on_and_noted_later(one: Coordinator) -> None:
+    """The database refuses the note alone: what the SuperLink answered, an order it may be, reaches the site, and the
+    log blames the right one of the two; with the next call after it the note is made up for.
+    """
+    site = "hospital-noted"
+    one.enrol(site)
+    until(lambda: bool(activate(one, site)), "the new node is accepted", 30.0)
+    other = "hospital-unnoted"
+    one.enrol(other)
+    log = one.home / "logs" / "gateway.log"
+    said = log.read_text()
+    with closing(sqlite3.connect(one.home / "coordinator.sqlite", timeout=30)) as database:
+        database.execute(
+            "CREATE TRIGGER away BEFORE UPDATE OF node_seen_at ON sites BEGIN DELETE FROM nowhere; END"
+        )
+        database.commit()
+        node = activate(one, other)
+        assert node
+        assert beat(one, other, node) == 200
+        assert beat(one, other, node ^ 1) == 401
+        database.execute("DROP TRIGGER away")
+        database.commit()
+    fresh = log.read_text().removeprefix(said)
+    assert "cannot note" in fresh
+    assert "the SuperLink cannot be reached" not in fresh
+    assert online(one)[other] is False
+    assert beat(one, other, node) == 200
+    assert online(one)[other] is True
+
+
 def lost(database: Path) -> None:
     """The file and what belongs to it are gone."""
     for each in database.parent.glob("superlink.db*"):
@@ -155,7 +185,13 @@ def forbidden(database: Path) -> None:
         opened.execute("UPDATE node SET status = 'unregistered'")
 
 
-DAMAGE = [lost, nonsense, cut_off, torn_page, forbidden]
+def another_version(database: Path) -> None:
+    """SQLite finds nothing wrong, and the SuperLink does not start with it."""
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+
+DAMAGE = [lost, nonsense, cut_off, torn_page, forbidden, another_version]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda each: each.__name__)
@@ -171,6 +207,19 @@ def test_a_lost_or_damaged_superlink_database_locks_nobody_out(one: Coordinator,
     row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
     assert row.node_id == str(node)
     assert online(one) == {A: True, B: True}
+
+
+def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
+    """SQLite makes no file through it; the next start makes one in its place."""
+    home = ServerHome(tmp_path)
+    home.flower.mkdir()
+    database = home.flower / "superlink.db"
+    database.symlink_to("/nowhere/superlink.db")
+    flower = Flower(home)
+    assert flower.damaged()
+    assert flower.set_aside()
+    assert not database.is_symlink()
+    assert not flower.damaged()
 
 
 @pytest.mark.parametrize("damage", [no_nodes, emptied], ids=lambda each: each.__name__)
@@ -203,6 +252,10 @@ def test_a_revoked_sites_keys_are_never_accepted_again(one: Coordinator) -> None
         one.admin("sites", "revoke", site)
         assert ask(old) == (403, "key-revoked")
         fresh = Keys(site, one.root / site, signing=old.signing)
+        # Each in the other's place: the same keys.
+        assert ask(Keys(site, one.root / site, signing=old.signing, node=old.tls, tls=old.node)) == (403, "key-taken")
+        assert ask(Keys(site, one.root / site, signing=old.signing, node=old.tls)) == (403, "key-taken")
+        assert ask(Keys(site, one.root / site, signing=old.signing, tls=old.node)) == (403, "key-taken")
         for stale in (
             Keys(site, one.root / site, signing=old.signing, node=old.node),
             Keys(site, one.root / site, signing=old.signing, tls=old.tls),
@@ -216,6 +269,38 @@ def test_a_revoked_sites_keys_are_never_accepted_again(one: Coordinator) -> None
     with one.client(folder=fresh.folder) as client:
         renewal = client.post("/v1/renew", json={"csr_pem": old.request("")["csr_pem"]})
         assert (renewal.status_code, renewal.json()["code"]) == (403, "key-revoked")
+
+
+def test_a_key_is_enrolled_by_who_holds_it_and_serves_one_purpose(one: Coordinator) -> None:
+    """Nobody can take another's key by naming it first, and the untrusted half's node key is no TLS key."""
+    site, victim = "hospital-thief", Keys("hospital-victim", one.root / "victim")
+    mine = Keys(site, one.root / site)
+    public = victim.request("")
+    with one.client() as client:
+
+        def ask(body: dict[str, object]) -> tuple[int, str]:
+            answer = client.post("/v1/enroll", json=body)
+            return answer.status_code, str(answer.json().get("code", ""))
+
+        token = one.invite(site)
+        honest = mine.request(token)
+        for name in ("signing_public_key", "node_public_key"):
+            assert ask(honest | {name: public[name]}) == (403, "not-proved")
+        for changed in (
+            {"signing": "0" * 128}, {"node": "00"}, {"signing": honest["proofs"]["signing"].upper()},
+            victim.request(token)["proofs"], mine.request(one.invite("hospital-other"))["proofs"],
+        ):  # fmt: skip
+            assert ask(honest | {"proofs": honest["proofs"] | changed}) == (403, "not-proved")
+        for lacking in ({}, {"signing": honest["proofs"]["signing"]}, [], None, "x"):
+            assert ask(honest | {"proofs": lacking})[0] == 400
+        assert ask(Keys(site, one.root / site, tls=mine.tls, node=mine.tls).request(token)) == (403, "key-taken")
+        assert ask(honest) == (200, "")
+        assert ask(victim.request(one.invite(victim.site))) == (200, "")
+        mine.save(client.post("/v1/enroll", json=mine.request(one.invite(site))).json()["certificate_pem"])
+    renewed = Keys(site, one.root / "unused", tls=mine.node).request("")
+    with one.client(folder=mine.folder) as client:
+        answer = client.post("/v1/renew", json={"csr_pem": renewed["csr_pem"]})
+    assert (answer.status_code, answer.json()["code"]) == (403, "key-taken")
 
 
 def test_an_enrolment_that_broke_off_after_flowers_registration_can_be_repeated(one: Coordinator) -> None:

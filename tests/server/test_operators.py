@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -22,10 +23,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fl_server.adminlog import AdminLog, local_user
 from fl_server.cli.connection import Profile, control
 from fl_server.db.store import Store
 from fl_server.home import ServerHome
-from fl_server.operators import Operators, write_credentials
+from fl_server.operators import MAX_AN_AUDITOR, Operators, write_credentials
 from fl_server.pki import Authority
 from fl_server.setup import initialise
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
@@ -266,7 +268,30 @@ def test_a_holder_can_keep_the_private_key(office: Office, tmp_path: Path) -> No
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
+    (out / "auditor.key").chmod(0o600)
     assert office.status(out / "auditor.toml").version
+
+
+def test_a_profile_or_key_that_others_can_use_is_refused(office: Office) -> None:
+    """Readable keys, profiles that others may write or that belong to them, also behind links; then it works again."""
+    profile = office.issue("auditor", "open")
+    key = profile.with_suffix(".key")
+    link = office.root / "link.toml"
+    link.symlink_to(profile)
+    for path, mode, word in ((key, 0o640, "read by"), (key, 0o604, "read by"), (profile, 0o620, "changed by")):
+        path.chmod(mode)
+        for named in (profile, link):
+            with pytest.raises(ConfigError, match=word) as failure:
+                office.status(named)
+            assert failure.value.fix.startswith("chmod go")
+        path.chmod(0o600)
+    if os.geteuid() == 0:
+        for path in (key, profile):
+            os.chown(path, 65_534, -1)
+            with pytest.raises(ConfigError, match="another user"):
+                office.status(profile)
+            os.chown(path, 0, -1)
+    assert office.status(link).version
 
 
 @pytest.mark.parametrize(
@@ -298,3 +323,66 @@ def test_a_new_database_learns_of_the_first_admin_from_the_home(office: Office, 
     assert [(row.role, row.name) for row in rows] == [("admin", "chief")]
     with pytest.raises(ConfigError, match="no valid certificate"):
         Operators(store).revoke("auditor", "ada")
+
+
+def test_a_reader_that_does_not_read_ends_no_admins_work(office: Office) -> None:
+    """Two auditors ask for a long admin log 24 times each and take nothing of it; an admin is answered, and an auditor
+    who has places left, too.
+    """
+    logged = AdminLog.of(office.home, Store(office.home.database_url()))
+    for _ in range(24):  # as large as a log becomes in years
+        logged.begin(local_user(), "test", {"reason": "x" * (1 << 20)})
+    profiles = [office.issue("auditor", name) for name in ("slow", "slower")]
+    office.issue("auditor", "quick")
+    with contextlib.ExitStack() as stack:
+        held = []
+        for profile in [each for each in profiles for _ in range(3)]:  # a channel each: windows are per connection
+            stub = stack.enter_context(control(Profile.find(profile)))
+            held += [stub.ListAdminLog(pb.ListAdminLogRequest(), timeout=120) for _ in range(8)]
+        refused = [call for call in held if _ended(call)]
+        assert len(held) - len(refused) == 2 * MAX_AN_AUDITOR
+        assert office.status(office.home.admin / "admin.toml").version
+        for call in held:
+            call.cancel()
+    until(lambda: _answers(office, office.root / "auditor-slow" / "auditor.toml"), "the places are free again", 30.0)
+
+
+def _ended(call: Any) -> bool:
+    """Whether a call was refused; one that is held for its reader goes on."""
+    try:
+        next(call)
+    except grpc.RpcError as error:
+        return bool(json.loads(error.details() or "")["code"] == "too-many")
+    return False
+
+
+def _answers(office: Office, profile: Path) -> bool:
+    try:
+        return bool(office.status(profile).version)
+    except ConcordatError:
+        return False
+
+
+def test_numbers_and_texts_without_measure_get_a_typed_answer(office: Office, auditor: Path) -> None:
+    """Beyond 64 bits, with zero bytes, a megabyte long: no defect, and no answer that is too long to arrive."""
+    with control(Profile.find(auditor)) as stub:
+
+        def code(call: Any) -> str:
+            with pytest.raises(grpc.RpcError) as failure:
+                call()
+            return str(json.loads(failure.value.details())["code"])
+
+        assert code(lambda: list(stub.ListAdminLog(pb.ListAdminLogRequest(after=2**64 - 1)))) == "config"
+        assert code(lambda: stub.ShowRun(pb.RunRequest(run="a\0b"))) == "unknown-run"
+        for text in ("a" * (1 << 20), "\U0001f600" * (1 << 18), "\x1b" * (1 << 20), "\u202e" * 1000):
+            assert code(lambda text=text: stub.ShowRun(pb.RunRequest(run=text))) == "unknown-run"
+
+
+def test_a_long_argument_is_cut_in_the_admin_log(office: Office) -> None:
+    """Three megabytes of reason make no entry of three megabytes; its length is told."""
+    with control(Profile.find(office.home.admin / "admin.toml")) as stub:
+        with pytest.raises(grpc.RpcError):
+            stub.RevokeSite(pb.SiteRequest(site="nobody", reason="y" * (3 << 20)))
+        last = [entry for entry in stub.ListAdminLog(pb.ListAdminLogRequest()) if entry.kind == "action"][-1]
+    assert len(last.body) < 4096
+    assert f"({3 << 20} characters)" in last.body

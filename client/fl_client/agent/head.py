@@ -13,16 +13,17 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fl_client.agent.outgoing import EVALUATION, TRAINING
 from fl_client.agent.releases import ReleaseStore
 from fl_client.files import write_durably
 from fl_shared.adapter import digest
-from fl_shared.errors import LedgerError
+from fl_shared.canonical import parse_json
+from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.service import Ledger
 from fl_shared.privacy import Mechanism
+from fl_shared.settings import Fields
 
 log = logging.getLogger("fl_client.agent")
 
@@ -56,11 +57,11 @@ class LedgerHead:
     def objection(self, ledger: LedgerReader) -> str:
         """What speaks against the ledger being at least as new as this home has seen it; "" when nothing does."""
         try:
-            known: dict[str, Any] = json.loads(self._path.read_text("utf-8"))
-            entries, head = int(known["entries"]), str(known["head"])
+            known = Fields(parse_json(self._path.read_bytes(), str(self._path)), str(self._path))
+            entries, head = known.integer("entries", low=1, high=2**62), known.text("head")
         except FileNotFoundError:
             return ""
-        except (ValueError, KeyError, TypeError):
+        except (ConfigError, OSError):
             return f"{self._path} is damaged"
         found = ledger.head()
         if found.entries < entries:
@@ -88,9 +89,8 @@ def forgotten(ledger: LedgerReader, store: ReleaseStore) -> list[Forgotten]:
         for order in orders
         if order.executed and order.update_digest and (order.run, order.round, TRAINING) not in known
     ]
-    for run, figures in store.figures():
+    for run, figures, mechanism in store.figures():
         if not any(True for _ in ledger.spends(run=run)):
-            mechanism = Mechanism.from_dict(json.loads(figures)["mechanism"])
             found.append(Forgotten(run, 0, EVALUATION, mechanism, digest(figures)))
     return found
 

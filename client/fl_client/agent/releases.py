@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from fl_client.files import write_durably
 from fl_shared.adapter import digest
-from fl_shared.errors import DataError
-from fl_shared.names import ALONE
+from fl_shared.canonical import parse_json
+from fl_shared.errors import ConcordatError, DataError
+from fl_shared.names import ALONE, run_id
 from fl_shared.privacy import Mechanism
+from fl_shared.settings import Fields
 
 KEPT_ROUNDS = 2
 
@@ -96,10 +97,17 @@ class ReleaseStore:
         """Where the figures of an evaluation are kept."""
         return self._directory / f"{self._stem(run)}.figures"
 
-    def figures(self) -> list[tuple[str, bytes]]:
-        """Run and stored figures of every evaluation."""
-        found = sorted(self._directory.glob("*.figures"))
-        return [(path.stem.replace("_", ":"), path.read_bytes()) for path in found]
+    def figures(self) -> list[tuple[str, bytes, Mechanism]]:
+        """Run, stored figures and mechanism of every evaluation; DataError when they are damaged."""
+        found = []
+        for path in sorted(self._directory.glob("*.figures")):
+            try:
+                content = path.read_bytes()
+                mechanism = Mechanism.from_dict(Fields(parse_json(content, str(path)), str(path)).table("mechanism"))
+            except (ConcordatError, OSError) as error:
+                raise _damaged(path) from error
+            found.append((path.stem.replace("_", ":"), content, mechanism))
+        return found
 
     @staticmethod
     def _stem(run: str) -> str:
@@ -108,13 +116,34 @@ class ReleaseStore:
     def _path(self, run: str, round_: int, ending: str) -> Path:
         return self._directory / f"{self._stem(run)}-{round_}.{ending}"
 
-    @staticmethod
-    def _read(path: Path) -> Order | None:
+    def _read(self, path: Path) -> Order | None:
+        """The order in a file, None when there is no file; DataError unless it is whole and its own place."""
         try:
-            document: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            executed = document["executed"]
-            return Order(**{**document, "executed": Mechanism.from_dict(executed) if executed else None})
+            document = parse_json(path.read_bytes(), str(path))
+            if isinstance(document, dict):
+                document = {name: value for name, value in document.items() if value is not None}
+            fields = Fields(document, str(path))
+            run, round_ = fields.named("run", run_id), fields.integer("round", low=1, high=100_000)
+            order = Order(
+                run=run,
+                round=round_,
+                nonce=fields.text("nonce"),
+                spec_digest=fields.text("spec_digest"),
+                adapter_digest=fields.text("adapter_digest"),
+                model_digest=fields.text("model_digest"),
+                ordered_at=fields.number("ordered_at", low=0),
+                update_digest=fields.text("update_digest") if fields.has("update_digest") else None,
+                executed=Mechanism.from_dict(fields.table("executed")) if fields.has("executed") else None,
+            )
+            fields.done()
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path} is damaged", fix="restore it from a backup, or move it away") from error
+        except (ConcordatError, OSError) as error:
+            raise _damaged(path) from error
+        if self._path(run, round_, "json") != path:
+            raise _damaged(path)
+        return order
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is damaged", fix="restore it from a backup, or move it away")

@@ -298,7 +298,9 @@ class Rounds:
                 manifest.spec_digest,
                 manifest.adapter_digest,
             )
-            if held.round == manifest.round and same and held.mechanism == mechanism:
+            # The data that is read is the data that was charged for, whatever site.toml names since the crash.
+            data = (held.dataset, held.dataset_version) == (self._facts.dataset.name, self._facts.dataset.version)
+            if held.round == manifest.round and same and data and held.mechanism == mechanism:
                 log.warning("computing again what a crash broke off; its charge is held", extra=_at(manifest))
                 note_computed_again(self._ledger, held)
                 return held

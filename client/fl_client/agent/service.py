@@ -52,13 +52,18 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         try:
             first = next(request_iterator, None)
             if first is None or first.WhichOneof("part") != "header":
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first chunk must be the header")
+                raise ConfigError("the first chunk must be the header", fix="send the header, then data")
             sealed, size = self._answered(first.header, request_iterator)
         except Stopping as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
         except ConcordatError as error:
             log.warning("a round was not answered: %s", error.message)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message[:300])
+        except grpc.RpcError:
+            raise  # the caller went away
+        except Exception:  # gRPC would send the words of whatever it is, which may quote files and data
+            log.exception("a round ended in a defect")
+            context.abort(grpc.StatusCode.INTERNAL, "the site cannot answer this round; see the site's own log")
         self._metrics.round(sealed.outcome, time.monotonic() - began, size, len(sealed.payload))
         yield from chunks(sealed)
 

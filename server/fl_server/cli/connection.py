@@ -14,6 +14,7 @@ import grpc
 from fl_server.files import write_durably
 from fl_server.home import ServerHome, default_home
 from fl_shared import errors
+from fl_shared.console import command
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
 from fl_shared.hosts import by_proxy
 from fl_shared.settings import Fields, load_toml
@@ -49,6 +50,7 @@ class Profile:
                 f"there is no admin profile at {path}",
                 fix="give --profile FILE or set FL_ADMIN_PROFILE; `fl-server init` writes HOME/admin/admin.toml",
             )
+        _require_private(path, 0o022, "changed")
         top = Fields(load_toml(path), str(path), base=path.resolve().parent)
         admin = top.section("admin")
         made = cls(
@@ -60,6 +62,19 @@ class Profile:
         admin.done()
         top.done()
         return made
+
+
+def _require_private(path: Path, others: int, done: str) -> None:
+    """ConfigError unless `path` is ours or root's and others have none of the rights in `others`, as ssh demands it."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", fix="correct the admin profile") from error
+    if found.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{path} belongs to another user", fix="use a profile and a key of your own")
+    if found.st_mode & others:
+        mode = "go=" if done == "read" else "go-w"
+        raise ConfigError(f"{path} can be {done} by others", fix=command("chmod", mode, path))
 
 
 def default_profile() -> Path:
@@ -96,6 +111,7 @@ def control(profile: Profile) -> Iterator[ControlStub]:
     Raises:
         TransportError: the coordinator cannot be reached or broke off.
     """
+    _require_private(profile.key, 0o077, "read")
     try:
         credentials = grpc.ssl_channel_credentials(
             profile.ca.read_bytes(), profile.key.read_bytes(), profile.certificate.read_bytes()

@@ -88,14 +88,31 @@ class Store:
 
 @contextlib.contextmanager
 def _reached() -> Iterator[None]:
-    """Turn what a driver raises when the database is gone, restarting or full into DatabaseAway."""
+    """Turn what a driver raises when the database is gone, restarting, full, read-only or damaged into DatabaseAway.
+
+    A value that it cannot hold (text with NUL, a number beyond 64 bits) came from a caller: ConfigError.
+    """
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
-        first = str(error.orig).strip().partition("\n")[0]
+    except (sa.exc.DataError, OverflowError) as error:
+        raise ConfigError(
+            "a value is refused by the coordinator's database", fix="use text without NUL, and numbers below 2^63"
+        ) from error
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        if not _is_away(error):
+            raise
+        first = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise DatabaseAway(
             f"the coordinator's database cannot be used: {first}", fix="see that it runs; the coordinator waits for it"
         ) from error
+
+
+def _is_away(error: sa.exc.DBAPIError | sa.exc.TimeoutError) -> bool:
+    """Whether the database is at fault, and not what was asked of it."""
+    if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError):
+        return True
+    # A SQLite file that is damaged; a PostgreSQL that is a read-only standby for the moment.
+    return type(error) is sa.exc.DatabaseError or getattr(error.orig, "sqlstate", "") == "25006"
 
 
 def _sqlite_connect(connection: object, _record: object) -> None:

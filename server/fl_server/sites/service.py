@@ -15,11 +15,12 @@ import hmac
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -29,9 +30,10 @@ from fl_server.db.store import Store
 from fl_server.flower import Flower
 from fl_server.pki import Authority, Identity, fingerprint
 from fl_shared.base_model import BaseModel
+from fl_shared.enrolment import statement
 from fl_shared.errors import ConfigError, EnrolmentError, SignatureError
 from fl_shared.names import site_id
-from fl_shared.signing import ed25519_key
+from fl_shared.signing import ed25519_key, verify
 
 TTL_S = 7 * 86_400.0
 MAX_TTL_S = 90 * 86_400.0
@@ -57,8 +59,8 @@ class Enrolled:
     certificate_pem: str
 
 
-def _node_key(text: str) -> str:
-    """The OpenSSH text of an EC P-384 key, without its comment; EnrolmentError otherwise."""
+def _node_key(text: str) -> ec.EllipticCurvePublicKey:
+    """An EC P-384 key from its OpenSSH text; EnrolmentError otherwise."""
     try:
         key = serialization.load_ssh_public_key(text.strip().encode("ascii"))
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -69,7 +71,7 @@ def _node_key(text: str) -> str:
         raise EnrolmentError(
             "the node key is not EC P-384", fix="enrol with `fl-client enroll`", code="bad-node-key"
         )
-    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode("ascii")
+    return key
 
 
 def _valid(row: SiteRow) -> tuple[str, ...]:
@@ -83,12 +85,30 @@ def _blob(openssh: str) -> bytes:
     return base64.b64decode(openssh.split()[1])
 
 
-def _tls_key(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate's public key, 64 hex digits."""
-    der = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+def _as_tls(key: Any) -> str:
+    """SHA-256 of a public key in the form in which TLS keys are recorded, 64 hex digits."""
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()
+
+
+def _as_node(key: Any) -> str:
+    """The same in the form in which node keys are recorded: one key must not pass for two."""
+    text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return hashlib.sha256(_blob(text.decode("ascii"))).hexdigest()
+
+
+def _require_proofs(
+    proofs: Mapping[str, str], key: ec.EllipticCurvePublicKey, *, token: str, csr: str, signing: str, node: str
+) -> None:
+    """EnrolmentError unless signing key and node key (`key`) have signed the statement of this enrolment."""
+    said = statement(token=token, csr_pem=csr, signing_key=signing, node_key=node)
+    try:
+        verify(signing, said, proofs.get("signing", ""))
+        key.verify(bytes.fromhex(proofs.get("node", "")), said, ec.ECDSA(hashes.SHA384()))
+    except (SignatureError, InvalidSignature, ValueError) as error:
+        raise EnrolmentError(
+            "signing key and node key are not both proved", fix="enrol with `fl-client enroll`", code="not-proved"
+        ) from error
 
 
 def node_key_fingerprint(openssh: str) -> str:
@@ -157,6 +177,7 @@ class Sites:
         csr_pem: str,
         signing_key: str,
         node_key: str,
+        proofs: Mapping[str, str],
         authority: Authority,
         flower: Flower,
         days: float,
@@ -166,7 +187,8 @@ class Sites:
         The token is spent in the same transaction that stores the keys, so a failed attempt can be repeated.
 
         Raises:
-            EnrolmentError: bad, used or expired token; a bad request or key; a key of another site.
+            EnrolmentError: bad, used or expired token; a bad request or key; a key that is not proved, or of another
+                site.
             TransportError: the SuperLink does not answer.
         """
         try:
@@ -177,16 +199,20 @@ class Sites:
                 fix="enrol with `fl-client enroll`",
                 code="bad-signing-key",
             ) from error
-        node_key = _node_key(node_key)
+        sent, node = node_key, _node_key(node_key)
+        node_key = node.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode("ascii")
         certificate = authority.sign_request(csr_pem, "site", site, days)
+        tls = certificate.public_key()
         keys = {
             hashlib.sha256(bytes.fromhex(signing_key)).hexdigest(): "signing",
-            hashlib.sha256(_blob(node_key)).hexdigest(): "node",
-            _tls_key(certificate): "tls",
+            _as_node(node): "node",
+            _as_tls(tls): "tls",
         }
+        others = (_as_tls(node), _as_node(tls))
         with self._store.read() as session:
             self._invitation(session, site, token, authority.sha256)
-            self._require_fresh(session, site, keys)
+            _require_proofs(proofs, node, token=token, csr=csr_pem, signing=signing_key, node=sent)
+            self._require_fresh(session, site, keys, others)
             known = session.get(SiteRow, site)
             node_id = known.node_id if known is not None and known.node_public_key == node_key else ""
             replaced = known.node_id if known is not None and known.node_public_key != node_key else ""
@@ -198,7 +224,7 @@ class Sites:
         now = time.time()
         with self._store.write() as session:
             invitation = self._invitation(session, site, token, authority.sha256)
-            self._require_fresh(session, site, keys)
+            self._require_fresh(session, site, keys, others)
             invitation.used_at = now
             for row in session.scalars(select(SiteKeyRow).where(SiteKeyRow.site == site)):
                 if row.kind != "signing" and row.fingerprint not in keys:
@@ -219,8 +245,17 @@ class Sites:
         return Enrolled(certificate.public_bytes(serialization.Encoding.PEM).decode("ascii"))
 
     @staticmethod
-    def _require_fresh(session: Session, site: str, keys: dict[str, str]) -> None:
-        """EnrolmentError when a key (SHA-256 to kind) is another site's, or was revoked or replaced."""
+    def _require_fresh(session: Session, site: str, keys: dict[str, str], others: tuple[str, ...]) -> None:
+        """EnrolmentError when a key (SHA-256 to kind) is another site's, or was revoked or replaced.
+
+        `others`: the same keys as keys of the other kind, which none of them may be or have been.
+        """
+        if any(each in keys or session.get(SiteKeyRow, each) is not None for each in others):
+            raise EnrolmentError(
+                "one of the keys is, or was, a key of another kind",
+                fix="make new keys: `fl-client enroll --force`, which keeps the ledger and its key",
+                code="key-taken",
+            )
         for each, kind in keys.items():
             row = session.get(SiteKeyRow, each)
             if row is not None and (row.site, row.kind) != (site, kind):
@@ -283,9 +318,9 @@ class Sites:
         """
         self.authorise(who)
         certificate = authority.sign_request(csr_pem, "site", who.name, days)
-        keys = {_tls_key(certificate): "tls"}
+        keys, others = {_as_tls(certificate.public_key()): "tls"}, (_as_node(certificate.public_key()),)
         with self._store.write() as session:
-            self._require_fresh(session, who.name, keys)
+            self._require_fresh(session, who.name, keys, others)
             self._keep(session, who.name, keys)
             row = session.get_one(SiteRow, who.name)
             if who.fingerprint not in _valid(row):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter, spec_table
 
-from fl_client.agent.rounds import Stopping
+from fl_client.agent.head import LedgerHead, require_newest
+from fl_client.agent.rounds import Rounds, Stopping
 from fl_shared.adapter import digest, pack, unpack
-from fl_shared.errors import LedgerError, RunError
+from fl_shared.errors import DataError, LedgerError, RunError
 from fl_shared.manifest import Receipt, Refusal, RunSpec
 from fl_shared.signing import SigningKey, open_document
 
@@ -131,6 +132,70 @@ def test_a_nonce_serves_one_round_only(site: Site) -> None:
     site.order(site.manifest(1, nonce="n"))
     site.open()
     assert "nonce" in body(site.order(site.manifest(2, nonce="n")))["message"]
+
+
+@pytest.mark.parametrize("name", ["records", "other"])
+def test_what_is_computed_again_is_of_the_data_that_was_charged(site: Site, name: str) -> None:
+    """A crash, then site.toml names other data, or other data under the same name: no update of it leaves uncharged."""
+
+    def crash() -> None:
+        raise Crash
+
+    site.trainer.before = crash
+    manifest = site.manifest()
+    with pytest.raises(Crash):
+        site.order(manifest)
+    site.open()
+    changed = site.ledger.register_dataset(name, "e" * 64, "record", 900, 1)
+    site.ledger.set_budget(changed, 8.0, 1e-5, "officer")
+    site.facts = dataclasses.replace(site.facts, dataset=changed)
+    site.rounds = Rounds(
+        site.facts, ledger=site.ledger, store=site.store, outgoing=site.outgoing, train=site.trainer
+    )
+    site.trainer.before = lambda: None
+    assert body(site.order(manifest))["code"] == "failed"
+    assert site.outcomes() == [(1, "in-doubt")]
+    assert site.trainer.calls == 1
+    assert site.order(site.manifest(2)).status == "ok"
+    settled = [spend.reservation for spend in site.ledger.spends() if spend.outcome == "settled"]
+    assert [(each.dataset, each.dataset_version) for each in settled] == [(name, changed.version)]
+
+
+def _order(**changes: Any) -> bytes:
+    whole = {
+        "run": "demo-1", "round": 1, "nonce": "n", "spec_digest": "s", "adapter_digest": "a", "model_digest": MODEL,
+        "ordered_at": 1.0, "update_digest": "u", "executed": None,
+    }  # fmt: skip
+    return json.dumps(whole | changes).encode()
+
+
+DAMAGED = {
+    "demo-1-1.json": [
+        b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"{}", _order(round="1"), _order(round=2),
+        _order(round=1e400), _order(run=5), _order(run="demo-2"), _order(run=None), _order(nonce=["n"]),
+        _order(ordered_at="x"),
+        _order(update_digest=5), _order(executed=[]), _order(executed={"steps": 1}), _order(more=1),
+    ],
+    "evaluation_x.figures": [b"", b"[]", b"\xff", b"[" * 100_000, b"{}", b'{"mechanism": {}}', b'{"mechanism": []}'],
+    "head.json": [
+        b"", b"[]", b"\xff", b"[" * 100_000, b'{"entries": -5, "head": "x"}', b'{"entries": 1e400, "head": "x"}',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_the_home_is_named_and_no_release_is_invented(site: Site, name: str) -> None:
+    """What a failing disk may leave: the start is refused and names the file; nothing passes for a forgotten spend."""
+    site.order(site.manifest())
+    whole = (site.root / "releases" / "demo-1-1.json").read_bytes()
+    path = site.root / name if name == "head.json" else site.root / "releases" / name
+    for content in DAMAGED[name]:
+        path.write_bytes(content)
+        with pytest.raises((DataError, LedgerError), match=rf"{path.name} is damaged"):
+            require_newest(site.ledger, LedgerHead(site.root / "head.json"), site.store)
+    path.unlink()
+    (site.root / "releases" / "demo-1-1.json").write_bytes(whole)
+    require_newest(site.ledger, LedgerHead(site.root / "head.json"), site.store)
 
 
 def test_another_base_model_is_refused_by_name(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 import threading
@@ -87,6 +88,21 @@ def test_a_refusal_reaches_the_caller_signed_and_without_data(site: Site, stub: 
     site.coordinator = SigningKey.generate()
     sealed = ask(stub, header_of(site, b""), [])
     assert (sealed.status, sealed.payload, body(sealed)["code"]) == ("refused", b"", "bad-manifest")
+
+
+def test_a_defect_says_nothing_to_the_caller(site: Site, stub: agent_pb2_grpc.AgentStub) -> None:
+    """An exception that nobody foresaw quotes a file: the untrusted half gets a fixed sentence, and the next round."""
+
+    def broken(_key: str) -> bool:
+        raise KeyError("/home/site/secret/path")
+
+    right, site.rounds._facts = site.rounds._facts, dataclasses.replace(site.facts, accepts_key=broken)
+    with pytest.raises(grpc.RpcError) as failure:
+        ask(stub, header_of(site, b""), [])
+    assert failure.value.code() == grpc.StatusCode.INTERNAL
+    assert "secret" not in str(failure.value.details())
+    site.rounds._facts = right
+    assert ask(stub, header_of(site, b""), []).status == "ok"
 
 
 HOSTILE = {
