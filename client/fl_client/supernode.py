@@ -166,10 +166,9 @@ def make_home(plan: NodePlan) -> None:
     left = list(work.glob("old-*"))
     # An app may have closed its directories to its own user; a link that it left is not followed.
     closed = [each for each in left if not each.is_symlink()]
-    words: list[str | Path]
-    for words in (["chmod", "-R", "u+rwx", "--", *closed], ["rm", "-rf", "--", *left]):
+    for words, paths in ((["chmod", "-R", "u+rwx"], closed), (["rm", "-rf"], left)):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
-            subprocess.run(words, stderr=subprocess.DEVNULL, timeout=60, check=False)
+            subprocess.run([*words, "--", *paths], stderr=subprocess.DEVNULL, timeout=60, check=False)
 
 
 def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
