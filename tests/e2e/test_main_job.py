@@ -174,7 +174,8 @@ def test_new_keys_of_coordinator_and_site_need_no_restart(federation: Federation
     assert shown["state"] == "completed", shown
     for each in federation.sites:
         found = Pinned.load(SiteHome(each.home))
-        assert (found.coordinator_key, found.previous_key) == (change["body"]["new_key"], pinned.coordinator_key)
+        assert found.coordinator_key == change["body"]["new_key"]
+        assert found.previous_key in ("", pinned.coordinator_key)  # without a grace it goes at the next order
         assert run in runs_of(each)
     assert certificate(SiteHome(site.home)).serial_number != old
 
