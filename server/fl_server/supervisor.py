@@ -229,7 +229,7 @@ class Supervisor:
         """Look after one child. Whatever this meets, the others are looked after and it is tried again."""
         try:
             self._look_after(component)
-        except Exception as error:
+        except Exception as error:  # whatever it is: the other children are looked after all the same
             if not isinstance(error, ConcordatError | OSError):
                 log.exception("%s: a turn failed", component.name)
             why = reason(error)

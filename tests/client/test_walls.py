@@ -78,7 +78,7 @@ def move():
 def replace():
     os.rename(directory + "/work", directory + "/away")
 def link():
-    os.symlink(os.path.dirname(directory), directory + "/work/link")
+    os.symlink(os.path.dirname(directory), os.path.join(directory, "work", "link"))
 def unlink():
     os.unlink(directory + "/node_key")
 for act in (move, replace, link, unlink):

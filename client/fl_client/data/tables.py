@@ -221,7 +221,8 @@ def _jsonl_rows(path: Path, encoding: str) -> Iterator[Mapping[str, Any]]:
 def _json_rows(path: Path, encoding: str) -> Iterator[Mapping[str, Any]]:
     with _open(path, encoding) as handle:
         text = "".join(_lines(path, handle))
-    if len(text.strip(_BLANK).splitlines()) > 1 and _is_object(text.strip(_BLANK).splitlines()[0]):
+    lines = text.strip(_BLANK).splitlines()
+    if len(lines) > 1 and _is_object(lines[0]):
         raise DataError(f"{path} holds one JSON object a line", fix="end its name in .jsonl")
     rows = _parsed(path, text, "the file")
     if not isinstance(rows, list):

@@ -48,13 +48,13 @@ class _Head(torch.autograd.Function):
         return gf, None, None, None
 
 
+_BLOCK = 2 * EVEN
+
+
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight` whose number of rows follows from the data: filled up with zeros, in blocks of one shape."""
     blocks = F.pad(x, (0, 0, 0, -x.shape[0] % _BLOCK)).split(_BLOCK)
     return torch.cat([block @ weight for block in blocks])[: x.shape[0]]
-
-
-_BLOCK = 2 * EVEN
 
 
 class Head(nn.Linear):

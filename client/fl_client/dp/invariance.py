@@ -115,7 +115,7 @@ def _copies(adapted: AdaptedModel, rows: int, vocabulary: int) -> None:
             found = adapted.classifier.packed(batch)
         if tokens > 1:
             found = torch.cat([found.double(), book_of(adapted, batch).norms().unsqueeze(1)], 1)
-        if not torch.equal(found, found[:1].expand_as(found)):
+        if not _alike(found):
             raise EngineError(f"at {rows} rows what a unit contributes depends on its place on this machine", fix=_FIX)
 
 

@@ -90,19 +90,32 @@ def _tiles(rows: int, experts: int, ends: Tensor | None, device: Any) -> tuple[i
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
+def _rows(owner, start, stop, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # compiled by Triton
+    """The expert of this program's tile (none: as many as there are), its rows, and which of these there are."""
+    tile = tl.program_id(0)
+    row = tl.load(start + tile) + tl.arange(0, ROWS)
+    return tl.load(owner + tile), row, row < tl.load(stop + tile)
+
+
+@triton.jit
+def _write(y, total, row, row_in, column, column_in, outputs):  # type: ignore[no-untyped-def]  # compiled by Triton
+    """Store a tile of sums in y's type."""
+    y_at = y + row.to(tl.int64)[:, None] * outputs + column[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
 def _forward(  # type: ignore[no-untyped-def]  # compiled by Triton
     x, q, scale, y, owner, start, stop, outputs, inputs, width, groups,
     EXPERTS: tl.constexpr, GROUP: tl.constexpr, INT4: tl.constexpr,  # Triton's habit
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile `[ROWS, COLUMNS]` of `x_e W_e^T`."""
-    tile = tl.program_id(0)
-    expert = tl.load(owner + tile)
+    expert, row, row_in = _rows(owner, start, stop, ROWS)
     if expert >= EXPERTS:
         return
-    row = tl.load(start + tile) + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row_in, column_in = row < tl.load(stop + tile), column < outputs
+    column_in = column < outputs
     x_row = x + row.to(tl.int64)[:, None] * inputs
     q_row = q + (expert.to(tl.int64) * outputs + column) * width
     s_row = scale + (expert.to(tl.int64) * outputs + column) * groups
@@ -130,8 +143,7 @@ def _forward(  # type: ignore[no-untyped-def]  # compiled by Triton
             else:
                 part = tl.dot(low_x, byte.to(tl.float32).to(low_x.dtype), part, input_precision="ieee")
         total += part * tl.load(s_row + group, mask=column_in, other=0.0)[None, :]
-    y_at = y + row.to(tl.int64)[:, None] * outputs + column[None, :]
-    tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
+    _write(y, total, row, row_in, column, column_in, outputs)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
@@ -140,13 +152,11 @@ def _float(  # type: ignore[no-untyped-def]  # compiled by Triton
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile `[ROWS, COLUMNS]` of `x_e W_e`."""
-    tile = tl.program_id(0)
-    expert = tl.load(owner + tile)
+    expert, row, row_in = _rows(owner, start, stop, ROWS)
     if expert >= EXPERTS:
         return
-    row = tl.load(start + tile) + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row_in, column_in = row < tl.load(stop + tile), column < outputs
+    column_in = column < outputs
     x_row = x + row.to(tl.int64)[:, None] * inputs
     w_column_at = w + expert.to(tl.int64) * w_expert + column[None, :] * w_column
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -158,8 +168,7 @@ def _float(  # type: ignore[no-untyped-def]  # compiled by Triton
             w_column_at + inner[:, None] * w_inner, mask=inner_in[:, None] & column_in[None, :], other=0.0
         )
         total = tl.dot(value, weight, total, input_precision="ieee")
-    y_at = y + row.to(tl.int64)[:, None] * outputs + column[None, :]
-    tl.store(y_at, total.to(y.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
+    _write(y, total, row, row_in, column, column_in, outputs)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton ships no types
@@ -169,12 +178,9 @@ def _backward(  # type: ignore[no-untyped-def]  # compiled by Triton
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of `g_e W_e`: STEP bytes of a group, which are STEP inputs, or twice as many with int4."""
-    tile = tl.program_id(0)
-    expert = tl.load(owner + tile)
+    expert, row, row_in = _rows(owner, start, stop, ROWS)
     if expert >= EXPERTS:
         return
-    row = tl.load(start + tile) + tl.arange(0, ROWS)
-    row_in = row < tl.load(stop + tile)
     stored: tl.constexpr = GROUP // 2 if INT4 else GROUP
     group = tl.program_id(1) * STEP // stored
     inner = tl.program_id(1) * STEP % stored + tl.arange(0, STEP)

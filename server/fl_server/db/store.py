@@ -117,7 +117,7 @@ def _is_away(error: sa.exc.DBAPIError | sa.exc.TimeoutError) -> bool:
 
 def _sqlite_connect(connection: object, _record: object) -> None:
     connection.isolation_level = None  # type: ignore[attr-defined]  # BEGIN is ours, see _sqlite_begin
-    cursor = connection.cursor()  # type: ignore[attr-defined]
+    cursor = connection.cursor()  # type: ignore[attr-defined]  # a driver's connection, which SQLAlchemy gives no type
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")

@@ -79,9 +79,10 @@ def parse_timestamp(text: str) -> datetime:
 def is_timestamp(text: str) -> bool:
     """Whether `text` is a moment as the ledger writes it."""
     try:
-        return bool(_STAMP(text) and datetime.fromisoformat(text))
-    except ValueError:  # such as the 31st of February
+        parse_timestamp(text)
+    except ValueError:
         return False
+    return True
 
 
 @lru_cache(maxsize=8)  # building a statement costs more than running it
@@ -224,9 +225,7 @@ class Links:
             problems.append(Problem(f"entry {seq}: its signature does not fit", seq))
         if created_at < self.time:
             problems.append(Problem(f"entry {seq}: created_at {created_at} is before the entry before", seq))
-        try:
-            parse_timestamp(created_at)
-        except (TypeError, ValueError):
+        if not is_timestamp(created_at):
             problems.append(Problem(f"entry {seq}: created_at {created_at!r} is no time", seq))
         return problems
 

@@ -145,7 +145,7 @@ def test_the_other_user_reaches_the_socket_and_nothing_else(site: RealSite) -> N
         assert run_as(top, STRANGER, [], ASK, socket).returncode != 0
         written = run_as(top, NODE, [MEETING], WRITE, *own, str(node / "new"), str(node / "work" / "new")).stdout
         assert written.splitlines() == [
-            *(f"PermissionError {path}" for path in [*own, node / "new"]), f"wrote {node}/work/new",
+            *(f"PermissionError {path}" for path in [*own, node / "new"]), f"wrote {node / 'work' / 'new'}",
         ]  # fmt: skip
         assert run_as(top, STRANGER, [], READ, own[0]).stdout == f"PermissionError {own[0]}\n"
     finally:
