@@ -25,12 +25,14 @@ class Record:
         os.set_blocking(self.pipe, False)
 
     def _open(self) -> None:
-        self._file = os.open(self._path, _FLAGS, 0o600)
-        found = os.fstat(self._file)
+        file = os.open(self._path, _FLAGS, 0o600)
+        found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-            os.close(self._file)
+            os.close(file)
             raise OSError(f"{self._path} is not a file of its own")
-        self._size = found.st_size
+        if self._file >= 0:  # only now: the number of a closed file may soon be another file's
+            os.close(self._file)
+        self._file, self._size = file, found.st_size
 
     def take(self) -> bool:
         """Write down what the pipe holds, up to 64 KiB; False when it is empty or at its end for good."""
@@ -41,7 +43,6 @@ class Record:
         with contextlib.suppress(OSError):  # a full disk: these words are lost, and the app goes on
             if self._size + len(block) > LIMIT_BYTES:
                 os.replace(self._path, self._path.with_name(self._path.name + ".1"))
-                os.close(self._file)
                 self._open()
             self._size += os.write(self._file, block)
         return bool(block)

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from client_sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
 
+from fl_client.record import Record
 from fl_client.sandbox import landlock_abi
 from fl_client.supernode import node_environment
 
@@ -247,3 +248,24 @@ def test_what_the_operator_requires_and_the_kernel_lacks_is_refused(node_directo
     assert keeper.wait(60) == 1
     close(keeper)
     assert not (Path(made.directory) / "ran").exists()
+
+
+def test_a_record_that_cannot_be_opened_again_closes_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of the file is another's as soon as it is closed; so the old file stays until there is a new one."""
+    monkeypatch.setattr("fl_client.record.LIMIT_BYTES", 10)
+    record = Record(tmp_path / "log")
+    os.write(record.entrance, b"x" * 10)
+    assert record.take()
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError("no descriptor")))
+    os.write(record.entrance, b"lost")
+    assert record.take()
+    monkeypatch.setattr(os, "open", real)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    (tmp_path / "log").touch()
+    os.write(record.entrance, b"kept")
+    assert record.take()
+    os.close(other)  # it is open still
+    assert ((tmp_path / "log").read_bytes(), (tmp_path / "other").read_bytes()) == (b"kept", b"")
