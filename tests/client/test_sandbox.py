@@ -267,5 +267,6 @@ def test_a_record_that_cannot_be_opened_again_closes_no_other_file(
     (tmp_path / "log").touch()
     os.write(record.entrance, b"kept")
     assert record.take()
-    os.close(other)  # it is open still
-    assert ((tmp_path / "log").read_bytes(), (tmp_path / "other").read_bytes()) == (b"kept", b"")
+    os.write(other, b"mine")
+    os.close(other)
+    assert ((tmp_path / "log").read_bytes(), (tmp_path / "other").read_bytes()) == (b"kept", b"mine")
