@@ -32,8 +32,9 @@ demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minute
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(STAMP) ## ruff and the import contracts
+lint: $(STAMP) ## ruff (rules and format) and the import contracts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 types: $(STAMP) ## mypy, strict

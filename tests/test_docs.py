@@ -45,9 +45,7 @@ def test_every_documented_command_exists(line: tuple[str, ...]) -> None:
 
 def test_every_make_target_in_the_readme_exists() -> None:
     """`make X` in the README is a target of the Makefile."""
-    targets = set(
-        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z]+)\b", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named
     assert named <= targets

@@ -147,9 +147,7 @@ def _keys(home: SiteHome) -> str:
             raise ConfigError(f"{path} can be read by others (mode {mode:o})", fix=f"chmod 600 {quote(str(path))}")
     mode = _mode(home.root)
     if mode & 0o077:
-        raise ConfigError(
-            f"{home.root} is open to others (mode {mode:o})", fix=f"chmod -R go= {quote(str(home.root))}"
-        )
+        raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod -R go= {quote(str(home.root))}")
     key = SigningKey.load(home.signing_key)
     told = f"private; signing key {spoken_key(key.public_hex)}"
     if behind := open_to_others(home.root, home.untrusted):
@@ -163,9 +161,7 @@ def _separation(home: SiteHome, config: SiteConfig) -> str:
     user = config.supernode.user
     if user:
         for path in exposed(account(user), config.secrets(home)):
-            raise ConfigError(
-                f"the untrusted half's user {user} can read {path}", fix=f"chmod go= {quote(str(path))}"
-            )
+            raise ConfigError(f"the untrusted half's user {user} can read {path}", fix=f"chmod go= {quote(str(path))}")
     return describe_confinement(config.supernode.confine, user)
 
 

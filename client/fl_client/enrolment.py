@@ -98,8 +98,7 @@ class Coordinator:
         except FileNotFoundError:
             raise EnrolmentError(
                 f"this site is not enrolled: {home.coordinator} does not exist",
-                fix="ask the coordinator for a token and run "
-                "`fl-client enroll --site ID --server URL --token TOKEN`",
+                fix="ask the coordinator for a token and run `fl-client enroll --site ID --server URL --token TOKEN`",
             ) from None
         except (SignatureError, ValueError, KeyError, TypeError, OSError) as error:
             raise EnrolmentError(
@@ -275,9 +274,7 @@ def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -
             x509.NameAttribute(NameOID.COMMON_NAME, site),
         ]
     )
-    request = (
-        x509.CertificateSigningRequestBuilder().subject_name(subject).sign(pending.tls_key, hashes.SHA384())
-    )
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(pending.tls_key, hashes.SHA384())
     csr_pem = request.public_bytes(serialization.Encoding.PEM).decode("ascii")
     signing_key, node_key = pending.signing.public_hex, _ssh_public(pending.node_key).decode("ascii")
     proof = statement(token=token.text, csr_pem=csr_pem, signing_key=signing_key, node_key=node_key)
@@ -332,9 +329,7 @@ def _checked(
     return Coordinator(site, server, fleet_path, key, token.ca_sha256, int(time.time()))
 
 
-def _put_in_place(
-    home: SiteHome, pending: _Pending, ca_pem: str, certificate_pem: str, pinned: Coordinator
-) -> None:
+def _put_in_place(home: SiteHome, pending: _Pending, ca_pem: str, certificate_pem: str, pinned: Coordinator) -> None:
     """Move the keys into place and write `coordinator.json` last."""
     if home.client_key.exists():
         replaced = home.tls / "replaced" / f"{int(time.time())}-{secrets.token_hex(3)}"

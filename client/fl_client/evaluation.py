@@ -162,9 +162,7 @@ def evaluate_privately(
     def compute(mechanism: Mechanism) -> dict[str, Any]:
         chosen = restrict_labels(holdout, spec.task.labels)
         logits = predict(site.model, offset, chosen.texts, spec)
-        sums = noisy_sums(
-            unit_vectors(logits, chosen, spec.task.labels), mechanism.noise_multiplier, SecureStream()
-        )
+        sums = noisy_sums(unit_vectors(logits, chosen, spec.task.labels), mechanism.noise_multiplier, SecureStream())
         return figures_of(sums, mechanism.noise_multiplier, len(spec.task.labels))
 
     return _charged(site.ledger, site.outgoing, site.dataset, site.store, request, site.config.site, compute)

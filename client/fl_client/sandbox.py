@@ -308,9 +308,7 @@ def _move_inside(confinement: Confinement, keeper: socket.socket) -> None:
     if first:
         _stand_for(first)
     die_with_parent()
-    listening = namespaces.furnish(
-        confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent
-    )
+    listening = namespaces.furnish(confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
     socket.send_fds(keeper, [b"."], [each.fileno() for each in listening])
     for each in listening:
         each.close()

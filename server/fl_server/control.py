@@ -79,7 +79,7 @@ def _abort(context: grpc.ServicerContext, error: ConcordatError) -> NoReturn:
 
 def _cut(text: str) -> str:
     data = text.encode("utf-8", "replace")
-    return text if len(data) <= MAX_MESSAGE_BYTES else data[: MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
+    return text if len(data) <= MAX_MESSAGE_BYTES else data[:MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
 
 
 def caller(context: grpc.ServicerContext) -> Identity:

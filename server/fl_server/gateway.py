@@ -246,9 +246,7 @@ class Gateway:
         try:
             body = json.loads(raw)
             site, token = site_id(body["site"]), str(body["token"])
-            csr, signing, node = (
-                str(body[name]) for name in ("csr_pem", "signing_public_key", "node_public_key")
-            )
+            csr, signing, node = (str(body[name]) for name in ("csr_pem", "signing_public_key", "node_public_key"))
             proofs = {name: str(body["proofs"][name]) for name in PROVED}
         except ConcordatError as error:
             return _refusal(error, 400)
@@ -267,9 +265,7 @@ class Gateway:
             return _refusal(error, 403)
         except TransportError as error:
             log.error("cannot enrol %s: %s", site, error.message)
-            return _refusal(
-                TransportError("the coordinator cannot enrol just now", fix="try again in a minute"), 503
-            )
+            return _refusal(TransportError("the coordinator cannot enrol just now", fix="try again in a minute"), 503)
         log.info("enrolled %s", site)
         return JSONResponse(
             {
@@ -311,9 +307,7 @@ class Gateway:
         """Who the caller is, and the coordinator's key with every change of it."""
         _, row = await self._site(request)
         current, changes = await asyncio.to_thread(rotations, self._home)
-        return JSONResponse(
-            {"site": row.site, "coordinator_key": current, "time": time.time(), "rotations": changes}
-        )
+        return JSONResponse({"site": row.site, "coordinator_key": current, "time": time.time(), "rotations": changes})
 
     async def renew(self, request: Request) -> Response:
         """Certify a new key of the site that speaks; its present certificate counts until the new one is used."""

@@ -130,9 +130,7 @@ class Authority:
             key = serialization.load_pem_private_key(key_file.read_bytes(), None)
             certificate = x509.load_pem_x509_certificate(certificate_file.read_bytes())
         except (OSError, ValueError) as error:
-            raise EnrolmentError(
-                f"the CA cannot be read: {error}", fix="restore tls/ from the backup"
-            ) from error
+            raise EnrolmentError(f"the CA cannot be read: {error}", fix="restore tls/ from the backup") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             raise EnrolmentError("tls/ca.key and tls/ca.pem do not fit", fix="restore tls/ from the backup")
         return cls(key, certificate)
@@ -189,9 +187,7 @@ class Authority:
                 x509.NameAttribute(NameOID.COMMON_NAME, host[:64]),
             ]
         )
-        certificate = self._issue(
-            key.public_key(), name, days, usage=ExtendedKeyUsageOID.SERVER_AUTH, hosts=hosts
-        )
+        certificate = self._issue(key.public_key(), name, days, usage=ExtendedKeyUsageOID.SERVER_AUTH, hosts=hosts)
         write_durably(key_file, _pem_key(key))
         write_durably(certificate_file, _pem(certificate), mode=0o644)
 
@@ -200,9 +196,7 @@ class Authority:
     ) -> x509.Certificate:
         """Make a key and a client certificate here (admins, auditors; sites make their keys themselves)."""
         key = ec.generate_private_key(ec.SECP384R1())
-        certificate = self._issue(
-            key.public_key(), subject(role, name), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH
-        )
+        certificate = self._issue(key.public_key(), subject(role, name), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH)
         write_durably(key_file, _pem_key(key))
         write_durably(certificate_file, _pem(certificate), mode=0o644)
         return certificate
@@ -227,9 +221,7 @@ class Authority:
         if not usable or not isinstance(key, ec.EllipticCurvePublicKey):
             raise EnrolmentError("the certificate request's key is not EC P-256 or P-384", fix=fix, code="bad-csr")
         if not proven:
-            raise EnrolmentError(
-                "the certificate request is not signed by its own key", fix=fix, code="bad-csr"
-            )
+            raise EnrolmentError("the certificate request is not signed by its own key", fix=fix, code="bad-csr")
         return self._issue(key, subject(role, name), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH)
 
 

@@ -81,9 +81,7 @@ class Expected:
         issued: whether a manifest digest was signed for this run, round, site and adapter.
     """
 
-    def __init__(
-        self, spec: RunSpec, round: int, site: str, signing_key: str, issued: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, spec: RunSpec, round: int, site: str, signing_key: str, issued: Callable[[str], bool]) -> None:
         self._spec = spec
         self._round = round
         self._site = site

@@ -44,9 +44,7 @@ def initialise(
     listen = host_name(listen, to_listen=True)
     home = ServerHome(root.expanduser().resolve())
     if home.root.exists() and (not home.root.is_dir() or any(home.root.iterdir())):
-        raise ConfigError(
-            f"{home.root} is not empty", fix="choose another --home; nothing is ever overwritten"
-        )
+        raise ConfigError(f"{home.root} is not empty", fix="choose another --home; nothing is ever overwritten")
     try:
         home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         home.root.chmod(0o700)
@@ -75,4 +73,3 @@ def initialise(
     Store(sqlite_url(home.database)).migrate()
     draft.rename(home.settings_file)  # last: a home is initialised exactly when this file is there
     return home
-

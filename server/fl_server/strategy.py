@@ -228,9 +228,7 @@ class Round:
             left = max(deadline - now, 1.0) + EXPIRY_MARGIN_S
             content = RecordDict(
                 {
-                    "arrays": ArrayRecord(
-                        {"adapter": Array(np.frombuffer(self._base_bytes, dtype=np.uint8))}
-                    ),
+                    "arrays": ArrayRecord({"adapter": Array(np.frombuffer(self._base_bytes, dtype=np.uint8))}),
                     "config": ConfigRecord({"manifest": each.manifest, "timeout-s": left}),
                 }
             )

@@ -40,9 +40,7 @@ def on(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False, color_system=colours)
 
 
-def table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()
-) -> None:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
     """Print a table; the columns named in `right` hold numbers. Text that came over a network steers no terminal."""
     terminal = sys.stdout.isatty()
     cells = [[printable(cell).expandtabs().strip().split("\n") for cell in row] for row in rows]

@@ -94,9 +94,7 @@ def _file_handler(file: Path, formatter: logging.Formatter, *, rotate: bool) -> 
     create_file(file)
     handler: logging.FileHandler
     if rotate:
-        handler = logging.handlers.RotatingFileHandler(
-            file, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8"
-        )
+        handler = logging.handlers.RotatingFileHandler(file, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
     else:
         handler = logging.handlers.WatchedFileHandler(file, encoding="utf-8")  # notices that logrotate moved it
     file.chmod(0o600)

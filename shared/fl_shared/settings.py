@@ -20,7 +20,7 @@ MAX_KEYS, MAX_PARTS, MAX_DEPTH = 2000, 16, 32
 # comments. Possessive, and what is not closed goes to its end, so that no text makes the search go back.
 _TEXT = re.compile(
     r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5}|\Z)|\'{3}(?:[^']|'(?!''))*+(?:'{3,5}|\Z)'''
-    r'''|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+''',
+    r"""|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
     re.DOTALL,
 )
 _DOTS = re.compile(r"(?<![\w\-])(?:[\w\-]++[ \t]*+\.[ \t]*+){16}")  # MAX_PARTS

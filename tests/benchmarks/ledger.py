@@ -188,9 +188,7 @@ def measure(largest: int, directory: Path) -> dict[str, Any]:
             if not report.intact:
                 raise RuntimeError(f"the benchmark's ledger does not verify: {report.problems[:3]}")
         seconds, limit = statistics.median(taken), statistics.median(limits)
-        shares = [
-            2 * report.entries / each / (limits[at] + limits[at + 1]) for at, each in enumerate(taken)
-        ]
+        shares = [2 * report.entries / each / (limits[at] + limits[at + 1]) for at, each in enumerate(taken)]
         steps.append(
             {
                 "entries": report.entries,

@@ -197,4 +197,3 @@ def _require_budget(site: Site, report: dict[str, Any]) -> None:
     assert [outcome for _, outcome in site.outcomes()].count("settled") == 1 + granted
     position = site.ledger.epsilon("records")
     assert position.spent <= position.epsilon
-

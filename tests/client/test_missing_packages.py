@@ -103,9 +103,7 @@ NEEDED = {
     [(line, extra, module) for line, (extra, modules) in NEEDED.items() for module in modules],
     ids=lambda each: each if each in OPTIONAL else " ".join(each.split()[:2]),
 )
-def test_a_verb_that_needs_a_missing_package_says_what_to_type(
-    line: str, extra: str, module: str, place: Path
-) -> None:
+def test_a_verb_that_needs_a_missing_package_says_what_to_type(line: str, extra: str, module: str, place: Path) -> None:
     """Exit code 2, nothing on standard output, the package and its extra in one line, the command in the next."""
     done = called(place, line, module)
     lines = done.stderr.splitlines()

@@ -61,11 +61,7 @@ def test_a_round_moves_the_plan_and_leaves_the_base(model: LoadedModel) -> None:
     """The update names exactly the planned tensors, all moved; the mechanism is the ordered one; the base is whole."""
     spec = made_for()
     start = initial_adapter(model, spec)
-    base = {
-        name: value.clone()
-        for name, value in model.module.state_dict().items()
-        if ".lora_" not in name
-    }
+    base = {name: value.clone() for name, value in model.module.state_dict().items() if ".lora_" not in name}
     heard: list[tuple[int, int]] = []
     made = train_round(
         model, data(), spec, MECHANISM, {}, round=3, progress=lambda step, steps: heard.append((step, steps))

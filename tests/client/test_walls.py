@@ -261,8 +261,7 @@ def test_the_numbers_of_system_calls_are_the_kernels(machine: str) -> None:
     if not header.exists():
         pytest.skip("the kernel's headers are not installed")
     found = {
-        name: int(number)
-        for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
+        name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
     }
     column = ["x86_64", "aarch64"].index(machine)
     compared = 0

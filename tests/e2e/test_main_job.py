@@ -47,9 +47,7 @@ approver = "privacy officer"
 """
 
 
-def spec_text(
-    name: str, base: str, labels: list[str], *, rounds: int = 2, sigma: float = SIGMA, q: float = Q
-) -> str:
+def spec_text(name: str, base: str, labels: list[str], *, rounds: int = 2, sigma: float = SIGMA, q: float = Q) -> str:
     """A small run specification."""
     return f"""
 [run]
@@ -97,9 +95,7 @@ class Federation:
 
     def configure(self, site: Site, epsilon: float = 5.0) -> None:
         site.configure(
-            SITE_TOML.format(
-                site=site.id, url=self.coordinator.url, data=self.root / f"{site.id}.csv", epsilon=epsilon
-            )
+            SITE_TOML.format(site=site.id, url=self.coordinator.url, data=self.root / f"{site.id}.csv", epsilon=epsilon)
         )
 
     def launch(self, name: str, **options: object) -> str:

@@ -109,9 +109,7 @@ def spliced(draw: st.DrawFn, text: str) -> str:
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
         end = min(len(text), start + draw(st.integers(0, 40)))
-        piece = draw(
-            st.text(max_size=20) | st.sampled_from(SIGNS) | st.just(text[start:end] * 3)
-        )
+        piece = draw(st.text(max_size=20) | st.sampled_from(SIGNS) | st.just(text[start:end] * 3))
         text = text[:start] + piece + text[end:]
     return text
 

@@ -146,9 +146,7 @@ class Federation:
         spec = self.root / f"{name}.toml"
         base = command_json("fl-model", "inspect", "tiny")["digest"]
         names = json.dumps([site.id for site in self.sites])
-        spec.write_text(
-            SPEC_TOML.format(name=name, base=base, sites=names, rounds=rounds, quorum=quorum, steps=STEPS)
-        )
+        spec.write_text(SPEC_TOML.format(name=name, base=base, sites=names, rounds=rounds, quorum=quorum, steps=STEPS))
         self.coordinator.launch(spec)
 
     def _keep_updates(self) -> None:
@@ -335,9 +333,7 @@ def judge(federation: Federation, run: str, rounds: int) -> Verdict:
     return verdict
 
 
-def _judge_site(
-    verdict: Verdict, federation: Federation, site: Site, run: str, counted: set[int]
-) -> dict[int, bytes]:
+def _judge_site(verdict: Verdict, federation: Federation, site: Site, run: str, counted: set[int]) -> dict[int, bytes]:
     """Ledger, receipts and store of one site; the bytes that it released, by round."""
     url = f"sqlite:///{site.home / 'ledger.sqlite'}"
     report = verify_ledger(url, site.id)
@@ -382,9 +378,7 @@ def _epsilon_of(path: Path, dataset: Any, spends: Sequence[Any]) -> float:
     """Epsilon of one charge a round, by the gate of a ledger that holds nothing else."""
     ledger = Ledger.open(f"sqlite:///{path}", SigningKey.generate(), "oracle")
     try:
-        made = ledger.register_dataset(
-            "records", "f" * 64, dataset.privacy_unit, dataset.units, dataset.bound_per_unit
-        )
+        made = ledger.register_dataset("records", "f" * 64, dataset.privacy_unit, dataset.units, dataset.bound_per_unit)
         ledger.set_budget(made, 1000.0, 1e-5, "nobody")
         for number in sorted({spend.reservation.round for spend in spends}):
             mechanism = next(each.reservation.mechanism for each in spends if each.reservation.round == number)

@@ -104,7 +104,7 @@ class Day:
         path = self.one.root / f"{name}.toml"
         path.write_text(
             f'[run]\nname = "{name}"\nbase_model = "{values["base"]}"\nsites = {json.dumps(sites)}\n'
-            f'rounds = {values["rounds"]}\nquorum = {values["quorum"]}\n'
+            f"rounds = {values['rounds']}\nquorum = {values['quorum']}\n"
             '[task]\nkind = "classification"\nlabels = ["A", "B"]\nmax_tokens = 8\n'
             '[lora]\nrank = 2\ntargets = ["attention"]\n'
             f"[training]\nnoise_multiplier = {values['noise']}\nclipping_norm = 1.0\nsampling_probability = 0.02\n"
@@ -122,9 +122,7 @@ class Day:
         """The logged actions, each with its outcome."""
         entries = self.admin("audit", "list")["entries"]
         outcomes = {each["body"]["of"]: each["body"] for each in entries if each["kind"] == "outcome"}
-        return [
-            each["body"] | {"outcome": outcomes.get(each["seq"])} for each in entries if each["kind"] == "action"
-        ]
+        return [each["body"] | {"outcome": outcomes.get(each["seq"])} for each in entries if each["kind"] == "action"]
 
 
 def _receipt(site: str, number: int) -> Receipt:

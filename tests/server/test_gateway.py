@@ -330,9 +330,7 @@ def test_a_site_speaks_to_flower_with_its_own_node(one: Coordinator) -> None:
         node = ActivateNodeResponse.FromString(answer.content).node_id
         assert node == node_of(one, A)
         beat = SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=30.0)
-        answer = client.post(
-            "/v1/fleet/send-node-heartbeat", content=beat.SerializeToString(), headers=signed_by(key)
-        )
+        answer = client.post("/v1/fleet/send-node-heartbeat", content=beat.SerializeToString(), headers=signed_by(key))
         assert answer.status_code == 200, answer.text
 
 
@@ -612,9 +610,7 @@ def pull(one: Coordinator, site: str) -> int:
     """The status that a site's SuperNode gets when it asks for orders."""
     body = PullMessagesRequest(node=Node(node_id=node_of(one, site))).SerializeToString()
     with one.client(site) as client:
-        return client.post(
-            "/v1/fleet/pull-messages", content=body, headers=signed_by(one.keys[site].node)
-        ).status_code
+        return client.post("/v1/fleet/pull-messages", content=body, headers=signed_by(one.keys[site].node)).status_code
 
 
 def _drip(connection: ssl.SSLSocket, over: threading.Event) -> None:

@@ -62,9 +62,7 @@ def activate(one: Coordinator, site: str) -> int:
     key = one.keys[site].node
     body = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=30.0)
     with one.client(site) as client:
-        answer = client.post(
-            "/v1/fleet/activate-node", content=body.SerializeToString(), headers=signed_by(key)
-        )
+        answer = client.post("/v1/fleet/activate-node", content=body.SerializeToString(), headers=signed_by(key))
     return ActivateNodeResponse.FromString(answer.content).node_id if answer.status_code == 200 else 0
 
 
@@ -119,9 +117,7 @@ def test_an_answer_that_cannot_be_noted_is_passed_on_and_noted_later(one: Coordi
     log = one.home / "logs" / "gateway.log"
     said = log.read_text()
     with closing(sqlite3.connect(one.home / "coordinator.sqlite", timeout=30)) as database:
-        database.execute(
-            "CREATE TRIGGER away BEFORE UPDATE OF node_seen_at ON sites BEGIN DELETE FROM nowhere; END"
-        )
+        database.execute("CREATE TRIGGER away BEFORE UPDATE OF node_seen_at ON sites BEGIN DELETE FROM nowhere; END")
         database.commit()
         node = activate(one, other)
         assert node

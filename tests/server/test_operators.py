@@ -264,9 +264,7 @@ def test_a_holder_can_keep_the_private_key(office: Office, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert not (out / "auditor.key").exists()
     (out / "auditor.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     (out / "auditor.key").chmod(0o600)
     assert office.status(out / "auditor.toml").version

@@ -64,7 +64,7 @@ def test_the_readmes_block_for_admins_works_as_it_stands(tmp_path: Path, short_h
     script = ["set -u", "mount -t tmpfs tmpfs /srv", f"mount --bind {tmp_path}/hosts /etc/hosts"]
     script += [f"{sys.executable} -c '{LOOPBACK_UP}'", f"cd {home}"]
     for number, line in enumerate(lines):
-        script += [f'{line.split("#")[0].strip()} > {tmp_path}/out.{number} 2>&1' if "&" not in line else line]
+        script += [f"{line.split('#')[0].strip()} > {tmp_path}/out.{number} 2>&1" if "&" not in line else line]
         script += [f"echo $? > {tmp_path}/code.{number}"]
         if "sites invite" in line:
             token = f"$(grep -o 'ct1\\.[^ ]*' {tmp_path}/out.{number})"

@@ -31,6 +31,7 @@ def test_a_value_that_no_column_holds_is_the_callers_fault(store: Store) -> None
 def test_a_read_only_standby_is_away(store: Store) -> None:
     """PostgreSQL while a standby takes over, SQLite on a disk that became read-only."""
     read_only = "SET TRANSACTION READ ONLY" if store._engine.dialect.name == "postgresql" else "PRAGMA query_only = 1"
+
     def write() -> None:
         with store.write() as session:
             session.execute(sa.text(read_only))

@@ -73,9 +73,7 @@ def test_rdp_agrees_with_opacus(sigma: float, q: float, steps: int, delta: float
 
 
 @pytest.mark.parametrize(("sigma", "q", "steps", "delta"), [(1.0, 0.01, 1000, 1e-5), (0.8, 0.2, 30, 1e-5)])
-def test_pld_agrees_with_another_numerical_accountant(
-    sigma: float, q: float, steps: int, delta: float
-) -> None:
+def test_pld_agrees_with_another_numerical_accountant(sigma: float, q: float, steps: int, delta: float) -> None:
     """Epsilon by privacy loss distributions lies within 0.02 of Opacus' PRV accountant."""
     oracle = PRVAccountant()
     oracle.history = [(sigma, q, steps)]
@@ -96,14 +94,10 @@ def test_one_gaussian_step_is_bounded_by_balle_and_wang(sigma: float) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.floats(0.6, 8.0), st.floats(0.001, 1.0), st.integers(1, 50)), min_size=1, max_size=4
-    ),
+    st.lists(st.tuples(st.floats(0.6, 8.0), st.floats(0.001, 1.0), st.integers(1, 50)), min_size=1, max_size=4),
     st.randoms(use_true_random=False),
 )
-def test_order_and_splitting_do_not_change_the_cost(
-    parts: list[tuple[float, float, int]], random: object
-) -> None:
+def test_order_and_splitting_do_not_change_the_cost(parts: list[tuple[float, float, int]], random: object) -> None:
     """Composition is the same however rounds are ordered or split, and each addition costs more."""
     whole = [mechanism(*part) for part in parts]
     split = [mechanism(sigma, q, 1) for sigma, q, steps in parts for _ in range(steps)]
@@ -149,9 +143,7 @@ def test_the_pld_curve_falls_with_delta() -> None:
 @given(
     st.floats(1.0, 10.0),
     st.sampled_from([1e-5, 1e-6]),
-    st.lists(
-        st.tuples(st.floats(0.7, 5.0), st.sampled_from([0.05, 0.2, 1.0]), st.integers(1, 20)), max_size=12
-    ),
+    st.lists(st.tuples(st.floats(0.7, 5.0), st.sampled_from([0.05, 0.2, 1.0]), st.integers(1, 20)), max_size=12),
 )
 def test_the_gate_never_admits_more_than_the_ceiling(
     epsilon: float, delta: float, wanted: list[tuple[float, float, int]]

@@ -75,7 +75,7 @@ def test_a_table_in_a_pipe_is_plain_columns_of_full_width() -> None:
     assert lines[2].split()[:3] == [SITE, "12", DIGEST]
     assert lines[2].endswith(WHY)
     assert lines[3].split(maxsplit=3) == ["b", "3", "-", "two; reasons"]
-    starts = {re.search(r"\S+", line[lines[1].index("why"):]).start() for line in lines[1:]}  # type: ignore[union-attr]
+    starts = {re.search(r"\S+", line[lines[1].index("why") :]).start() for line in lines[1:]}  # type: ignore[union-attr]
     assert starts == {0}
     assert not re.search("[…│─┃━\x1b]", out)
 

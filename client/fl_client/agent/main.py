@@ -98,9 +98,11 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         lacking += ["the agent is stopping"] if ending.is_set() else []
         if serving.is_set() and not ending.is_set() and not config.supernode.socket.is_socket():
             lacking.append(f"the socket {config.supernode.socket} is gone: restart the agent")
-        return lacking + helpers.problems() + [
-            f"{loop.name} does not go on: {why}" for loop in loops if (why := loop.problem())
-        ]
+        return (
+            lacking
+            + helpers.problems()
+            + [f"{loop.name} does not go on: {why}" for loop in loops if (why := loop.problem())]
+        )
 
     try:
         if config.metrics is not None:

@@ -104,9 +104,7 @@ class Outgoing:
             return f"ledger entry {number} belongs to {order['purpose']} of run {order['run']}, round {order['round']}"
         return ""
 
-    def plan(
-        self, question: PlanQuestion, dataset: str, objections: Sequence[Objection], least_noise: float
-    ) -> Sealed:
+    def plan(self, question: PlanQuestion, dataset: str, objections: Sequence[Objection], least_noise: float) -> Sealed:
         """Seal the answer to a plan: `objections` of the policy, and what the ledger says of the budgets.
 
         Noise that would fit is never less than the policy's `least_noise`, under which nothing would be accepted.

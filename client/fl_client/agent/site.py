@@ -171,9 +171,7 @@ def open_site(
         ranks: RankGroup | None = None
         if config.model.processes > 1:
             model_digest = base_digest(config)
-            ranks = RankGroup(
-                config.model, digest=model_digest, directory=home.ranks, log_file=home.logs / "ranks.log"
-            )
+            ranks = RankGroup(config.model, digest=model_digest, directory=home.ranks, log_file=home.logs / "ranks.log")
         else:
             model_digest = base().digest
 

@@ -60,9 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add_version(top)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(
-        name: str, summary: str, examples: str, more: str = "", *, prints: bool = True
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, summary: str, examples: str, more: str = "", *, prints: bool = True) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=summary)
         describe(made, summary, examples, more)
         site = made.add_argument(
@@ -82,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
         "fl-client --site hospital-001\nfl-client run --site hospital-001 --log-format json", prints=False,
     )  # fmt: skip
     agent.add_argument(
-        "--log-format", choices=FORMATS, default=default_format(),
+        "--log-format",
+        choices=FORMATS,
+        default=default_format(),
         help="of the output; the log file is always JSON lines [FL_LOG_FORMAT]",
     )
     enroll = verb(
@@ -94,9 +94,7 @@ def parser() -> argparse.ArgumentParser:
     enroll.add_argument(
         "--server", default=os.environ.get("FL_SERVER"), help="https://HOST:PORT of the gateway [FL_SERVER]"
     )
-    enroll.add_argument(
-        "--token", default=os.environ.get("FL_TOKEN"), help="from `fl-admin sites invite` [FL_TOKEN]"
-    )
+    enroll.add_argument("--token", default=os.environ.get("FL_TOKEN"), help="from `fl-admin sites invite` [FL_TOKEN]")
     enroll.add_argument("--force", action="store_true", help="replace the certificate of an enrolled site")
     check = verb(
         "check", "dry run: packages, config, data, model, policy, budget, server; each a pass or the fix",
@@ -127,12 +125,8 @@ def parser() -> argparse.ArgumentParser:
         "train-alone", "train a run's spec at this site alone, charged like a federated run",
         "fl-client train-alone --site hospital-001 --spec spec.toml --out alone/",
     )  # fmt: skip
-    alone.add_argument(
-        "--spec", type=path, required=True, help="the run's spec, as for `fl-admin runs launch`"
-    )
-    alone.add_argument(
-        "--out", type=path, required=True, help="directory for adapter.safetensors and receipts.json"
-    )
+    alone.add_argument("--spec", type=path, required=True, help="the run's spec, as for `fl-admin runs launch`")
+    alone.add_argument("--out", type=path, required=True, help="directory for adapter.safetensors and receipts.json")
     judge = verb(
         "evaluate", "evaluate an adapter on the private hold-out, with noise and an entry in the ledger",
         "fl-client evaluate --site hospital-001 --spec spec.toml --adapter demo.safetensors\n"
@@ -256,9 +250,7 @@ def _check(home: SiteHome, options: argparse.Namespace) -> int:
                 print(f"      {'fix:':<11} {result.fix}", flush=True)
     ok = all(result.ok for result in results)
     if options.json:
-        print(
-            json.dumps({"site": options.site, "ok": ok, "checks": [r.to_dict() for r in results]}, indent=2)
-        )
+        print(json.dumps({"site": options.site, "ok": ok, "checks": [r.to_dict() for r in results]}, indent=2))
     return 0 if ok else 2
 
 
@@ -279,8 +271,7 @@ def _status(home: SiteHome, options: argparse.Namespace) -> int:
                 value = "; ".join(value) or "none"
             if isinstance(value, dict):
                 value = ", ".join(
-                    f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}"
-                    for key, item in value.items()
+                    f"{key} {item:g}" if isinstance(item, float) else f"{key} {item}" for key, item in value.items()
                 )
             print(f"{name:<10} {value}")
     return 0
@@ -353,10 +344,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(done, indent=2))
     else:
-        print(
-            f"adapter {done['adapter']}; "
-            f"epsilon spent {done['epsilon_spent_total']:.3f} at delta {done['delta']:g}"
-        )
+        print(f"adapter {done['adapter']}; epsilon spent {done['epsilon_spent_total']:.3f} at delta {done['delta']:g}")
     return 0
 
 

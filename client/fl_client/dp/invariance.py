@@ -153,9 +153,7 @@ def _heights_of_products(
     return tuple(each for each in heights if each not in odd)
 
 
-def _normal(
-    chance: np.random.Generator, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _normal(chance: np.random.Generator, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)).to(device, dtype)
 
 

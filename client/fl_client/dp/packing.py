@@ -113,9 +113,7 @@ def cut(
     return found
 
 
-def pack(
-    records: Records, units: Sequence[int], device: torch.device, *, heights: Sequence[int] = HEIGHTS
-) -> Packed:
+def pack(records: Records, units: Sequence[int], device: torch.device, *, heights: Sequence[int] = HEIGHTS) -> Packed:
     """One micro-batch of exactly these units; unit u of the result is `units[u]`."""
     owned = [(len(records.ids[r]), u, int(r)) for u, unit in enumerate(units) for r in records.of_unit[unit]]
     if not owned:

@@ -164,9 +164,7 @@ def _float(  # type: ignore[no-untyped-def]  # compiled by Triton
         inner = first + tl.arange(0, STEP)
         inner_in = inner < inputs
         value = tl.load(x_row + inner[None, :], mask=row_in[:, None] & inner_in[None, :], other=0.0)
-        weight = tl.load(
-            w_column_at + inner[:, None] * w_inner, mask=inner_in[:, None] & column_in[None, :], other=0.0
-        )
+        weight = tl.load(w_column_at + inner[:, None] * w_inner, mask=inner_in[:, None] & column_in[None, :], other=0.0)
         total = tl.dot(value, weight, total, input_precision="ieee")
     _write(y, total, row, row_in, column, column_in, outputs)
 

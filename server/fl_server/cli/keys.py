@@ -117,10 +117,7 @@ def issued(arguments: argparse.Namespace) -> int:
         return 0
     table(
         ["role", "name", "valid until", "revoked", "fingerprint"],
-        [
-            [row.role, row.name, moment(row.expires_at), moment(row.revoked_at), spoken(row.fingerprint)]
-            for row in rows
-        ],
+        [[row.role, row.name, moment(row.expires_at), moment(row.revoked_at), spoken(row.fingerprint)] for row in rows],
     )
     return 0
 

@@ -39,7 +39,8 @@ class Store:
             self._engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         except (sa.exc.ArgumentError, ImportError) as error:
             raise ConfigError(
-                f"[server] database = {url!r} cannot be used: {error}", fix="write sqlite:///PATH or postgresql+psycopg://…"
+                f"[server] database = {url!r} cannot be used: {error}",
+                fix="write sqlite:///PATH or postgresql+psycopg://…",
             ) from error
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _sqlite_connect)

@@ -28,9 +28,7 @@ app = ClientApp()
 
 
 def _order(manifest: str, adapter: bytes) -> Iterator[Chunk]:
-    yield Chunk(
-        header=RoundHeader(manifest_json=manifest, adapter_bytes=len(adapter), adapter_digest=digest(adapter))
-    )
+    yield Chunk(header=RoundHeader(manifest_json=manifest, adapter_bytes=len(adapter), adapter_digest=digest(adapter)))
     for piece in split(adapter):
         yield Chunk(data=piece)
 

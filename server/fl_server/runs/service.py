@@ -431,9 +431,7 @@ class Runs:
         with self._store.read() as session:
             row = session.get(RoundRow, (run, round))
         if row is None or row.state != "committed":
-            raise ConfigError(
-                f"run {run} has no committed round {round}", fix=f"see `fl-admin adapters list {run}`"
-            )
+            raise ConfigError(f"run {run} has no committed round {round}", fix=f"see `fl-admin adapters list {run}`")
         path = self.adapter_path(run, round)
         try:
             data = path.read_bytes()

@@ -68,9 +68,7 @@ def _node_key(text: str) -> ec.EllipticCurvePublicKey:
             "the node key cannot be read", fix="enrol with `fl-client enroll`", code="bad-node-key"
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp384r1":
-        raise EnrolmentError(
-            "the node key is not EC P-384", fix="enrol with `fl-client enroll`", code="bad-node-key"
-        )
+        raise EnrolmentError("the node key is not EC P-384", fix="enrol with `fl-client enroll`", code="bad-node-key")
     return key
 
 

@@ -56,6 +56,7 @@ def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
     """Return both shares of a budget after each charge: epsilon of the ceiling, and what the gate counts."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     made = Figure(figsize=(7, 3.0), layout="constrained")
     axes = made.subplots()
     at = range(len(past) + 1)

@@ -83,9 +83,7 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, 
     sub.set_defaults(handle=module.run)
 
 
-def _add_missing(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, error: ImportError
-) -> None:
+def _add_missing(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, error: ImportError) -> None:
     """Add a verb whose packages are missing: it says what to install, whatever its arguments are."""
     sub = verbs.add_parser(name, help="needs the extra 'client'", prefix_chars="\0")
     sub.add_argument("rest", nargs="*", help=argparse.SUPPRESS)

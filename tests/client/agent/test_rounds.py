@@ -149,9 +149,7 @@ def test_what_is_computed_again_is_of_the_data_that_was_charged(site: Site, name
     changed = site.ledger.register_dataset(name, "e" * 64, "record", 900, 1)
     site.ledger.set_budget(changed, 8.0, 1e-5, "officer")
     site.facts = dataclasses.replace(site.facts, dataset=changed)
-    site.rounds = Rounds(
-        site.facts, ledger=site.ledger, store=site.store, outgoing=site.outgoing, train=site.trainer
-    )
+    site.rounds = Rounds(site.facts, ledger=site.ledger, store=site.store, outgoing=site.outgoing, train=site.trainer)
     site.trainer.before = lambda: None
     assert body(site.order(manifest))["code"] == "failed"
     assert site.outcomes() == [(1, "in-doubt")]

@@ -276,4 +276,3 @@ def test_a_release_store_refuses_no_legitimate_name(tmp_path: Path) -> None:
     assert [order.run for order in store.all()] == ["a-1"]
     assert store.find("a", 1) is None
     assert store.find("alone:a-1", 1) is None
-

@@ -48,9 +48,7 @@ LOOKALIKES = [
 
 
 @pytest.mark.parametrize(("one", "other"), LOOKALIKES)
-def test_two_spellings_of_what_may_be_one_patient_are_refused(
-    one: str, other: str, tmp_path: Path, key: Path
-) -> None:
+def test_two_spellings_of_what_may_be_one_patient_are_refused(one: str, other: str, tmp_path: Path, key: Path) -> None:
     """Neither split into two units nor merged by guess: the rows are named, the ids are not."""
     with pytest.raises(DataError) as caught:
         load(tmp_path / "t.csv", key, ["q17", one, "q18", other])
@@ -68,8 +66,19 @@ def test_numbers_of_two_kinds_in_json_are_refused_too(tmp_path: Path, key: Path)
             load_unit_data(config_of(path), key)
 
 
-@pytest.mark.parametrize("ids", [["1", "2", "10"], ["1.0", "2.0", "10.0"], ["001", "002", "010"], ["1a", "1b", "1.5"],
-    ["1-23", "12-3", "123"], ["12.05", "12.5", "125"], ["9" * 40, "9" * 39 + "8", "9" * 39], ["A1", "1A", "A-1"]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["1", "2", "10"],
+        ["1.0", "2.0", "10.0"],
+        ["001", "002", "010"],
+        ["1a", "1b", "1.5"],
+        ["1-23", "12-3", "123"],
+        ["12.05", "12.5", "125"],
+        ["9" * 40, "9" * 39 + "8", "9" * 39],
+        ["A1", "1A", "A-1"],
+    ],
+)
 def test_ids_that_are_written_in_one_way_are_taken_as_they_are(ids: list[str], tmp_path: Path, key: Path) -> None:
     """Whatever the way is: the same id is the same unit, another one another."""
     data = load(tmp_path / "t.csv", key, [*ids, *ids])

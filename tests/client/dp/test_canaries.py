@@ -126,9 +126,7 @@ def test_quarter_noise_is_accused_by_gradient_canaries(
     assert 0 <= report.power["noise at half scale"] <= 1
 
 
-def test_half_noise_is_accused_where_the_report_says_so(
-    fixed_streams: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_noise_is_accused_where_the_report_says_so(fixed_streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a larger noise multiplier and 20,000 gradient canaries the audit has the power for half the noise."""
     wide = adapted_small("qwen2_moe", quantised=True, rank=12)
     mechanism = Mechanism(noise_multiplier=3.0, sampling_probability=1.0, steps=1, clipping_norm=1.0)

@@ -62,9 +62,7 @@ class _LosesOneExpert(GradientBook):
             super().add_expert_factor(parameter, *rest)
 
 
-def test_a_tensor_that_the_pass_does_not_reach_is_named(
-    adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_that_the_pass_does_not_reach_is_named(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planned tensor without an entry in the book stops the round by name, at the start and in every step."""
     monkeypatch.setattr("fl_client.dp.engine.GradientBook", _LosesOneExpert)
     with pytest.raises(EngineError, match=r"does not reach the plan: .*lora_B"):

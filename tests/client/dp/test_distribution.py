@@ -93,9 +93,7 @@ def test_shuffled_batches_are_accused(adapted: AdaptedModel, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("q", [0.097, 0.103])
-def test_another_probability_is_accused(
-    adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch, q: float
-) -> None:
+def test_another_probability_is_accused(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch, q: float) -> None:
     """A sampler that takes units more or less often than is charged."""
     right = PoissonSampler.__init__
     monkeypatch.setattr(

@@ -69,9 +69,7 @@ def test_any_cut_releases_what_one_big_batch_does(adapted: AdaptedModel, max_uni
     """Sample, clipping and noise of the logical step do not depend on the micro-batches, nor on Opacus' hooks."""
     records = units_of_records(SIZES)
     (whole,) = released(make(adapted, records, learning_rate=0.0, head_learning_rate=0.0), range(7))
-    again = make(
-        adapted, records, learning_rate=0.0, head_learning_rate=0.0, max_units=max_units, engine=engine
-    )
+    again = make(adapted, records, learning_rate=0.0, head_learning_rate=0.0, max_units=max_units, engine=engine)
     torch.testing.assert_close(released(again, range(7))[0], whole, rtol=1e-5, atol=1e-5)
 
 

@@ -176,6 +176,7 @@ def test_a_loss_over_the_batch_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
         records.ids[records.of_unit[0][i]] if i < 2 else row for i, row in enumerate(longer.ids)
     ), labels=np.concatenate([records.labels[:2], longer.labels[2:]]))  # fmt: skip
     assert relative_error(_one_unit(adapted, own, 0), _one_unit(adapted, records, 0)) < 1e-5
+
     def over_batch(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none") / len(labels)
 

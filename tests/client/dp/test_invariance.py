@@ -102,9 +102,7 @@ def test_an_expert_beyond_half_precision_spoils_only_the_units_that_it_sees(arch
                 parameter[-1] = 3.4e38
     spoilt = 0
     for seed in range(4):
-        records = company(
-            np.random.default_rng(seed), units=6, vocabulary=96, classes=5, low=1, high=2, longer=4
-        )
+        records = company(np.random.default_rng(seed), units=6, vocabulary=96, classes=5, low=1, high=2, longer=4)
         assert is_bitwise(adapted, records)
         sums = clipped_sum(adapted, records, 0.5)
         assert all(bool(torch.isfinite(value).all()) for value in sums.values())

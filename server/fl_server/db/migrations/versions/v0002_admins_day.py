@@ -91,8 +91,7 @@ def _postgresql_triggers() -> None:
         "FOR EACH STATEMENT EXECUTE FUNCTION admin_log_refuse()"
     )
     op.execute(
-        "CREATE TRIGGER admin_log_follow BEFORE INSERT ON admin_log "
-        "FOR EACH ROW EXECUTE FUNCTION admin_log_follows()"
+        "CREATE TRIGGER admin_log_follow BEFORE INSERT ON admin_log FOR EACH ROW EXECUTE FUNCTION admin_log_follows()"
     )
 
 
