@@ -44,6 +44,6 @@ def write_app(target: Path) -> Path:
     """Write the app below `target` and return its folder."""
     source = resources.files("fl_server.flower_app")
     write_durably(target / "pyproject.toml", _PYPROJECT.encode())
-    for name in ("__init__.py", "client_app.py", "server_app.py"):
+    for name in ("__init__.py", "agent_pb2.py", "client_app.py", "relay.py", "server_app.py"):
         write_durably(target / FOLDER / name, (source / name).read_bytes(), mode=0o644)
     return target
