@@ -11,10 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+
 from fl_server.flower_app import agent_pb2 as shipped_pb2
 from fl_server.flower_app import pack
 from fl_server.flower_app.relay import RelayError, relay
-
 from fl_shared.threads import running_pool
 from fl_shared.wire import agent_pb2
 from fl_shared.wire.agent_pb2 import Chunk, ReplyHeader, RoundHeader
