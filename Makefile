@@ -45,7 +45,7 @@ bench: $(STAMP) ## the benchmarks, one JSON object each
 
 proto: $(STAMP) ## regenerate the gRPC stubs
 	cd shared && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. fl_shared/wire/*.proto
-	cp shared/fl_shared/wire/agent_pb2.py shared/fl_shared/wire/agent_pb2.pyi server/fl_server/flower_app/
+	cp shared/fl_shared/wire/agent_pb2.py shared/fl_shared/wire/agent_pb2.pyi server/fl_server/rounds/app/
 
 lock: $(STAMP) ## write the installed versions to constraints.txt
 	@{ echo "# Versions that the demo, the tests and CI install: name==version. Written by 'make lock'."; \

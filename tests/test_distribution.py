@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fl_shared import __version__
-from fl_shared.extras import EXTRAS, extra_of, install_command
+from fl_shared.cli.extras import EXTRAS, extra_of, install_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -28,11 +28,11 @@ from rich.table import Table
 from fl_client.data.icd10 import hospital_split
 from fl_client.data.units import UnitData
 from fl_client.model.load import LoadedModel, load_model
-from fl_client.training import evaluate, initial_adapter, train_round
+from fl_client.training.round import evaluate, initial_adapter, train_round
 from fl_server.aggregation import RoundAggregate
-from fl_shared.adapter import pack, unpack
+from fl_shared.adapters.safetensors import pack, unpack
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, cli_main
-from fl_shared.manifest import RunSpec
 
 HERE = Path(__file__).resolve().parent
 EPILOG = """examples:

@@ -181,7 +181,7 @@ def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback for a person
         _trace()
         if isinstance(error, ImportError):
-            from fl_shared.extras import missing_package  # which raises what this module defines
+            from fl_shared.cli.extras import missing_package  # which raises what this module defines
 
             missing = missing_package(error, run.__module__.partition(".")[0])
             if missing is not None:

@@ -35,10 +35,10 @@ from flwr.app import Array, Message
 from flwr.serverapp.strategy import FedAvg
 
 from fl_server.aggregation import RoundAggregate
-from fl_server.replies import octets
-from fl_shared.adapter import WIRES, Tensors, digest, pack, unpack
-from fl_shared.aggregators import AGGREGATIONS
-from fl_shared.manifest import RunSpec
+from fl_server.rounds.replies import octets
+from fl_shared.adapters.safetensors import WIRES, Tensors, digest, pack, unpack
+from fl_shared.documents.aggregators import AGGREGATIONS
+from fl_shared.documents.manifest import RunSpec
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers.flower_messages import reply  # noqa: E402 - made importable above

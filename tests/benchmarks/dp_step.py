@@ -28,12 +28,12 @@ from transformers import DeepseekV3Config
 from fl_client.data.icd10 import hospital_split
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.batches import Records, micro_batches, tokenise
-from fl_client.dp.canaries import worst_case_adapter
+from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.dp.engine import DPEngine, per_record_loss, precision_of
+from fl_client.dp.records.records import Records, micro_batches, tokenise
 from fl_client.model.load import load_model
-from fl_shared.manifest import LoraSection
-from fl_shared.privacy import Mechanism
+from fl_shared.documents.manifest import LoraSection
+from fl_shared.privacy.mechanism import Mechanism
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers.random_models import cast_base, float_model, quantise_in_place, random_records  # noqa: E402 - as above

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import Records, pad_ids
 from fl_client.dp.checks import check_layers
-from fl_client.dp.packing import FULL
+from fl_client.dp.records.packing import FULL
+from fl_client.dp.records.records import Records, pad_ids
 from fl_client.dp.rounding import slack
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]

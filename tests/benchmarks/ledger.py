@@ -27,12 +27,12 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger, chain
 from fl_shared.ledger.merkle import Tree
 from fl_shared.ledger.models import entries, merkle_nodes, reservations, settlements, tallies, tally_keys
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.mechanism import Mechanism
 
 SITE = "hospital-001"
 ROUND = Mechanism(noise_multiplier=40.0, sampling_probability=0.01, steps=1, clipping_norm=1.0)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.load import load_model
-from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_client.model.quantised.layers import QuantExperts, QuantLinear
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers.random_models import float_model, quantise_in_place  # noqa: E402 - made importable above

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.supernode import free_port, listen_loopback
-from fl_client.tunnel import TunnelSettings, make_local_certificate
+from fl_client.node.supernode import free_port, listen_loopback
+from fl_client.node.tunnel import TunnelSettings, make_local_certificate
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers import stand_in_agent  # noqa: E402 - made importable above
@@ -126,7 +126,7 @@ def site_half(made: Coordinator, site: str, relay: Relay) -> Iterator[None]:
     (folder / "flwr").mkdir(exist_ok=True)
     with (folder / "site.log").open("ab") as sink:
         tunnel = subprocess.Popen(
-            [sys.executable, "-m", "fl_client.tunnel"],
+            [sys.executable, "-m", "fl_client.node.tunnel"],
             env=environment(), stdin=subprocess.PIPE, stdout=sink, stderr=sink, pass_fds=[listener.fileno()],
         )  # fmt: skip
         if tunnel.stdin is None:

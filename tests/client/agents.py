@@ -17,14 +17,14 @@ import grpc
 from client_gateway import Gateway
 
 from fl_client.agent.outgoing import Sealed
-from fl_client.enrolment import enrol
-from fl_client.home import SiteHome
-from fl_client.status import agent_state
-from fl_shared.adapter import digest
+from fl_client.agent.status import agent_state
+from fl_client.identity.enrolment import enrol
+from fl_client.site.home import SiteHome
+from fl_shared.adapters.safetensors import digest
+from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.records import Spend
 from fl_shared.ledger.service import Ledger
-from fl_shared.manifest import RoundManifest, RunSpec
-from fl_shared.signing import SigningKey, sign_document
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
 from fl_shared.wire.chunks import split

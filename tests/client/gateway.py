@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fl_shared.signing import SigningKey, sign_document
+from fl_shared.identity.signing import SigningKey, sign_document
 
 SECRET = "s3cret-s3cret-s3cret"
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_client.sandbox import Confinement
-from fl_client.supernode import NodePlan, node_confinement
+from fl_client.node.sandbox import Confinement
+from fl_client.node.supernode import NodePlan, node_confinement
 
 NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" "$@"']
 """Before a command: run it where nobody may make user namespaces, as on machines that forbid them."""
@@ -31,7 +31,7 @@ NO_LANDLOCK = [sys.executable, "-c", _WITHOUT]
 def start_keeper(confinement: Confinement, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Start the keeper as the agent does, with an inherited secret in its own environment."""
     keeper = subprocess.Popen(
-        [*before, sys.executable, "-P", "-m", "fl_client.sandbox"],
+        [*before, sys.executable, "-P", "-m", "fl_client.node.sandbox"],
         stdin=subprocess.PIPE,
         env={**os.environ, "FL_TOKEN": "planted-secret"},
         start_new_session=True,

@@ -16,12 +16,12 @@ import numpy as np
 from fl_client.agent.outgoing import Outgoing, Sealed
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
-from fl_client.config import PolicyConfig
-from fl_shared.adapter import digest, pack
+from fl_client.site.config import PolicyConfig
+from fl_shared.adapters.safetensors import digest, pack
+from fl_shared.documents.manifest import LORA_TARGETS, RoundManifest, RunSpec
+from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.service import Ledger
-from fl_shared.manifest import LORA_TARGETS, RoundManifest, RunSpec
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey, sign_document
+from fl_shared.privacy.mechanism import Mechanism
 
 SITE = "hospital-001"
 MODEL = "sha256:" + "1" * 64

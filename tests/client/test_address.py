@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_client.address import server_url
+from fl_client.site.address import server_url
 from fl_shared.errors import EnrolmentError
 
 TOKEN = f"ct1.hospital-001.{'x' * 20}.{'0' * 64}"

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from client_sandboxes import close, confinement_of, start_keeper
 
-from fl_client.admission import admit
-from fl_client.forwarder import MAX_CONNECTIONS
-from fl_client.supernode import listen_loopback
-from fl_client.tunnel import MAX_CONNECTIONS as MAX_TUNNELLED
-from fl_client.tunnel import READY, TunnelSettings, make_local_certificate
+from fl_client.node.admission import admit
+from fl_client.node.forwarder import MAX_CONNECTIONS
+from fl_client.node.supernode import listen_loopback
+from fl_client.node.tunnel import MAX_CONNECTIONS as MAX_TUNNELLED
+from fl_client.node.tunnel import READY, TunnelSettings, make_local_certificate
 
 MANY = """
 import socket, sys, time
@@ -84,7 +84,7 @@ def test_no_descriptor_left_is_waited_for_in_silence() -> None:
     """accept() fails for want of descriptors: nothing is printed, nothing spins, and it goes on afterwards."""
     script = (
         "import asyncio, os, resource, socket, sys, time\n"
-        "from fl_client.admission import admit\n"
+        "from fl_client.node.admission import admit\n"
         "listener = socket.socket(fileno=int(sys.argv[1]))\n"
         "async def serve(arrived): arrived.close(); print('served', flush=True)\n"
         "async def main():\n"
@@ -121,7 +121,7 @@ def test_a_door_that_is_lost_raises() -> None:
 def test_when_the_forwarder_ends_its_keeper_ends() -> None:
     """Its thread never dies alone: the process gets SIGTERM, so that whoever keeps it starts the next."""
     script = (
-        "import signal, socket; from fl_client.forwarder import forward; made = socket.socket(); made.close();"
+        "import signal, socket; from fl_client.node.forwarder import forward; made = socket.socket(); made.close();"
         "forward([(made, ('127.0.0.1', 1))]); signal.pause()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
@@ -143,7 +143,7 @@ class Door:
         self.context = ssl.create_default_context(cafile=certificate)
         self.context.check_hostname = False
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fl_client.tunnel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-P", "-m", "fl_client.node.tunnel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             pass_fds=[listener.fileno()],
         )  # fmt: skip
         assert self.process.stdin is not None

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from client_sites import spec_table
 
-from fl_client.dp import canaries, engine, noise
+from fl_client.dp import engine
+from fl_client.dp.audit import canaries
 from fl_client.dp.engine import DPEngine
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.mechanism import noise
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.audit import cli
 from fl_shared.audit.report import page
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fl_client.cli.client import main
-from fl_client.config import SiteConfig, template
-from fl_client.home import SiteHome
+from fl_client.site.config import SiteConfig, template
+from fl_client.site.home import SiteHome
 from fl_shared.errors import ConfigError
 
 SITE = "hospital-001"

@@ -17,9 +17,9 @@ from client_agents import SITE, RealSite
 from client_gateway import Gateway
 from safetensors.torch import load_file, save_file
 
-from fl_client.check import run_checks
-from fl_client.device import CACHE, COMPILER, DRIVER, explain, try_device
+from fl_client.agent.check import run_checks
 from fl_client.model.load import TINY, load_model
+from fl_client.training.device import CACHE, COMPILER, DRIVER, explain, try_device
 from fl_shared.errors import ConfigError, EngineError
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
@@ -138,7 +138,7 @@ def test_a_cache_that_others_may_write_is_refused(tmp_path: Path, monkeypatch: p
 TRITON = """
 import os, sys
 import torch
-from fl_client.device import explain
+from fl_client.training.device import explain
 from triton.runtime.build import compile_module_from_src
 try:
     compile_module_from_src('#include <Python.h>\\nPyMODINIT_FUNC PyInit_probe(void){static struct PyModuleDef m='

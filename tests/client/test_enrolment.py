@@ -14,12 +14,12 @@ from client_gateway import Authority, Gateway
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fl_client.address import server_url
-from fl_client.enrolment import Coordinator, Token, enrol
-from fl_client.hello import say_hello
-from fl_client.home import SiteHome
+from fl_client.identity.enrolment import Coordinator, Token, enrol
+from fl_client.identity.gateway import say_hello
+from fl_client.site.address import server_url
+from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
-from fl_shared.signing import SigningKey
+from fl_shared.identity.signing import SigningKey
 
 SITE = "hospital-001"
 

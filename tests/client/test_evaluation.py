@@ -12,10 +12,7 @@ from client_sites import SITE, Site
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_client.data.load import split_holdout
-from fl_client.data.units import UnitData
-from fl_client.dp.secure_random import SecureStream
-from fl_client.evaluation import (
+from fl_client.agent.evaluation import (
     SENSITIVITY,
     _charged,
     _Request,
@@ -24,9 +21,12 @@ from fl_client.evaluation import (
     require_usable,
     unit_vectors,
 )
+from fl_client.data.load import split_holdout
+from fl_client.data.units import UnitData
+from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, LedgerError, RunError
-from fl_shared.manifest import RunSpec
-from fl_shared.signing import open_document
+from fl_shared.identity.signing import open_document
 
 LABELS = ("a", "b", "c")
 

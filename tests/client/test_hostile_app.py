@@ -18,12 +18,12 @@ from client_sandboxes import close, confinement_of, start_keeper
 from client_sites import SITE, Site, spec_table
 
 from fl_client.agent.service import AgentService, serve
-from fl_client.sandbox import landlock_abi
-from fl_client.supernode import shared_source
-from fl_shared.adapter import digest
+from fl_client.node.sandbox import landlock_abi
+from fl_client.node.supernode import shared_source
+from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes
-from fl_shared.manifest import RoundManifest, RunSpec
-from fl_shared.signing import SigningKey, sign_document, verify
+from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.identity.signing import SigningKey, sign_document, verify
 
 MARKER = "planted-secret-4711"
 FLOOD = 24
@@ -31,7 +31,7 @@ FLOOD = 24
 HOSTILE = """
 import json, os, sys, threading
 import grpc
-from fl_shared.adapter import digest
+from fl_shared.adapters.safetensors import digest
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoRequest, RoundHeader
 

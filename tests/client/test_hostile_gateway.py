@@ -17,12 +17,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_client import ask as asking
-from fl_client.enrolment import Coordinator, enrol, fetch_ca
-from fl_client.hello import call
-from fl_client.home import SiteHome
-from fl_client.renewal import renew
-from fl_client.rotation import PinnedKeys
+from fl_client.identity import gateway_client as asking
+from fl_client.identity.enrolment import Coordinator, enrol, fetch_ca
+from fl_client.identity.gateway import call
+from fl_client.identity.renewal import renew
+from fl_client.identity.rotation import PinnedKeys
+from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 
 SITE = "hospital-001"

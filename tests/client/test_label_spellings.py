@@ -15,7 +15,7 @@ from client_gateway import Gateway
 
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
-from fl_shared.adapter import pack
+from fl_shared.adapters.safetensors import pack
 
 
 def write_spec(path: Path, labels: list[str]) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from fl_client import gpu
-from fl_client.metrics import Metrics
+from fl_client.metrics import gpu
+from fl_client.metrics.site import Metrics
 from fl_shared.ledger.records import Position
 
 

@@ -16,9 +16,9 @@ import pytest
 from client_agents import RealSite, spec
 from client_gateway import Gateway
 
+from fl_shared.cli.extras import EXTRAS, install_command
 from fl_shared.errors import DEFECT
-from fl_shared.extras import EXTRAS, install_command
-from fl_shared.signing import SigningKey
+from fl_shared.identity.signing import SigningKey
 from helpers.ledgers import opened, story
 from helpers.parsers import COMMANDS, VERBS
 

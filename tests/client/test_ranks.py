@@ -21,17 +21,17 @@ import torch
 from client_agents import MARKER, RealSite, body, spec
 from client_gateway import Gateway
 
-from fl_client import check
-from fl_client.config import ModelConfig
+from fl_client.agent import check
+from fl_client.agent.status import agent_state
 from fl_client.data.units import UnitData
 from fl_client.model.load import TINY, load_model
-from fl_client.ranks import group as ranks_group
-from fl_client.ranks.group import RankGroup
-from fl_client.status import agent_state
-from fl_client.training import train_round
+from fl_client.site.config import ModelConfig
+from fl_client.training.ranks import group as ranks_group
+from fl_client.training.ranks.group import RankGroup
+from fl_client.training.round import train_round
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
-from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 
 CONFIG = ModelConfig(directory=TINY, device="cpu", threads=1, processes=2)
 # So little noise that the update is the data's, and everybody is in: any process count must give the same one.
@@ -161,7 +161,8 @@ def test_ranks_work_for_an_agent_and_die_with_it(tmp_path: Path, gateway: Gatewa
     digest = load_model(TINY, device="cpu").digest
     try:
         process = site.start()
-        ranks = [p.pid for p in psutil.Process(process.pid).children(recursive=True) if "fl_client.ranks" in _line(p)]
+        children = psutil.Process(process.pid).children(recursive=True)
+        ranks = [p.pid for p in children if "fl_client.training.ranks" in _line(p)]
         assert len(ranks) >= 2
         answered = site.order(site.manifest(1, spec(digest, steps=3)))
         assert (answered.status, body(answered)["steps_executed"]) == ("ok", 3)

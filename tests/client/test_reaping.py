@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fl_client.reaping import Cgroup
-from fl_client.sandbox import Confinement
+from fl_client.node.reaping import Cgroup
+from fl_client.node.sandbox import Confinement
 
 HARD = 200
 """No test's program may ever have more processes than this, whatever the code under test does."""
@@ -64,7 +64,7 @@ PERL_BOMBS = {
 }
 KEEP = """
 import ctypes, os, resource, sys, time
-from fl_client.reaping import kill_descendants
+from fl_client.node.reaping import kill_descendants
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # a subreaper, as the keeper
 if os.fork() == 0:
     os.setgid(int(sys.argv[1]))
@@ -124,7 +124,7 @@ def test_the_keeper_ends_whatever_forks(tmp_path: Path, bomb: str) -> None:
         user="nobody", tasks=tasks,
     )  # fmt: skip
     keeper = subprocess.Popen(
-        ["timeout", "-k", "1", "120", sys.executable, "-P", "-m", "fl_client.sandbox"],
+        ["timeout", "-k", "1", "120", sys.executable, "-P", "-m", "fl_client.node.sandbox"],
         stdin=subprocess.PIPE, preexec_fn=capped,
     )  # fmt: skip
     assert keeper.stdin is not None
@@ -161,7 +161,7 @@ def test_no_descriptor_left_is_not_taken_for_no_process() -> None:
     """A keeper that cannot list its descendants just then goes on until it can, and none is left."""
     script = (
         "import os, resource, threading, time\n"
-        "from fl_client.reaping import kill_descendants\n"
+        "from fl_client.node.reaping import kill_descendants\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "child = os.fork()\n"
         "if child == 0: time.sleep(60)\n"
@@ -179,7 +179,7 @@ def test_no_descriptor_left_is_not_taken_for_no_process() -> None:
 def test_the_agent_keeps_places_that_the_untrusted_half_cannot_take() -> None:
     """Both have the same user and limit: the last 64 processes are for the agent, which has helpers to start."""
     ask = (
-        "import os, resource; from fl_client.reaping import limit_tasks; os.setuid(61181)\n"
+        "import os, resource; from fl_client.node.reaping import limit_tasks; os.setuid(61181)\n"
         "resource.setrlimit(resource.RLIMIT_NPROC, (200, resource.getrlimit(resource.RLIMIT_NPROC)[1]))\n"
         "limit_tasks(512)\n"
         "print(*resource.getrlimit(resource.RLIMIT_NPROC))\n"
@@ -194,14 +194,14 @@ def test_a_hierarchy_of_groups_that_is_only_partly_seen_is_no_hierarchy(monkeypa
     def elsewhere() -> Path:
         return Path("/sys/fs/cgroup") / Path("/b").relative_to("/a")
 
-    monkeypatch.setattr("fl_client.reaping._own_group", elsewhere)
+    monkeypatch.setattr("fl_client.node.reaping._own_group", elsewhere)
     assert Cgroup.make("x", limited=True) is None
 
 
 def test_the_limit_counts_what_the_user_has_already() -> None:
     """Others of the same user do not use up the places of the untrusted half, and it cannot raise its limit."""
     ask = (
-        "import json, os, resource, sys; from fl_client.reaping import limit_tasks; os.setuid(61179)\n"
+        "import json, os, resource, sys; from fl_client.node.reaping import limit_tasks; os.setuid(61179)\n"
         "others = [os.fork() for _ in range(3)]\n"
         "if 0 in others: sys.stdin.read(); os._exit(0)\n"
         "limit_tasks(50)\n"

@@ -11,11 +11,11 @@ import pytest
 from client_gateway import Authority, Gateway
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fl_client import renewal
-from fl_client.enrolment import Coordinator, enrol
-from fl_client.hello import say_hello
-from fl_client.home import SiteHome
-from fl_client.renewal import Renewer, certificate, due, finish, renew
+from fl_client.identity import renewal
+from fl_client.identity.enrolment import Coordinator, enrol
+from fl_client.identity.gateway import say_hello
+from fl_client.identity.renewal import Renewer, certificate, due, finish, renew
+from fl_client.site.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
 
 SITE = "hospital-001"

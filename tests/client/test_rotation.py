@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from client_gateway import Gateway
 
-from fl_client import rotation
-from fl_client.check import run_checks
-from fl_client.enrolment import Coordinator, enrol
-from fl_client.home import SiteHome
-from fl_client.rotation import PinnedKeys, follow
+from fl_client.agent.check import run_checks
+from fl_client.identity import rotation
+from fl_client.identity.enrolment import Coordinator, enrol
+from fl_client.identity.rotation import PinnedKeys, follow
+from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
-from fl_shared.signing import SigningKey, sign_document
+from fl_shared.identity.signing import SigningKey, sign_document
 
 SITE = "hospital-001"
 

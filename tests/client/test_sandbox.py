@@ -19,9 +19,9 @@ import psutil
 import pytest
 from client_sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
 
-from fl_client.record import Record
-from fl_client.sandbox import landlock_abi
-from fl_client.supernode import node_environment
+from fl_client.node.record import Record
+from fl_client.node.sandbox import landlock_abi
+from fl_client.node.supernode import node_environment
 
 HOSTILE = """
 import json, os, socket, sys
@@ -238,7 +238,7 @@ def test_the_command_runs_as_another_user_when_asked(node_directory: Path) -> No
 
 def test_what_the_operator_requires_and_the_kernel_lacks_is_refused(node_directory: Path) -> None:
     """confine = "require" never starts the untrusted half behind fewer walls; auto says which are missing."""
-    script = "from fl_client.supernode import describe_confinement as d; print(d('auto', '')); d('require', '')"
+    script = "from fl_client.node.supernode import describe_confinement as d; print(d('auto', '')); d('require', '')"
     words = [*NO_NAMESPACES, sys.executable, "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert "WITHOUT namespaces (" in done.stdout
@@ -254,7 +254,7 @@ def test_a_record_that_cannot_be_opened_again_closes_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of the file is another's as soon as it is closed; so the old file stays until there is a new one."""
-    monkeypatch.setattr("fl_client.record.LIMIT_BYTES", 10)
+    monkeypatch.setattr("fl_client.node.record.LIMIT_BYTES", 10)
     record = Record(tmp_path / "log")
     os.write(record.entrance, b"x" * 10)
     assert record.take()

@@ -14,13 +14,13 @@ from client_sites import spec_table
 from fl_client.data.units import UnitData
 from fl_client.dp import engine
 from fl_client.dp.engine import DPEngine
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
-from fl_client.dp.secure_random import SecureStream
 from fl_client.model.load import TINY, LoadedModel, load_model
-from fl_client.training import evaluate, initial_adapter, predict, train_round
+from fl_client.training.round import evaluate, initial_adapter, predict, train_round
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
-from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 
 LABELS = ["lungs", "heart"]
 MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=0.5, steps=2, clipping_norm=1.0)

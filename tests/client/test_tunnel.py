@@ -24,11 +24,11 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest, Pu
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata
 from flwr.proto.message_pb2 import Message as ProtoMessage
 
-from fl_client.enrolment import Coordinator, enrol
-from fl_client.home import SiteHome
-from fl_client.renewal import renew
-from fl_client.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
-from fl_client.tunnel import TunnelSettings, make_local_certificate
+from fl_client.identity.enrolment import Coordinator, enrol
+from fl_client.identity.renewal import renew
+from fl_client.node.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
+from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_client.site.home import SiteHome
 
 APP = b"the shipped app"
 APP_DIGEST = "sha256:" + hashlib.sha256(APP).hexdigest()
@@ -294,7 +294,7 @@ def test_the_tunnel_ends_when_its_keeper_does(home: SiteHome, gateway: Gateway) 
     listener = listen_loopback()
     settings = settings_of(home, gateway, listener, ["any"])
     process = subprocess.Popen(
-        [sys.executable, "-m", "fl_client.tunnel"], stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
+        [sys.executable, "-m", "fl_client.node.tunnel"], stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
     )
     assert process.stdin is not None
     process.stdin.write(settings.to_line())

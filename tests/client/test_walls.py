@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
-from fl_client import seccomp
-from fl_client.supernode import PLAN_FILE, NodePlan, make_home, node_confinement, start_node
-from fl_client.walls import require_apart, try_walls
+from fl_client.node import seccomp
+from fl_client.node.supernode import PLAN_FILE, NodePlan, make_home, node_confinement, start_node
+from fl_client.node.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
 
 OUT = """
@@ -121,7 +121,7 @@ def test_no_wall_is_open_where_the_kernel_offers_all(tmp_path: Path) -> None:
 def test_what_is_open_without_namespaces_is_what_the_documents_say() -> None:
     """Landlock and seccomp alone leave five ways open, and the probe names them."""
     script = (
-        "import json; from pathlib import Path; from fl_client.walls import try_walls;"
+        "import json; from pathlib import Path; from fl_client.node.walls import try_walls;"
         f"found = try_walls({{'the data': Path({str(Path(__file__))!r})}}, 'auto');"
         "print(json.dumps([found.open, found.works]))"
     )
@@ -139,8 +139,8 @@ def test_what_is_open_without_namespaces_is_what_the_documents_say() -> None:
 def test_without_landlock_the_two_other_walls_hold_alone() -> None:
     """In a kernel without it nothing is open either, for root neither: the machine's settings in /proc are root's."""
     script = (
-        "import json; from pathlib import Path; from fl_client.sandbox import landlock_abi;"
-        "from fl_client.walls import try_walls;"
+        "import json; from pathlib import Path; from fl_client.node.sandbox import landlock_abi;"
+        "from fl_client.node.walls import try_walls;"
         f"found = try_walls({{'the data': Path({str(Path(__file__))!r})}}, 'auto');"
         "print(json.dumps([landlock_abi(), found.open, found.works]))"
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fl_client.data.icd10 import hospital_split
-from fl_client.enrolment import Coordinator as Pinned
-from fl_client.home import SiteHome
-from fl_client.renewal import certificate, renew
+from fl_client.identity.enrolment import Coordinator as Pinned
+from fl_client.identity.renewal import certificate, renew
+from fl_client.site.home import SiteHome
 from harness import CommandError, Coordinator, Site, command, command_json, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -11,15 +11,15 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_server.replies import Expected
-from fl_shared.base_model import BaseModel
+from fl_server.rounds.replies import Expected
 from fl_shared.canonical import canonical_bytes, parse_json
+from fl_shared.documents.base_model import BaseModel
+from fl_shared.documents.manifest import Receipt, Refusal, RoundManifest, RunSpec
+from fl_shared.documents.plan import PlanAnswer, PlanQuestion
 from fl_shared.errors import ConcordatError
-from fl_shared.manifest import Receipt, Refusal, RoundManifest, RunSpec
-from fl_shared.privacy import Mechanism
-from fl_shared.questions import PlanAnswer, PlanQuestion
-from fl_shared.settings import parse_toml
-from fl_shared.signing import SigningKey, open_document, sign_document
+from fl_shared.fields import parse_toml
+from fl_shared.identity.signing import SigningKey, open_document, sign_document
+from fl_shared.privacy.mechanism import Mechanism
 
 DIGEST = "sha256:" + "a" * 64
 SPEC = f"""[run]

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.ranks.frames import receive, send
-from fl_shared.adapter import WIRES, digest, metadata, pack, unpack
+from fl_client.training.ranks.frames import receive, send
+from fl_shared.adapters.safetensors import WIRES, digest, metadata, pack, unpack
 from fl_shared.errors import ConcordatError, DataError, EngineError, TransportError
 from fl_shared.wire.agent_pb2 import Chunk
 from fl_shared.wire.chunks import join, split

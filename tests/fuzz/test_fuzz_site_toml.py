@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.config import SiteConfig, template
-from fl_client.home import SiteHome
+from fl_client.site.config import SiteConfig, template
+from fl_client.site.home import SiteHome
 from fl_shared.errors import ConfigError
 
 SITE = "hospital-001"

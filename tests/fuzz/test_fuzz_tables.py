@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.config import DataConfig
 from fl_client.data.load import load_unit_data, restrict_labels
 from fl_client.data.tables import read_columns
+from fl_client.site.config import DataConfig
 from fl_shared.errors import ConcordatError, DataError
 
 ENDINGS = st.sampled_from(["csv", "tsv", "jsonl", "json"])

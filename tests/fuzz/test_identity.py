@@ -20,16 +20,17 @@ from flwr.proto.message_pb2 import Message, Metadata
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.enrolment import Token, server_url
-from fl_client.ranks import frames
-from fl_server import fleet, pki
+from fl_client.identity.enrolment import Token, server_url
+from fl_client.training.ranks import frames
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
-from fl_server.home import ServerSettings
-from fl_server.replies import parts
-from fl_server.sites.service import Sites
+from fl_server.gateway import fleet
+from fl_server.home.layout import ServerSettings
+from fl_server.identity import authority as pki
+from fl_server.identity.sites import Sites
+from fl_server.rounds.replies import parts
 from fl_shared.errors import ConcordatError
-from fl_shared.signing import SigningKey, ed25519_key, verify
+from fl_shared.identity.signing import SigningKey, ed25519_key, verify
 from fl_shared.wire.chunks import join
 from helpers.coordinators import Keys
 

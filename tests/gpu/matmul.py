@@ -16,8 +16,8 @@ from compat import Report, exact_products, grouped_products, median, millisecond
 from torch import Tensor
 from torch.nn import functional as F
 
-from fl_client.model import quant_matmul
-from fl_client.model.quant_tensor import dequantise, quantise_tensor
+from fl_client.model.quantised import matmul as quant_matmul
+from fl_client.model.quantised.tensor import dequantise, quantise_tensor
 
 GROUP = 128
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -34,7 +34,7 @@ def products(device: torch.device) -> tuple[Any, str]:
         fused = quant_matmul._kernels(torch.empty(1, device=device), torch.empty(1, dtype=torch.int8), GROUP)
         return quant_matmul, "Triton" if fused else "dequantised, then torch (no Triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from fl_client.model import quant_triton
+        from fl_client.model.quantised import triton_kernels as quant_triton
 
         return quant_triton, "Triton's interpreter"
     return quant_matmul, "the CPU's"

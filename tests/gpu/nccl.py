@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from compat import Report, exact_products, grouped_products, options
 
-from fl_client.config import ModelConfig
 from fl_client.data.units import UnitData
 from fl_client.model.load import TINY, load_model
-from fl_client.ranks.group import RankGroup
-from fl_client.training import train_round
+from fl_client.site.config import ModelConfig
+from fl_client.training.ranks.group import RankGroup
+from fl_client.training.round import train_round
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import EngineError
-from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 
 TEXTS = ("cough", "fever and cough", "chest pain", "pain", "a broken rib", "asthma")
 LABELS = ("lungs", "lungs", "heart", "heart", "heart", "lungs")

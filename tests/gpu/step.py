@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from fl_client.dp.adapt import adapt
-from fl_client.dp.architectures import architecture_of
-from fl_client.dp.batches import Records, cut_units, micro_batches
 from fl_client.dp.engine import DPEngine, is_out_of_memory, per_record_loss
-from fl_client.dp.packing import cut
+from fl_client.dp.records.packing import cut
+from fl_client.dp.records.records import Records, cut_units, micro_batches
+from fl_client.model.architectures import architecture_of
 from fl_client.model.layout import expert_modules
 from fl_client.model.load import make_rotary, with_quantised_layers
-from fl_client.model.quant_tensor import GROUP
+from fl_client.model.quantised.tensor import GROUP
+from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
-from fl_shared.manifest import LoraSection
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from compat import exact_products, grouped_products  # noqa: E402 - made importable above

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fl_client.dp.batches import MicroBatch
 from fl_client.dp.engine import DPEngine
+from fl_client.dp.records.records import MicroBatch
 from fl_client.model.load import with_quantised_layers
 from helpers.benchmarks import load_benchmark
 

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from fl_client.dp.book import GradientBook
-from fl_client.dp.packing import Packed
+from fl_client.dp.layers.book import GradientBook
+from fl_client.dp.records.packing import Packed
 
 
 class PerTokenBook(GradientBook):

@@ -25,12 +25,12 @@ import psutil
 import sqlalchemy as sa
 
 from fl_server.aggregation import RoundAggregate
-from fl_server.runs.liveness import carrier_pid
-from fl_shared.adapter import digest, unpack
+from fl_server.rounds.liveness import carrier_pid
+from fl_shared.adapters.safetensors import digest, unpack
+from fl_shared.documents.manifest import RunSpec
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.manifest import RunSpec
-from fl_shared.signing import SigningKey
 from harness import Coordinator, Site, command, command_json
 from helpers.postgres import PostgreSQL
 
@@ -235,7 +235,7 @@ class Killer:
         if name == "agent":
             return agent
         if name in ("tunnel", "supernode", "clientapp"):
-            word = {"tunnel": "fl_client.tunnel", "supernode": "flower-supernode", "clientapp": "flwr-clientapp"}
+            word = {"tunnel": "fl_client.node.tunnel", "supernode": "flower-supernode", "clientapp": "flwr-clientapp"}
             return _below(agent, word[name])
         if name == "fl-server":
             process = federation.coordinator.service.process

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import Records
 from fl_client.dp.engine import DPEngine, EngineName
-from fl_shared.privacy import Mechanism
+from fl_client.dp.records.records import Records
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.gradient_oracle import Gradients, relative_error
 
 

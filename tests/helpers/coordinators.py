@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fl_shared.enrolment import statement
-from fl_shared.signing import SigningKey
+from fl_shared.identity.enrolment import statement
+from fl_shared.identity.signing import SigningKey
 from helpers import stand_in_agent
 from helpers.ports import free_port
 

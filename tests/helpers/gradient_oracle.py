@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig
 
 from fl_client.dp.adapt import HEAD, PREFIX, AdaptedModel
-from fl_client.dp.batches import Records
+from fl_client.dp.records.records import Records
 
 Gradients = dict[str, Tensor]
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fl_client.agent.evaluation import SENSITIVITY
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import Records
-from fl_client.dp.canaries import worst_case_adapter
+from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
-from fl_client.dp.packing import cut, pack
-from fl_client.evaluation import SENSITIVITY
+from fl_client.dp.records.packing import cut, pack
+from fl_client.dp.records.records import Records
 from helpers.clipped import clipped_sum
 
 Attack = Callable[[AdaptedModel, np.random.Generator], None]
@@ -138,8 +138,8 @@ def is_bitwise(adapted: AdaptedModel, records: Records) -> bool:
 
 def change_of_evaluation(adapted: AdaptedModel, records: Records) -> float:
     """How far the last unit moves the sum of evaluation vectors, over the root of three that is paid."""
+    from fl_client.agent.evaluation import unit_vectors
     from fl_client.data.units import UnitData
-    from fl_client.evaluation import unit_vectors
 
     sums = []
     labels = tuple(str(label) for label in range(adapted.classifier.head.out_features))

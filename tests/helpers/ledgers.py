@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from fl_shared.canonical import sha256_hex
+from fl_shared.documents.manifest import Receipt
+from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger import Dataset, Ledger
 from fl_shared.ledger.receipts import Kept
-from fl_shared.manifest import Receipt
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey, sign_document
+from fl_shared.privacy.mechanism import Mechanism
 
 SITE = "hospital-001"
 ROUND = Mechanism(noise_multiplier=1.0, sampling_probability=0.1, steps=8, clipping_norm=1.0)

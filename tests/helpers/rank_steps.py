@@ -16,10 +16,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fl_client.dp.engine import DPEngine
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
-from fl_client.dp.secure_random import SecureStream
 from fl_client.dp.shard import Shard
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.random_models import adapted_small, units_of_records
 
 # What stands for a case: the units' records' lengths, and the sampling probability.

@@ -33,7 +33,7 @@ import network  # noqa: E402
 
 import harness  # noqa: E402 - made importable above
 from fl_server.db.copying import copy_sqlite  # noqa: E402
-from fl_shared.offline import OFFLINE  # noqa: E402
+from fl_shared.runtime.offline import OFFLINE  # noqa: E402
 
 SITE, RUN, ROUNDS = "hospital-001", "drill", 3
 LABELS = ("lungs", "heart")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fl_client.metrics import Metrics
-from fl_server import traffic
+from fl_client.metrics.site import Metrics
 from fl_server.db.store import Store
-from fl_server.metrics import coordinator_registry
+from fl_server.gateway import traffic
+from fl_server.operations.metrics import coordinator_registry
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text("utf-8")
 

@@ -173,7 +173,7 @@ def test_nothing_of_the_data_is_at_the_coordinator_or_in_its_backup(drill: Drill
 
 def test_logs_are_json_lines_with_ids(drill: Drill) -> None:
     """Every process of ours writes the one format; the lines of a round carry run, round and site."""
-    from fl_shared.logs import KEYS
+    from fl_shared.runtime.logs import KEYS
 
     lines: dict[str, list[dict[str, Any]]] = {}
     for path in drill.logs():

@@ -24,12 +24,12 @@ from fl_server.cli.admin import main
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.service import CommittedRound, Reply, Runs
-from fl_shared.adapter import digest, pack
+from fl_shared.adapters.safetensors import digest, pack
+from fl_shared.documents.manifest import Receipt, RunSpec
+from fl_shared.documents.plan import PlanAnswer, PlanQuestion
+from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.ledger import receipts
-from fl_shared.manifest import Receipt, RunSpec
-from fl_shared.privacy import Mechanism
-from fl_shared.questions import PlanAnswer, PlanQuestion
-from fl_shared.signing import SigningKey, open_document, sign_document
+from fl_shared.privacy.mechanism import Mechanism
 from harness import Site, command_json, running
 from helpers.coordinators import BIN, Coordinator, Keys, environment, spec_toml, until
 from helpers.ports import free_port

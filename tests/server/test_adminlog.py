@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fl_server.adminlog import CHAIN, AdminLog, check
+from fl_server.access.log import CHAIN, AdminLog, check
 from fl_server.db.store import Store
-from fl_server.pki import Identity
+from fl_server.identity.authority import Identity
 from fl_shared.errors import ConfigError, RunError, SignatureError
+from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger import chain
-from fl_shared.signing import SigningKey, sign_document
 
 ANNA = Identity("admin", "anna", "ab" * 32, 2e9)
 COLUMNS = ("seq", "kind", "body", "prev_hash", "hash", "signature", "created_at")
@@ -314,6 +314,6 @@ def test_a_clock_that_went_back_stops_actions(log: AdminLog, store: Store, monke
         def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:  # type: ignore[override]
             return dt.datetime.now(tz) - dt.timedelta(days=1)
 
-    monkeypatch.setattr("fl_server.adminlog.datetime", Yesterday)
+    monkeypatch.setattr("fl_server.access.log.datetime", Yesterday)
     with pytest.raises(Exception, match="the clock says"), log.recorded(ANNA, "runs stop", {}):
         raise ConfigError("it was done")

@@ -22,10 +22,10 @@ from fl_server.aggregation.mean import StreamingMean
 from fl_server.aggregation.robust import median
 from fl_server.aggregation.spool import Spool
 from fl_server.aggregation.updates import Rule
-from fl_shared.adapter import SERVER_STATE, Tensors, digest, metadata, pack, unpack
-from fl_shared.aggregators import AGGREGATIONS, ROBUST
+from fl_shared.adapters.safetensors import SERVER_STATE, Tensors, digest, metadata, pack, unpack
+from fl_shared.documents.aggregators import AGGREGATIONS, ROBUST
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import DataError
-from fl_shared.manifest import RunSpec
 from helpers.flower_messages import reply
 
 SHAPES = {"layer.lora_A": (2, 3), "layer.lora_B": (3,)}

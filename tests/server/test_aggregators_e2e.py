@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fl_server.aggregation import RoundAggregate
-from fl_shared.adapter import SERVER_STATE, digest, metadata, pack, unpack
-from fl_shared.manifest import RunSpec
+from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata, pack, unpack
+from fl_shared.documents.manifest import RunSpec
 from helpers.coordinators import Coordinator, coordinator, spec_toml, until
 from helpers.stand_in_agent import honest_update
 

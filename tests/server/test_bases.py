@@ -12,16 +12,16 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from fl_server.bases import MAX_TOLD, Fit, announced
 from fl_server.db.models import EventRow, QuestionRow, RunRow, SiteRow
 from fl_server.db.store import Store
-from fl_server.plans import Plans
+from fl_server.identity.sites import Sites
+from fl_server.runs.bases import MAX_TOLD, Fit, announced
+from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs
-from fl_server.sites.service import Sites
-from fl_shared.base_model import BaseModel
+from fl_shared.documents.base_model import BaseModel
+from fl_shared.documents.manifest import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError, RunError
-from fl_shared.manifest import LORA_TARGETS, RunSpec
-from fl_shared.signing import SigningKey
+from fl_shared.identity.signing import SigningKey
 from helpers.coordinators import spec_toml
 
 ASKED, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64

@@ -18,11 +18,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fl_server import doorman, gateway
-from fl_server.gateway import Requests
-from fl_server.home import ServerHome
-from fl_server.pki import Authority
-from fl_shared.limits import Places, Rates, network
+from fl_server.gateway import app as gateway
+from fl_server.gateway import connections as doorman
+from fl_server.gateway.app import Requests
+from fl_server.home.layout import ServerHome
+from fl_server.identity.authority import Authority
+from fl_shared.runtime.limits import Places, Rates, network
 from helpers.coordinators import until
 
 MUCH = 64 << 20

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from flwr.supercore.object_store import ObjectStoreFactory
 
-from fl_server.flower import Flower
-from fl_server.home import ServerHome
-from fl_server.setup import initialise
+from fl_server.flower.superlink import Flower
+from fl_server.home.layout import ServerHome
+from fl_server.operations.setup import initialise
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "50%25 off?", "what?mode=memory", "#1;x:y", "ü\n'\"$(x)"])

@@ -29,21 +29,21 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.date import now as flower_now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
-from fl_client import rotation as site_rotation
-from fl_client.check import _server
-from fl_client.enrolment import Coordinator as Pinned
-from fl_client.enrolment import enrol
-from fl_client.hello import say_hello
-from fl_client.home import SiteHome
-from fl_client.renewal import renew
-from fl_client.rotation import PinnedKeys
+from fl_client.agent.check import _server
+from fl_client.identity import rotation as site_rotation
+from fl_client.identity.enrolment import Coordinator as Pinned
+from fl_client.identity.enrolment import enrol
+from fl_client.identity.gateway import say_hello
+from fl_client.identity.renewal import renew
+from fl_client.identity.rotation import PinnedKeys
+from fl_client.site.home import SiteHome
 from fl_server.db.store import Store
-from fl_server.doorman import MAX_FOR_AN_ADDRESS
-from fl_server.flower import Flower
-from fl_server.gateway import MAX_ENROL_BYTES, MAX_PER_SITE
-from fl_server.home import ServerHome
-from fl_server.pki import Authority, fingerprint
-from fl_server.sites.service import Invitation, Sites
+from fl_server.flower.superlink import Flower
+from fl_server.gateway.app import MAX_ENROL_BYTES, MAX_PER_SITE
+from fl_server.gateway.connections import MAX_FOR_AN_ADDRESS
+from fl_server.home.layout import ServerHome
+from fl_server.identity.authority import Authority, fingerprint
+from fl_server.identity.sites import Invitation, Sites
 from fl_shared.errors import ConcordatError, EnrolmentError
 from helpers.coordinators import Coordinator, Keys, until
 
@@ -363,7 +363,7 @@ def pushed(**metadata: Any) -> bytes:
 def test_a_message_in_anothers_name_is_refused_at_the_gateway(one: Coordinator) -> None:
     """Rightly signed by A's node, but from B's, or an order to B as if from the SuperLink: refused.
 
-    Flower itself checks neither; see fl_server.fleet.
+    Flower itself checks neither; see fl_server.gateway.fleet.
     """
     ours, theirs = node_of(one, A), node_of(one, B)
     with one.client(A) as client:

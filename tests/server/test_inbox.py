@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fl_server import inbox
+from fl_server.rounds import inbox
 from helpers.flower_messages import reply
 
 

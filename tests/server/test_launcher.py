@@ -15,14 +15,14 @@ import pytest
 
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
-from fl_server.flower import Flower
-from fl_server.home import ServerHome
-from fl_server.launcher import Launcher
-from fl_server.runs.liveness import carrying
+from fl_server.flower.superlink import Flower
+from fl_server.home.layout import ServerHome
+from fl_server.operations.setup import initialise
+from fl_server.operations.supervisor import Supervisor
+from fl_server.rounds.launcher import Launcher
+from fl_server.rounds.liveness import carrying
 from fl_server.runs.service import Runs
-from fl_server.setup import initialise
-from fl_server.supervisor import Supervisor
-from fl_shared.manifest import RunSpec
+from fl_shared.documents.manifest import RunSpec
 from helpers.coordinators import spec_toml
 from helpers.ports import free_port
 

@@ -20,9 +20,9 @@ from flwr.supercore.date import now as flower_now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from fl_server.db.store import Store
-from fl_server.flower import Flower
-from fl_server.home import ServerHome
-from fl_server.sites.service import Sites
+from fl_server.flower.superlink import Flower
+from fl_server.home.layout import ServerHome
+from fl_server.identity.sites import Sites
 from helpers.coordinators import Coordinator, Keys, until
 
 A, B = "hospital-001", "hospital-002"

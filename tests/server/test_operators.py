@@ -23,13 +23,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_server.adminlog import AdminLog, local_user
+from fl_server.access.log import AdminLog, local_user
 from fl_server.cli.connection import Profile, control
 from fl_server.db.store import Store
-from fl_server.home import ServerHome
-from fl_server.operators import MAX_AN_AUDITOR, Operators, write_credentials
-from fl_server.pki import Authority
-from fl_server.setup import initialise
+from fl_server.home.layout import ServerHome
+from fl_server.identity.authority import Authority
+from fl_server.identity.operators import MAX_AN_AUDITOR, Operators, write_credentials
+from fl_server.operations.setup import initialise
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.wire import control_pb2 as pb
 from helpers.coordinators import BIN, environment, kill_tree, until
@@ -56,7 +56,7 @@ class Office:
         self.operators = Operators.of(self.home, Store(self.home.database_url()))
         with (root / "control.log").open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fl_server.control", "--home", str(self.home.root)],
+                [sys.executable, "-m", "fl_server.control.service", "--home", str(self.home.root)],
                 env=environment(), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         until(self._answers, "the control API answers", 60.0)

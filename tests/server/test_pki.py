@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fl_server.pki import Authority, fingerprint, identity
+from fl_server.identity.authority import Authority, fingerprint, identity
 from fl_shared.errors import EnrolmentError
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from fl_server.db.models import QuestionRow, SiteRow
 from fl_server.db.store import Store
-from fl_server.plans import KEPT_S, Plan, Plans
+from fl_server.runs.plans import KEPT_S, Plan, Plans
+from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.plan import Objection, PlanAnswer, PlanQuestion
 from fl_shared.errors import ConfigError, SignatureError
-from fl_shared.manifest import RunSpec
-from fl_shared.questions import Objection, PlanAnswer, PlanQuestion
-from fl_shared.signing import SigningKey, open_document, sign_document
+from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from helpers.coordinators import spec_toml
 
 COORDINATOR = SigningKey.generate()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from fl_server.db.store import Store
-from fl_server.sites.service import Sites
+from fl_server.identity.sites import Sites
 from helpers.coordinators import Coordinator, coordinator, until
 
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")

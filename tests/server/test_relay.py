@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from fl_server.flower_app import agent_pb2 as shipped_pb2
-from fl_server.flower_app import pack
-from fl_server.flower_app.relay import RelayError, relay
-from fl_shared.threads import running_pool
+from fl_server.rounds.app import agent_pb2 as shipped_pb2
+from fl_server.rounds.app import pack
+from fl_server.rounds.app.relay import RelayError, relay
+from fl_shared.runtime.threads import running_pool
 from fl_shared.wire import agent_pb2
 from fl_shared.wire.agent_pb2 import Chunk, ReplyHeader, RoundHeader
 from fl_shared.wire.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
@@ -130,6 +130,6 @@ def test_another_protocol_is_named(tmp_path: Path) -> None:
 
 
 def test_no_agent_is_an_answer_and_not_a_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fl_server.flower_app.relay.CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("fl_server.rounds.app.relay.CONNECT_TIMEOUT_S", 0.2)
     with pytest.raises(RelayError, match="not there"):
         relay(f"{tmp_path}/nobody", "an order", b"", 5.0)

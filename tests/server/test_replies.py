@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_server.replies import BadReply, Expected
-from fl_shared.adapter import digest, pack
+from fl_server.rounds.replies import BadReply, Expected
+from fl_shared.adapters.safetensors import digest, pack
+from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
 from fl_shared.errors import ConfigError
-from fl_shared.manifest import Receipt, Refusal, RunSpec
-from fl_shared.signing import SigningKey, sign_document
+from fl_shared.identity.signing import SigningKey, sign_document
 
 KEY = SigningKey.generate()
 OTHER = SigningKey.generate()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_server.replies import BadReply, octets, parts
+from fl_server.rounds.replies import BadReply, octets, parts
 
 
 def _content(**changes: Any) -> RecordDict:

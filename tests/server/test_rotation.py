@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fl_server import rotation
-from fl_server.home import ServerHome
-from fl_server.rotation import DAY_S, coordinator_key, rotate, rotations
+from fl_server.home.layout import ServerHome
+from fl_server.identity import rotation
+from fl_server.identity.rotation import DAY_S, coordinator_key, rotate, rotations
 from fl_shared.errors import ConfigError
-from fl_shared.signing import SigningKey, open_document
+from fl_shared.identity.signing import SigningKey, open_document
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_damaged_list_of_changes_is_named_and_nothing_is_overwritten(home: Ser
 
 def test_sites_read_as_many_changes_as_the_coordinator_makes(home: ServerHome, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the limit a rotation is refused rather than one that no site would follow."""
-    from fl_client.rotation import MAX_GRACE_S, MAX_ROTATIONS
+    from fl_client.identity.rotation import MAX_GRACE_S, MAX_ROTATIONS
 
     assert (rotation.MAX_GRACE_S, rotation.MAX_ROTATIONS) == (MAX_GRACE_S, MAX_ROTATIONS)
     monkeypatch.setattr(rotation, "MAX_ROTATIONS", 1)

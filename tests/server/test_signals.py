@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fl_server.files import write_durably
-from fl_server.home import ServerHome
-from fl_server.setup import initialise
+from fl_server.home.files import write_durably
+from fl_server.home.layout import ServerHome
+from fl_server.operations.setup import initialise
 from helpers.coordinators import environment, until
 from helpers.ports import free_port
 
@@ -61,7 +61,7 @@ def test_the_launcher_ends_with_0_on_sigterm(home: ServerHome, tmp_path: Path) -
     """It ends between two looks at the runs."""
     with (tmp_path / "out").open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fl_server.launcher", "--home", str(home.root)],
+            [sys.executable, "-m", "fl_server.rounds.launcher", "--home", str(home.root)],
             env=environment(), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
         )  # fmt: skip
     try:

@@ -10,8 +10,8 @@ import sqlalchemy as sa
 
 from fl_server.db.models import EventRow, RunRow, SiteRow
 from fl_server.db.store import DatabaseAway, Store
-from fl_server.plans import Plans
-from fl_server.sites.service import Sites
+from fl_server.identity.sites import Sites
+from fl_server.runs.plans import Plans
 from fl_shared.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fl_server import doorman
+from fl_server.gateway import connections as doorman
 from helpers.coordinators import BIN, Coordinator, environment, kill_tree, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

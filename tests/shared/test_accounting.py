@@ -12,7 +12,8 @@ from opacus.accountants import PRVAccountant
 from opacus.accountants import RDPAccountant as OpacusRDP
 from opacus.accountants.analysis.rdp import compute_rdp
 
-from fl_shared.accounting import (
+from fl_shared.errors import ConfigError
+from fl_shared.privacy.accounting import (
     ORDERS,
     Filter,
     default_order,
@@ -25,9 +26,8 @@ from fl_shared.accounting import (
     renyi_cost,
     steps_that_fit,
 )
-from fl_shared.accounting.calibrate import noise_that_fits
-from fl_shared.errors import ConfigError
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.accounting.calibrate import noise_that_fits
+from fl_shared.privacy.mechanism import Mechanism
 
 
 def mechanism(sigma: float, q: float, steps: int, clip: float = 1.0) -> Mechanism:

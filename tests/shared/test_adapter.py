@@ -1,4 +1,4 @@
-"""`fl_shared.adapter`: safetensors bytes, the same everywhere, and nothing else gets in."""
+"""`fl_shared.adapters.safetensors`: safetensors bytes, the same everywhere, and nothing else gets in."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load, save
 
-from fl_shared import adapter
-from fl_shared.adapter import MAX_NAME, digest, pack, require_finite, require_same_shapes, shapes, unpack
+from fl_shared.adapters import safetensors as adapter
+from fl_shared.adapters.safetensors import MAX_NAME, digest, pack, require_finite, require_same_shapes, shapes, unpack
 from fl_shared.errors import DataError
 
 NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30).filter("__metadata__".__ne__)
@@ -60,7 +60,7 @@ def test_the_order_of_tensors_does_not_matter(tensors: dict[str, Any]) -> None:
 def test_the_bytes_are_the_same_in_every_process() -> None:
     """Metadata of several fields has one order, whatever the process's hash seed."""
     source = (
-        "import numpy as np; from fl_shared.adapter import digest, pack; "
+        "import numpy as np; from fl_shared.adapters.safetensors import digest, pack; "
         "print(digest(pack({n: np.ones((2, 3), np.float32) for n in 'ba'}, {c: c for c in 'hgfedcba'})))"
     )
     found = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fl_shared.aggregators import AGGREGATIONS, AGGREGATORS
+from fl_shared.documents.aggregators import AGGREGATIONS, AGGREGATORS
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError
-from fl_shared.manifest import RunSpec
 
 BASE: dict[str, Any] = {
     "run": {

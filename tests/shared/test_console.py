@@ -1,4 +1,4 @@
-"""`fl_shared.console`: the same table for eyes and for `awk`, and signs of life on standard error alone."""
+"""`fl_shared.cli.console`: the same table for eyes and for `awk`, and signs of life on standard error alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DIGEST = "sha256:" + "ab" * 32
 SITE = "hospital-of-a-long-name-in-the-north-001"
 WHY = "the noise is below the policy's least, and the budget has nothing left for this study in this year"
 TABLE = f"""
-from fl_shared.console import table
+from fl_shared.cli.console import table
 table(["site", "rounds", "digest", "why"], [[{SITE!r}, "12", {DIGEST!r}, {WHY!r}], ["b", "3", "-", "two\\nreasons"]],
       title="Plan", right=["rounds"])
 """
 SLOW = """
 import sys, time
-from fl_shared.console import working
+from fl_shared.cli.console import working
 with working("loading the model", quiet="quiet" in sys.argv, json="json" in sys.argv) as say:
     time.sleep(2.6)
     say("evaluating on the hold-out", 30, 120)
@@ -107,7 +107,7 @@ def test_columns_sets_the_width_on_a_terminal() -> None:
 
 def test_a_table_steers_no_terminal() -> None:
     """Escape sequences from a network are shown; so is a table without rows."""
-    out, _ = in_pipe('from fl_shared.console import table; table(["a"], [["x\\x1b[2J\\ty"]]); table(["b"], [])')
+    out, _ = in_pipe('from fl_shared.cli.console import table; table(["a"], [["x\\x1b[2J\\ty"]]); table(["b"], [])')
     assert [line.split() for line in out.splitlines()] == [["a"], ["x\\x1b[2J", "y"], ["b"]]
 
 
@@ -129,7 +129,7 @@ def test_progress_in_a_pipe_can_be_off(word: str) -> None:
 
 def test_what_is_quick_says_nothing() -> None:
     """No line before the first two seconds."""
-    source = 'from fl_shared.console import working\nwith working("x"):\n    pass\n'
+    source = 'from fl_shared.cli.console import working\nwith working("x"):\n    pass\n'
     assert in_pipe(source) == ("", "")
     assert on_terminal(source) == ""
 

@@ -17,8 +17,8 @@ from safetensors.numpy import load as load_numpy
 from safetensors.torch import load as load_torch
 from safetensors.torch import save as save_torch
 
-from fl_shared.adapter import MAX_NAME, SCALE, WIRES, digest, metadata, pack, unpack
-from fl_shared.encoding import BLOCK, blocks
+from fl_shared.adapters.encoding import BLOCK, blocks
+from fl_shared.adapters.safetensors import MAX_NAME, SCALE, WIRES, digest, metadata, pack, unpack
 from fl_shared.errors import DataError
 
 LOSSY = ("bfloat16", "int8")

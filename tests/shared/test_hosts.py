@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.enrolment import server_url
+from fl_client.identity.enrolment import server_url
 from fl_server.cli.server import main
-from fl_server.home import ServerSettings
+from fl_server.home.layout import ServerSettings
 from fl_shared.errors import ConfigError, EnrolmentError
-from fl_shared.hosts import by_proxy, host_and_port, host_name, is_loopback, is_proxy_variable
+from fl_shared.wire.hosts import by_proxy, host_and_port, host_name, is_loopback, is_proxy_variable
 
 GOOD = {
     "coordinator.example": "coordinator.example", "Coordinator.Example": "coordinator.example",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fl_shared.logs import KEYS, adopt_libraries, set_up
+from fl_shared.runtime.logs import KEYS, adopt_libraries, set_up
 
 SECRET = "PLANTED-4711"
 log = logging.getLogger("fl_client.agent")

@@ -1,4 +1,4 @@
-"""`fl_shared.manifest` and `fl_shared.privacy`: every wrong field is refused by name, every right one survives."""
+"""Run spec, manifest, receipt, refusal, mechanism: every wrong field is refused by name, every right one survives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_shared.adapter import WIRES
-from fl_shared.aggregators import AGGREGATIONS, ROBUST
+from fl_shared.adapters.safetensors import WIRES
 from fl_shared.canonical import canonical_bytes, parse_json
-from fl_shared.errors import ConfigError
-from fl_shared.manifest import (
+from fl_shared.documents.aggregators import AGGREGATIONS, ROBUST
+from fl_shared.documents.manifest import (
     LORA_TARGETS,
     REFUSAL_CODES,
     Receipt,
@@ -25,7 +24,8 @@ from fl_shared.manifest import (
     RunSpec,
     document_digest,
 )
-from fl_shared.privacy import LEAST_CLIPPING_NORM, Budget, Mechanism
+from fl_shared.errors import ConfigError
+from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Budget, Mechanism
 
 SPEC = """
 [run]

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fl_shared.errors import ConfigError, LedgerError
-from fl_shared.monitoring import BURST, MAX_FOR_AN_ADDRESS, serve_monitoring
+from fl_shared.runtime.monitoring import BURST, MAX_FOR_AN_ADDRESS, serve_monitoring
 from helpers.ports import free_port
 
 

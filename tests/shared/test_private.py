@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from fl_shared.errors import ConfigError
+from fl_shared.files import check_grpc_socket, check_socket, socket_address, sqlite_url
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.service import Ledger
-from fl_shared.paths import check_grpc_socket, check_socket, socket_address, sqlite_url
-from fl_shared.private import close_to_others, create_file, open_to_others
-from fl_shared.signing import SigningKey
+from fl_shared.runtime.private_files import close_to_others, create_file, open_to_others
 
 STRANGE = ["plain", "a b", "Klinik Süd", "100%", "per%20cent", "what?", "a#b", "it's", 'say "x"', "a@b:c", "日本"]
 

@@ -1,4 +1,4 @@
-"""`fl_shared.settings`: whatever is wrong in a file, the message names the field, the value and the fix."""
+"""`fl_shared.fields`: whatever is wrong in a file, the message names the field, the value and the fix."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_shared.errors import ConfigError
+from fl_shared.fields import Fields, load_toml, parse_toml
 from fl_shared.names import run_id, run_name, site_id
-from fl_shared.settings import Fields, load_toml, parse_toml
 
 READERS: dict[str, Callable[[Fields], Any]] = {
     "text": lambda f: f.text("field"),

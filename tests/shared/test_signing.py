@@ -1,4 +1,4 @@
-"""`fl_shared.signing`: keys on disk, signatures, signed documents."""
+"""`fl_shared.identity.signing`: keys on disk, signatures, signed documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fl_shared.canonical import canonical_bytes
 from fl_shared.errors import SignatureError
-from fl_shared.signing import SigningKey, open_document, sign_document, verify
+from fl_shared.identity.signing import SigningKey, open_document, sign_document, verify
 
 KEY = SigningKey.generate()
 PEM = serialization.Encoding.PEM

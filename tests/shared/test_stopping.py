@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 
-from fl_shared.stopping import StopRequest
+from fl_shared.runtime.stopping import StopRequest
 
 # In a process of its own: the test runner uses the same timer.
 SIGNALS = """

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from fl_shared.errors import ConfigError
-from fl_shared.threads import Loop, reason, running_pool
+from fl_shared.runtime.threads import Loop, reason, running_pool
 
 
 def wait_for(condition: Callable[[], object]) -> None:

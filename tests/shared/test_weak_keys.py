@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_client.enrolment import Coordinator
-from fl_client.home import SiteHome
-from fl_client.rotation import follow
+from fl_client.identity.enrolment import Coordinator
+from fl_client.identity.rotation import follow
+from fl_client.site.home import SiteHome
 from fl_shared.audit.source import key_text
 from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError
-from fl_shared.signing import SigningKey, ed25519_key, open_document, sign_document, verify
+from fl_shared.identity.signing import SigningKey, ed25519_key, open_document, sign_document, verify
 
 P = 2**255 - 19
 L = 2**252 + 27742317777372353535851937790883648493

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 
 from fl_client.agent.questions import RETRY_S, Call
-from fl_shared.base_model import BaseModel
+from fl_shared.documents.base_model import BaseModel
 from fl_shared.errors import ConcordatError
-from fl_shared.threads import Loop
+from fl_shared.runtime.threads import Loop
 
 log = logging.getLogger("fl_client.announcement")
 

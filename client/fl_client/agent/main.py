@@ -11,29 +11,29 @@ from types import FrameType
 
 from cryptography import x509
 
-from fl_client.admission import raise_file_limit
 from fl_client.agent.announcement import Announcer
-from fl_client.agent.locks import sole
 from fl_client.agent.questions import Answerer
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
-from fl_client.config import SiteConfig, SupernodeConfig
-from fl_client.enrolment import Coordinator
-from fl_client.files import write_durably
-from fl_client.handover import account, exposed, make_meeting_place, mode_in
-from fl_client.hello import call
-from fl_client.home import SiteHome
-from fl_client.metrics import Metrics
-from fl_client.renewal import Renewer, finish
-from fl_client.rotation import PinnedKeys
-from fl_client.sandbox import forbid_inspection
-from fl_client.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
-from fl_client.tunnel import TunnelSettings, make_local_certificate
-from fl_client.walls import require_apart
+from fl_client.identity.enrolment import Coordinator
+from fl_client.identity.gateway import call
+from fl_client.identity.renewal import Renewer, finish
+from fl_client.identity.rotation import PinnedKeys
+from fl_client.metrics.site import Metrics
+from fl_client.node.admission import raise_file_limit
+from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
+from fl_client.node.sandbox import forbid_inspection
+from fl_client.node.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
+from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_client.node.walls import require_apart
+from fl_client.site.config import SiteConfig, SupernodeConfig
+from fl_client.site.files import write_durably
+from fl_client.site.home import SiteHome
+from fl_client.site.locks import sole
 from fl_shared.errors import ConfigError
-from fl_shared.monitoring import serve_monitoring
-from fl_shared.private import close_to_others, open_to_others
-from fl_shared.stopping import StopRequest
+from fl_shared.runtime.monitoring import serve_monitoring
+from fl_shared.runtime.private_files import close_to_others, open_to_others
+from fl_shared.runtime.stopping import StopRequest
 
 log = logging.getLogger("fl_client.agent")
 

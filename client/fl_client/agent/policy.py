@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fl_client.config import PolicyConfig
+from fl_client.site.config import PolicyConfig
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import PolicyRefusal
-from fl_shared.manifest import RunSpec
 
 
 def check_policy(spec: RunSpec, policy: PolicyConfig) -> None:

@@ -17,10 +17,10 @@ from fl_client.agent.outgoing import Outgoing, Sealed
 from fl_client.agent.policy import refusals
 from fl_client.agent.rounds import CLOCK_SKEW_S, SUSPENDED, SiteFacts
 from fl_shared.canonical import canonical_bytes, sha256_hex
+from fl_shared.documents.plan import Objection, PlanQuestion
 from fl_shared.errors import ConcordatError, ConfigError, SignatureError
-from fl_shared.questions import Objection, PlanQuestion
-from fl_shared.signing import open_document
-from fl_shared.threads import Loop
+from fl_shared.identity.signing import open_document
+from fl_shared.runtime.threads import Loop
 
 log = logging.getLogger("fl_client.questions")
 
@@ -31,7 +31,7 @@ REMEMBERED = 1000
 
 
 class Call(Protocol):
-    """One call of the gateway; TransportError or EnrolmentError without an answer (`fl_client.hello.call`)."""
+    """One call of the gateway; TransportError or EnrolmentError without an answer (`identity.gateway.call`)."""
 
     def __call__(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]: ...
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fl_client.agent.head import LedgerHead, accept, forgotten
-from fl_client.agent.locks import sole
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.site import open_ledger
-from fl_client.config import SiteConfig
-from fl_client.home import SiteHome
+from fl_client.site.config import SiteConfig
+from fl_client.site.home import SiteHome
+from fl_client.site.locks import sole
 from fl_shared.errors import ConfigError
 from fl_shared.ledger.suspension import require_words
 

@@ -39,18 +39,18 @@ from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
 from fl_client.agent.policy import check_policy
 from fl_client.agent.progress import Progress
 from fl_client.agent.releases import Order, ReleaseStore
-from fl_client.config import PolicyConfig
-from fl_shared.adapter import digest, pack, require_finite, unpack
-from fl_shared.base_model import BaseModel
+from fl_client.site.config import PolicyConfig
+from fl_shared.adapters.safetensors import digest, pack, require_finite, unpack
+from fl_shared.documents.base_model import BaseModel
+from fl_shared.documents.manifest import LORA_TARGETS, Receipt, Refusal, RoundManifest, RunSpec, document_digest
 from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError, SignatureError
+from fl_shared.identity.signing import open_document
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.suspension import FAILED_REASON, Suspensions, note_computed_again
-from fl_shared.manifest import LORA_TARGETS, Receipt, Refusal, RoundManifest, RunSpec, document_digest
 from fl_shared.names import ALONE, run_name
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import open_document
+from fl_shared.privacy.mechanism import Mechanism
 
 log = logging.getLogger("fl_client.agent")
 

@@ -14,12 +14,12 @@ import grpc
 
 from fl_client.agent.outgoing import Sealed, chunks
 from fl_client.agent.rounds import Rounds, Stopping
-from fl_client.metrics import Metrics
+from fl_client.metrics.site import Metrics
 from fl_shared import __version__
-from fl_shared.adapter import MAX_BYTES
+from fl_shared.adapters.safetensors import MAX_BYTES
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.paths import check_grpc_socket, socket_address
-from fl_shared.threads import running_pool
+from fl_shared.files import check_grpc_socket, socket_address
+from fl_shared.runtime.threads import running_pool
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoReply, InfoRequest, RoundHeader
 from fl_shared.wire.chunks import join

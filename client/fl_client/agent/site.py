@@ -16,21 +16,21 @@ from fl_client.agent.outgoing import Outgoing
 from fl_client.agent.progress import Progress
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
-from fl_client.config import SiteConfig
 from fl_client.data.load import load_unit_data, most_units, restrict_labels, row_report, split_holdout
 from fl_client.data.units import UnitData
-from fl_client.home import SiteHome
-from fl_client.ranks.group import RankGroup
+from fl_client.site.config import SiteConfig
+from fl_client.site.home import SiteHome
+from fl_client.training.ranks.group import RankGroup
+from fl_shared.documents.manifest import RunSpec
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger
-from fl_shared.logs import adopt_libraries
-from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.mechanism import Mechanism
+from fl_shared.runtime.logs import adopt_libraries
 
 if TYPE_CHECKING:
     from fl_client.model.load import LoadedModel
-    from fl_client.training import TrainingResult
+    from fl_client.training.round import TrainingResult
 
 log = logging.getLogger("fl_client.agent")
 
@@ -92,7 +92,7 @@ def load_base(config: SiteConfig) -> LoadedModel:
 def tried_base(config: SiteConfig) -> LoadedModel:
     """The base model, after one forward and one backward on its device; raises as `try_device`."""
     model = load_base(config)
-    from fl_client.device import try_device  # torch
+    from fl_client.training.device import try_device  # torch
 
     log.info("device: %s", try_device(model))
     return model
@@ -178,7 +178,7 @@ def open_site(
         def train(
             spec: RunSpec, mechanism: Mechanism, offset: dict[str, Any], round_: int, progress: Any
         ) -> TrainingResult:
-            from fl_client.training import train_round
+            from fl_client.training.round import train_round
 
             on = functools.partial(train_round, base()) if ranks is None else ranks.train
             chosen = restrict_labels(data, spec.task.labels)
@@ -199,7 +199,7 @@ def open_site(
             )
 
         def prepare(spec: RunSpec, offset: dict[str, Any]) -> None:
-            from fl_client.training import prepare_round
+            from fl_client.training.round import prepare_round
 
             on = functools.partial(prepare_round, base()) if ranks is None else ranks.prepare
             private = not config.policy.allow_non_private

@@ -19,19 +19,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl_shared.accounting import rdp_epsilon
 from fl_shared.audit.output import add_format, print_json, table
-from fl_shared.commands import add_quiet, path
-from fl_shared.console import working
+from fl_shared.cli.console import working
+from fl_shared.cli.extras import require
+from fl_shared.cli.parsers import add_quiet, path
+from fl_shared.documents.manifest import LORA_TARGETS, LoraSection, RunSpec
 from fl_shared.errors import ConfigError, EngineError, shown
-from fl_shared.extras import require
-from fl_shared.manifest import LORA_TARGETS, LoraSection, RunSpec
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.accounting import rdp_epsilon
+from fl_shared.privacy.mechanism import Mechanism
 
 if TYPE_CHECKING:
     from fl_client.dp.adapt import AdaptedModel
-    from fl_client.dp.canaries import CanaryReport
-    from fl_client.dp.distribution import DistributionResult
+    from fl_client.dp.audit.canaries import CanaryReport
+    from fl_client.dp.audit.distribution import DistributionResult
 
 HELP = "audit the training engine itself with canaries (needs the client's parts)"
 EXAMPLES = """examples:
@@ -98,8 +98,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the arguments, the site's configuration and the spec ask for together; ConfigError when they are wrong."""
     model, device = arguments.model or "tiny", "cpu"
     if arguments.site:
-        from fl_client.config import SiteConfig
-        from fl_client.home import SiteHome
+        from fl_client.site.config import SiteConfig
+        from fl_client.site.home import SiteHome
 
         config = SiteConfig.load(SiteHome.locate(arguments.site, arguments.home), arguments.site)
         model, device = arguments.model or str(config.model.directory), config.model.device
@@ -180,8 +180,8 @@ def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, in
     import torch
 
     from fl_client.dp.adapt import adapt
-    from fl_client.dp.canaries import worst_case_adapter
-    from fl_client.dp.distribution import FALSE_ALARM, check_distributions
+    from fl_client.dp.audit.canaries import worst_case_adapter
+    from fl_client.dp.audit.distribution import FALSE_ALARM, check_distributions
     from fl_client.model.load import load_model
 
     torch.set_num_threads(1)
@@ -208,7 +208,7 @@ def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, d
 
 def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
     """ConfigError when the engine has no noise so strong for so many coordinates."""
-    from fl_client.dp.noise import plan_grid
+    from fl_client.dp.mechanism.noise import plan_grid
 
     try:
         plan_grid(
@@ -223,7 +223,7 @@ def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
 
 def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> tuple[int, int]:
     """Canaries and guesses of one kind; ConfigError when there cannot be so many."""
-    from fl_client.dp.canaries import most_records
+    from fl_client.dp.audit.canaries import most_records
 
     most = adapted.dimensions if kind == "gradients" else most_records(adapted)
     default = min(GRADIENT_CANARIES if kind == "gradients" else RECORD_CANARIES, max(2, most // 2 * 2))
@@ -253,7 +253,7 @@ def _one(
 ) -> CanaryReport:
     import numpy as np
 
-    from fl_client.dp.canaries import audit_gradients, audit_records, random_records
+    from fl_client.dp.audit.canaries import audit_gradients, audit_records, random_records
 
     count, guesses = size
     if kind == "gradients":

@@ -12,20 +12,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fl_client.address import server_url
-from fl_client.config import SiteConfig, template
-from fl_client.files import write_durably
-from fl_client.home import SiteHome
-from fl_shared.commands import add_quiet, add_version, describe, path
-from fl_shared.completion import complete, completed_by, known_sites
-from fl_shared.console import command, working
+from fl_client.site.address import server_url
+from fl_client.site.config import SiteConfig, template
+from fl_client.site.files import write_durably
+from fl_client.site.home import SiteHome
+from fl_shared.cli.completion import complete, completed_by, known_sites
+from fl_shared.cli.console import command, working
+from fl_shared.cli.extras import require
+from fl_shared.cli.parsers import add_quiet, add_version, describe, path
 from fl_shared.errors import ConfigError, cli_main
-from fl_shared.extras import require
-from fl_shared.fingerprints import spoken, spoken_key
-from fl_shared.logs import FORMATS, default_format, set_up
-from fl_shared.offline import stay_offline
-from fl_shared.paths import check_grpc_socket
-from fl_shared.private import create_privately
+from fl_shared.files import check_grpc_socket
+from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.runtime.logs import FORMATS, default_format, set_up
+from fl_shared.runtime.offline import stay_offline
+from fl_shared.runtime.private_files import create_privately
 
 EXAMPLES = """\
 examples:
@@ -160,7 +160,7 @@ def run(argv: Sequence[str] | None) -> int:
     complete(made)
     options = made.parse_args(with_verb(sys.argv[1:] if argv is None else argv))
     if options.verb == "supernode":
-        from fl_client.supernode import run_alone
+        from fl_client.node.supernode import run_alone
 
         return run_alone(options.directory)
     if not options.site:
@@ -173,7 +173,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 def _run(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # now, and not when a helper of the agent needs it
-    from fl_client.enrolment import Coordinator
+    from fl_client.identity.enrolment import Coordinator
 
     config = SiteConfig.load(home, options.site)
     Coordinator.load(home)
@@ -191,7 +191,7 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
     for name, value in (("--server", options.server), ("--token", options.token)):
         if not value:
             raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
-    from fl_client.enrolment import enrol, own_fingerprints
+    from fl_client.identity.enrolment import enrol, own_fingerprints
 
     fix = "choose a --home with a shorter path and no comma; nothing was made, and the token is still good"
     check_grpc_socket(home.socket, fix=fix)
@@ -232,8 +232,8 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
 
 
 def _check(home: SiteHome, options: argparse.Namespace) -> int:
-    from fl_client.check import run_checks
-    from fl_shared.manifest import RunSpec
+    from fl_client.agent.check import run_checks
+    from fl_shared.documents.manifest import RunSpec
 
     spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
@@ -255,7 +255,7 @@ def _check(home: SiteHome, options: argparse.Namespace) -> int:
 
 
 def _status(home: SiteHome, options: argparse.Namespace) -> int:
-    from fl_client.status import status_of
+    from fl_client.agent.status import status_of
     from fl_shared.ledger.suspension import resume_command
 
     found = status_of(home, options.site)
@@ -307,13 +307,13 @@ def _log_to_file(home: SiteHome, site: str, verb: str) -> None:
 
 def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
-    from fl_client.agent.locks import sole
+    from fl_client.agent.alone import train_alone
     from fl_client.agent.site import open_site
-    from fl_client.alone import train_alone
     from fl_client.data.load import label_report
-    from fl_shared.manifest import RunSpec
+    from fl_client.site.locks import sole
+    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.identity.signing import SigningKey
     from fl_shared.names import ALONE
-    from fl_shared.signing import SigningKey
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)
@@ -350,12 +350,12 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
-    from fl_client.agent.locks import sole
+    from fl_client.agent.evaluation import evaluate_privately
     from fl_client.agent.site import open_site
     from fl_client.data.load import label_report
-    from fl_client.evaluation import evaluate_privately
-    from fl_shared.adapter import read_adapter
-    from fl_shared.manifest import RunSpec
+    from fl_client.site.locks import sole
+    from fl_shared.adapters.safetensors import read_adapter
+    from fl_shared.documents.manifest import RunSpec
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_shared.commands import add_quiet, add_version, describe, path
-from fl_shared.completion import complete
-from fl_shared.console import facts, working
+from fl_shared.cli.completion import complete
+from fl_shared.cli.console import facts, working
+from fl_shared.cli.extras import require
+from fl_shared.cli.parsers import add_quiet, add_version, describe, path
 from fl_shared.errors import DataError, cli_main
-from fl_shared.extras import require
-from fl_shared.offline import stay_offline
+from fl_shared.runtime.offline import stay_offline
 
 EXAMPLES = """\
 examples:
@@ -160,14 +160,14 @@ def _read_rows(path: Path, *columns: str) -> list[tuple[str, ...]]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    from fl_shared.adapter import read_adapter, unpack
+    from fl_shared.adapters.safetensors import read_adapter, unpack
 
     return unpack(read_adapter(path))
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from fl_client.data.spellings import run_labels
-    from fl_shared.manifest import RunSpec
+    from fl_shared.documents.manifest import RunSpec
 
     spec = RunSpec.from_toml(options.spec)
     rows = _read_rows(options.data, options.text_column, options.label_column)
@@ -182,7 +182,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     offset = {} if options.zero_shot else _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
     from fl_client.model.load import load_model
-    from fl_client.training import evaluate
+    from fl_client.training.round import evaluate
 
     model = load_model(options.model, options.device)
     options.say(f"evaluating {len(texts)} rows")
@@ -202,14 +202,14 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from fl_client.files import require_empty
-    from fl_shared.manifest import RunSpec
+    from fl_client.site.files import require_empty
+    from fl_shared.documents.manifest import RunSpec
 
     require_empty(options.out)
     spec, offset = RunSpec.from_toml(options.spec), _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
     from fl_client.model.load import load_model
-    from fl_client.training import export_peft
+    from fl_client.training.round import export_peft
 
     model = load_model(options.model, options.device)
     options.say(f"writing {options.out}, and loading it with PEFT")

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.config import DataConfig
 from fl_client.data.spellings import UnitIds, folded, run_labels
 from fl_client.data.tables import read_columns
 from fl_client.data.units import UnitData
+from fl_client.site.config import DataConfig
 from fl_shared.errors import DataError
 
 log = logging.getLogger("fl_client.data")

@@ -12,15 +12,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fl_client.dp.architectures import Architecture, architecture_of
-from fl_client.dp.attention import packed_attention
-from fl_client.dp.core_layers import CoreExperts, CoreLinear
-from fl_client.dp.lora_layers import ADAPTER, LoraExperts, LoraLinear, PlainExperts
-from fl_client.dp.packing import EVEN, HEIGHTS, Packed
-from fl_client.dp.scope import BatchScope
-from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_client.dp.layers.attention import packed_attention
+from fl_client.dp.layers.core import CoreExperts, CoreLinear
+from fl_client.dp.layers.lora import ADAPTER, LoraExperts, LoraLinear, PlainExperts
+from fl_client.dp.layers.scope import BatchScope
+from fl_client.dp.records.packing import EVEN, HEIGHTS, Packed
+from fl_client.model.architectures import Architecture, architecture_of
+from fl_client.model.quantised.layers import QuantExperts, QuantLinear
+from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
-from fl_shared.manifest import LoraSection
 
 PREFIX = "base_model.model.model."  # PEFT's name of the base inside a causal language model
 HEAD = "classifier."

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import Records, pack_units
 from fl_client.dp.engine import DPEngine, EngineName, book_of, per_record_loss, precision_of
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.invariance import check_invariance
-from fl_client.dp.packing import heights_for, pack
+from fl_client.dp.records.packing import heights_for, pack
+from fl_client.dp.records.records import Records, pack_units
 from fl_shared.errors import EngineError
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 
 PROBE_LENGTHS = (5, 1, 9, 3)
 PROBE_UNITS = (0, 0, 1, 2)
@@ -137,7 +137,7 @@ def _by_book(adapted: AdaptedModel, records: Records) -> _Gradients:
         missing = sorted(trained - set(reached)) or sorted(n for n in set(reached) if reached.count(n) > 1)
         raise EngineError(
             f"the backward pass does not reach the plan: {missing[0] if missing else 'unplanned tensors'}",
-            fix="this architecture needs its own file under fl_client/dp/architectures",
+            fix="this architecture needs its own file under fl_client/model/architectures",
         )
     for unit, norm in enumerate(book.norms().tolist()):
         one = torch.zeros(records.units, device=device)

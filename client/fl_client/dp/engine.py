@@ -20,19 +20,19 @@ from torch.nn import functional as F
 
 from fl_client.dp import grad_samplers
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import MAX_UNITS, MicroBatch, Records, pack_units
-from fl_client.dp.book import GradientBook
 from fl_client.dp.coverage import ExpertCoverage
 from fl_client.dp.kernels import independent_rows, use_exact_products
-from fl_client.dp.noise import MAX_DRAWS
+from fl_client.dp.layers.book import GradientBook
+from fl_client.dp.mechanism.noise import MAX_DRAWS
+from fl_client.dp.mechanism.sampling import PoissonSampler
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
-from fl_client.dp.packing import Packed, cut, pack
+from fl_client.dp.records.packing import Packed, cut, pack
+from fl_client.dp.records.records import MAX_UNITS, MicroBatch, Records, pack_units
 from fl_client.dp.rounding import slack
-from fl_client.dp.sampling import PoissonSampler
-from fl_client.dp.secure_random import SecureStream
 from fl_client.dp.shard import Shard
 from fl_shared.errors import EngineError
-from fl_shared.privacy import LEAST_CLIPPING_NORM, Mechanism
+from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Mechanism
 
 log = logging.getLogger("fl_client.dp")
 

@@ -11,7 +11,7 @@ from opacus.grad_sample.utils import register_norm_sampler
 from torch import Tensor, nn
 
 from fl_client.dp.adapt import Head
-from fl_client.dp.lora_layers import ExpertFactor
+from fl_client.dp.layers.lora import ExpertFactor
 
 
 @functools.cache

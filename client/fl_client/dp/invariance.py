@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.attention import Shape, causal, heard_shapes
-from fl_client.dp.batches import MAX_UNITS, Records
 from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
-from fl_client.dp.lora_layers import ADAPTER, LoraExperts, PlainExperts, filled, shape_of
-from fl_client.dp.packing import EVEN, TILE, heights_for, pack, tokens_of
-from fl_client.model.quant_matmul import ROW_BLOCK, grouped_rows
+from fl_client.dp.layers.attention import Shape, causal, heard_shapes
+from fl_client.dp.layers.lora import ADAPTER, LoraExperts, PlainExperts, filled, shape_of
+from fl_client.dp.records.packing import EVEN, TILE, heights_for, pack, tokens_of
+from fl_client.dp.records.records import MAX_UNITS, Records
+from fl_client.model.quantised.matmul import ROW_BLOCK, grouped_rows
 from fl_shared.errors import EngineError
 
 _FIX = 'use another machine or version of torch, or [model] engine = "hooks", at ten times the time'

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fl_client.dp.adapt import HEAD, PREFIX, AdaptedModel
-from fl_client.dp.lora_layers import LoraExperts
-from fl_client.model.quant_layers import QuantExperts, QuantLinear
-from fl_client.model.quant_tensor import dequantise
+from fl_client.dp.layers.lora import LoraExperts
+from fl_client.model.quantised.layers import QuantExperts, QuantLinear
+from fl_client.model.quantised.tensor import dequantise
 from fl_shared.errors import PolicyRefusal
 
 

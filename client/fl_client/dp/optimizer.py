@@ -13,9 +13,9 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
-from fl_client.dp.book import GradientBook
-from fl_client.dp.noise import noisy_sum, plan_grid
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.layers.book import GradientBook
+from fl_client.dp.mechanism.noise import noisy_sum, plan_grid
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
 Sums = Sequence[tuple[torch.nn.Parameter, Tensor]]

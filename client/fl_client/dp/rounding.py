@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from fl_client.dp.segments import ROUNDING
+from fl_client.dp.layers.segments import ROUNDING
 
 _UNIT = 2.0**-53
 _OWN = 2.0**-26

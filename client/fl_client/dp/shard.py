@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fl_client.dp.sampling import PoissonSampler
+from fl_client.dp.mechanism.sampling import PoissonSampler
 
 
 class Shard:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fl_client.dp.batches import token_ids
+from fl_client.dp.records.records import token_ids
 from fl_client.model.load import LoadedModel
 
 MAX_TOKENS = 32

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fl_client.dp.architectures import Architecture, architecture_of, known_architectures
+from fl_client.model.architectures import Architecture, architecture_of, known_architectures
 from fl_shared.canonical import file_sha256, sha256_hex
 from fl_shared.errors import ModelError
 

@@ -24,7 +24,7 @@ from fl_client.model.layout import (
     unreadable,
     weight_files,
 )
-from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_client.model.quantised.layers import QuantExperts, QuantLinear
 from fl_shared.errors import ModelError
 
 CPU = torch.device("cpu")

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fl_client.files import filled_or_gone, require_empty, write_durably
 from fl_client.model.checkpoint import fast_tokenizer, float_tensors
 from fl_client.model.layout import (
     INDEX,
@@ -25,7 +24,8 @@ from fl_client.model.layout import (
     skeleton,
 )
 from fl_client.model.load import read_features
-from fl_client.model.quant_tensor import GROUP, quantise_tensor
+from fl_client.model.quantised.tensor import GROUP, quantise_tensor
+from fl_client.site.files import filled_or_gone, require_empty, write_durably
 from fl_shared.errors import ModelError
 
 SHARD_BYTES = 1 << 30

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_server.aggregation.updates import CHUNK, Checked, Shapes, flat
-from fl_shared.adapter import Tensors
+from fl_shared.adapters.safetensors import Tensors
 
 
 class StreamingMean(Checked):

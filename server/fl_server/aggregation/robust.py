@@ -14,7 +14,7 @@ from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from numpy.typing import NDArray
 
 from fl_server.aggregation.spool import Spool
-from fl_shared.adapter import Tensors
+from fl_shared.adapters.safetensors import Tensors
 
 Block = NDArray[np.float32]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_server.aggregation.updates import flat
-from fl_shared.adapter import Tensors
+from fl_shared.adapters.safetensors import Tensors
 from fl_shared.errors import DataError
 
 Values = NDArray[np.float32]

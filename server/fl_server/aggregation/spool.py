@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_server.aggregation.updates import Checked, Shapes, flat
-from fl_shared.adapter import Tensors
+from fl_shared.adapters.safetensors import Tensors
 from fl_shared.errors import DataError
 
 BLOCK_BYTES = 4 << 20  # a rule that works in float64 needs about five times as much

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_shared.adapter import Tensors, require_same_shapes, shapes
+from fl_shared.adapters.safetensors import Tensors, require_same_shapes, shapes
 from fl_shared.errors import DataError
 
 Form = tuple[tuple[str, tuple[int, ...]], ...]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from fl_server.cli import adapters, audit, receipts, runs, sites, status
 from fl_server.cli.connection import Profile, control
 from fl_server.cli.verbs import Handler
-from fl_shared.commands import add_version
-from fl_shared.completion import complete
+from fl_shared.cli.completion import complete
+from fl_shared.cli.parsers import add_version
 from fl_shared.errors import cli_main
 
 EXAMPLES = """examples:

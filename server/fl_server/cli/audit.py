@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from fl_server.cli.show import plain, print_json
 from fl_server.cli.verbs import add_group, add_verb
-from fl_shared.console import table
-from fl_shared.fingerprints import spoken_key
+from fl_shared.cli.console import table
+from fl_shared.identity.fingerprints import spoken_key
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
 if TYPE_CHECKING:
-    from fl_server.adminlog import Report
+    from fl_server.access.log import Report
 
 BROKEN = 13
 
@@ -74,7 +74,7 @@ def _rows(entries: Iterable[pb.AdminLogEntry]) -> Iterable[list[str]]:
 
 
 def _verify(stub: ControlStub, arguments: argparse.Namespace) -> int:
-    from fl_server.adminlog import check  # SQL and all; TAB must not wait for it
+    from fl_server.access.log import check  # SQL and all; TAB must not wait for it
     from fl_shared.audit.source import key_text
     from fl_shared.audit.verify import parse_checkpoint
 

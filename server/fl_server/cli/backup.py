@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fl_server.backup import backup, restore
 from fl_server.cli.show import moment
-from fl_server.home import ServerHome
-from fl_shared.commands import add_quiet, describe, path
-from fl_shared.console import command, working
-from fl_shared.fingerprints import spoken_key
+from fl_server.home.layout import ServerHome
+from fl_server.operations.backup import backup, restore
+from fl_shared.cli.console import command, working
+from fl_shared.cli.parsers import add_quiet, describe, path
+from fl_shared.identity.fingerprints import spoken_key
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:

@@ -7,17 +7,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fl_server.adminlog import AdminLog, local_user
+from fl_server.access.log import AdminLog, local_user
 from fl_server.cli.show import moment
 from fl_server.db.models import OperatorRow
 from fl_server.db.store import Store
-from fl_server.home import ServerHome
-from fl_server.operators import OPERATOR_DAYS, OPERATOR_ROLES, Operators, write_credentials
-from fl_server.pki import Authority
-from fl_server.rotation import DAY_S, GRACE_S, rotate
-from fl_shared.commands import describe, path
-from fl_shared.console import table
-from fl_shared.fingerprints import spoken, spoken_key
+from fl_server.home.layout import ServerHome
+from fl_server.identity.authority import Authority
+from fl_server.identity.operators import OPERATOR_DAYS, OPERATOR_ROLES, Operators, write_credentials
+from fl_server.identity.rotation import DAY_S, GRACE_S, rotate
+from fl_shared.cli.console import table
+from fl_shared.cli.parsers import describe, path
+from fl_shared.identity.fingerprints import spoken, spoken_key
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:

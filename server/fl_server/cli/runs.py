@@ -11,7 +11,7 @@ from fl_server.cli import complete, plan
 from fl_server.cli.show import event_json, event_text, moment, print_json, run_plain, run_text
 from fl_server.cli.verbs import Handler, add_group, add_verb, argument
 from fl_server.cli.watch import watch
-from fl_shared.console import command, table
+from fl_shared.cli.console import command, table
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 

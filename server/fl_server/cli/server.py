@@ -11,20 +11,20 @@ from collections.abc import Sequence
 
 from fl_server.cli import backup, keys
 from fl_server.cli.connection import make_default
-from fl_server.home import ServerHome, default_home
-from fl_server.pki import Authority
-from fl_server.setup import initialise
-from fl_shared.commands import add_quiet, add_version, describe, path
-from fl_shared.completion import complete
-from fl_shared.console import command, working
+from fl_server.home.layout import ServerHome, default_home
+from fl_server.identity.authority import Authority
+from fl_server.operations.setup import initialise
+from fl_shared.cli.completion import complete
+from fl_shared.cli.console import command, working
+from fl_shared.cli.extras import require
+from fl_shared.cli.parsers import add_quiet, add_version, describe, path
 from fl_shared.errors import cli_main
-from fl_shared.extras import require
-from fl_shared.fingerprints import spoken, spoken_key
-from fl_shared.hosts import host_and_port
-from fl_shared.logs import FORMATS, default_format, set_up
-from fl_shared.offline import stay_offline
-from fl_shared.private import create_privately
-from fl_shared.signing import SigningKey
+from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.identity.signing import SigningKey
+from fl_shared.runtime.logs import FORMATS, default_format, set_up
+from fl_shared.runtime.offline import stay_offline
+from fl_shared.runtime.private_files import create_privately
+from fl_shared.wire.hosts import host_and_port
 
 EXAMPLES = """examples:
   fl-server init --home ~/coordinator --host coordinator.example.org
@@ -132,7 +132,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from fl_server.supervisor import is_ready, read_state
+    from fl_server.operations.supervisor import is_ready, read_state
 
     home, deadline = ServerHome.open(arguments.home), time.monotonic() + arguments.wait
     state = read_state(home)
@@ -160,7 +160,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if arguments.verb in actions:
         return actions[arguments.verb](arguments)
     require("server")  # now, and not in the log of a child
-    from fl_server.supervisor import Supervisor
+    from fl_server.operations.supervisor import Supervisor
 
     set_up("supervisor", terminal=arguments.log_format, stream=sys.stdout)
     return Supervisor(ServerHome.open(arguments.home), logs_to_files=arguments.logs == "files").run()

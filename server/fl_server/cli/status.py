@@ -7,7 +7,7 @@ from typing import Any
 
 from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_verb
-from fl_shared.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import spoken_key
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from fl_shared.commands import describe, path
-from fl_shared.completion import completed_by
+from fl_shared.cli.completion import completed_by
+from fl_shared.cli.parsers import describe, path
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
 Handler = Callable[[ControlStub, argparse.Namespace], int]

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 from fl_server.db.store import Store
 from fl_shared.errors import ConfigError
-from fl_shared.paths import sqlite_url
-from fl_shared.private import create_file
+from fl_shared.files import sqlite_url
+from fl_shared.runtime.private_files import create_file
 
 _VERSIONS = "alembic_version"
 _ROWS = 500

@@ -188,7 +188,7 @@ class EventRow(Base):
 
 
 class AdminLogRow(Base):
-    """One link of the admin log, in the form of a site's ledger; triggers refuse every change (`fl_server.adminlog`).
+    """One link of the admin log, in the form of a site's ledger; triggers refuse every change (`fl_server.access.log`).
 
     `body` is canonical JSON, `created_at` ISO 8601 in UTC, as `fl_shared.ledger.chain` hashes and signs them.
     """

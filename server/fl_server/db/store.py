@@ -14,9 +14,9 @@ from alembic.util import CommandError
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
+from fl_shared.cli.extras import require
 from fl_shared.errors import ConfigError, TransportError
-from fl_shared.extras import require
-from fl_shared.private import create_file
+from fl_shared.runtime.private_files import create_file
 
 BUSY_MS = 30_000
 

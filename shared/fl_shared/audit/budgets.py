@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fl_shared.accounting.pld import steps_epsilon
 from fl_shared.audit.output import add_format, print_csv, print_json, table
 from fl_shared.audit.source import add_source, open_ledger
 from fl_shared.ledger import BudgetRecord, LedgerReader
 from fl_shared.ledger.reader import position_of
+from fl_shared.privacy.accounting.pld import steps_epsilon
 
 HELP = "ceilings, and what is spent and left of them"
 EXAMPLES = """

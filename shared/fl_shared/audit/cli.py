@@ -10,9 +10,9 @@ from typing import Any
 
 from fl_shared import errors
 from fl_shared.audit import budgets, export, forecast, plan, reconcile, roles, runs, spends, statement, verify
-from fl_shared.commands import add_version, describe
-from fl_shared.completion import complete
-from fl_shared.extras import missing_package
+from fl_shared.cli.completion import complete
+from fl_shared.cli.extras import missing_package
+from fl_shared.cli.parsers import add_version, describe
 
 VERBS = {
     "budgets": budgets,

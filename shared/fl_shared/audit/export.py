@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, open_ledger
-from fl_shared.console import command
+from fl_shared.cli.console import command
 from fl_shared.ledger import bundle, receipts
 
 HELP = "a bundle for an outside auditor"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fl_shared.accounting.renyi import curve_epsilon
-from fl_shared.audit import chart
-from fl_shared.audit.history import Point, history
 from fl_shared.audit.output import add_format, print_csv, print_json
 from fl_shared.audit.proposal import Proposal, Standing, add_proposal, dataset_name, proposal_of, standings
+from fl_shared.audit.report import chart
+from fl_shared.audit.report.history import Point, history
 from fl_shared.audit.source import add_source, open_ledger
-from fl_shared.commands import path
-from fl_shared.extras import require
+from fl_shared.cli.extras import require
+from fl_shared.cli.parsers import path
+from fl_shared.privacy.accounting.renyi import curve_epsilon
 
 HELP = "rounds left, noise that fits, burn-down curve"
 EXAMPLES = """

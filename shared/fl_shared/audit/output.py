@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fl_shared import console
+from fl_shared.cli import console
 
 
 def add_format(parser: argparse.ArgumentParser, *, with_csv: bool = True) -> None:

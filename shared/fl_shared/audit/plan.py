@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fl_shared.accounting.pld import pld_epsilon, steps_epsilon
-from fl_shared.accounting.renyi import curve_epsilon, rdp_epsilon
 from fl_shared.audit.output import add_format, print_csv, print_json
 from fl_shared.audit.proposal import Proposal, Standing, add_proposal, dataset_name, proposal_of, standings
 from fl_shared.audit.source import add_source, open_ledger
 from fl_shared.errors import ConfigError
+from fl_shared.privacy.accounting.pld import pld_epsilon, steps_epsilon
+from fl_shared.privacy.accounting.renyi import curve_epsilon, rdp_epsilon
 
 HELP = "what a run would cost, before it is launched"
 EXAMPLES = """

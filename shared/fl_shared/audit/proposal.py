@@ -7,15 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fl_shared.accounting.calibrate import noise_that_fits, steps_that_fit
-from fl_shared.accounting.gate import Filter
-from fl_shared.accounting.merge import Key, key_of
-from fl_shared.commands import path
+from fl_shared.cli.parsers import path
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import BudgetRecord, LedgerReader
 from fl_shared.ledger.reader import filter_of
-from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.accounting.calibrate import noise_that_fits, steps_that_fit
+from fl_shared.privacy.accounting.gate import Filter
+from fl_shared.privacy.accounting.merge import Key, key_of
+from fl_shared.privacy.mechanism import Mechanism
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from fl_shared.accounting import pld_epsilon, rdp_epsilon
-from fl_shared.accounting.merge import Key, key_of
-from fl_shared.accounting.renyi import curve_epsilon
 from fl_shared.audit.output import add_format, print_csv, print_json, table
 from fl_shared.audit.source import add_source, open_ledger
 from fl_shared.ledger import LedgerReader, Spend
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.accounting import pld_epsilon, rdp_epsilon
+from fl_shared.privacy.accounting.merge import Key, key_of
+from fl_shared.privacy.accounting.renyi import curve_epsilon
+from fl_shared.privacy.mechanism import Mechanism
 
 HELP = "what each run cost"
 EXAMPLES = """

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_shared.completion import completed_by, known_sites
+from fl_shared.cli.completion import completed_by, known_sites
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
+from fl_shared.fields import load_toml
+from fl_shared.files import sqlite_url
+from fl_shared.identity.signing import ed25519_key
 from fl_shared.ledger import Ledger, LedgerReader, bundle
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import site_id
-from fl_shared.paths import sqlite_url
-from fl_shared.settings import load_toml
-from fl_shared.signing import ed25519_key
 
 HOME_VARIABLE = "FL_CLIENT_HOME"
 

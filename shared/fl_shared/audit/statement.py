@@ -17,14 +17,14 @@ from fl_shared.audit.report.stated import stated_of
 from fl_shared.audit.source import add_source, home_of, public_key, reachable, summary
 from fl_shared.audit.verify import pins
 from fl_shared.canonical import file_sha256, parse_json, sha256_hex
-from fl_shared.commands import add_quiet, path
-from fl_shared.console import working
+from fl_shared.cli.console import working
+from fl_shared.cli.extras import require
+from fl_shared.cli.parsers import add_quiet, path
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
-from fl_shared.extras import require
+from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.ledger import Ledger, receipts
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import run_id, site_id
-from fl_shared.signing import SigningKey, open_document, sign_document
 
 HELP = "a signed privacy statement (PDF, HTML, JSON)"
 EXAMPLES = """

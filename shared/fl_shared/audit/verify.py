@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fl_shared.audit.output import add_format, print_json
 from fl_shared.audit.source import add_source, public_key, reachable
-from fl_shared.commands import add_quiet
-from fl_shared.console import working
+from fl_shared.cli.console import working
+from fl_shared.cli.parsers import add_quiet
 from fl_shared.errors import ConfigError, printable
 from fl_shared.ledger import Ledger, bundle, receipts
 from fl_shared.ledger.reconcile import reconcile

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from fl_shared import __version__
 from fl_shared.canonical import parse_json
 from fl_shared.errors import ConfigError, LedgerError, damaged, shown
+from fl_shared.files import sqlite_url
 from fl_shared.ledger import chain, merkle, receipts
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader
@@ -32,7 +33,6 @@ from fl_shared.ledger.replay import Replay, Total
 from fl_shared.ledger.shard import EVENT_FIELDS
 from fl_shared.ledger.store import Store
 from fl_shared.names import site_id
-from fl_shared.paths import sqlite_url
 
 FORMAT = "concordat-bundle/1"
 _COLUMNS = tuple(column.name for column in entries.columns)

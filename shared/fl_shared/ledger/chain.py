@@ -22,10 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.canonical import canonical_bytes, sha256_hex
 from fl_shared.errors import LedgerError, damaged, shown
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import ENTRY_KINDS, entries
 from fl_shared.ledger.records import Entry, Head, Problem
-from fl_shared.signing import SigningKey
 
 GENESIS_HASH = "0" * 64
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z").fullmatch

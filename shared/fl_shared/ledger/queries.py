@@ -8,7 +8,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.merge import Key
 from fl_shared.ledger.models import (
     budgets,
     datasets,
@@ -20,7 +19,8 @@ from fl_shared.ledger.models import (
     tally_keys,
 )
 from fl_shared.ledger.records import BudgetRecord, Dataset, Reservation, Spend
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.accounting.merge import Key
+from fl_shared.privacy.mechanism import Mechanism
 
 
 @dataclass(frozen=True)

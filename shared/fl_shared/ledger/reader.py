@@ -9,13 +9,13 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.gate import Filter
-from fl_shared.accounting.renyi import curve_epsilon
 from fl_shared.errors import LedgerError
 from fl_shared.ledger import chain, merkle, queries
 from fl_shared.ledger.models import entries, keys
 from fl_shared.ledger.records import BudgetRecord, Dataset, Entry, Head, Position, Reservation, Spend
 from fl_shared.ledger.store import Store
+from fl_shared.privacy.accounting.gate import Filter
+from fl_shared.privacy.accounting.renyi import curve_epsilon
 
 ACCOUNTANT = "rdp"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.renyi import curve_epsilon
+from fl_shared.documents.manifest import Receipt
 from fl_shared.errors import ConcordatError
 from fl_shared.ledger import chain, merkle
 from fl_shared.ledger.models import entries
@@ -23,8 +23,8 @@ from fl_shared.ledger.receipts import Kept
 from fl_shared.ledger.records import Spend
 from fl_shared.ledger.replay import Replay
 from fl_shared.ledger.shard import EVENT_FIELDS
-from fl_shared.manifest import Receipt
 from fl_shared.names import ALONE
+from fl_shared.privacy.accounting.renyi import curve_epsilon
 
 _TOLERANCE = 1e-6  # of epsilon; versions of the accountant may differ in the last digits
 

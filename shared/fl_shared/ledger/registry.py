@@ -9,17 +9,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.gate import Filter, default_order
-from fl_shared.accounting.merge import key_of
 from fl_shared.errors import ConfigError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import chain, queries
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import OVERALL, budgets, datasets, keys, overlaps
 from fl_shared.ledger.reader import name_of
 from fl_shared.ledger.records import BudgetRecord, Dataset, Entry
 from fl_shared.ledger.writer import LedgerWriter
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.accounting.gate import Filter, default_order
+from fl_shared.privacy.accounting.merge import key_of
+from fl_shared.privacy.mechanism import Mechanism
 
 _SAID = "the site's configuration says that they share units ([data] shares_units_with)"
 

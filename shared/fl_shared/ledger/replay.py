@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fl_shared.accounting.gate import Filter
-from fl_shared.accounting.merge import Key
-from fl_shared.accounting.renyi import step_curve
 from fl_shared.errors import ConcordatError
 from fl_shared.ledger.models import OUTCOMES
 from fl_shared.ledger.records import Problem
+from fl_shared.privacy.accounting.gate import Filter
+from fl_shared.privacy.accounting.merge import Key
+from fl_shared.privacy.accounting.renyi import step_curve
 
 # The replay adds millions of doubles one by one; the gate itself sums exactly.
 _TOLERANCE = 1e-6

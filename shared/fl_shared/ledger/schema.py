@@ -8,10 +8,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from fl_shared.files import sqlite_url
 from fl_shared.ledger.models import APPEND_ONLY, metadata
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store, migrations, upgrade
-from fl_shared.paths import sqlite_url
 
 
 def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:

@@ -11,7 +11,6 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.merge import key_of
 from fl_shared.errors import BudgetExhausted, ConfigError, LedgerError
 from fl_shared.ledger import chain, queries
 from fl_shared.ledger.faults import fault
@@ -19,7 +18,8 @@ from fl_shared.ledger.models import OVERALL, reservations, settlements
 from fl_shared.ledger.reader import filter_of, name_of
 from fl_shared.ledger.records import Dataset, Entry, Reservation, Spend
 from fl_shared.ledger.registry import Registry, check_delta_against
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.accounting.merge import key_of
+from fl_shared.privacy.mechanism import Mechanism
 
 _INSERT_RESERVATION = reservations.insert()
 _INSERT_SETTLEMENT = settlements.insert()

@@ -18,12 +18,12 @@ import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fl_shared.errors import damaged, shown
+from fl_shared.identity.signing import ed25519_key
 from fl_shared.ledger.chain import Links, is_plain
 from fl_shared.ledger.merkle import leaf_hash, whole
 from fl_shared.ledger.models import TYPED, entries
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
-from fl_shared.signing import ed25519_key
 
 LEVEL = 11  # larger ones leave cores idle at the end
 SIZE = 1 << LEVEL  # entries of one stretch

@@ -18,12 +18,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
+from fl_shared.cli.extras import require
 from fl_shared.errors import ConfigError, LedgerError, damaged
-from fl_shared.extras import require
+from fl_shared.files import sqlite_url
 from fl_shared.ledger.migrations import HEAD
 from fl_shared.ledger.readable import ReadableFile
-from fl_shared.paths import sqlite_url
-from fl_shared.private import create_file
+from fl_shared.runtime.private_files import create_file
 
 BUSY_SECONDS = 120
 _ADVISORY_LOCK = 0x1ED6E4

@@ -20,11 +20,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.merge import Key
-from fl_shared.accounting.pld import steps_epsilon
-from fl_shared.accounting.renyi import curve_epsilon
 from fl_shared.canonical import sha256_hex
 from fl_shared.errors import LedgerError, SignatureError, shown
+from fl_shared.identity.signing import ed25519_key, verify
 from fl_shared.ledger import chain, merkle, shard
 from fl_shared.ledger.damage import misfits
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
@@ -32,7 +30,9 @@ from fl_shared.ledger.records import Entry, Problem
 from fl_shared.ledger.replay import Place, Replay, Total
 from fl_shared.ledger.schema import schema_problems
 from fl_shared.ledger.store import Store
-from fl_shared.signing import ed25519_key, verify
+from fl_shared.privacy.accounting.merge import Key
+from fl_shared.privacy.accounting.pld import steps_epsilon
+from fl_shared.privacy.accounting.renyi import curve_epsilon
 
 MOST_PROBLEMS = 1000
 

@@ -8,15 +8,15 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 
-from fl_shared.accounting.merge import Key
 from fl_shared.errors import LedgerError, SignatureError
+from fl_shared.identity.signing import SigningKey, verify
 from fl_shared.ledger import chain, merkle
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import OVERALL, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader, current_key, entry_hash, genesis_of, now
 from fl_shared.ledger.records import Entry
 from fl_shared.ledger.store import Store
-from fl_shared.signing import SigningKey, verify
+from fl_shared.privacy.accounting.merge import Key
 
 FORMAT = 1
 

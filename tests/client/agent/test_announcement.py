@@ -13,8 +13,8 @@ from client_gateway import Gateway
 from fl_client.agent.announcement import EVERY_S, Announcer
 from fl_client.agent.questions import RETRY_S
 from fl_client.agent.site import base_digest, base_targets
-from fl_client.config import SiteConfig
-from fl_shared.base_model import BaseModel
+from fl_client.site.config import SiteConfig
+from fl_shared.documents.base_model import BaseModel
 from fl_shared.errors import EnrolmentError, TransportError
 
 BASE = BaseModel("sha256:" + "1" * 64, ("attention", "routed_experts"))

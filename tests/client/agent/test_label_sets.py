@@ -11,13 +11,13 @@ from client_agents import RealSite, spec
 from client_gateway import Gateway
 from numpy.typing import NDArray
 
-from fl_client.dp.noise import plan_grid
-from fl_client.dp.packing import FULL
+from fl_client.dp.mechanism.noise import plan_grid
+from fl_client.dp.records.packing import FULL
 from fl_client.dp.rounding import slack
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
-from fl_shared.adapter import unpack
-from fl_shared.manifest import RunSpec
+from fl_shared.adapters.safetensors import unpack
+from fl_shared.documents.manifest import RunSpec
 
 PATIENTS = 60
 TOP_K = 2  # experts of a token in the packaged base

@@ -16,10 +16,10 @@ import pytest
 from client_agents import SITE, RealSite
 from client_gateway import Gateway
 
-from fl_client.check import run_checks
-from fl_client.config import SiteConfig
-from fl_client.handover import make_meeting_place
-from fl_client.supernode import NodePlan, make_home
+from fl_client.agent.check import run_checks
+from fl_client.node.handover import make_meeting_place
+from fl_client.node.supernode import NodePlan, make_home
+from fl_client.site.config import SiteConfig
 from fl_shared.errors import ConfigError
 
 OTHER = "nobody"

@@ -16,13 +16,13 @@ import pytest
 from client_agents import MARKER, SITE, RealSite, body, spec
 from client_gateway import Gateway
 
+from fl_client.agent.status import agent_state
 from fl_client.model.load import load_model
-from fl_client.status import agent_state
-from fl_shared.adapter import digest
+from fl_shared.adapters.safetensors import digest
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.manifest import RunSpec
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 
 KILLS = [
     "round.checked",
@@ -135,7 +135,7 @@ def test_kill_at_every_step_of_a_round_never_loses_or_doubles_a_charge(site: Rea
 
 def _epsilon(site: RealSite, mechanisms: list[Mechanism]) -> float:
     """Epsilon of just these releases, by the ledger's gate in an empty ledger."""
-    from fl_shared.signing import SigningKey
+    from fl_shared.identity.signing import SigningKey
 
     path = site.home.root / f"oracle-{len(mechanisms)}.sqlite"
     ledger = Ledger.open(f"sqlite:///{path}", SigningKey.generate(), SITE)

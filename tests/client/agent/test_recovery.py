@@ -23,8 +23,8 @@ from client_agents import SITE, RealSite
 from client_gateway import Gateway
 from client_users import as_user, barrier
 
-from fl_client.status import agent_problems, agent_state
-from fl_client.supernode import free_port
+from fl_client.agent.status import agent_problems, agent_state
+from fl_client.node.supernode import free_port
 
 pytestmark = [pytest.mark.timeout(400)]
 

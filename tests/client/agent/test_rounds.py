@@ -15,10 +15,10 @@ from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter,
 
 from fl_client.agent.head import LedgerHead, require_newest
 from fl_client.agent.rounds import Rounds, Stopping
-from fl_shared.adapter import digest, pack, unpack
+from fl_shared.adapters.safetensors import digest, pack, unpack
+from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
 from fl_shared.errors import DataError, LedgerError, RunError
-from fl_shared.manifest import Receipt, Refusal, RunSpec
-from fl_shared.signing import SigningKey, open_document
+from fl_shared.identity.signing import SigningKey, open_document
 
 
 class Crash(BaseException):
@@ -118,7 +118,7 @@ def test_a_manifest_signed_by_another_key_is_refused(site: Site) -> None:
 
 def test_a_tampered_manifest_is_refused(site: Site) -> None:
     """Any change after signing breaks the signature."""
-    from fl_shared.signing import sign_document
+    from fl_shared.identity.signing import sign_document
 
     document = sign_document(site.coordinator, site.manifest().to_dict())
     document["body"]["round"] = 2

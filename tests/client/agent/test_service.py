@@ -17,9 +17,9 @@ from client_sites import Site, Trained, body
 
 from fl_client.agent.outgoing import Sealed
 from fl_client.agent.service import AgentService, serve
-from fl_shared.adapter import digest, pack, unpack
+from fl_shared.adapters.safetensors import digest, pack, unpack
 from fl_shared.errors import ConfigError
-from fl_shared.signing import SigningKey, sign_document
+from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoRequest, RoundHeader
 from fl_shared.wire.chunks import split
@@ -83,7 +83,7 @@ def test_the_socket_belongs_to_its_owner_alone(stub: agent_pb2_grpc.AgentStub, t
 
 def test_a_refusal_reaches_the_caller_signed_and_without_data(site: Site, stub: agent_pb2_grpc.AgentStub) -> None:
     """A manifest by a stranger's key: `refused`, no bytes."""
-    from fl_shared.signing import SigningKey
+    from fl_shared.identity.signing import SigningKey
 
     site.coordinator = SigningKey.generate()
     sealed = ask(stub, header_of(site, b""), [])

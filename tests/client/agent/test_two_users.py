@@ -17,7 +17,7 @@ from client_agents import RealSite
 from client_gateway import Gateway
 from client_users import MEET, MEETING, as_user, barrier
 
-from fl_client.status import agent_state
+from fl_client.agent.status import agent_state
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root to be two other users"),
@@ -54,7 +54,7 @@ for path in sys.argv[1:]:
 TRY = """
 import json, sys
 from pathlib import Path
-from fl_client.walls import try_walls
+from fl_client.node.walls import try_walls
 data = Path(sys.argv[1]) / "data.csv"
 data.write_text("private")
 found = {mode: try_walls({"the data": data}, mode) for mode in ("off", "auto", "require")}

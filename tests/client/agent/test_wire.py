@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from client_sites import Site, body, spec_table
 
-from fl_shared.adapter import WIRES, digest, unpack
+from fl_shared.adapters.safetensors import WIRES, digest, unpack
+from fl_shared.documents.manifest import Receipt, RunSpec
 from fl_shared.errors import DataError
-from fl_shared.manifest import Receipt, RunSpec
-from fl_shared.signing import open_document
+from fl_shared.identity.signing import open_document
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_client.config import DataConfig
 from fl_client.data.load import load_unit_data, most_units, restrict_labels
+from fl_client.site.config import DataConfig
 from fl_shared.errors import DataError
 
 TABLE = """patient,age,note,label

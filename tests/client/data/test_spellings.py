@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_client.config import DataConfig
 from fl_client.data.load import label_report, load_unit_data, require_labels, restrict_labels
 from fl_client.data.spellings import folded, run_labels
 from fl_client.data.units import UnitData
+from fl_client.site.config import DataConfig
 from fl_shared.errors import DataError
 
 

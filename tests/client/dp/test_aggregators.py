@@ -12,16 +12,16 @@ from safetensors.numpy import load_file
 
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import PREFIX, AdaptedModel
-from fl_client.dp.batches import pack_units
-from fl_client.dp.book import GradientBook
 from fl_client.dp.checks import check_layers
 from fl_client.dp.engine import EngineName
-from fl_client.dp.export import write_peft
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.layers.book import GradientBook
+from fl_client.dp.records.records import pack_units
+from fl_client.export.peft import write_peft
 from fl_client.model.load import TINY, LoadedModel, load_model
-from fl_client.training import export_peft, initial_adapter, train_round
+from fl_client.training.round import export_peft, initial_adapter, train_round
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import EngineError
-from fl_shared.manifest import RunSpec
 from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, small_config, units_of_records

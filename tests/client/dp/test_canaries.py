@@ -8,9 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from fl_client.dp import engine as engine_module
-from fl_client.dp import noise
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.canaries import (
+from fl_client.dp.audit.canaries import (
     CanaryReport,
     audit_gradients,
     audit_records,
@@ -18,10 +17,11 @@ from fl_client.dp.canaries import (
     random_records,
     worst_case_adapter,
 )
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.mechanism import noise
+from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
-from fl_shared.manifest import LoraSection
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.broken_books import PerTokenBook, UnclippedExpertsBook
 from helpers.random_models import adapted_small
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_client.dp import checks, lora_layers
+from fl_client.dp import checks
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.architectures import architecture_of, known_architectures
-from fl_client.dp.book import GradientBook
 from fl_client.dp.checks import StepCheck, check_layers
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.layers import lora as lora_layers
+from fl_client.dp.layers.book import GradientBook
+from fl_client.model.architectures import architecture_of, known_architectures
+from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
-from fl_shared.manifest import LoraSection
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
 
 LORA = LoraSection(rank=2, alpha=2.0, targets=("attention", "routed_experts"))

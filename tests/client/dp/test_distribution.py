@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fl_client.dp import distribution, noise, optimizer
+from fl_client.dp import optimizer
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.distribution import DistributionResult, check_distributions
+from fl_client.dp.audit import distribution
+from fl_client.dp.audit.distribution import DistributionResult, check_distributions
 from fl_client.dp.engine import DPEngine
-from fl_client.dp.sampling import PoissonSampler
-from fl_client.dp.secure_random import SecureStream
-from fl_shared.privacy import Mechanism
+from fl_client.dp.mechanism import noise
+from fl_client.dp.mechanism.sampling import PoissonSampler
+from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.random_models import adapted_small
 
 MECHANISM = Mechanism(noise_multiplier=1.5, sampling_probability=0.1, steps=3, clipping_norm=0.7)

@@ -13,13 +13,13 @@ from opacus.accountants import RDPAccountant
 
 from fl_client.dp import optimizer
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import Records
 from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
-from fl_client.dp.packing import Packed, cut, pack
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.records.packing import Packed, cut, pack
+from fl_client.dp.records.records import Records
 from fl_shared.errors import EngineError
-from fl_shared.privacy import Mechanism
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.clipped import clipped_sum
 from helpers.random_models import adapted_small, units_of_records
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from fl_client.dp import engine as engine_module
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.batches import Records
-from fl_client.dp.book import GradientBook
 from fl_client.dp.engine import DPEngine, EngineName, precision_of
-from fl_client.dp.lora_layers import LoraExperts, Routing
-from fl_client.dp.packing import FULL, Packed, pack
+from fl_client.dp.layers.book import GradientBook
+from fl_client.dp.layers.lora import LoraExperts, Routing
+from fl_client.dp.records.packing import FULL, Packed, pack
+from fl_client.dp.records.records import Records
 from fl_client.dp.rounding import slack
 from helpers.broken_books import PerTokenBook, UnclippedExpertsBook
 from helpers.clipped import clipped_sum, group_errors

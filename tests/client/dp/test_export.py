@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fl_client.dp.adapt import AdaptedModel, adapt
-from fl_client.dp.canaries import worst_case_adapter
-from fl_client.dp.export import write_peft
+from fl_client.dp.audit.canaries import worst_case_adapter
+from fl_client.export.peft import write_peft
 from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.load import TINY, load_model
-from fl_client.training import initial_adapter, predict
-from fl_shared.adapter import pack
+from fl_client.training.round import initial_adapter, predict
+from fl_shared.adapters.safetensors import pack
+from fl_shared.documents.manifest import LoraSection, RunSpec
 from fl_shared.errors import ModelError
-from fl_shared.manifest import LoraSection, RunSpec
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
 
 torch.set_num_threads(1)

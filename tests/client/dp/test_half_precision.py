@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.engine import precision_of
-from fl_client.dp.lora_layers import LoraExperts
+from fl_client.dp.layers.lora import LoraExperts
 from helpers.clipped import clipped_sum, group_errors
 from helpers.random_models import ARCHITECTURES, adapted_small, cast_base, units_of_records
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_client.dp import invariance, lora_layers
+from fl_client.dp import invariance
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.checks import check_layers
 from fl_client.dp.invariance import check_invariance
-from fl_client.dp.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
+from fl_client.dp.layers import lora as lora_layers
+from fl_client.dp.layers.routing import Routing
+from fl_client.dp.records.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
 from fl_client.dp.rounding import slack
-from fl_client.dp.routing import Routing
 from fl_shared.errors import EngineError
 from helpers.clipped import clipped_sum
 from helpers.hostile_adapters import (
@@ -134,7 +135,7 @@ def test_rows_of_experts_come_in_few_numbers(seed: int) -> None:
 def test_experts_without_lora_keep_to_it() -> None:
     """Experts that carry no adapter multiply by the same few shapes."""
     from fl_client.dp.adapt import adapt
-    from fl_shared.manifest import LoraSection
+    from fl_shared.documents.manifest import LoraSection
     from helpers.random_models import float_model, quantise_in_place, small_config
 
     for quantised in (True, False):

@@ -11,7 +11,7 @@ import torch
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.magnitude import check_magnitude
-from fl_client.model.quant_layers import QuantExperts, QuantLinear
+from fl_client.model.quantised.layers import QuantExperts, QuantLinear
 from fl_shared.errors import PolicyRefusal
 from helpers.hostile_adapters import ATTACKS
 from helpers.random_models import ARCHITECTURES, adapted_small

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fl_client.dp import noise
-from fl_client.dp.noise import (
+from fl_client.dp.mechanism import noise
+from fl_client.dp.mechanism.noise import (
     BASE_WIDTH,
     BLOCK,
     CELLS,
@@ -24,7 +24,7 @@ from fl_client.dp.noise import (
     noisy_sum,
     plan_grid,
 )
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
 # One in a million: how often a right implementation fails a distribution test under a random key. The keys here are

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from fl_client.dp.one_run import audit, chance, epsilon_lower_bound
+from fl_client.dp.audit.one_run import audit, chance, epsilon_lower_bound
 from fl_shared.errors import EngineError
 
 

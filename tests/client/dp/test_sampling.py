@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fl_client.dp.sampling import PoissonSampler
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.mechanism.sampling import PoissonSampler
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
 FALSE_ALARM = 1e-6

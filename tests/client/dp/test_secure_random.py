@@ -9,8 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
-from fl_client.dp import secure_random
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.mechanism import secure_random
+from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
 KEY = bytes(range(32))

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fl_client.dp import segments as module
-from fl_client.dp.book import GradientBook
-from fl_client.dp.packing import Packed
+from fl_client.dp.layers import segments as module
+from fl_client.dp.layers.book import GradientBook
+from fl_client.dp.layers.segments import ROUNDING, find_segments, squared_norms
+from fl_client.dp.records.packing import Packed
 from fl_client.dp.rounding import slack
-from fl_client.dp.segments import ROUNDING, find_segments, squared_norms
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fl_client.dp.secure_random import SecureStream
+from fl_client.dp.mechanism.secure_random import SecureStream
 from helpers import rank_steps
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GraniteMoeConfig, PhimoeConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fl_client.dp.architectures import Architecture, known_architectures
+from fl_client.model.architectures import Architecture, known_architectures
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.layout import expert_modules, quantised_linears, skeleton, stored_tensors
 from fl_client.model.load import load_model
-from fl_client.model.quant_layers import dequantise, quantise_tensor
 from fl_client.model.quantise import quantise_directory
+from fl_client.model.quantised.layers import dequantise, quantise_tensor
 from fl_shared.errors import ModelError
 
 Make = Callable[[str], tuple[PreTrainedModel, Path]]

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fl_client.model import quant_matmul
-from fl_client.model.quant_tensor import quantise_tensor
+from fl_client.model.quantised import matmul as quant_matmul
+from fl_client.model.quantised.tensor import quantise_tensor
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None,
@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(
 INTERPRETED = """
 import torch
 from fl_client.model import quant_matmul, quant_triton
-from fl_client.model.quant_tensor import quantise_tensor
+from fl_client.model.quantised.tensor import quantise_tensor
 torch.set_num_threads(1)
 torch.manual_seed(0)
 ends = torch.tensor([20, 20, 37, 37, 43], dtype=torch.int32)
@@ -55,7 +55,7 @@ print("equal")
 ALONE = """
 import torch
 from fl_client.model import quant_triton
-from fl_client.model.quant_tensor import quantise_tensor
+from fl_client.model.quantised.tensor import quantise_tensor
 torch.set_num_threads(1)
 torch.manual_seed(0)
 torch.use_deterministic_algorithms(True)

@@ -25,12 +25,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fl_client.model import quant_matmul
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY, load_model
-from fl_client.model.quant_layers import QuantExperts, QuantLinear, dequantise, quantise_tensor
 from fl_client.model.quantise import quantise_directory
+from fl_client.model.quantised import matmul as quant_matmul
+from fl_client.model.quantised.layers import QuantExperts, QuantLinear, dequantise, quantise_tensor
 from fl_client.model.recipe.pretrain import train_tokenizer
 from fl_shared.errors import ModelError
 

@@ -9,11 +9,11 @@ import pytest
 
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
-from fl_server.runs.releases import Releases
+from fl_server.registry.promotions import Releases
 from fl_server.runs.service import CommittedRound, Reply, Runs
-from fl_shared.adapter import digest, pack
+from fl_shared.adapters.safetensors import digest, pack
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, RunError
-from fl_shared.manifest import RunSpec
 from helpers.coordinators import spec_toml
 
 

@@ -20,10 +20,10 @@ import sqlalchemy as sa
 from fl_server.db.models import RUN_STATES, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.service import CommittedRound, Reply, Runs
-from fl_shared.adapter import digest, pack
+from fl_shared.adapters.safetensors import digest, pack
+from fl_shared.documents.manifest import RoundManifest, RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
-from fl_shared.manifest import RoundManifest, RunSpec
-from fl_shared.signing import SigningKey, open_document
+from fl_shared.identity.signing import SigningKey, open_document
 
 _numbers = itertools.count(1)
 

@@ -13,9 +13,9 @@ from fl_server.aggregation import RoundAggregate
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.service import CommittedRound, Reply, Runs
-from fl_shared.adapter import Tensors
+from fl_shared.adapters.safetensors import Tensors
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import RunError
-from fl_shared.manifest import RunSpec
 
 SITES = ("h-1", "h-2", "h-3")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from fl_shared.accounting import pld_epsilon, rdp_epsilon
 from fl_shared.audit.cli import VERBS, main
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.accounting import pld_epsilon, rdp_epsilon
 from helpers.ledgers import ROUND, SITE, opened, with_budget, with_releases
 
 KEY = SigningKey.generate()

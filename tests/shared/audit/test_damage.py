@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fl_shared.audit.cli import main
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import bundle
 from fl_shared.ledger.models import metadata
 from fl_shared.ledger.receipts import Kept
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, opened, receipt, story
 
 KEY = SigningKey.generate()

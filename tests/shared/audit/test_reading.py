@@ -19,9 +19,9 @@ import pytest
 
 from fl_shared.audit.cli import main
 from fl_shared.errors import LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, opened, with_budget
 
 KEY = SigningKey.generate()
@@ -30,8 +30,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from fl_shared.ledger import Ledger
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.mechanism import Mechanism
+from fl_shared.identity.signing import SigningKey
 home = Path(sys.argv[1])
 step = Mechanism(noise_multiplier=1.0, sampling_probability=0.1, steps=1, clipping_norm=1.0)
 with Ledger.open(f"sqlite:///{home}/ledger.sqlite", SigningKey.load(home / "signing.pem"), "hospital-001") as ledger:

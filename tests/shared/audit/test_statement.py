@@ -11,9 +11,9 @@ from pypdf import PdfReader
 
 from fl_shared.audit.cli import main
 from fl_shared.audit.report.facts import best_guess, statement_id
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.ledgers import ROUND, opened, with_budget
 
 KEY = SigningKey.generate()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import opened
 from helpers.postgres import fresh_schema
 

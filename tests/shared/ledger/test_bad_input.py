@@ -11,8 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, in_process, opened, with_budget
 from helpers.postgres import fresh_schema
 

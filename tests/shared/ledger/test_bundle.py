@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import bundle
 from fl_shared.ledger.models import metadata
 from fl_shared.ledger.verify import Report, verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import SITE, opened, story, with_releases
 
 Line = dict[str, Any]

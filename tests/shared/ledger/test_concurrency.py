@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 
-from fl_shared.accounting import steps_that_fit
 from fl_shared.errors import BudgetExhausted
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import filter_of
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.accounting import steps_that_fit
 from helpers.ledgers import ROUND, SITE, fork, opened, with_budget
 
 PROCESSES = 64

@@ -13,13 +13,13 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fl_shared.accounting import pld_epsilon, rdp_epsilon
 from fl_shared.errors import BudgetExhausted, ConfigError, LedgerError, SignatureError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger, merkle
 from fl_shared.ledger.models import APPEND_ONLY, metadata
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.accounting import pld_epsilon, rdp_epsilon
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.ledgers import ROUND, SITE, Clock, opened, story, with_budget
 
 

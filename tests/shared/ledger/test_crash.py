@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from fl_shared.errors import SignatureError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, in_process, opened, with_budget
 
 PLACES = ("begin", "before-entry", "entry", "tree", "row", "before-commit", "committed")

@@ -9,11 +9,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from fl_shared.errors import LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.migrations import HEAD
 from fl_shared.ledger.models import metadata
 from fl_shared.ledger.store import Store, alembic_config, downgrade, upgrade
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import SITE, opened, story
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
 from fl_shared.ledger.receipts import Kept, load
 from fl_shared.ledger.reconcile import reconcile
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, opened, receipt, with_releases
 
 

@@ -6,11 +6,11 @@ import pytest
 import sqlalchemy as sa
 
 from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
 from fl_shared.ledger.models import APPEND_ONLY, metadata
 from fl_shared.ledger.roles import grant
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, opened, story
 from helpers.postgres import fresh_schema
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fl_shared.errors import ConfigError, LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.suspension import (
     FAILED_REASON,
@@ -15,8 +16,7 @@ from fl_shared.ledger.suspension import (
     note_computed_again,
 )
 from fl_shared.ledger.verify import verify_ledger
-from fl_shared.privacy import Mechanism
-from fl_shared.signing import SigningKey
+from fl_shared.privacy.mechanism import Mechanism
 from helpers.ledgers import SITE, opened, with_budget
 
 CHEAP = Mechanism(noise_multiplier=100.0, sampling_probability=0.01, steps=1, clipping_norm=1.0)

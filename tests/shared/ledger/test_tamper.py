@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fl_shared.errors import ConcordatError, LedgerError
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import shard
 from fl_shared.ledger.models import metadata
 from fl_shared.ledger.verify import Checkpoint, Report, verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import ROUND, SITE, opened, story
 
 COLUMNS = [(table.name, column.name) for table in metadata.sorted_tables for column in table.columns]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.models import metadata
 from fl_shared.ledger.verify import Checkpoint, verify_ledger
-from fl_shared.signing import SigningKey
 from helpers.ledgers import SITE, opened, story
 from helpers.postgres import fresh_schema
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fl_shared.audit import chart
-from fl_shared.audit.history import Point
-from fl_shared.audit.report import words
+from fl_shared.audit.report import chart, words
+from fl_shared.audit.report.history import Point
 from fl_shared.audit.report.stated import NOT_STATED
 from fl_shared.errors import printable
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_shared.errors import ConfigError
-from fl_shared.settings import Fields, load_toml
+from fl_shared.fields import Fields, load_toml
 
 SECTION = "statement"
 NOT_STATED = "not stated"

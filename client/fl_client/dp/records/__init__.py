@@ -1,0 +1,1 @@
+"""Records as token ids, grouped by unit, packed into micro-batches."""

@@ -1,0 +1,1 @@
+"""What a site measures for its own Prometheus: rounds, budget, GPU."""

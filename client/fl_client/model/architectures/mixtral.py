@@ -1,0 +1,14 @@
+"""Mixtral: no shared experts; checkpoints call the block `block_sparse_moe`."""
+
+from fl_client.model.architectures.base import Architecture
+
+ARCHITECTURES = (
+    Architecture(
+        model_type="mixtral",
+        attention=tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        shared_experts=(),
+        routed_experts="mlp.experts",
+        router=("mlp.gate",),
+        renames=((".block_sparse_moe.gate.weight", ".mlp.gate.weight"),),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Flower's half of a site and what keeps it away: SuperNode, tunnel, sandbox, system call filter, probe."""

@@ -1,0 +1,490 @@
+"""The site's tunnel: ends the SuperNode's TLS on loopback and goes on with mutual TLS 1.3.
+
+Flower's SuperNode can present no client certificate, and the key of the site's certificate must not
+be in its reach. So it talks to this process, which belongs to the trusted half, forwards nothing but
+the Fleet calls named in `FLEET_CALLS`, and holds the shipped app against the site's allow-list when
+it passes by (`get-fab`). What was hashed is what is delivered: answers come without any content coding,
+a new message is made around the hashed bytes, and neither redirects nor foreign headers reach the
+SuperNode, which would follow them. Outbound connections honour `HTTPS_PROXY`, but not to this machine itself.
+
+Run as `python -m fl_client.node.tunnel` with one JSON line on standard input (`TunnelSettings`) and the
+listening socket inherited as a file descriptor; it ends when standard input does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import functools
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import socket
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from fl_client.identity.enrolment import verified_context
+from fl_client.node.admission import admit
+from fl_client.node.sandbox import die_with_parent, forbid_inspection
+from fl_client.site.config import ANY_APP
+from fl_client.site.files import write_durably
+from fl_shared.wire.hosts import by_proxy
+
+log = logging.getLogger("fl_client.node.tunnel")
+
+FLEET_CALLS = frozenset(
+    {
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+        "get-run",
+        "get-fab",
+    }
+)
+MAX_APP_BYTES = 16 << 20
+MAX_CONNECTIONS = 64
+HANDSHAKE_S = 10.0
+OFF_LINE_S = 6.0
+TIMEOUT_S = 300.0
+READY = "tunnel ready"
+NODE_LEFT = "the SuperNode has left, or is out of step"
+_DEBTS = ("confirm-message-received", "push-messages")
+_HANDLED = ("get-fab", "activate-node", *_DEBTS)
+_MAX_SMALL_BYTES = 1 << 20
+
+_HOP_HEADERS = frozenset(
+    {
+        "host",
+        "connection",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "accept-encoding",
+        "content-encoding",
+        "expect",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+_KEPT_HEADERS = ("content-type", "content-length", "retry-after")
+
+
+@dataclass(frozen=True)
+class TunnelSettings:
+    """What the tunnel process needs; sent to it on standard input, never in arguments."""
+
+    listen_fd: int
+    fleet_url: str
+    ca: str
+    certificate: str
+    key: str
+    local_certificate: str
+    local_key: str
+    apps: list[str]
+    node_file: str
+
+    def to_line(self) -> bytes:
+        """Return the JSON line that `python -m fl_client.node.tunnel` reads."""
+        return json.dumps(asdict(self)).encode("utf-8") + b"\n"
+
+
+def make_local_certificate(certificate: Path, key: Path, *, mode: int = 0o600) -> None:
+    """Write a fresh self-signed certificate for 127.0.0.1 (`mode`), valid a year, and its key (0600)."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "concordat site tunnel")])
+    now = dt.datetime.now(dt.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(days=365))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    write_durably(
+        key,
+        private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    )
+    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode)
+
+
+def sole_app(answer: bytes) -> tuple[str, bytes]:
+    """Return `sha256:<hex>` of the app inside a serialised `GetFabResponse`, and a new message around that app.
+
+    The digest is computed here; the hash that the coordinator states in the message is not believed. The new
+    message holds the hashed bytes and nothing that its reader could take for another app: no second `fab`, no
+    unknown field. Raises ValueError when the bytes are no such message or hold no app.
+    """
+    from flwr.proto.fab_pb2 import Fab, GetFabResponse
+    from google.protobuf.message import DecodeError
+
+    try:
+        found = GetFabResponse.FromString(answer).fab
+    except DecodeError as error:
+        raise ValueError("the app that the coordinator sent cannot be read") from error
+    if not found.content:
+        raise ValueError("the coordinator sent no app")
+    digest = hashlib.sha256(found.content).hexdigest()
+    made = Fab(hash_str=digest, content=found.content, verifications=dict(found.verifications))
+    return f"sha256:{digest}", GetFabResponse(fab=made).SerializeToString(deterministic=True)
+
+
+def activated_node(answer: bytes) -> int:
+    """Return the node id in a serialised `ActivateNodeResponse`; ValueError when it is none."""
+    from flwr.proto.fleet_pb2 import ActivateNodeResponse
+    from google.protobuf.message import DecodeError
+
+    try:
+        return ActivateNodeResponse.FromString(answer).node_id
+    except DecodeError as error:
+        raise ValueError("the coordinator's answer cannot be read") from error
+
+
+def deactivation(node: int) -> bytes:
+    """Return the serialised request that takes node `node` off line."""
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+
+    return DeactivateNodeRequest(node_id=node).SerializeToString()
+
+
+class Credentials:
+    """The site's certificate and key as they lie on disk; a renewal replaces them while the tunnel runs."""
+
+    def __init__(self, ca: Path, certificate: Path, key: Path) -> None:
+        """Take the three files; they are read by `context`."""
+        self._ca = ca
+        self._pair = (certificate, key)
+
+    def stamp(self) -> tuple[int, ...]:
+        """Another value after each replacement; OSError in the moment of an exchange."""
+        return tuple(number for path in self._pair for number in (path.stat().st_ino, path.stat().st_mtime_ns))
+
+    def context(self) -> ssl.SSLContext:
+        """A TLS context with what lies there now; OSError when certificate and key do not fit just now."""
+        return verified_context(self._ca.read_text("ascii"), *self._pair)
+
+
+class Debts:
+    """The replies that the SuperNode owes: it asks for work again only after it has answered.
+
+    After an order that broke off while it was received (its run had ended) Flower's SuperNode gets out of step: it
+    asks for the next order while a reply is still being made, and that reply stays until yet another order comes.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is owed yet."""
+        self._owed: set[str] = set()
+
+    def note(self, call: str, body: bytes, status: int) -> None:
+        """Follow a call and the status of its answer. What cannot be read is the SuperLink's business."""
+        from flwr.proto.fleet_pb2 import PushMessagesRequest
+        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+        from google.protobuf.message import DecodeError
+
+        with contextlib.suppress(DecodeError):
+            if call == "push-messages":
+                replies = PushMessagesRequest.FromString(body).messages_list
+                self._owed -= {reply.metadata.reply_to_message_id for reply in replies}
+            elif call == "confirm-message-received" and status == 200:
+                self._owed.add(ConfirmMessageReceivedRequest.FromString(body).message_object_id)
+
+    def called_in(self) -> bool:
+        """Whether something was owed; from now on nothing is."""
+        owed = bool(self._owed)
+        self._owed.clear()
+        return owed
+
+
+class Tunnel:
+    """Forwards Fleet calls to `fleet_url` with `credentials`.
+
+    `apps` is the allow-list of app digests, or `["any"]`. `node_file` remembers the node's id, so that a
+    SuperNode that was killed can come back at once: the SuperLink holds a silent node on line for a minute
+    and would refuse it until then.
+
+    A renewed certificate is taken up with the next call; calls under way end on the connections that they have.
+    """
+
+    def __init__(self, fleet_url: str, credentials: Credentials, apps: list[str], node_file: Path) -> None:
+        """Prepare the outgoing connections; nothing is opened yet. OSError when the credentials cannot be used."""
+        self._url = fleet_url
+        self._credentials = credentials
+        self._stamp = credentials.stamp()
+        self._apps = apps
+        self._node_file = node_file
+        self._complained = 0.0
+        self._debts = Debts()
+        self._client = self._outgoing(credentials.context())
+
+    def _outgoing(self, context: ssl.SSLContext) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            verify=context,
+            trust_env=by_proxy(self._url),
+            timeout=httpx.Timeout(TIMEOUT_S, connect=15.0),
+            limits=httpx.Limits(max_connections=32, max_keepalive_connections=8),
+            follow_redirects=False,
+        )
+
+    def _now(self) -> httpx.AsyncClient:
+        """The outgoing connections with the certificate of the moment."""
+        try:
+            stamp = self._credentials.stamp()
+            if stamp == self._stamp:
+                return self._client
+            context = self._credentials.context()
+        except OSError:
+            return self._client  # the two files are being exchanged; the next call looks again
+        former, self._client, self._stamp = self._client, self._outgoing(context), stamp
+        log.info("took up the renewed certificate")
+        loop = asyncio.get_running_loop()
+        loop.call_later(TIMEOUT_S + 30.0, lambda: loop.create_task(former.aclose()))
+        return self._client
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        made = Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        made.router.redirect_slashes = False
+        return made
+
+    async def forward(self, request: Request) -> Response:
+        """Pass one Fleet call on; anything else is a 404 that never leaves the site."""
+        call = request.path_params["call"]
+        if call not in FLEET_CALLS:
+            log.warning("refused to forward %r: not a Fleet call of a site", call[:80])
+            return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
+        if call == "deactivate-node" or (call == "pull-messages" and self._debts.called_in()):
+            print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.node.supernode`
+        dropped = {*_HOP_HEADERS, *(word.strip() for word in request.headers.get("connection", "").lower().split(","))}
+        if "transfer-encoding" in request.headers:
+            dropped.add("content-length")  # the body's length is what was received, not what was announced beside it
+        headers = [(k, v) for k, v in request.headers.items() if k not in dropped]
+        headers.append(("accept-encoding", "identity"))
+        try:
+            if call in _HANDLED:
+                return await self._handled(call, [(k, v) for k, v in headers if k != "content-length"], request)
+            answer = await self._send(call, headers, request.stream())
+        except httpx.HTTPError as error:
+            self._complain(f"the coordinator cannot be reached: {error or type(error).__name__}")
+            return PlainTextResponse("the coordinator cannot be reached", status_code=503)
+        refused = await self._refused(call, answer)
+        if refused is not None:
+            return refused
+        return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=_kept(answer))
+
+    async def _send(
+        self, call: str, headers: list[tuple[str, str]], content: bytes | AsyncIterator[bytes]
+    ) -> httpx.Response:
+        client = self._now()
+        request = client.build_request("POST", f"{self._url}/{call}", headers=headers, content=content)
+        return await client.send(request, stream=True)
+
+    async def _refused(self, call: str, answer: httpx.Response) -> Response | None:
+        """The answer to give instead of one that means something else to its reader than to this process.
+
+        Flower's SuperNode follows redirects, takes any status of 2xx for success and undoes content codings.
+        """
+        coded = {word.strip() for word in answer.headers.get("content-encoding", "").lower().split(",")} - {"identity"}
+        if answer.status_code in (401, 403):
+            self._complain(f"the coordinator refuses this site's calls (status {answer.status_code})")
+        if (answer.status_code == 200 or answer.status_code >= 400) and coded <= {""}:
+            return None
+        await answer.aclose()
+        why = f"status {answer.status_code}" if answer.status_code != 200 else "a content coding"
+        log.warning("refused an answer of the coordinator to %s: it has %s", call, why)
+        return PlainTextResponse(f"refused by the site: the answer has {why}", status_code=502)
+
+    async def _handled(self, call: str, headers: list[tuple[str, str]], request: Request) -> Response:
+        """Calls whose answer the tunnel reads: the shipped app, and the node's id."""
+        body = bytearray()
+        async for block in request.stream():
+            body += block
+            if len(body) > _MAX_SMALL_BYTES:
+                return PlainTextResponse("the request is too large", status_code=413)
+        if call == "activate-node":
+            await self._deactivate_left_over(headers)
+        answer = await self._send(call, headers, bytes(body))
+        if call in _DEBTS:
+            self._debts.note(call, bytes(body), answer.status_code)
+        refused = await self._refused(call, answer)
+        if refused is not None:
+            return refused
+        found = await _whole(answer, MAX_APP_BYTES)
+        if found is None:
+            log.warning("refused an answer of the coordinator to %s: larger than %d bytes", call, MAX_APP_BYTES)
+            return PlainTextResponse("refused by the site: too large", status_code=403)
+        kind = {k: v for k, v in _kept(answer).items() if k != "content-length"}
+        if answer.status_code == 200:
+            try:
+                found = self._inspected(call, found)
+            except ValueError as error:
+                log.warning("refused by the site: %s", error)
+                return PlainTextResponse(f"refused by the site: {error}", status_code=403)
+        return Response(found, status_code=answer.status_code, headers=kind)
+
+    def _inspected(self, call: str, answer: bytes) -> bytes:
+        """Return what is passed on in place of an answer; ValueError says why nothing is."""
+        if call in _DEBTS:
+            return answer
+        if call == "activate-node":
+            write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
+            self._debts.called_in()
+            return answer
+        digest, delivered = sole_app(answer)
+        if self._apps != [ANY_APP] and digest not in self._apps:
+            raise ValueError(f"app {digest} is not in [policy] apps")
+        log.info("passed the coordinator's app %s", digest)
+        return delivered
+
+    async def _deactivate_left_over(self, headers: list[tuple[str, str]]) -> None:
+        """Take the node of a killed SuperNode off line, with the signature that its successor just made."""
+        try:
+            node = int(self._node_file.read_text("ascii"))
+        except (OSError, ValueError):
+            return
+        answer = await self._send("deactivate-node", headers, deactivation(node))
+        await _whole(answer, _MAX_SMALL_BYTES)
+        if answer.status_code == 200:
+            # The order that died with the old SuperNode is sent again only if the coordinator, which looks
+            # every second or so, sees the node gone.
+            log.info("took the former SuperNode off line; its successor follows in %.0f s", OFF_LINE_S)
+            await asyncio.sleep(OFF_LINE_S)
+
+    def _complain(self, message: str) -> None:
+        """Log a condition that lasts at most once a minute."""
+        if time.monotonic() - self._complained > 60.0 or self._complained == 0.0:
+            self._complained = time.monotonic()
+            log.warning("%s", message)
+
+
+def _kept(answer: httpx.Response) -> dict[str, str]:
+    return {k: answer.headers[k] for k in _KEPT_HEADERS if k in answer.headers}
+
+
+async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for block in answer.aiter_raw():
+            yield block
+    finally:
+        await answer.aclose()
+
+
+async def _whole(answer: httpx.Response, limit: int) -> bytes | None:
+    """Return the body of an answer, None when it is larger than `limit`."""
+    body = bytearray()
+    async for block in _relay(answer):
+        body += block
+        if len(body) > limit:
+            return None
+    return bytes(body)
+
+
+class _Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol, which takes 64 KiB of a request's head and no more, and says when it is over."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config, state, {})
+        self.over = asyncio.Event()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.over.set()
+
+
+async def _serve(settings: TunnelSettings) -> None:
+    credentials = Credentials(Path(settings.ca), Path(settings.certificate), Path(settings.key))
+    config = uvicorn.Config(
+        Tunnel(settings.fleet_url, credentials, settings.apps, Path(settings.node_file)).app(),
+        ssl_certfile=settings.local_certificate,
+        ssl_keyfile=settings.local_key,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=3,
+        http="h11",
+    )
+    server = uvicorn.Server(config)
+    loop = asyncio.get_running_loop()
+
+    def keeper_gone() -> None:
+        if not os.read(0, 1):
+            loop.remove_reader(0)
+            server.should_exit = True
+
+    loop.add_reader(0, keeper_gone)
+    listener = socket.socket(fileno=settings.listen_fd)
+    serving = asyncio.create_task(server.serve(sockets=[]))  # the connections are made here, so many and no more
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.02)
+
+    async def connect(arrived: socket.socket) -> None:
+        made = functools.partial(_Connection, config, server.server_state)
+        _, connection = await loop.connect_accepted_socket(
+            made, arrived, ssl=config.ssl, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
+        )
+        await connection.over.wait()
+
+    admitting = asyncio.create_task(admit(listener, MAX_CONNECTIONS, connect))
+    admitting.add_done_callback(lambda _: setattr(server, "should_exit", True))  # a shut door is no tunnel
+    print(READY, flush=True)
+    try:
+        await serving
+    finally:
+        admitting.cancel()
+
+
+def main() -> int:
+    """Run the tunnel until standard input ends."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    die_with_parent()
+    forbid_inspection()
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        block = os.read(0, 1)
+        if not block:
+            return 1
+        line += block
+    asyncio.run(_serve(TunnelSettings(**json.loads(line))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

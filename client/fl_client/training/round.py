@@ -1,0 +1,306 @@
+"""One round at a site: from the global adapter to a private update, and the evaluation of an adapter.
+
+The adapter on the wire is the difference from the run's seeded start (docs/decisions/0001). `train_round` returns the
+further difference that this site's data made; before any private text is read it has nothing but public numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fl_client.data.units import UnitData
+from fl_client.dp.adapt import AdaptedModel, adapt
+from fl_client.dp.checks import StepCheck, check_layers
+from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, precision_of
+from fl_client.dp.initial import initial_tensors
+from fl_client.dp.kernels import independent_rows
+from fl_client.dp.magnitude import check_magnitude
+from fl_client.dp.records.packing import cut, pack
+from fl_client.dp.records.records import MAX_UNITS, Records, label_rows, pad_ids, token_ids, tokenise
+from fl_client.dp.shard import Shard
+from fl_client.export.peft import write_peft
+from fl_client.model.load import LoadedModel
+from fl_client.training.public import train_public
+from fl_shared.documents.manifest import RunSpec
+from fl_shared.errors import ConfigError, DataError, EngineError
+from fl_shared.privacy.mechanism import Mechanism
+
+log = logging.getLogger("fl_client.training.round")
+
+Tensors = dict[str, NDArray[np.float32]]
+_EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a round made.
+
+    Attributes:
+        update: tensor name to float32 difference from the adapter that came in.
+        executed: what was done to the data.
+        report: figures (seconds, truncated texts, coverage of experts). Some are as private as the data: they are
+            neither sent nor logged.
+    """
+
+    update: Tensors
+    executed: Mechanism
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How an adapter does on labelled texts.
+
+    Attributes:
+        accuracy: share of right answers.
+        majority: share of the commonest label among these texts.
+        n: number of texts.
+    """
+
+    accuracy: float
+    majority: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model at a round's start. Nothing in it depends on private data.
+
+    Attributes:
+        adapted: the model, with the global adapter in it.
+        start: tensor name to what lies in it.
+        frozen: planned tensors that do not move in this run.
+    """
+
+    adapted: AdaptedModel
+    start: Tensors
+    frozen: frozenset[str]
+
+
+def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
+    """The run's public start: the same at every site, from `spec.training.seed_adapter`."""
+    return initial_tensors(_adapted(model, spec), spec.training.seed_adapter)
+
+
+@memory_errors_typed()
+def prepare_round(
+    model: LoadedModel,
+    spec: RunSpec,
+    offset: Mapping[str, NDArray[np.float32]],
+    *,
+    private: bool = True,
+    max_adapter_norm: float = math.inf,
+    records_per_unit: int = 1,
+) -> Prepared:
+    """The public half of a round: adapt the model, load seeded start + `offset`, check the layers, try the engine.
+
+    It reads no private data, so whatever it raises may be told and costs nothing. `records_per_unit` is the most that
+    the site's configuration allows.
+
+    Raises:
+        ConfigError: the adapter does not belong to model and spec. EngineError: a group of layers that the model
+        does not have, layers whose per-unit gradients are not those of the batch-size-1 loop, or a mechanism that
+        the engine cannot execute. PolicyRefusal: a factor is larger than `max_adapter_norm` times the base's weight.
+    """
+    adapted = _adapted(model, spec)
+    start = _load(adapted, spec, offset)
+    frozen = frozen_tensors(adapted, spec)
+    check_magnitude(adapted, max_adapter_norm)
+    if private:
+        rows = spec.task.max_tokens * records_per_unit
+        check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=rows, engine=model.engine)
+        asked = spec.training
+        DPEngine(
+            adapted,
+            Records((), np.zeros(0, dtype=np.int64), (), 0),
+            spec.mechanism(),
+            learning_rate=asked.learning_rate,
+            head_learning_rate=asked.head_learning_rate,
+            momentum=asked.momentum,
+            expected_batch=1.0,
+            engine=model.engine,
+            frozen=frozen,
+        ).close()
+    return Prepared(adapted, start, frozen)
+
+
+@memory_errors_typed()
+def train_round(
+    model: LoadedModel,
+    data: UnitData,
+    spec: RunSpec,
+    mechanism: Mechanism,
+    offset: Mapping[str, NDArray[np.float32]],
+    *,
+    round: int,
+    progress: Callable[..., None] | None = None,
+    engine: EngineName | None = None,
+    expected_batch: float | None = None,
+    most_units: int | None = None,
+    records_per_unit: int | None = None,
+    max_units: int = MAX_UNITS,
+    private: bool = True,
+    shard: Shard | None = None,
+) -> TrainingResult:
+    """Train `mechanism.steps` private steps from seeded start + `offset`.
+
+    Args:
+        model: the base; it stays loaded and unchanged between rounds.
+        data: this site's records and units.
+        spec: task, LoRA and learning rates.
+        mechanism: what the ledger has reserved; exactly this is executed.
+        offset: the global adapter as it came over the wire; empty in round 1.
+        round: number of the round, for messages.
+        progress: called as `progress(step=i, steps=n)` after every step; may raise to stop.
+        engine: `book`, or `hooks` for Opacus' own per-sample gradients; the model's when left out.
+        expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out, which
+            then counts as public. With no unit at all it is needed, and the update is noise alone.
+        most_units, records_per_unit: public bounds on units, and on records of each; the data's own figures when left
+            out, which then count as public: the grid of the noise follows from both, and can be read off an update.
+        max_units: units in a micro-batch; halved when memory runs out.
+        private: False trains without clipping and noise. Only for data that the site's policy declares public.
+        shard: this process's share, when several processes of the site train together (private training only).
+
+    Raises:
+        DataError: a label outside the set. EngineError: anything that would make the result differ from what is
+        charged, and memory that runs out. Nothing is returned then, and nothing may be released.
+    """
+    started = time.perf_counter()
+    if records_per_unit is None:
+        records_per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
+    prepared = prepare_round(model, spec, offset, private=private, records_per_unit=records_per_unit)
+    adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
+    records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
+    report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
+    if private:
+        runner = DPEngine(
+            adapted,
+            records,
+            mechanism,
+            learning_rate=spec.training.learning_rate,
+            head_learning_rate=spec.training.head_learning_rate,
+            momentum=spec.training.momentum,
+            expected_batch=expected_batch,
+            most_units=most_units,
+            engine=engine or model.engine,
+            frozen=frozen,
+            max_units=max_units,
+            shard=shard,
+        )
+        check = StepCheck(adapted, frozen)
+
+        def after_step(number: int) -> None:
+            check.after(number)
+            if progress is not None:
+                progress(step=number, steps=mechanism.steps)
+
+        runner.run(after_step)
+        executed = runner.executed()
+        report |= runner.report()
+    else:
+        executed = train_public(adapted, records, mechanism, spec, frozen=frozen, progress=progress)
+    update = {
+        name: parameter.detach().float().cpu().numpy() - start[name]
+        for name, parameter in adapted.plan.items()
+        if name not in frozen
+    }
+    for name, value in update.items():
+        if not np.isfinite(value).all():
+            raise EngineError(f"the update of {name} is not finite", fix="lower the learning rates")
+    seconds = time.perf_counter() - started
+    report |= {"seconds": seconds, "seconds_per_step": seconds / max(1, mechanism.steps)}
+    log.info("round %d: %d steps in %.1f s", round, executed.steps, seconds)
+    return TrainingResult(update, executed, report)
+
+
+def evaluate(
+    model: LoadedModel,
+    offset: Mapping[str, NDArray[np.float32]],
+    texts: Sequence[str],
+    labels: Sequence[str],
+    spec: RunSpec,
+) -> Evaluation:
+    """Accuracy of seeded start + `offset` on public labelled texts. DataError when there are none."""
+    if not texts or len(texts) != len(labels):
+        raise DataError(f"{len(texts)} texts and {len(labels)} labels", fix="give one label per text, at least one")
+    truth = label_rows(labels, spec.task.labels)
+    right = int((predict(model, offset, texts, spec).argmax(1) == truth).sum())
+    majority = int(np.bincount(truth).max())
+    return Evaluation(right / len(texts), majority / len(texts), len(texts))
+
+
+def predict(
+    model: LoadedModel, offset: Mapping[str, NDArray[np.float32]], texts: Sequence[str], spec: RunSpec
+) -> NDArray[np.float32]:
+    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are.
+
+    The logits of a text are the same bits whichever others are asked for beside it.
+    """
+    adapted = _adapted(model, spec)
+    _load(adapted, spec, offset)
+    check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens, engine=model.engine)
+    ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
+    nothing = np.zeros(len(ids), dtype=np.int64)
+    records = Records(ids, nothing, tuple(np.arange(len(ids))[:, None]), truncated)
+    found = np.zeros((len(ids), len(spec.task.labels)), dtype=np.float32)
+    adapted.classifier.eval()
+    with torch.no_grad(), independent_rows(model.device, precision_of(adapted)):
+        if model.engine == "hooks":  # one by one, as it trains
+            for row, each in enumerate(ids):
+                found[row] = adapted.classifier(*pad_ids([each], model.device)).cpu().numpy()
+            return found
+        for rows in cut(records, range(len(ids)), max_units=_EVALUATION_BATCH, heights=adapted.heights):
+            batch = pack(records, rows, model.device, heights=adapted.heights)
+            owners = [rows[at] for at in batch.unit_of_record.tolist()]
+            found[owners] = adapted.classifier.packed(batch).cpu().numpy()
+    return found
+
+
+def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
+    """Write seeded start + `offset` as a directory that stock PEFT loads onto the float model, plus the head."""
+    adapted = _adapted(model, spec)
+    start = _load(adapted, spec, offset)
+    write_peft(adapted, start, directory, labels=spec.task.labels, digest=model.digest)
+    (directory / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _adapted(model: LoadedModel, spec: RunSpec) -> AdaptedModel:
+    core = spec.run.aggregation == "fed-sb"
+    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std, core=core)
+
+
+def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:
+    """Planned tensors that the run's aggregator keeps at their seeded start; they are in no update."""
+    factors = {"ffa": (".lora_A",), "fed-sb": (".lora_A", ".lora_B")}.get(spec.run.aggregation, ())
+    return frozenset(name for name in adapted.plan if any(factor in name for factor in factors))
+
+
+def _load(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:
+    """Put seeded start + offset into the model, and return it.
+
+    Raises ConfigError when names or shapes differ, or the offset names a tensor that stays at its start.
+    """
+    start = initial_tensors(adapted, spec.training.seed_adapter)
+    moving = start.keys() - frozen_tensors(adapted, spec)
+    for name, value in offset.items():
+        if name not in moving or start[name].shape != value.shape:
+            raise ConfigError(
+                f"the adapter's tensor {name!r} {list(value.shape)} does not belong to this model and spec",
+                fix="check that coordinator and site use the same base model and run spec",
+            )
+        start[name] = start[name] + value.astype(np.float32)
+    with torch.no_grad():
+        for name, parameter in adapted.plan.items():
+            parameter.copy_(torch.from_numpy(start[name]))
+    return start

@@ -1,0 +1,1 @@
+"""The gRPC service behind `fl-admin` and `fl-audit`."""

@@ -1,0 +1,1 @@
+"""Flower's SuperLink: its process, its nodes, its runs."""

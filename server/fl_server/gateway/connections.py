@@ -1,0 +1,237 @@
+"""Lets connections in: counted by address until they show a certificate, by site from then on, never for ever.
+
+A connection that does not finish its handshake, or a request's head, in time is closed; so is one more than an
+address or a site may have open. Whoever holds many connections open, or sends a byte a minute, uses up its own
+places and nobody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import resource
+import socket
+import ssl
+from dataclasses import dataclass, field
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from fl_server.identity.authority import Identity, identity
+from fl_shared.errors import ConfigError, EnrolmentError
+from fl_shared.runtime.limits import Places, network
+
+log = logging.getLogger("fl_server.gateway.app")
+
+HANDSHAKE_S = 10.0
+HEAD_S = 15.0
+CLOSING_S = 5.0
+MAX_CONNECTIONS = 4096
+MAX_FOR_AN_ADDRESS = 32
+MAX_FOR_A_SITE = 64
+# Control characters, a line feed or carriage return alone, a folded line.
+_UNFIT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)|\r\n[ \t]")
+
+
+@dataclass
+class Doors:
+    """The places that are taken just now."""
+
+    everybody: Places = field(default_factory=lambda: Places(MAX_CONNECTIONS))
+    addresses: Places = field(default_factory=lambda: Places(MAX_FOR_AN_ADDRESS))
+    sites: Places = field(default_factory=lambda: Places(MAX_FOR_A_SITE))
+
+
+class Visit:
+    """One connection's places: of its address, and of its site instead once that is known."""
+
+    def __init__(self, doors: Doors, address: str) -> None:
+        self._doors = doors
+        self._address = network(address)
+        self._site = ""
+        self._gone = False
+
+    def begin(self) -> bool:
+        """Take a place; False when there is none."""
+        if not self._doors.everybody.take(""):
+            return False
+        if not self._doors.addresses.take(self._address):
+            self._doors.everybody.give_back("")
+            return False
+        return True
+
+    def identified(self, site: str) -> bool:
+        """Change the address's place for one of the site; False when there is none."""
+        if not self._doors.sites.take(site):
+            return False
+        self._doors.addresses.give_back(self._address)
+        self._site = site
+        return True
+
+    def end(self) -> None:
+        """Give the places back; once."""
+        if self._gone:
+            return
+        self._gone = True
+        self._doors.everybody.give_back("")
+        if self._site:
+            self._doors.sites.give_back(self._site)
+        else:
+            self._doors.addresses.give_back(self._address)
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol with a deadline for a request's head.
+
+    Puts into the scope's state `who`, the identity in the client certificate that TLS has verified (or None), and
+    `abort`, which ends the connection at once.
+    """
+
+    def __init__(self, visit: Visit, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config, state, {})
+        self._visit = visit
+        self._deadline: asyncio.TimerHandle | None = None
+        self._tail = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's type
+        """After the handshake."""
+        super().connection_made(transport)
+        who = _identity(transport)
+        self.app_state = {"who": who, "abort": transport.abort}
+        if who is not None and not self._visit.identified(f"{who.role} {who.name}"):
+            log.warning("%s has too many connections", who.name)
+            transport.abort()
+            return
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The places are free again."""
+        self._visit.end()
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of a head or of a body; the application watches over bodies."""
+        if self.conn.their_state is h11.IDLE and not self._fit(data):
+            self.send_400_response("The request's head is malformed.")
+            return
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:  # a body went wrong after its answer had begun: there is no 400 any more
+            self.transport.abort()
+            return
+        if self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+            self.transport.abort()  # another request before the answer to this one: no client of ours does that
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
+        else:
+            self._watch()
+
+    def _fit(self, data: bytes) -> bool:
+        """Whether these bytes of a head can be read in one way only; h11 itself reads folded lines, too."""
+        seen = self._tail + data
+        end = seen.find(b"\r\n\r\n")
+        self._tail = b"" if end >= 0 else seen[-3:]
+        return _UNFIT.search(seen[:end] if end >= 0 else seen) is None
+
+    def _watch(self) -> None:
+        # Not begun anew with every byte: the whole head must be there in time.
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_S, self._too_slow)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+def _identity(transport: asyncio.BaseTransport) -> Identity | None:
+    tls = transport.get_extra_info("ssl_object")
+    der = tls.getpeercert(True) if tls is not None else None
+    if not der:
+        return None
+    try:
+        return identity(der)
+    except EnrolmentError as error:
+        log.warning("a certificate of ours that names nobody: %s", error.message)
+        return None
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A listening socket; ConfigError when the address cannot be used."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        made = socket.create_server((host, port), family=found[0][0], backlog=512)
+    except OSError as error:
+        raise ConfigError(
+            f"[server] listen: {host}:{port} cannot be used: {error}", fix="free the port, or correct listen"
+        ) from error
+    made.setblocking(False)
+    return made
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many connections as the system allows it; the soft limit is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_CONNECTIONS + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+async def serve(server: uvicorn.Server, tls: ssl.SSLContext, listening: socket.socket) -> None:
+    """Serve until SIGTERM. uvicorn runs the application; the connections are made here."""
+    loop = asyncio.get_running_loop()
+    doors = Doors()
+    greetings: set[asyncio.Task[None]] = set()
+    serving = asyncio.create_task(server.serve(sockets=[]))
+
+    async def greet(arrived: socket.socket, visit: Visit) -> None:
+        try:
+            await loop.connect_accepted_socket(
+                lambda: Connection(visit, server.config, server.server_state),
+                arrived,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_S,
+                ssl_shutdown_timeout=CLOSING_S,
+            )
+        except (OSError, asyncio.CancelledError):  # a failed or late handshake is an OSError, too
+            visit.end()
+
+    async def admit() -> None:
+        while not server.should_exit:
+            try:
+                arrived, address = await loop.sock_accept(listening)
+            except OSError as error:
+                log.error("cannot accept a connection: %s", error)
+                await asyncio.sleep(0.5)
+                continue
+            visit = Visit(doors, str(address[0]))
+            if not visit.begin():
+                arrived.close()
+                continue
+            task = asyncio.create_task(greet(arrived, visit))
+            greetings.add(task)
+            task.add_done_callback(greetings.discard)
+
+    admitting = asyncio.create_task(admit())
+    # A door that nobody keeps is no service: the process ends then, and the supervisor starts another.
+    admitting.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    try:
+        await serving
+        if admitting.done() and not admitting.cancelled() and (error := admitting.exception()):
+            raise error
+    finally:
+        for task in (admitting, *greetings):
+            task.cancel()
+        await asyncio.gather(admitting, *greetings, return_exceptions=True)
+        listening.close()

@@ -1,0 +1,1 @@
+"""The coordinator's home: its folders, its settings (server.toml), durable writes into it."""

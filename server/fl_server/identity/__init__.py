@@ -1,0 +1,1 @@
+"""Who may connect: the certificate authority, sites and operators, and the rotation of the coordinator's keys."""

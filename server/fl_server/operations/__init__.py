@@ -1,0 +1,1 @@
+"""Keep a coordinator alive: set-up, supervision of its processes, metrics, backups."""

@@ -1,0 +1,1 @@
+"""Committed adapters under names: promotions."""

@@ -1,0 +1,286 @@
+"""One round of a run: sends every site its signed order, collects the replies, hands over their average.
+
+The rule of a round, in full (docs/rounds.md tells it to admins). Every site is asked once it is online and
+has answered earlier rounds. A reply counts when its signature, digests, shapes and values are right. An order
+that was lost on the way (a killed SuperNode, an agent that is being restarted) is sent again until the
+deadline; the site answers a repeat from its store. A site that is revoked is no longer waited for. The round ends
+
+* when every site has answered;
+* at once when too many have refused for the quorum to be reached;
+* at the deadline;
+* `OFFLINE_GRACE_S` after the quorum is reached, if every site that is still missing is offline.
+
+With a quorum of good replies the round is committed, otherwise the run fails, naming each site's answer.
+What comes later is kept as `late` (`fl_server.rounds.stragglers`), and is in no average.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common import Array
+from flwr.serverapp import Grid
+
+from fl_server.aggregation import Form, RoundAggregate
+from fl_server.db.models import SiteRow
+from fl_server.identity.sites import Sites
+from fl_server.rounds.inbox import Inbox
+from fl_server.rounds.replies import BadReply, Expected, parts
+from fl_server.rounds.stragglers import Straggler, Stragglers
+from fl_server.runs.service import CommittedRound, Reply, Runs
+from fl_shared.adapters.safetensors import digest
+from fl_shared.documents.manifest import RunSpec
+from fl_shared.errors import DataError, RunError
+from fl_shared.identity.signing import SigningKey
+
+POLL_S = 1.0
+RESEND_S = 3.0
+OFFLINE_GRACE_S = 30.0
+PULL_BYTES = 16 << 20
+EXPIRY_MARGIN_S = 300.0
+
+
+class QuorumMissed(RunError):
+    """The round cannot be committed; the message names each site's answer."""
+
+    default_code = "quorum-missed"
+
+
+class Interrupted(RunError):
+    """An admin stopped or paused the run."""
+
+
+@dataclass
+class _Asked:
+    """One site in the round that is under way."""
+
+    site: str
+    node: int
+    expected: Expected
+    manifest: str
+    message: str = ""
+    earliest: float = 0.0
+    reply: Reply | None = None
+    form: Form = ()
+    problem: str = "it was never online"
+
+
+class Round:
+    """One round of one run."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        sites: Sites,
+        key: SigningKey,
+        grid: Grid,
+        spec: RunSpec,
+        *,
+        attempt: str,
+        number: int,
+        base: bytes,
+        late: Stragglers,
+    ) -> None:
+        self._runs = runs
+        self._sites = sites
+        self._late = late
+        self._attempt = attempt
+        self._grid = grid
+        self._inbox = Inbox(grid)
+        self._spec = spec
+        self._number = number
+        self._base_bytes = base
+        run = spec.run.name
+        self._updates = RoundAggregate(spec, base, runs.server_state(run, number - 1, base), runs.adapter_folder(run))
+        self._received = 0
+        self._largest = 1
+        self._began = time.monotonic()
+        self._asked = [self._ask(key, sites.get(site)) for site in spec.run.sites]
+
+    def _ask(self, key: SigningKey, row: SiteRow) -> _Asked:
+        ttl = self._spec.run.round_timeout_s + EXPIRY_MARGIN_S
+        manifest, _ = self._runs.issue_manifest(
+            self._spec, self._number, row.site, digest(self._base_bytes), key, secrets.token_hex(16), ttl
+        )
+        return _Asked(row.site, int(row.node_id or 0), self._expected(row), manifest)
+
+    def _expected(self, row: SiteRow) -> Expected:
+        run, number, site, adapter = self._spec.run.name, self._number, row.site, digest(self._base_bytes)
+
+        def issued(found: str) -> bool:
+            return self._runs.issued(found, run, number, site, adapter)
+
+        return Expected(self._spec, number, site, row.signing_key, issued)
+
+    def _look_at_sites(self) -> None:
+        """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled anew."""
+        rows = {row.site: row for row in self._sites.all()}
+        for each in self._open():
+            row = rows[each.site]
+            node = int(row.node_id or 0)
+            if row.state != "enrolled":
+                each.reply = Reply(each.site, "missing", "not-enrolled", f"the site is {row.state}")
+                self._note(each)
+            elif node != each.node:
+                each.node, each.expected, each.message = node, self._expected(row), ""
+
+    def _good(self) -> int:
+        """How many right replies can be averaged with one another."""
+        return self._updates.most
+
+    def _open(self) -> list[_Asked]:
+        return [each for each in self._asked if each.reply is None]
+
+    def collect(self, still_wanted: Callable[[], bool]) -> CommittedRound:
+        """Ask, wait and average; the round to commit.
+
+        Raises:
+            QuorumMissed: fewer good replies than the quorum, at the deadline or for certain.
+            Interrupted: `still_wanted` said no.
+        """
+        deadline = self._began + self._spec.run.round_timeout_s
+        quorum = self._spec.run.quorum
+        quorum_at = 0.0
+        while self._open():
+            if not still_wanted():
+                raise Interrupted(f"round {self._number} was interrupted")
+            self._look_at_sites()
+            online = set(self._grid.get_node_ids())
+            self._late.pull()
+            self._send(online, deadline)
+            self._pull()
+            self._give_up_lost_orders(online)
+            now = time.monotonic()
+            if self._good() >= quorum:
+                quorum_at = quorum_at or now
+                waiting_for_offline = all(each.node not in online for each in self._open())
+                if waiting_for_offline and now > quorum_at + OFFLINE_GRACE_S:
+                    break
+            elif self._good() + len(self._open()) < quorum:
+                break
+            if now > deadline:
+                break
+            time.sleep(POLL_S)
+        for each in self._open():
+            each.reply = Reply(each.site, "missing", "no-answer", f"no answer in time: {each.problem}")
+            if each.message:
+                until = deadline + EXPIRY_MARGIN_S
+                self._late.add(Straggler(each.site, self._number, each.message, each.expected, until))
+        self._reject_other_forms()
+        replies = [each.reply for each in self._asked if each.reply is not None]
+        good = sum(1 for reply in replies if reply.status == "ok")
+        if good < quorum:
+            self._runs.record_replies(self._spec.run.name, self._number, replies)
+            said = "; ".join(
+                f"{reply.site}: {reply.code or reply.status}: {reply.message}" if reply.status != "ok" else
+                f"{reply.site}: ok"
+                for reply in replies
+            )  # fmt: skip
+            raise QuorumMissed(
+                f"round {self._number} has {good} of the {quorum} replies it needs ({said})",
+                fix="see `fl-admin runs show`; mend the cause, then `fl-admin runs resume`",
+            )
+        adapter, state = self._updates.finish()
+        return CommittedRound(
+            run=self._spec.run.name,
+            attempt=self._attempt,
+            round=self._number,
+            adapter=adapter,
+            state=state,
+            replies=replies,
+            received_bytes=self._received,
+            seconds=time.monotonic() - self._began,
+        )
+
+    def _reject_other_forms(self) -> None:
+        """In the first round: the replies whose tensors are not those of most sites count as invalid."""
+        try:
+            right, problem = self._updates.winner(), "its tensors are not those of most sites"
+        except DataError as error:
+            right, problem = (), error.message
+        for each in self._asked:
+            if each.reply is not None and each.reply.status == "ok" and each.form != right:
+                each.reply = Reply(each.site, "invalid", "bad-update", problem)
+                self._note(each)
+
+    def _note(self, each: _Asked) -> None:
+        if each.reply is not None:
+            text = f"{each.reply.code}: {each.reply.message}" if each.reply.code else ""
+            kind = f"reply-{each.reply.status}"
+            self._runs.note(self._spec.run.name, kind, text, round=self._number, site=each.site)
+
+    def _send(self, online: set[int], deadline: float) -> None:
+        """Push the order to every site that is online and has none under way, one message at a time."""
+        run = self._spec.run.name
+        for each in self._open():
+            now = time.monotonic()
+            if each.message or each.node not in online or now < each.earliest:
+                continue
+            busy = self._late.busy_with(each.site)
+            if busy:
+                each.problem = f"it is still at work on round {busy}"
+                continue
+            left = max(deadline - now, 1.0) + EXPIRY_MARGIN_S
+            content = RecordDict(
+                {
+                    "arrays": ArrayRecord({"adapter": Array(np.frombuffer(self._base_bytes, dtype=np.uint8))}),
+                    "config": ConfigRecord({"manifest": each.manifest, "timeout-s": left}),
+                }
+            )
+            message = Message(content, dst_node_id=each.node, message_type="train", ttl=left + 60.0)
+            pushed = list(self._grid.push_messages([message]))
+            if pushed and pushed[0]:
+                each.message, each.problem = pushed[0], "it was asked and has not answered"
+                self._runs.note(run, "site-asked", "has the order", round=self._number, site=each.site)
+            else:
+                each.earliest, each.problem = now + RESEND_S, "Flower did not take the order"
+
+    def _pull(self) -> None:
+        by_message = {each.message: each for each in self._open() if each.message}
+        for message in self._inbox.take(list(by_message), PULL_BYTES // self._largest):
+            each = by_message.get(message.metadata.reply_to_message_id)
+            if each is not None:
+                each.message = ""
+                self._take(each, message)
+            del message  # before the next one is fetched: memory stays that of one update
+
+    def _give_up_lost_orders(self, online: set[int]) -> None:
+        """An order dies with the SuperNode that it was given to, also when that had begun to send the reply."""
+        run = self._spec.run.name
+        for each in self._open():
+            if each.message and each.node not in online:
+                each.message, each.problem = "", "it went off line while it was asked"
+                self._runs.note(run, "order-lost", each.problem, round=self._number, site=each.site)
+
+    def _take(self, each: _Asked, message: Message) -> None:
+        if message.has_error():
+            each.earliest = time.monotonic() + RESEND_S
+            each.problem = f"its SuperNode broke off (Flower error {message.error.code})"
+            return
+        try:
+            each.reply = self._judge(each, message.content)
+        except BadReply as error:
+            each.reply = Reply(each.site, "invalid", error.code, error.message)
+        if each.reply is None:
+            each.earliest = time.monotonic() + RESEND_S
+            each.problem = "its agent is not running"
+            return
+        self._note(each)
+
+    def _judge(self, each: _Asked, content: RecordDict) -> Reply | None:
+        status, document, update = parts(content)
+        self._received += len(update)
+        self._largest = max(self._largest, len(update))
+        if status != "ok":
+            return each.expected.refusal(status, document)
+        reply, tensors = each.expected.receipt(document, update)
+        try:
+            each.form = self._updates.add(tensors)
+        except DataError as error:
+            raise BadReply(error.message, code="bad-update") from error
+        return reply

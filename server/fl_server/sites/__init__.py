@@ -1,1 +1,0 @@
-"""Sites: invitation, enrolment, revocation."""
