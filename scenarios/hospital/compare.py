@@ -31,8 +31,9 @@ from fl_client.model.load import LoadedModel, load_model
 from fl_client.training.round import evaluate, initial_adapter, train_round
 from fl_server.aggregation import RoundAggregate
 from fl_shared.adapters.safetensors import pack, unpack
+from fl_shared.cli.entry import cli_main
 from fl_shared.documents.manifest import RunSpec
-from fl_shared.errors import ConfigError, cli_main
+from fl_shared.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
 EPILOG = """examples:

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
+from fl_server.rounds import pack
 from fl_server.rounds.app import agent_pb2 as shipped_pb2
-from fl_server.rounds.app import pack
 from fl_server.rounds.app.relay import RelayError, relay
 from fl_shared.runtime.threads import running_pool
 from fl_shared.wire import agent_pb2

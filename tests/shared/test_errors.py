@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fl_shared import errors
-from fl_shared.errors import ConcordatError, cli_main, printable
+from fl_shared.cli.entry import cli_main
+from fl_shared.errors import ConcordatError, printable
 
 CODES = {
     "ConcordatError": 1,

@@ -11,9 +11,10 @@ from typing import Any
 
 from fl_shared.cli.completion import complete
 from fl_shared.cli.console import facts, working
+from fl_shared.cli.entry import cli_main
 from fl_shared.cli.extras import require
 from fl_shared.cli.parsers import add_quiet, add_version, describe, path
-from fl_shared.errors import DataError, cli_main
+from fl_shared.errors import DataError
 from fl_shared.runtime.offline import stay_offline
 
 EXAMPLES = """\
@@ -208,8 +209,8 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     require_empty(options.out)
     spec, offset = RunSpec.from_toml(options.spec), _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
+    from fl_client.export.peft import export_peft
     from fl_client.model.load import load_model
-    from fl_client.training.round import export_peft
 
     model = load_model(options.model, options.device)
     options.say(f"writing {options.out}, and loading it with PEFT")

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from fl_client.site.config import UTF_8
 from fl_shared.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 MAX_FIELD_CHARACTERS = 1_000_000
-UTF_8 = "utf-8"
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _OTHER_KINDS = (
     (b"\x1f\x8b", "is compressed with gzip", "decompress it: gunzip FILE"),

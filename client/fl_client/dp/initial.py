@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fl_client.dp.adapt import AdaptedModel
-
-Tensors = dict[str, NDArray[np.float32]]
+from fl_shared.adapters.safetensors import Tensors
 
 
 def initial_tensors(adapted: AdaptedModel, seed: int) -> Tensors:

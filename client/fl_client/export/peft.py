@@ -27,7 +27,10 @@ from transformers import AutoModelForCausalLM
 
 from fl_client.dp.adapt import HEAD, PREFIX, AdaptedModel
 from fl_client.dp.layers.lora import ADAPTER
+from fl_client.dp.start import adapted_for, load_offset
+from fl_client.model.load import LoadedModel
 from fl_client.site.files import filled_or_gone
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ModelError
 
 _NESTED = {"gate_up": "base_layer.", "down": ""}
@@ -136,3 +139,11 @@ def _stock(name: str, value: NDArray[np.float32]) -> tuple[str, NDArray[np.float
                     return stock, value.reshape(-1, value.shape[-1])
                 return stock, value.transpose(1, 2, 0).reshape(value.shape[1], -1)
     return name, value
+
+
+def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
+    """Write seeded start + `offset` as a directory that stock PEFT loads onto the float model, plus the head."""
+    adapted = adapted_for(model, spec)
+    start = load_offset(adapted, spec, offset)
+    write_peft(adapted, start, directory, labels=spec.task.labels, digest=model.digest)
+    (directory / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fl_client.dp.records.records import token_ids
 from fl_client.model.load import LoadedModel
+from fl_client.model.tokens import token_ids
 
 MAX_TOKENS = 32
 

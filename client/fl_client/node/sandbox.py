@@ -38,8 +38,6 @@ from fl_client.node.forwarder import Target, forward
 from fl_client.node.reaping import Cgroup, kill_descendants, limit_tasks, reap_orphans
 from fl_client.node.record import Record
 
-MODES = ("auto", "require", "off")
-
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 _RULE_PATH, _RULE_PORT = 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from fl_client.data.tables import UTF_8
-from fl_client.node.sandbox import MODES
 from fl_client.site.address import server_url
 from fl_client.site.home import SiteHome
 from fl_shared.audit.report.stated import read_stated
@@ -29,6 +27,9 @@ RECORD = "record"
 PRIVACY_UNITS = (RECORD, "patient", "customer")
 DEVICES = ("auto", "cpu", "cuda")
 ENGINES = ("book", "hooks")
+UTF_8 = "utf-8"
+MODES = ("auto", "require", "off")
+"""[supernode] confine."""
 _DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 

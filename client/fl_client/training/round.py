@@ -6,13 +6,11 @@ further difference that this site's data made; before any private text is read i
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,25 +18,26 @@ import torch
 from numpy.typing import NDArray
 
 from fl_client.data.units import UnitData
-from fl_client.dp.adapt import AdaptedModel, adapt
+from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.checks import StepCheck, check_layers
 from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, precision_of
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.kernels import independent_rows
 from fl_client.dp.magnitude import check_magnitude
 from fl_client.dp.records.packing import cut, pack
-from fl_client.dp.records.records import MAX_UNITS, Records, label_rows, pad_ids, token_ids, tokenise
+from fl_client.dp.records.records import MAX_UNITS, Records, label_rows, pad_ids, tokenise
 from fl_client.dp.shard import Shard
-from fl_client.export.peft import write_peft
+from fl_client.dp.start import adapted_for, frozen_tensors, load_offset
 from fl_client.model.load import LoadedModel
+from fl_client.model.tokens import token_ids
 from fl_client.training.public import train_public
+from fl_shared.adapters.safetensors import Tensors
 from fl_shared.documents.manifest import RunSpec
-from fl_shared.errors import ConfigError, DataError, EngineError
+from fl_shared.errors import DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 
 log = logging.getLogger("fl_client.training.round")
 
-Tensors = dict[str, NDArray[np.float32]]
 _EVALUATION_BATCH = 512
 
 
@@ -90,7 +89,7 @@ class Prepared:
 
 def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
     """The run's public start: the same at every site, from `spec.training.seed_adapter`."""
-    return initial_tensors(_adapted(model, spec), spec.training.seed_adapter)
+    return initial_tensors(adapted_for(model, spec), spec.training.seed_adapter)
 
 
 @memory_errors_typed()
@@ -113,8 +112,8 @@ def prepare_round(
         does not have, layers whose per-unit gradients are not those of the batch-size-1 loop, or a mechanism that
         the engine cannot execute. PolicyRefusal: a factor is larger than `max_adapter_norm` times the base's weight.
     """
-    adapted = _adapted(model, spec)
-    start = _load(adapted, spec, offset)
+    adapted = adapted_for(model, spec)
+    start = load_offset(adapted, spec, offset)
     frozen = frozen_tensors(adapted, spec)
     check_magnitude(adapted, max_adapter_norm)
     if private:
@@ -247,8 +246,8 @@ def predict(
 
     The logits of a text are the same bits whichever others are asked for beside it.
     """
-    adapted = _adapted(model, spec)
-    _load(adapted, spec, offset)
+    adapted = adapted_for(model, spec)
+    load_offset(adapted, spec, offset)
     check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens, engine=model.engine)
     ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
     nothing = np.zeros(len(ids), dtype=np.int64)
@@ -265,42 +264,3 @@ def predict(
             owners = [rows[at] for at in batch.unit_of_record.tolist()]
             found[owners] = adapted.classifier.packed(batch).cpu().numpy()
     return found
-
-
-def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
-    """Write seeded start + `offset` as a directory that stock PEFT loads onto the float model, plus the head."""
-    adapted = _adapted(model, spec)
-    start = _load(adapted, spec, offset)
-    write_peft(adapted, start, directory, labels=spec.task.labels, digest=model.digest)
-    (directory / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def _adapted(model: LoadedModel, spec: RunSpec) -> AdaptedModel:
-    core = spec.run.aggregation == "fed-sb"
-    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std, core=core)
-
-
-def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:
-    """Planned tensors that the run's aggregator keeps at their seeded start; they are in no update."""
-    factors = {"ffa": (".lora_A",), "fed-sb": (".lora_A", ".lora_B")}.get(spec.run.aggregation, ())
-    return frozenset(name for name in adapted.plan if any(factor in name for factor in factors))
-
-
-def _load(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:
-    """Put seeded start + offset into the model, and return it.
-
-    Raises ConfigError when names or shapes differ, or the offset names a tensor that stays at its start.
-    """
-    start = initial_tensors(adapted, spec.training.seed_adapter)
-    moving = start.keys() - frozen_tensors(adapted, spec)
-    for name, value in offset.items():
-        if name not in moving or start[name].shape != value.shape:
-            raise ConfigError(
-                f"the adapter's tensor {name!r} {list(value.shape)} does not belong to this model and spec",
-                fix="check that coordinator and site use the same base model and run spec",
-            )
-        start[name] = start[name] + value.astype(np.float32)
-    with torch.no_grad():
-        for name, parameter in adapted.plan.items():
-            parameter.copy_(torch.from_numpy(start[name]))
-    return start

@@ -10,8 +10,8 @@ from fl_server.cli import adapters, audit, receipts, runs, sites, status
 from fl_server.cli.connection import Profile, control
 from fl_server.cli.verbs import Handler
 from fl_shared.cli.completion import complete
+from fl_shared.cli.entry import cli_main
 from fl_shared.cli.parsers import add_version
-from fl_shared.errors import cli_main
 
 EXAMPLES = """examples:
   fl-admin sites invite hospital-001

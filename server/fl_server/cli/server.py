@@ -16,9 +16,9 @@ from fl_server.identity.authority import Authority
 from fl_server.operations.setup import initialise
 from fl_shared.cli.completion import complete
 from fl_shared.cli.console import command, working
+from fl_shared.cli.entry import cli_main
 from fl_shared.cli.extras import require
 from fl_shared.cli.parsers import add_quiet, add_version, describe, path
-from fl_shared.errors import cli_main
 from fl_shared.identity.fingerprints import spoken, spoken_key
 from fl_shared.identity.signing import SigningKey
 from fl_shared.runtime.logs import FORMATS, default_format, set_up

@@ -15,7 +15,8 @@ from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome
 from fl_server.operations.metrics import coordinator_registry
 from fl_server.operations.supervisor import read_state
-from fl_shared.errors import ConfigError, cli_main
+from fl_shared.cli.entry import cli_main
+from fl_shared.errors import ConfigError
 from fl_shared.runtime.logs import set_up
 from fl_shared.runtime.monitoring import serve_monitoring
 from fl_shared.runtime.stopping import StopRequest

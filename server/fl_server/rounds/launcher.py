@@ -23,9 +23,9 @@ from fl_server.db.store import Store
 from fl_server.flower.superlink import Flower
 from fl_server.home.layout import ServerHome
 from fl_server.identity.sites import Sites
-from fl_server.rounds.app.pack import write_app
 from fl_server.rounds.liveness import ALIVE, DEAD, carrier_pid, forget, liveness
 from fl_server.rounds.nodes import Nodes
+from fl_server.rounds.pack import write_app
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError, RunError
 from fl_shared.runtime.logs import set_up

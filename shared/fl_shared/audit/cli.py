@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from fl_shared import errors
 from fl_shared.audit import budgets, export, forecast, plan, reconcile, roles, runs, spends, statement, verify
 from fl_shared.cli.completion import complete
+from fl_shared.cli.entry import cli_main
 from fl_shared.cli.extras import missing_package
 from fl_shared.cli.parsers import add_version, describe
 
@@ -103,7 +103,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `fl-audit`; returns the exit code."""
-    return errors.cli_main(_main, argv)
+    return cli_main(_main, argv)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from fl_client.dp.engine import EngineName
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.layers.book import GradientBook
 from fl_client.dp.records.records import pack_units
-from fl_client.export.peft import write_peft
+from fl_client.export.peft import export_peft, write_peft
 from fl_client.model.load import TINY, LoadedModel, load_model
-from fl_client.training.round import export_peft, initial_adapter, train_round
+from fl_client.training.round import initial_adapter, train_round
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import EngineError
 from helpers.clipped import clipped_sum, group_errors

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fl_client.cli import model as command
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.quantise import quantise_directory
-from fl_shared.errors import cli_main
+from fl_shared.cli.entry import cli_main
 
 Make = Callable[[str], tuple[PreTrainedModel, Path]]
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fl_client.data.units import UnitData
+from fl_client.model.tokens import token_ids
 from fl_shared.errors import DataError, EngineError
 
 MAX_UNITS = 128
@@ -62,17 +63,6 @@ def tokenise(data: UnitData, tokenizer: Any, labels: Sequence[str], max_tokens: 
     """Turn texts and labels into numbers. DataError when a label is outside the public set."""
     ids, truncated = token_ids(data.texts, tokenizer, max_tokens)
     return Records(ids, label_rows(data.labels, labels), tuple(data.records_by_unit()), truncated)
-
-
-def token_ids(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Ids of each text, cut at `max_tokens`, and how many were cut. A text without tokens becomes one pad token."""
-    if not texts:
-        return (), 0
-    cut = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
-    long = tokenizer(list(texts), truncation=True, max_length=max_tokens + 1)["input_ids"]
-    truncated = sum(len(row) > max_tokens for row in long)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return tuple(tuple(row) if row else (pad,) for row in cut), truncated
 
 
 def label_rows(found: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:

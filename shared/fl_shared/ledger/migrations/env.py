@@ -4,11 +4,5 @@ from __future__ import annotations
 
 from alembic import context
 
-from fl_shared.ledger.models import metadata
-
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    transactional_ddl=True,
-)
+context.configure(connection=context.config.attributes["connection"], transactional_ddl=True)
 context.run_migrations()
