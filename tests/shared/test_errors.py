@@ -128,7 +128,7 @@ def test_what_the_system_refuses_is_no_defect(
 
 def test_letters_that_the_output_has_not_are_shown_by_number() -> None:
     """A name with an umlaut under an ASCII locale is no defect after the work was done; nor is half a character."""
-    told = "import sys; from fl_shared.errors import cli_main; cli_main(lambda _: print(sys.argv[1]), [])"
+    told = "import sys; from fl_shared.cli.entry import cli_main; cli_main(lambda _: print(sys.argv[1]), [])"
     for encoding, shown in (("ascii", "G\\xfc\\u2026"), ("latin-1", "G\xfc\\u2026"), ("utf-8", "G\xfc\u2026")):
         done = subprocess.run(
             [sys.executable, "-c", told, "G\xfc\u2026"],
@@ -139,7 +139,7 @@ def test_letters_that_the_output_has_not_are_shown_by_number() -> None:
 
 COMMAND = """
 import sys
-from fl_shared.errors import cli_main
+from fl_shared.cli.entry import cli_main
 
 def run(argv):
     for number in range({lines}):
