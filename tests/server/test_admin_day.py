@@ -23,7 +23,11 @@ import pytest
 from fl_server.cli.admin import main
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
-from fl_server.runs.service import CommittedRound, Reply, Runs
+from fl_server.home.layout import ServerHome
+from fl_server.runs.commits import Commits
+from fl_server.runs.events import Events
+from fl_server.runs.service import Runs
+from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.manifest import Receipt, RunSpec
 from fl_shared.documents.plan import PlanAnswer, PlanQuestion
@@ -142,7 +146,7 @@ def _commit_rounds(one: Coordinator) -> None:
         for site, keys in one.keys.items():
             row = SiteRow(site=site, state="enrolled", invited_at=1.0, signing_key=keys.signing.public_hex)
             session.add(row)
-    runs = Runs(store, one.home / "adapters")
+    runs, commits = Runs(store), Commits.of(ServerHome(one.home), store)
     runs.launch(RunSpec.from_text(spec_toml("demo", ("h-1", "h-2"), rounds=ROUNDS, quorum=2)))
     runs.begin_attempt("demo", "first")
     for number in range(1, ROUNDS + 1):
@@ -150,9 +154,9 @@ def _commit_rounds(one: Coordinator) -> None:
         for site, keys in one.keys.items():
             text = json.dumps(sign_document(keys.signing, _receipt(site, number).to_dict()))
             replies.append(Reply(site, "ok", epsilon_spent_total=0.5 * number, delta=1e-5, document_json=text))
-            runs.note("demo", "reply-ok", "", round=number, site=site)
+            Events(store).note("demo", "reply-ok", "", round=number, site=site)
         adapter = pack({"w": np.full(4, number, np.float32)})
-        runs.commit(CommittedRound("demo", "first", number, adapter, replies, received_bytes=100, seconds=1.0))
+        commits.commit(CommittedRound("demo", "first", number, adapter, replies, received_bytes=100, seconds=1.0))
     store.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,9 +55,9 @@ def test_the_newest_announcement_is_stored(sites: Sites) -> None:
     assert announced(sites.get("h-2")) is None
 
 
-def test_a_launch_that_names_what_a_base_lacks_stores_nothing(store: Store, sites: Sites, tmp_path: Path) -> None:
+def test_a_launch_that_names_what_a_base_lacks_stores_nothing(store: Store, sites: Sites) -> None:
     """The error names the sites, the group and the fix; what the fix says is launched."""
-    runs = Runs(store, tmp_path)
+    runs = Runs(store)
     for site, base in zip(SITES, (NO_SHARED, WHOLE, NO_SHARED), strict=True):
         sites.announce(site, base)
     with pytest.raises(RunError) as caught:
@@ -80,30 +79,28 @@ def test_a_launch_that_names_what_a_base_lacks_stores_nothing(store: Store, site
         ((OTHER, ASKED, OTHER), "give these sites the run's base model, or take them out of [run] sites; --force"),
     ],
 )  # fmt: skip
-def test_a_launch_for_another_base_is_refused(
-    store: Store, sites: Sites, tmp_path: Path, bases: tuple[str, ...], fix: str
-) -> None:
+def test_a_launch_for_another_base_is_refused(store: Store, sites: Sites, bases: tuple[str, ...], fix: str) -> None:
     """Both digests are told; when all sites have one and the same other base, the fix is a spec that runs on it."""
     for site, digest in zip(SITES, bases, strict=True):
         sites.announce(site, WHOLE if digest == ASKED else BaseModel(digest, NO_SHARED.targets))
     with pytest.raises(RunError) as caught:
-        Runs(store, tmp_path).launch(_spec())
+        Runs(store).launch(_spec())
     wrong = ", ".join(site for site, digest in zip(SITES, bases, strict=True) if digest == OTHER)
     assert f"{wrong}: the run is for base model {ASKED}, this site has {OTHER}" in caught.value.message
     assert caught.value.fix.startswith(fix)
 
 
-def test_a_group_that_no_two_bases_share_has_a_fix_too(store: Store, sites: Sites, tmp_path: Path) -> None:
+def test_a_group_that_no_two_bases_share_has_a_fix_too(store: Store, sites: Sites) -> None:
     """Where no target is left, the fix does not propose an empty list."""
     sites.announce("h-1", BaseModel(ASKED, ("attention",)))
     with pytest.raises(RunError) as caught:
-        Runs(store, tmp_path).launch(_spec("shared_experts"))
+        Runs(store).launch(_spec("shared_experts"))
     assert caught.value.fix.startswith("name [lora] targets that every base model has")
 
 
-def test_who_has_announced_nothing_does_not_block_and_is_named(store: Store, sites: Sites, tmp_path: Path) -> None:
+def test_who_has_announced_nothing_does_not_block_and_is_named(store: Store, sites: Sites) -> None:
     """Neither an enrolled nor an invited site; the warning is the launch's alone."""
-    runs = Runs(store, tmp_path)
+    runs = Runs(store)
     sites.announce("h-1", WHOLE)
     with store.write() as session:
         session.get_one(SiteRow, "h-3").state = "invited"
@@ -112,10 +109,10 @@ def test_who_has_announced_nothing_does_not_block_and_is_named(store: Store, sit
     assert (view.row.state, runs.show("demo").warnings) == ("pending", ())
 
 
-def test_force_launches_and_says_what_does_not_fit(store: Store, sites: Sites, tmp_path: Path) -> None:
+def test_force_launches_and_says_what_does_not_fit(store: Store, sites: Sites) -> None:
     """The same words as the refusal, as a warning."""
     sites.announce("h-2", NO_SHARED)
-    view = Runs(store, tmp_path).launch(_spec(), force=True)
+    view = Runs(store).launch(_spec(), force=True)
     assert view.row.state == "pending"
     assert "h-2: the base model has no shared_experts" in view.warnings[0]
     assert view.warnings[1].endswith("h-1, h-3")

@@ -21,6 +21,7 @@ from fl_server.operations.setup import initialise
 from fl_server.operations.supervisor import Supervisor
 from fl_server.rounds.launcher import Launcher
 from fl_server.rounds.liveness import carrying
+from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
 from fl_shared.documents.manifest import RunSpec
 from helpers.coordinators import spec_toml
@@ -55,7 +56,7 @@ class Bench:
             root / "c", host="127.0.0.1", gateway_port=free_port(), control_port=free_port(), admin="admin"
         )
         self.store = Store(self.home.database_url())
-        self.runs = Runs(self.store, self.home.adapters)
+        self.runs = Runs(self.store)
         self.flower = Commands(self.home)
         self.flower.configure(free_port())
         with self.store.write() as session:
@@ -64,7 +65,7 @@ class Bench:
 
     def tick(self) -> int:
         """One turn of a launcher that was just started; how many ServerApps were asked for so far."""
-        Launcher(self.home, self.runs, self.flower).tick()
+        Launcher(self.home, self.runs, Events(self.store), self.flower).tick()
         return len(self.flower.began)
 
 
@@ -132,4 +133,4 @@ def test_the_supervisor_waits_for_its_database(tmp_path: Path, caplog: pytest.Lo
     waiting.join(60)
     assert not waiting.is_alive()
     assert caplog.text.count("waiting: the coordinator's database cannot be used") == 1
-    assert Runs(Store(url), home.adapters).all() == []
+    assert Runs(Store(url)).all() == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
-from fl_server.db.models import SiteRow
+from fl_server.db.models import AdminLogRow, EventRow, PromotionRow, RoundRow, SiteRow
 from fl_server.identity.sites import ONLINE_S
 from fl_server.runs.bases import announced
 from fl_server.runs.plans import SiteView
+from fl_server.runs.views import RunView
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.wire import control_pb2 as pb
 
@@ -46,4 +48,99 @@ def plan_message(view: SiteView, spec: RunSpec) -> pb.SitePlan:
         objections=[str(each) for each in view.objections],
         last_seen_at=view.last_seen_at,
         document_json=view.answer_json,
+    )
+
+
+def _round_message(view: RunView, number: int, row: RoundRow | None) -> pb.Round:
+    replies = [
+        pb.SiteReply(
+            site=reply.site,
+            status=reply.status,
+            code=reply.code,
+            message=reply.message,
+            epsilon_spent_total=reply.epsilon_spent_total,
+            delta=reply.delta,
+        )
+        for reply in view.replies
+        if reply.round == number
+    ]
+    return pb.Round(
+        round=number,
+        state=row.state if row else "failed",
+        adapter_digest=row.adapter_digest if row else "",
+        committed_at=row.committed_at if row else 0.0,
+        seconds=row.seconds if row else 0.0,
+        bytes=row.bytes if row else 0,
+        replies=replies,
+    )
+
+
+def run_message(view: RunView, *, history: bool = True) -> pb.Run:
+    """A run as admins see it; a round with replies but without a commit shows as failed."""
+    rows = {each.round: each for each in view.rounds}
+    numbers = sorted(set(rows) | {reply.round for reply in view.replies}) if history else []
+    return pb.Run(
+        run=view.row.run,
+        state=view.row.state,
+        reason=view.row.reason,
+        reason_code=view.row.reason_code,
+        rounds=view.row.rounds,
+        rounds_committed=view.committed,
+        spec_digest=view.row.spec_digest,
+        spec_json=view.row.spec_json,
+        created_at=view.row.created_at,
+        updated_at=view.row.updated_at,
+        sites=view.spec.run.sites,
+        warnings=view.warnings,
+        history=[_round_message(view, number, rows.get(number)) for number in numbers],
+    )
+
+
+def event_message(row: EventRow) -> pb.Event:
+    """An event of a run."""
+    return pb.Event(
+        number=row.number,
+        run=row.run,
+        at=row.at,
+        kind=row.kind,
+        round=row.round,
+        site=row.site,
+        message=row.message,
+        data_json=row.data_json,
+    )
+
+
+def adapter_message(view: RunView, row: RoundRow, released_as: Iterable[str] = ()) -> pb.Adapter:
+    """The adapter of a committed round, and the names to which it is promoted now."""
+    return pb.Adapter(
+        run=view.row.run,
+        round=row.round,
+        digest=row.adapter_digest,
+        bytes=row.adapter_bytes,
+        committed_at=row.committed_at,
+        released_as=sorted(released_as),
+    )
+
+
+def promotion_message(row: PromotionRow, adapter: pb.Adapter, *, current: bool) -> pb.Release:
+    """A promotion; `current` unless another one has taken its name since."""
+    return pb.Release(
+        name=row.name,
+        adapter=adapter,
+        promoted_by=row.promoted_by,
+        promoted_at=row.promoted_at,
+        current=current,
+    )
+
+
+def entry_message(row: AdminLogRow) -> pb.AdminLogEntry:
+    """An entry of the admin log as it is stored."""
+    return pb.AdminLogEntry(
+        seq=row.seq,
+        kind=row.kind,
+        body=row.body,
+        prev_hash=row.prev_hash,
+        hash=row.hash,
+        signature=row.signature,
+        created_at=row.created_at,
     )

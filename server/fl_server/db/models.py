@@ -1,7 +1,7 @@
 """The tables. Times are Unix seconds; digests are `sha256:<hex>`; documents are the signed JSON as it came.
 
-A run's truth is here and nowhere in Flower: a round exists when its row says `committed`, and its adapter
-file was on disk before that row.
+A run's truth is here and nowhere in Flower: a round exists when its row says `committed`, and its artifacts were on
+disk before that row.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 SITE_STATES = ("invited", "enrolled", "revoked")
 KEY_KINDS = ("signing", "node", "tls")
 RUN_STATES = ("pending", "running", "paused", "stopped", "failed", "completed")
+GOING = ("pending", "running")
 ENDED = ("stopped", "failed", "completed")
 REPLY_STATES = ("ok", "refused", "failed", "late", "missing", "invalid")
 
@@ -101,7 +102,8 @@ class RunRow(Base):
     """One federated training.
 
     `attempt` names the one ServerApp that may carry it now, `beat_at` is when that last gave a sign of life,
-    `restarts` counts the attempts since the last committed round.
+    `restarts` counts the attempts since the last committed round. `reason_code` is the typed form of `reason`, for
+    whoever must not parse words; empty for what earlier versions wrote.
     """
 
     __tablename__ = "runs"
@@ -110,6 +112,7 @@ class RunRow(Base):
     run: Mapped[str] = mapped_column(String(63), primary_key=True)
     state: Mapped[str] = mapped_column(String(16), index=True)
     reason: Mapped[str] = mapped_column(Text, default="")
+    reason_code: Mapped[str] = mapped_column(String(64), default="")
     spec_json: Mapped[str] = mapped_column(Text)
     spec_digest: Mapped[str] = mapped_column(String(71))
     rounds: Mapped[int] = mapped_column(Integer)
@@ -122,7 +125,10 @@ class RunRow(Base):
 
 
 class RoundRow(Base):
-    """One aggregation. `bytes` counts what arrived from the sites."""
+    """One aggregation. `bytes` counts what arrived from the sites.
+
+    `state_digest` is the server optimizer's state, empty without one and for rounds of earlier versions.
+    """
 
     __tablename__ = "rounds"
     __table_args__ = (CheckConstraint("state IN ('committed', 'failed')", name="round_state"),)
@@ -132,6 +138,7 @@ class RoundRow(Base):
     state: Mapped[str] = mapped_column(String(16))
     adapter_digest: Mapped[str] = mapped_column(String(71), default="")
     adapter_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    state_digest: Mapped[str] = mapped_column(String(71), default="")
     bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     seconds: Mapped[float] = mapped_column(Float, default=0.0)
     committed_at: Mapped[float] = mapped_column(Float)

@@ -150,8 +150,18 @@ class ServerHome:
         return self.root / "coordinator.sqlite"
 
     @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
     def adapters(self) -> Path:
+        """Where versions before `artifacts` kept the files of committed rounds."""
         return self.root / "adapters"
+
+    @property
+    def scratch(self) -> Path:
+        """Nameless files of aggregators that keep updates on disk; nothing in it outlives its process."""
+        return self.root / "scratch"
 
     @property
     def flower(self) -> Path:

@@ -1,12 +1,13 @@
 """Back up a coordinator while it runs, and make a new home of a backup.
 
-An archive is a tar of the home: settings, keys, certificates, adapters, the database and the SuperLink's, and as its
+An archive is a tar of the home: settings, keys, certificates, artifacts, the database and the SuperLink's, and as its
 last member a manifest with the SHA-256 of every other. It holds the private keys: keep it like them.
 
 Why a copy of a running coordinator is consistent: the database is copied first, in one transaction. Whatever it
-names (an adapter, a node that Flower knows) was durable before its row was, is never changed afterwards, and is
-copied later. What is newer than the copied rows does no harm: an adapter without a row is overwritten by the round
-that is done again. The key that signs is copied before the list of its changes, as `identity.rotation` reads them.
+names (an artifact, a node that Flower knows) was durable before its row was, is never changed afterwards, and is
+copied later. An artifact that the copied rows do not name (newer than they are, or left by a commit that was broken
+off) is left out: the round that is done again brings it again. The key that signs is copied before the list of its
+changes, as `identity.rotation` reads them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import IO, Any
 from sqlalchemy import select
 
 from fl_server import __version__
+from fl_server.artifacts.local import LocalArtifacts
 from fl_server.db.copying import copy_sqlite, fill, snapshot
 from fl_server.db.models import ENDED, RoundRow, RunRow
 from fl_server.db.store import Store
@@ -45,9 +47,9 @@ FORMAT = 1
 IN_HOME = "home"
 """Stands for the SQLite file in the home where a database's address is asked for."""
 _TRANSIENT = frozenset(
-    {"logs", "run", "attempts", "supervisor.json", "supervisor.lock"}
+    {"logs", "run", "attempts", "scratch", "supervisor.json", "supervisor.lock"}
     | {"flower/home", "flower/app", "flower/aside", "flower/superlink.json"}
-)  # made anew at every start
+)  # made again at every start
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _BLOCK = 1 << 20
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -63,7 +65,7 @@ class BadBackup(RunError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What an archive holds. `damaged` names adapters of committed rounds that were missing or changed already."""
+    """What an archive holds. `damaged` names artifacts of committed rounds that were missing or changed already."""
 
     archive: str
     home: str
@@ -107,18 +109,25 @@ def backup(home: ServerHome, out: Path | None, progress: Progress = lambda _: No
             raise ConfigError(f"{out} exists already", fix="choose another --out; nothing is ever overwritten")
         if out.resolve().is_relative_to(home.root):
             raise ConfigError(f"{out} lies in the coordinator's home", fix="write it to another disk")
-    made_at = time.time()
-    with tempfile.TemporaryDirectory(prefix=".backup-", dir=home.root) as made:
-        copies = Path(made)
+    made_at, stored = time.time(), LocalArtifacts(home.artifacts)
+    with tempfile.TemporaryDirectory(prefix=".backup-", dir=home.root) as folder:
+        copies = Path(folder)
         progress("database")
         snapshot(home.database_url(), copies / home.database.name)
         with _target(out) as sink, tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT) as archive:
             files: dict[str, dict[str, Any]] = {}
-            for name, path in _sources(home, copies):
+            key = home.signing_key.relative_to(home.root).as_posix()
+            first = {home.database.name: copies / home.database.name, key: home.signing_key}
+            for name, path in first.items():
+                progress(name)
+                files[name] = _add(archive, name, path)
+            rounds = _committed(copies / home.database.name)  # migrates the copy, which is in the archive already
+            artifacts = {stored.path(digest) for row in rounds for digest in _digests(row)}
+            for name, path in _others(home, copies, set(first), artifacts):
                 progress(name)
                 with contextlib.suppress(FileNotFoundError):  # a file that was there only for a while
                     files[name] = _add(archive, name, path)
-            damaged = _damaged(copies / home.database.name, {name: each["sha256"] for name, each in files.items()})
+            damaged = _damaged(home, rounds, {name: each["sha256"] for name, each in files.items()})
             summary = Summary(
                 archive=str(out) if out else "-",
                 home=str(home.root),
@@ -154,11 +163,8 @@ def _target(out: Path | None) -> Iterator[IO[bytes]]:
         beside.unlink(missing_ok=True)
 
 
-def _sources(home: ServerHome, copies: Path) -> Iterator[tuple[str, Path]]:
-    """Name in the archive and file to read; the database's copy and the signing key come first."""
-    first = [home.database.name, home.signing_key.relative_to(home.root).as_posix()]
-    yield first[0], copies / first[0]
-    yield first[1], home.signing_key
+def _others(home: ServerHome, copies: Path, first: set[str], artifacts: set[Path]) -> Iterator[tuple[str, Path]]:
+    """Name in the archive and file to read, without what is in it already and artifacts that no row names."""
     for folder, inner, names in os.walk(home.root, followlinks=True):
         here = Path(folder).relative_to(home.root)
         inner[:] = sorted(
@@ -168,7 +174,8 @@ def _sources(home: ServerHome, copies: Path) -> Iterator[tuple[str, Path]]:
             name = (here / each).as_posix()
             path = home.root / name
             left_out = name in _TRANSIENT or name in first or each.startswith(".")
-            if left_out or each.endswith(("-wal", "-shm", "-journal")) or not path.is_file():
+            unnamed = path.is_relative_to(home.artifacts) and path not in artifacts
+            if left_out or unnamed or each.endswith(("-wal", "-shm", "-journal")) or not path.is_file():
                 continue
             if _is_sqlite(path):
                 copy = copies / secrets.token_hex(8)
@@ -192,25 +199,42 @@ def _add(archive: tarfile.TarFile, name: str, path: Path) -> dict[str, Any]:
     return {"bytes": info.size, "sha256": hashing.hexdigest()}
 
 
-def _damaged(database: Path, hashes: dict[str, str]) -> list[str]:
-    """Adapters of committed rounds whose file is missing or is not the one that was committed."""
+def _committed(database: Path) -> list[RoundRow]:
+    """The committed rounds in a copy of the database."""
     store = Store(sqlite_url(database))
     try:
         store.migrate()
         with store.read() as session:
-            rows = session.execute(
-                select(RoundRow.run, RoundRow.round, RoundRow.adapter_digest).where(RoundRow.state == "committed")
-            ).all()
+            return list(session.scalars(select(RoundRow).where(RoundRow.state == "committed")))
     finally:
         store.close()
-    names = ((f"adapters/{run}/{number}.safetensors", found) for run, number, found in rows)
-    return [name for name, found in names if f"sha256:{hashes.get(name, '')}" != found]
+
+
+def _digests(row: RoundRow) -> list[str]:
+    return [digest for digest in (row.adapter_digest, row.state_digest) if digest]
+
+
+def _damaged(home: ServerHome, rounds: list[RoundRow], hashes: dict[str, str]) -> list[str]:
+    """Artifacts of committed rounds whose file is missing or is not the one that was committed.
+
+    Rounds of earlier versions have their adapter in `adapters/`.
+    """
+    stored, damaged = LocalArtifacts(home.artifacts), []
+    for row in rounds:
+        earlier = f"adapters/{row.run}/{row.round}.safetensors"
+        for digest in _digests(row):
+            name = stored.path(digest).relative_to(home.root).as_posix()
+            if name not in hashes and earlier in hashes:
+                name = earlier
+            if f"sha256:{hashes.get(name, '')}" != digest:
+                damaged.append(name)
+    return damaged
 
 
 def restore(
     archive: Path, home: ServerHome, database: str | None = None, progress: Progress = lambda _: None
 ) -> dict[str, Any]:
-    """Make the home anew from an archive; it is there as a whole or not at all.
+    """Make a new home from an archive; it is there as a whole or not at all.
 
     `database` replaces the address in `server.toml`; `home` means the SQLite file in the home. A database elsewhere
     must be empty.

@@ -109,7 +109,10 @@ class Supervisor:
             host, port = settings.metrics
             monitor = [
                 Component(
-                    "monitor", host_and_port(host, port), module("operations.monitor"), lambda: _listens(reachable(host), port)
+                    "monitor",
+                    host_and_port(host, port),
+                    module("operations.monitor"),
+                    lambda: _listens(reachable(host), port),
                 )
             ]
         return [
@@ -123,7 +126,7 @@ class Supervisor:
             Component(
                 "control",
                 host_and_port(settings.control_host, settings.control_port),
-                module("control.service"),
+                module("control.server"),
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
             Component("launcher", "", module("rounds.launcher"), lambda: True, needs=("superlink",)),

@@ -1,6 +1,6 @@
-"""Adapters released under a name, such as `production`: a promotion is a row, the adapter stays where it is.
+"""Adapters promoted to a name, such as `production`: a promotion is a row, the adapter stays where it is.
 
-The newest promotion of a name counts; the earlier ones stay, so that one can see what was in use when.
+The newest promotion of a name is in force; the earlier ones stay, so that one can see what was in use when.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from sqlalchemy import select
 
 from fl_server.db.models import PromotionRow
 from fl_server.db.store import Store
+from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConfigError
 from fl_shared.names import release_name
 
 
-class Releases:
-    """The released adapters of one coordinator."""
+class Promotions:
+    """The promoted adapters of one coordinator."""
 
-    def __init__(self, store: Store, runs: Runs) -> None:
+    def __init__(self, store: Store, runs: Runs, commits: Commits) -> None:
         self._store = store
         self._runs = runs
+        self._commits = commits
 
     def promote(self, run: str, round: int, name: str, by: str) -> PromotionRow:
-        """Release a committed adapter under a name; repeating the current promotion changes nothing.
+        """Promote a committed adapter to a name; repeating the current promotion changes nothing.
 
         Raises:
             ConfigError: a name of another form, or a round that is not committed.
@@ -37,7 +39,7 @@ class Releases:
             raise ConfigError(
                 f"run {run} has no committed round {number or 'yet'}", fix=f"see `fl-admin adapters list {run}`"
             )
-        self._runs.adapter(run, number)  # its bytes are there and are the committed ones
+        self._commits.adapter(run, number)  # its bytes are there and are the committed ones
         with self._store.write() as session:
             newest = select(PromotionRow).where(PromotionRow.name == name).order_by(PromotionRow.number.desc())
             current = session.scalars(newest.limit(1)).first()
@@ -65,14 +67,14 @@ class Releases:
 
     def current(self) -> dict[str, PromotionRow]:
         """What each name stands for now."""
-        found: dict[str, PromotionRow] = {}
+        newest: dict[str, PromotionRow] = {}
         for row in self.all():
-            found.setdefault(row.name, row)
-        return found
+            newest.setdefault(row.name, row)
+        return newest
 
     def find(self, name: str) -> PromotionRow:
-        """What a name stands for now; ConfigError when nothing was released under it."""
-        found = self.all(name)
-        if not found:
+        """What a name stands for now; ConfigError when nothing was promoted to it."""
+        promotions = self.all(name)
+        if not promotions:
             raise ConfigError(f"nothing was released as {name!r}", fix="see `fl-admin adapters list`")
-        return found[0]
+        return promotions[0]

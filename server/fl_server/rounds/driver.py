@@ -14,6 +14,8 @@ from fl_server.identity.sites import Sites
 from fl_server.rounds.liveness import carrying
 from fl_server.rounds.round import Interrupted, Round
 from fl_server.rounds.stragglers import Stragglers
+from fl_server.runs.commits import Commits
+from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError
 from fl_shared.identity.signing import SigningKey
@@ -28,24 +30,27 @@ RETRY_S = 2.0
 def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     """Carry a run from its last committed round to its end, a stop, a pause or a failure.
 
-    `attempt` is what the launcher wrote into the run's row: when another one stands there, this ServerApp
+    `attempt` is what the launcher wrote into the run's row: when that names another one, this ServerApp
     has been given up and does nothing more.
     """
     store = Store(home.database_url())
-    runs, sites = Runs(store, home.adapters), Sites(store)
-    late = Stragglers(runs, run, grid)
+    runs, commits, events, sites = Runs(store), Commits.of(home, store), Events(store), Sites(store)
+    late = Stragglers(commits, run, grid)
 
     def one_round() -> bool:
         """Whether there may be another round."""
         if not runs.wanted(run, attempt):
             return False
-        number, adapter = runs.last_adapter(run)
+        number, adapter = commits.last_adapter(run)
         spec = runs.show(run).spec
         number += 1
-        runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
+        events.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
         key = SigningKey.load(home.signing_key)  # read for every round: it may have been rotated
-        made = Round(runs, sites, key, grid, spec, attempt=attempt, number=number, base=adapter, late=late)
-        runs.commit(made.collect(lambda: runs.wanted(run, attempt)))
+        current = Round(
+            runs, commits, events, sites, key, grid, spec,
+            attempt=attempt, number=number, base=adapter, late=late, scratch=home.scratch,
+        )  # fmt: skip
+        commits.commit(current.collect(lambda: runs.wanted(run, attempt)))
         return number < spec.run.rounds
 
     with carrying(home.attempts, attempt):
@@ -56,13 +61,13 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         try:
             going = True
             while going:
-                going = _outcome(runs, run, attempt, one_round)
+                going = _outcome(runs, events, run, attempt, one_round)
         finally:
             beating.stop()
             store.close()
 
 
-def _outcome(runs: Runs, run: str, attempt: str, one_round: Callable[[], bool]) -> bool:
+def _outcome(runs: Runs, events: Events, run: str, attempt: str, one_round: Callable[[], bool]) -> bool:
     """Do one round, and write down what ended it; whether to go on.
 
     While the database is away nothing is known for certain, not even whether the commit went through. So
@@ -74,11 +79,11 @@ def _outcome(runs: Runs, run: str, attempt: str, one_round: Callable[[], bool]) 
         except DatabaseAway:
             raise
         except Interrupted as error:
-            runs.note(run, "interrupted", error.message)
+            events.note(run, "interrupted", error.message)
         except ConcordatError as error:
             # A missed quorum, a damaged adapter file: nothing that another ServerApp would do better.
             if runs.wanted(run, attempt):
-                runs.fail(run, error.message)
+                runs.fail(run, error.message, error.code)
         return False
     except DatabaseAway as error:
         log.warning("run %s: %s", run, error.message)

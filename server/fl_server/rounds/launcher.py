@@ -26,7 +26,8 @@ from fl_server.identity.sites import Sites
 from fl_server.rounds.liveness import ALIVE, DEAD, carrier_pid, forget, liveness
 from fl_server.rounds.nodes import Nodes
 from fl_server.rounds.pack import write_app
-from fl_server.runs.service import Runs
+from fl_server.runs.events import Events
+from fl_server.runs.service import GIVEN_UP, Runs
 from fl_shared.errors import ConcordatError, RunError
 from fl_shared.runtime.logs import set_up
 from fl_shared.runtime.stopping import StopRequest
@@ -43,9 +44,10 @@ RETRY_S = 5.0
 class Launcher:
     """Looks at the runs once a second. Only one launcher works on a home: the supervisor sees to that."""
 
-    def __init__(self, home: ServerHome, runs: Runs, flower: Flower) -> None:
+    def __init__(self, home: ServerHome, runs: Runs, events: Events, flower: Flower) -> None:
         self._home = home
         self._runs = runs
+        self._events = events
         self._flower = flower
         self._app = write_app(home.flower / "app")
         self._limit = home.settings().max_restarts
@@ -87,7 +89,9 @@ class Launcher:
     def _start(self, row: RunRow) -> None:
         if row.state == "running" and row.restarts >= self._limit:
             self._runs.fail(
-                row.run, f"given up after {row.restarts} restarts without a committed round; see logs/superlink.log"
+                row.run,
+                f"given up after {row.restarts} restarts without a committed round; see logs/superlink.log",
+                GIVEN_UP,
             )
             return
         attempt = self._flower.started() + secrets.token_hex(8)
@@ -105,13 +109,13 @@ class Launcher:
                 self._app, {"run": row.run, "attempt": attempt, "home": str(self._home.root)}
             )
         except RunError as error:
-            self._runs.note(row.run, "not-started", error.message)
+            self._events.note(row.run, "not-started", error.message)
             raise
         self._runs.carried_by(row.run, attempt, flower_run)
         log.info("run %s is carried by Flower run %s", row.run, flower_run)
 
     def _end(self, attempt: str) -> None:
-        """Kill the ServerApp of an attempt that no longer counts; it would only ask sites in vain."""
+        """Kill the ServerApp of an attempt that is no longer valid; it would only ask sites in vain."""
         pid = carrier_pid(self._home.attempts, attempt)
         if pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -128,7 +132,7 @@ def main() -> int:
     over = StopRequest()
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     store, flower = Store(home.database_url()), Flower(home)
-    launcher = Launcher(home, Runs(store, home.adapters), flower)
+    launcher = Launcher(home, Runs(store), Events(store), flower)
     nodes = Nodes(Sites(store), flower)
     while not over.wait(TICK_S):
         try:

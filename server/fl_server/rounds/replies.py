@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fl_server.runs.service import Reply
+from fl_server.runs.views import Reply
 from fl_shared.adapters.safetensors import Buffer, Tensors, digest, unpack
 from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
 from fl_shared.errors import ConcordatError, SignatureError

@@ -1,7 +1,7 @@
 """One round of a run: sends every site its signed order, collects the replies, hands over their average.
 
 The rule of a round, in full (docs/rounds.md tells it to admins). Every site is asked once it is online and
-has answered earlier rounds. A reply counts when its signature, digests, shapes and values are right. An order
+has answered earlier rounds. A reply is valid when its signature, digests, shapes and values are right. An order
 that was lost on the way (a killed SuperNode, an agent that is being restarted) is sent again until the
 deadline; the site answers a repeat from its store. A site that is revoked is no longer waited for. The round ends
 
@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -32,7 +33,10 @@ from fl_server.identity.sites import Sites
 from fl_server.rounds.inbox import Inbox
 from fl_server.rounds.replies import BadReply, Expected, parts
 from fl_server.rounds.stragglers import Straggler, Stragglers
-from fl_server.runs.service import CommittedRound, Reply, Runs
+from fl_server.runs.commits import Commits
+from fl_server.runs.events import Events
+from fl_server.runs.service import Runs
+from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import DataError, RunError
@@ -76,6 +80,8 @@ class Round:
     def __init__(
         self,
         runs: Runs,
+        commits: Commits,
+        events: Events,
         sites: Sites,
         key: SigningKey,
         grid: Grid,
@@ -85,8 +91,11 @@ class Round:
         number: int,
         base: bytes,
         late: Stragglers,
+        scratch: Path,
     ) -> None:
         self._runs = runs
+        self._commits = commits
+        self._events = events
         self._sites = sites
         self._late = late
         self._attempt = attempt
@@ -96,7 +105,7 @@ class Round:
         self._number = number
         self._base_bytes = base
         run = spec.run.name
-        self._updates = RoundAggregate(spec, base, runs.server_state(run, number - 1, base), runs.adapter_folder(run))
+        self._updates = RoundAggregate(spec, base, commits.server_state(run, number - 1, base), scratch)
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
@@ -118,7 +127,7 @@ class Round:
         return Expected(self._spec, number, site, row.signing_key, issued)
 
     def _look_at_sites(self) -> None:
-        """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled anew."""
+        """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled again."""
         rows = {row.site: row for row in self._sites.all()}
         for each in self._open():
             row = rows[each.site]
@@ -175,7 +184,7 @@ class Round:
         replies = [each.reply for each in self._asked if each.reply is not None]
         good = sum(1 for reply in replies if reply.status == "ok")
         if good < quorum:
-            self._runs.record_replies(self._spec.run.name, self._number, replies)
+            self._commits.record_replies(self._spec.run.name, self._number, replies)
             said = "; ".join(
                 f"{reply.site}: {reply.code or reply.status}: {reply.message}" if reply.status != "ok" else
                 f"{reply.site}: ok"
@@ -183,7 +192,7 @@ class Round:
             )  # fmt: skip
             raise QuorumMissed(
                 f"round {self._number} has {good} of the {quorum} replies it needs ({said})",
-                fix="see `fl-admin runs show`; mend the cause, then `fl-admin runs resume`",
+                fix="see `fl-admin runs show`; fix the cause, then `fl-admin runs resume`",
             )
         adapter, state = self._updates.finish()
         return CommittedRound(
@@ -198,7 +207,7 @@ class Round:
         )
 
     def _reject_other_forms(self) -> None:
-        """In the first round: the replies whose tensors are not those of most sites count as invalid."""
+        """In the first round: the replies whose tensors are not those of most sites are invalid."""
         try:
             right, problem = self._updates.winner(), "its tensors are not those of most sites"
         except DataError as error:
@@ -212,7 +221,7 @@ class Round:
         if each.reply is not None:
             text = f"{each.reply.code}: {each.reply.message}" if each.reply.code else ""
             kind = f"reply-{each.reply.status}"
-            self._runs.note(self._spec.run.name, kind, text, round=self._number, site=each.site)
+            self._events.note(self._spec.run.name, kind, text, round=self._number, site=each.site)
 
     def _send(self, online: set[int], deadline: float) -> None:
         """Push the order to every site that is online and has none under way, one message at a time."""
@@ -236,7 +245,7 @@ class Round:
             pushed = list(self._grid.push_messages([message]))
             if pushed and pushed[0]:
                 each.message, each.problem = pushed[0], "it was asked and has not answered"
-                self._runs.note(run, "site-asked", "has the order", round=self._number, site=each.site)
+                self._events.note(run, "site-asked", "has the order", round=self._number, site=each.site)
             else:
                 each.earliest, each.problem = now + RESEND_S, "Flower did not take the order"
 
@@ -255,7 +264,7 @@ class Round:
         for each in self._open():
             if each.message and each.node not in online:
                 each.message, each.problem = "", "it went off line while it was asked"
-                self._runs.note(run, "order-lost", each.problem, round=self._number, site=each.site)
+                self._events.note(run, "order-lost", each.problem, round=self._number, site=each.site)
 
     def _take(self, each: _Asked, message: Message) -> None:
         if message.has_error():

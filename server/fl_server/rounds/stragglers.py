@@ -1,7 +1,7 @@
 """Replies to a round that was closed without them: kept with their receipts, never averaged.
 
 The update of a late site belongs to an adapter that is no longer the current one; an average over updates
-from different starting points would be another algorithm. Its receipt counts, though: the site has charged
+from different starting points would be another algorithm. Its receipt is kept, though: the site has charged
 the release, and the coordinator's books must show it. A site is not asked for a further round before its
 late reply is in, so it cannot pay round after round for updates that nobody uses.
 """
@@ -15,12 +15,13 @@ from flwr.serverapp import Grid
 
 from fl_server.rounds.inbox import Inbox
 from fl_server.rounds.replies import BadReply, Expected, parts
-from fl_server.runs.service import Reply, Runs
+from fl_server.runs.commits import Commits
+from fl_server.runs.views import Reply
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """One site's order that is still out. `until`: when it counts as lost, by the monotonic clock."""
+    """One site's order that is still out. `until`: when it is taken for lost, by the monotonic clock."""
 
     site: str
     round: int
@@ -32,8 +33,8 @@ class Straggler:
 class Stragglers:
     """The orders of closed rounds of one run."""
 
-    def __init__(self, runs: Runs, run: str, grid: Grid) -> None:
-        self._runs = runs
+    def __init__(self, commits: Commits, run: str, grid: Grid) -> None:
+        self._commits = commits
         self._run = run
         self._inbox = Inbox(grid)
         self._out: dict[str, Straggler] = {}
@@ -44,8 +45,8 @@ class Stragglers:
 
     def busy_with(self, site: str) -> int:
         """The closed round that the site is still at work on; 0 when it is free."""
-        found = self._out.get(site)
-        return found.round if found else 0
+        straggler = self._out.get(site)
+        return straggler.round if straggler else 0
 
     def pull(self) -> None:
         """Take in what has arrived since; one reply at a time, so that memory stays that of one update."""
@@ -55,7 +56,7 @@ class Stragglers:
             if each is not None and self._out.pop(each.site, None) is not None and not message.has_error():
                 reply = self._judged(each, message.content)
                 if reply is not None:
-                    self._runs.record_late(self._run, each.round, reply)
+                    self._commits.record_late(self._run, each.round, reply)
         now = time.monotonic()
         self._out = {site: each for site, each in self._out.items() if each.until > now}
 

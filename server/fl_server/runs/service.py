@@ -1,4 +1,4 @@
-"""Runs in SQL: launch, state changes, rounds committed in one transaction, events to watch.
+"""Runs in SQL: launch, state changes, and which attempt carries them.
 
     pending ── running ── completed
        │         │ └───── failed
@@ -11,75 +11,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fl_server.db.models import ENDED, EventRow, ManifestRow, ReplyRow, RoundRow, RunRow, SiteRow
+from fl_server.db.models import ENDED, GOING, ManifestRow, ReplyRow, RoundRow, RunRow, SiteRow
 from fl_server.db.store import Store
-from fl_server.home.files import write_durably
 from fl_server.runs.bases import Fit
-from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata
+from fl_server.runs.events import add_event
+from fl_server.runs.views import RunView
 from fl_shared.documents.manifest import RoundManifest, RunSpec
-from fl_shared.errors import ConfigError, RunError
+from fl_shared.errors import RunError
 from fl_shared.identity.signing import SigningKey, sign_document
 
-log = logging.getLogger("fl_server.runs")
-
-GOING = ("pending", "running")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What one site answered in one round, as it is stored."""
-
-    site: str
-    status: str
-    code: str = ""
-    message: str = ""
-    epsilon_spent_total: float = 0.0
-    delta: float = 0.0
-    document_json: str = ""
-
-
-@dataclass(frozen=True)
-class CommittedRound:
-    """The outcome of one aggregation, ready to be stored.
-
-    `attempt`: who computed it. `state`: the server optimizer's, whose digest the adapter's metadata name.
-    """
-
-    run: str
-    attempt: str
-    round: int
-    adapter: bytes
-    replies: list[Reply]
-    received_bytes: int
-    seconds: float
-    state: bytes = b""
-
-
-@dataclass(frozen=True)
-class RunView:
-    """A run with its rounds and replies, read in one transaction. `warnings`: of its launch, told once."""
-
-    row: RunRow
-    rounds: list[RoundRow] = field(default_factory=list)
-    replies: list[ReplyRow] = field(default_factory=list)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def spec(self) -> RunSpec:
-        return RunSpec.from_dict(json.loads(self.row.spec_json))
-
-    @property
-    def committed(self) -> int:
-        return sum(1 for each in self.rounds if each.state == "committed")
+BY_ADMIN = "by-admin"
+GIVEN_UP = "given-up"
+"""Typed reasons (`RunRow.reason_code`) beside the codes of errors: `quorum-missed`, `run`, `data`, and so on."""
 
 
 def _held(session: Session, run: str) -> RunRow | None:
@@ -87,17 +36,11 @@ def _held(session: Session, run: str) -> RunRow | None:
     return session.get(RunRow, run, with_for_update=True)
 
 
-def _event(session: Session, run: str, kind: str, message: str = "", **more: Any) -> None:
-    session.add(EventRow(run=run, at=time.time(), kind=kind, message=message, **more))
-    log.info(message or kind, extra={"run": run, "kind": kind} | {k: more[k] for k in ("round", "site") if more.get(k)})
-
-
 class Runs:
-    """The runs of one coordinator. `adapters` is the folder of the adapter files."""
+    """The runs of one coordinator."""
 
-    def __init__(self, store: Store, adapters: Path) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._adapters = adapters
 
     def launch(self, spec: RunSpec, *, force: bool = False) -> RunView:
         """Store a new run as pending.
@@ -147,7 +90,7 @@ class Runs:
                 )
             )
             session.flush()
-            _event(session, name, "launched", f"{spec.run.rounds} rounds with {len(spec.run.sites)} sites")
+            add_event(session, name, "launched", f"{spec.run.rounds} rounds with {len(spec.run.sites)} sites")
         return replace(self.show(name), warnings=fit.warnings())
 
     def show(self, run: str) -> RunView:
@@ -172,14 +115,14 @@ class Runs:
     def active(self) -> list[RunRow]:
         """Runs that should be carried on: pending and running."""
         with self._store.read() as session:
-            return list(
-                session.scalars(
-                    select(RunRow).where(RunRow.state.in_(("pending", "running"))).order_by(RunRow.created_at)
-                )
-            )
+            return list(session.scalars(select(RunRow).where(RunRow.state.in_(GOING)).order_by(RunRow.created_at)))
 
-    def change(self, run: str, wanted: str, allowed: tuple[str, ...], reason: str = "") -> RunView:
-        """Move a run to another state; RunError when it is not in one of the allowed states."""
+    def change(self, run: str, wanted: str, allowed: tuple[str, ...], reason: str, code: str) -> RunView:
+        """Move a run to another state, with the reason in words and as a code.
+
+        Raises:
+            RunError: no such run, or it is not in one of the allowed states.
+        """
         with self._store.write() as session:
             row = _held(session, run)
             if row is None:
@@ -188,28 +131,28 @@ class Runs:
                 raise RunError(
                     f"run {run} is {row.state}", fix=f"only a run that is {' or '.join(allowed)} can become {wanted}"
                 )
-            row.state, row.reason, row.updated_at = wanted, reason, time.time()
+            row.state, row.reason, row.reason_code, row.updated_at = wanted, reason, code, time.time()
             if wanted == "pending":
                 row.restarts, row.flower_run, row.attempt = 0, "", ""
-            _event(session, run, wanted, reason)
+            add_event(session, run, wanted, reason)
         return self.show(run)
 
     def stop(self, run: str) -> RunView:
         """End a run for good unless it is resumed; committed rounds stay."""
-        return self.change(run, "stopped", ("pending", "running", "paused"), "stopped by an admin")
+        return self.change(run, "stopped", (*GOING, "paused"), "stopped by an admin", BY_ADMIN)
 
     def pause(self, run: str) -> RunView:
         """Hold a run after the round that is committed last."""
-        return self.change(run, "paused", ("pending", "running"), "paused by an admin")
+        return self.change(run, "paused", GOING, "paused by an admin", BY_ADMIN)
 
     def resume(self, run: str) -> RunView:
         """Carry a paused, stopped or failed run on from its last committed round."""
-        return self.change(run, "pending", ("paused", "stopped", "failed"), "resumed by an admin")
+        return self.change(run, "pending", ("paused", "stopped", "failed"), "resumed by an admin", BY_ADMIN)
 
     def begin_attempt(self, run: str, attempt: str) -> int:
         """Give the run to a new ServerApp, before it is started; the number of restarts since the last commit.
 
-        Whatever an earlier ServerApp of the run still does no longer counts. An attempt that Flower never
+        Whatever an earlier ServerApp of the run still does is refused. An attempt that Flower never
         took (`carried_by` was not called) is no restart: it says nothing against the run.
         """
         with self._store.write() as session:
@@ -220,7 +163,7 @@ class Runs:
             row.state, row.attempt, row.updated_at = "running", attempt, time.time()
             row.beat_at, row.flower_run = time.time(), ""
             row.restarts += int(again)
-            _event(session, run, "restarted" if again else "started")
+            add_event(session, run, "restarted" if again else "started")
             return row.restarts
 
     def carried_by(self, run: str, attempt: str, flower_run: str) -> None:
@@ -245,31 +188,14 @@ class Runs:
             row = session.get(RunRow, run)
         return row is not None and row.attempt == attempt and row.state in GOING
 
-    def fail(self, run: str, reason: str) -> None:
-        """End a run as failed, with its reason; nothing happens to one that has ended."""
+    def fail(self, run: str, reason: str, code: str) -> None:
+        """End a run as failed, with its reason in words and as a code; nothing happens to one that has ended."""
         with self._store.write() as session:
             row = _held(session, run)
             if row is None or row.state in ENDED:
                 return
-            row.state, row.reason, row.updated_at = "failed", reason, time.time()
-            _event(session, run, "failed", reason)
-
-    def note(self, run: str, kind: str, message: str, *, round: int = 0, site: str = "") -> None:
-        """Write an event."""
-        with self._store.write() as session:
-            _event(session, run, kind, message, round=round, site=site)
-
-    def events(self, run: str, after: int, limit: int = 500) -> list[EventRow]:
-        """Events of a run with a larger number than `after`, in order."""
-        with self._store.read() as session:
-            return list(
-                session.scalars(
-                    select(EventRow)
-                    .where(EventRow.run == run, EventRow.number > after)
-                    .order_by(EventRow.number)
-                    .limit(limit)
-                )
-            )
+            row.state, row.reason, row.reason_code, row.updated_at = "failed", reason, code[:64], time.time()
+            add_event(session, run, "failed", reason, code=code)
 
     def issue_manifest(
         self, spec: RunSpec, round: int, site: str, adapter_digest: str, key: SigningKey, nonce: str, ttl_s: float
@@ -309,150 +235,3 @@ class Runs:
         return row is not None and (row.run, row.round, row.site, row.adapter_digest) == (
             run, round, site, adapter_digest,
         )  # fmt: skip
-
-    def record_replies(self, run: str, round: int, replies: list[Reply]) -> None:
-        """Keep what came in a round that was not committed, so that an admin sees it."""
-        with self._store.write() as session:
-            self._put_replies(session, run, round, replies)
-
-    def record_late(self, run: str, round: int, reply: Reply) -> bool:
-        """Keep a reply to a round that has been closed without it; False when the round holds another one of it."""
-        with self._store.write() as session:
-            found = session.get(ReplyRow, (run, round, reply.site))
-            if found is None or found.status != "missing":
-                return False
-            self._put_replies(session, run, round, [reply])
-            _event(session, run, f"reply-{reply.status}", reply.message, round=round, site=reply.site)
-            return True
-
-    @staticmethod
-    def _put_replies(session: Session, run: str, round: int, replies: list[Reply]) -> None:
-        now = time.time()
-        for reply in replies:
-            session.merge(
-                ReplyRow(
-                    run=run,
-                    round=round,
-                    site=reply.site,
-                    status=reply.status,
-                    code=reply.code[:64],
-                    message=reply.message[:2000],
-                    epsilon_spent_total=reply.epsilon_spent_total,
-                    delta=reply.delta,
-                    document_json=reply.document_json,
-                    received_at=now,
-                )
-            )
-
-    def adapter_path(self, run: str, round: int) -> Path:
-        """Where a committed round's adapter lies."""
-        return self.adapter_folder(run) / f"{round}.safetensors"
-
-    def adapter_folder(self, run: str) -> Path:
-        """Where a run's adapters lie."""
-        return self._adapters / run
-
-    def server_state(self, run: str, round: int, adapter: bytes) -> bytes:
-        """The server optimizer's state that was committed with this adapter; none without one.
-
-        Raises:
-            RunError: the file is missing or is not the one that was committed.
-        """
-        wanted = metadata(adapter).get(SERVER_STATE)
-        if wanted is None:
-            return b""
-        path = self._state_path(run, round)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"{path}: {error.strerror}", fix="restore adapters/ from the backup") from error
-        if digest(data) != wanted:
-            raise RunError(f"{path} is not the state that was committed", fix="restore it from the backup")
-        return data
-
-    def _state_path(self, run: str, round: int) -> Path:
-        return self.adapter_folder(run) / f"{round}.state.safetensors"
-
-    def commit(self, done: CommittedRound) -> None:
-        """Store a round: the file first (fsynced), then round, receipts, event and, after the last
-        round, the run's end in one transaction. A round that is committed already stays as it is.
-        """
-        now = time.time()
-        with self._store.write() as session:
-            row = session.get_one(RunRow, done.run, with_for_update=True)
-            if row.attempt != done.attempt or row.state not in GOING:
-                raise RunError(
-                    f"round {done.round} of {done.run} came from an attempt that no longer counts",
-                    fix="nothing to do",
-                    code="superseded",
-                )
-            found = session.get(RoundRow, (done.run, done.round))
-            if found is not None and found.state == "committed":
-                raise RunError(f"round {done.round} of {done.run} is committed already", fix="nothing to do")
-            # Inside the transaction, so that a second ServerApp cannot replace a committed file.
-            if done.state:
-                write_durably(self._state_path(done.run, done.round), done.state)
-            write_durably(self.adapter_path(done.run, done.round), done.adapter)
-            session.merge(
-                RoundRow(
-                    run=done.run,
-                    round=done.round,
-                    state="committed",
-                    adapter_digest=digest(done.adapter),
-                    adapter_bytes=len(done.adapter),
-                    bytes=done.received_bytes,
-                    seconds=done.seconds,
-                    committed_at=now,
-                )
-            )
-            self._put_replies(session, done.run, done.round, done.replies)
-            ok = sum(1 for reply in done.replies if reply.status == "ok")
-            text = f"round {done.round} committed with {ok} of {len(done.replies)} replies"
-            _event(session, done.run, "round-committed", text, round=done.round)
-            row.updated_at, row.restarts = now, 0
-            if done.round >= row.rounds:
-                row.state, row.reason = "completed", ""
-                _event(session, done.run, "completed", f"{done.round} rounds committed")
-
-    def last_adapter(self, run: str) -> tuple[int, bytes]:
-        """Number and adapter of the last committed round; (0, no bytes) before the first.
-
-        Raises:
-            RunError: the file is missing or is not the one that was committed.
-        """
-        with self._store.read() as session:
-            number = session.scalar(
-                select(func.max(RoundRow.round)).where(RoundRow.run == run, RoundRow.state == "committed")
-            )
-        return (0, b"") if not number else (number, self.adapter(run, number))
-
-    def adapter(self, run: str, round: int) -> bytes:
-        """The adapter of a committed round, its digest checked."""
-        with self._store.read() as session:
-            row = session.get(RoundRow, (run, round))
-        if row is None or row.state != "committed":
-            raise ConfigError(f"run {run} has no committed round {round}", fix=f"see `fl-admin adapters list {run}`")
-        path = self.adapter_path(run, round)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"{path}: {error.strerror}", fix="restore adapters/ from the backup") from error
-        if digest(data) != row.adapter_digest:
-            raise RunError(f"{path} is not the adapter that was committed", fix="restore it from the backup")
-        return data
-
-    def newest_receipt(self, site: str) -> ReplyRow | None:
-        """The newest signed receipt of a site; None before its first."""
-        query = select(ReplyRow).where(ReplyRow.status.in_(("ok", "late")), ReplyRow.site == site)
-        with self._store.read() as session:
-            return session.scalars(query.order_by(ReplyRow.received_at.desc()).limit(1)).first()
-
-    def receipts(self, site: str, run: str) -> list[ReplyRow]:
-        """Signed receipts, oldest first, late ones among them; empty `site` or `run` means every one."""
-        query = select(ReplyRow).where(ReplyRow.status.in_(("ok", "late"))).order_by(ReplyRow.received_at)
-        if site:
-            query = query.where(ReplyRow.site == site)
-        if run:
-            query = query.where(ReplyRow.run == run)
-        with self._store.read() as session:
-            return list(session.scalars(query))

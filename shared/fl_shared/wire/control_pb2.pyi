@@ -165,7 +165,7 @@ class RunRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("run", "state", "reason", "rounds", "rounds_committed", "spec_digest", "spec_json", "created_at", "updated_at", "history", "sites", "warnings")
+    __slots__ = ("run", "state", "reason", "rounds", "rounds_committed", "spec_digest", "spec_json", "created_at", "updated_at", "history", "sites", "warnings", "reason_code")
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +178,7 @@ class Run(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     SITES_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    REASON_CODE_FIELD_NUMBER: _ClassVar[int]
     run: str
     state: str
     reason: str
@@ -190,7 +191,8 @@ class Run(_message.Message):
     history: _containers.RepeatedCompositeFieldContainer[Round]
     sites: _containers.RepeatedScalarFieldContainer[str]
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., spec_digest: _Optional[str] = ..., spec_json: _Optional[str] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., history: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., sites: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    reason_code: str
+    def __init__(self, run: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., rounds: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., spec_digest: _Optional[str] = ..., spec_json: _Optional[str] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., history: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., sites: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., reason_code: _Optional[str] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("round", "state", "adapter_digest", "committed_at", "seconds", "bytes", "replies")
