@@ -25,6 +25,7 @@ import psutil
 import sqlalchemy as sa
 
 from fl_server.aggregation import RoundAggregate
+from fl_server.artifacts.local import LocalArtifacts
 from fl_server.rounds.liveness import carrier_pid
 from fl_shared.adapters.safetensors import digest, unpack
 from fl_shared.documents.manifest import RunSpec
@@ -439,8 +440,12 @@ def _judge_adapters(
     """
     spec = RunSpec.from_toml(federation.root / f"{run}.toml")
     base, equal = b"", 0
+    artifacts = LocalArtifacts(federation.coordinator.home / "artifacts")
     for number in range(1, rounds + 1):
-        committed = (federation.coordinator.home / "adapters" / run / f"{number}.safetensors").read_bytes()
+        ((name,),) = federation.query(
+            "SELECT adapter_digest FROM rounds WHERE run = :run AND round = :number", run=run, number=number
+        )
+        committed = artifacts.get(name)
         parts = [dict(unpack(updates[site][number])) for n, site in sorted(counted) if n == number]
         aggregate = RoundAggregate(spec, base, b"", federation.root)
         for part in parts:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fl_server.artifacts.local import LocalArtifacts
 from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import SigningKey
 from helpers import stand_in_agent
@@ -265,6 +267,14 @@ class Coordinator:
             if process is not None:
                 kill_tree(process.pid)
                 process.wait()
+
+
+def committed(home: Path, run: str, number: int) -> bytes:
+    """The adapter of a committed round as it lies in a coordinator's home, under the digest that its row names."""
+    with contextlib.closing(sqlite3.connect(f"file:{home / 'coordinator.sqlite'}?mode=ro", uri=True)) as database:
+        query = "SELECT adapter_digest FROM rounds WHERE run = ? AND round = ? AND state = 'committed'"
+        ((digest,),) = database.execute(query, (run, number)).fetchall()
+    return LocalArtifacts(home / "artifacts").path(digest).read_bytes()
 
 
 def spec_toml(

@@ -10,7 +10,7 @@ import pytest
 from fl_server.aggregation import RoundAggregate
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata, pack, unpack
 from fl_shared.documents.manifest import RunSpec
-from helpers.coordinators import Coordinator, coordinator, spec_toml, until
+from helpers.coordinators import Coordinator, committed, coordinator, spec_toml, until
 from helpers.stand_in_agent import honest_update
 
 SITES = ("h-1", "h-2")
@@ -34,10 +34,6 @@ def _launch(one: Coordinator, name: str) -> RunSpec:
     return RunSpec.from_toml(path)
 
 
-def _committed(one: Coordinator, run: str, number: int) -> bytes:
-    return (one.home / "adapters" / run / f"{number}.safetensors").read_bytes()
-
-
 def test_a_paused_and_resumed_run_ends_in_the_bytes_of_an_undisturbed_one(one: Coordinator) -> None:
     """fedadam over int8: three rounds in one go, and three with a new ServerApp in between, give equal bytes, which are
     the aggregation of the encoded updates."""
@@ -58,8 +54,8 @@ def test_a_paused_and_resumed_run_ends_in_the_bytes_of_an_undisturbed_one(one: C
         for site in SITES:
             collected.add(unpack(pack(honest_update(site, number), wire="int8"), wire="int8"))
         adapter, state = collected.finish()
-        assert _committed(one, "whole", number) == adapter
-        assert _committed(one, "broken", number) == adapter
+        assert committed(one.home, "whole", number) == adapter
+        assert committed(one.home, "broken", number) == adapter
         assert metadata(adapter)[SERVER_STATE] == digest(state)
     plain = {name: np.zeros_like(value) for name, value in honest_update("h-1", 1).items()}
     for number in range(1, ROUNDS + 1):

@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from fl_server.access.log import AdminLog, check
+from fl_server.artifacts.local import LocalArtifacts
 from fl_server.cli.server import main
 from fl_server.db.models import EventRow, RoundRow, RunRow
 from fl_server.db.store import Store
@@ -116,6 +117,44 @@ def test_a_backup_during_commits_holds_every_adapter_that_its_rows_name(home: Se
         over.set()
         worker.join()
     assert held[-1] > held[0], "nothing was committed meanwhile: the test shows nothing"
+
+
+def put(home: ServerHome, number: int) -> tuple[Path, Path]:
+    """A committed round as this version leaves it, with an optimizer's state; the files of both artifacts."""
+    stored = LocalArtifacts(home.artifacts)
+    adapter, state = (stored.put(f"{kind} {number}".encode() * 1000) for kind in ("adapter", "state"))
+    store = Store(home.database_url())
+    with store.write() as session:
+        session.add(
+            RoundRow(
+                run="demo", round=number, state="committed", adapter_digest=adapter, state_digest=state,
+                committed_at=float(number),
+            )
+        )  # fmt: skip
+    store.close()
+    return stored.path(adapter), stored.path(state)
+
+
+def test_artifacts_that_rows_name_and_files_of_earlier_versions_are_both_kept(home: ServerHome, tmp_path: Path) -> None:
+    """A home that went on under this version has both; what a broken commit left and scratch files are left out."""
+    kept = put(home, 3)
+    orphan = LocalArtifacts(home.artifacts)
+    unnamed = orphan.path(orphan.put(b"of a commit that was broken off"))
+    write_durably(home.scratch / "left", b"x")
+    made = backup(home, tmp_path / "backup.tar")
+    assert made.damaged == []
+    restore(tmp_path / "backup.tar", ServerHome(tmp_path / "new"))
+    new = ServerHome.open(tmp_path / "new")
+    old = [home.adapters / "demo" / f"{number}.safetensors" for number in (1, 2)]
+    for path in (*kept, *old):
+        assert (new.root / path.relative_to(home.root)).read_bytes() == path.read_bytes()
+    assert not (new.root / unnamed.relative_to(home.root)).exists()
+    assert not new.scratch.exists()
+    kept[1].write_bytes(b"other")
+    old[0].unlink()
+    damaged = backup(home, tmp_path / "damaged.tar").damaged
+    assert kept[1].relative_to(home.root).as_posix() in damaged
+    assert len(damaged) == 2
 
 
 def test_a_damaged_adapter_is_named_and_the_rest_is_kept(home: ServerHome, tmp_path: Path) -> None:

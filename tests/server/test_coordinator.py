@@ -18,7 +18,7 @@ from fl_server.home.layout import ServerHome
 from fl_shared.adapters.safetensors import digest, unpack
 from fl_shared.documents.manifest import Receipt
 from fl_shared.identity.signing import open_document
-from helpers.coordinators import BIN, Coordinator, coordinator, environment, until
+from helpers.coordinators import BIN, Coordinator, committed, coordinator, environment, until
 from helpers.stand_in_agent import SHAPES, honest_update
 
 HONEST = ("h-1", "h-2")
@@ -88,7 +88,7 @@ def test_committed_rounds_have_adapters_receipts_and_events(one: Coordinator) ->
     listed = one.admin("adapters", "list", "mixed")["adapters"]
     assert [each["round"] for each in listed] == [1, 2, 3, 4]
     for each in listed:
-        data = (one.home / "adapters" / "mixed" / f"{each['round']}.safetensors").read_bytes()
+        data = committed(one.home, "mixed", each["round"])
         assert (digest(data), len(data)) == (each["digest"], each["bytes"])
     database = sqlite3.connect(f"file:{one.home / 'coordinator.sqlite'}?mode=ro", uri=True)
     rows = database.execute("SELECT site, document_json FROM replies WHERE run = 'mixed' AND status = 'ok'").fetchall()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 from pathlib import Path
 
 from fl_server.artifacts.store import ArtifactDamaged
 from fl_shared.adapters.safetensors import digest as digest_of
 from fl_shared.files import sync_directory, write_durably
 
+UNFINISHED_S = 86_400.0
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -53,6 +56,16 @@ class LocalArtifacts:
     def get(self, digest: str, what: str = "artifact") -> bytes:
         """The bytes of this digest, verified; ArtifactDamaged when they are missing or changed."""
         return read_verified(self.path(digest), digest, what)
+
+    def remove_unfinished(self) -> int:
+        """Remove what writers left behind that were killed at least a day ago; the number of files."""
+        removed = 0
+        for path in self._root.glob("*/.*"):
+            with contextlib.suppress(FileNotFoundError):  # finished just now, or removed by another process
+                if path.stat().st_mtime < time.time() - UNFINISHED_S:
+                    path.unlink()
+                    removed += 1
+        return removed
 
 
 def read_verified(path: Path, digest: str, what: str) -> bytes:

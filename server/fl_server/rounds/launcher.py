@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from fl_server.artifacts.local import LocalArtifacts
 from fl_server.db.models import RunRow
 from fl_server.db.store import Store
 from fl_server.flower.superlink import Flower
@@ -134,6 +135,7 @@ def main() -> int:
     store, flower = Store(home.database_url()), Flower(home)
     launcher = Launcher(home, Runs(store), Events(store), flower)
     nodes = Nodes(Sites(store), flower)
+    LocalArtifacts(home.artifacts).remove_unfinished()
     while not over.wait(TICK_S):
         try:
             nodes.tick()
