@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fl_server.access.check import ACTIONS, Access, Action, recorded_arguments
 from fl_server.access.log import AdminLog, local_user
-from fl_server.control.doors import ACTION_OF_CALL, Doors
+from fl_server.control.calls import ACTION_OF_CALL, CheckedCalls
 from fl_server.control.service import Control
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome
@@ -231,8 +231,8 @@ class _Details:
         self.invocation_metadata = ()
 
 
-def _open(doors: Doors, call: str, handler: Any) -> Any:
-    found = doors.intercept_service(lambda _: handler, _Details(call))
+def _open(checked: CheckedCalls, call: str, handler: Any) -> Any:
+    found = checked.intercept_service(lambda _: handler, _Details(call))
     assert found is not None
     return found
 
@@ -243,10 +243,10 @@ def test_what_streams_is_what_the_proto_says(office: Office) -> None:
     add_ControlServicer_to_server(Control(office.home, office.store), server)
     assert set(server.handlers) == set(CALLS)
     for call, method in CALLS.items():
-        checked = _open(Doors(office.access), call, server.handlers[call])
+        checked = _open(CheckedCalls(office.access), call, server.handlers[call])
         assert checked.response_streaming == method.server_streaming, call
         assert (checked.unary_stream is not None) == method.server_streaming, call
-    assert Doors(office.access).intercept_service(lambda _: None, _Details("Nothing")) is None
+    assert CheckedCalls(office.access).intercept_service(lambda _: None, _Details("Nothing")) is None
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -260,7 +260,7 @@ def test_a_call_without_an_action_is_closed_to_everybody(office: Office, streams
         return iter(())
 
     kind = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-    checked = _open(Doors(office.access), "DeleteEverything", kind(answer))
+    checked = _open(CheckedCalls(office.access), "DeleteEverything", kind(answer))
     call = checked.unary_stream if streams else checked.unary_unary
     with pytest.raises(_Aborted):
         list(call(pb.StatusRequest(), context) or ())

@@ -20,10 +20,11 @@ from starlette.routing import Route
 
 from fl_server.gateway import app as gateway
 from fl_server.gateway import connections as doorman
-from fl_server.gateway.app import Requests
+from fl_server.gateway import limits
+from fl_server.gateway.limits import Requests
 from fl_server.home.layout import ServerHome
 from fl_server.identity.authority import Authority
-from fl_shared.runtime.limits import Places, Rates, network
+from fl_shared.runtime.limits import ConcurrencyLimit, TokenBucket, network
 from helpers.coordinators import until
 
 MUCH = 64 << 20
@@ -96,7 +97,7 @@ def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
     """A server with deadlines of a few seconds and four places for an address."""
     for name in ("HANDSHAKE_S", "HEAD_S", "CLOSING_S"):
         monkeypatch.setattr(doorman, name, 2.5)
-    monkeypatch.setattr(gateway, "SEND_IDLE_S", 1.0)
+    monkeypatch.setattr(limits, "SEND_IDLE_S", 1.0)
     monkeypatch.setattr(doorman, "MAX_FOR_AN_ADDRESS", 4)
     monkeypatch.setattr(doorman, "MAX_FOR_A_SITE", 2)
     made = Door(ServerHome(tmp_path))
@@ -187,7 +188,7 @@ def _served(door: Door, folder: Path) -> bool:
 def test_a_bucket_refills_and_forgets() -> None:
     """A burst, then so many a second; keys that are full again take no memory."""
     now = [0.0]
-    rates = Rates(2.0, 4.0, lambda: now[0])
+    rates = TokenBucket(2.0, 4.0, lambda: now[0])
     assert [rates.take("a") for _ in range(5)] == [True] * 4 + [False]
     assert rates.take("b")
     now[0] += 1.0
@@ -202,10 +203,10 @@ def test_a_bucket_refills_and_forgets() -> None:
 
 def test_places_are_counted_for_each_key() -> None:
     """Taken places come free; another key is not affected."""
-    places = Places(1)
-    assert (places.take("a"), places.take("a"), places.take("b")) == (True, False, True)
-    places.give_back("a")
-    assert places.take("a")
+    limit = ConcurrencyLimit(1)
+    assert (limit.acquire("a"), limit.acquire("a"), limit.acquire("b")) == (True, False, True)
+    limit.release("a")
+    assert limit.acquire("a")
 
 
 @pytest.mark.parametrize(

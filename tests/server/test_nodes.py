@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.date import now as flower_now
@@ -103,6 +103,21 @@ def test_online_is_who_flower_lets_through(one: Coordinator) -> None:
     assert (shown[A], shown[B]) == (True, False)
     assert beat(one, A, node ^ 1) == 401
     assert online(one)[A] is False
+
+
+def test_a_node_that_leaves_is_not_online_at_once_as_in_flowers_grid(one: Coordinator) -> None:
+    """A SuperNode that is stopped says so: the admin need not wait for silence, and a new start is seen at once."""
+    node = gets_through(one, A)
+    until(lambda: online(one)[A], "the node is online", 30.0)
+    body = DeactivateNodeRequest(node_id=node).SerializeToString()
+    with one.client(A) as client:
+        answer = client.post("/v1/fleet/deactivate-node", content=body, headers=signed_by(one.keys[A].node))
+    assert answer.status_code == 200, answer.text
+    row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
+    assert Flower(ServerHome(one.home)).nodes()[row.node_id] == "offline"
+    assert online(one)[A] is False
+    assert activate(one, A) == node
+    assert online(one)[A] is True
 
 
 def test_an_answer_that_cannot_be_noted_is_passed_on_and_noted_later(one: Coordinator) -> None:

@@ -17,7 +17,7 @@ from fl_server.access.log import AdminLog
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome
 from fl_server.identity.authority import Identity
-from fl_server.identity.operators import AuditorPlaces, Operators
+from fl_server.identity.operators import AuditorLimit, Operators
 from fl_shared.canonical import sha256_hex
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConcordatError
@@ -80,7 +80,7 @@ class Access:
     def __init__(self, operators: Operators, log: AdminLog) -> None:
         self._operators = operators
         self._log = log
-        self._places = AuditorPlaces()
+        self._auditors = AuditorLimit()
 
     @classmethod
     def of(cls, home: ServerHome, store: Store) -> Access:
@@ -110,7 +110,7 @@ class Access:
                 code="wrong-role",
             )
         self._operators.authorise(who)
-        with self._places.taken(who):
+        with self._auditors.held(who):
             if not allowed.recorded:
                 yield
                 return

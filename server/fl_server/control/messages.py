@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from fl_server.db.models import AdminLogRow, EventRow, PromotionRow, RoundRow, SiteRow
-from fl_server.identity.sites import ONLINE_S
+from fl_server.identity.presence import is_online
 from fl_server.runs.bases import announced
 from fl_server.runs.plans import SiteView
 from fl_server.runs.views import RunView
@@ -29,7 +28,7 @@ def site_message(row: SiteRow) -> pb.Site:
         certificate_expires_at=row.certificate_expires_at,
         last_seen_at=row.last_seen_at,
         revoked_at=row.revoked_at,
-        online=row.state == "enrolled" and time.time() - row.node_seen_at < ONLINE_S,
+        online=is_online(row),
         base_model=base.digest if base else "",
         base_targets=base.targets if base else (),
         base_announced_at=row.base_announced_at,

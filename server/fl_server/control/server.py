@@ -1,4 +1,4 @@
-"""The control API as a process: gRPC with mutual TLS 1.3, every call behind the check (`fl_server.control.doors`)."""
+"""The control API as a process: gRPC with mutual TLS 1.3, every call behind the check (`fl_server.control.calls`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from fl_server.access.check import Access
-from fl_server.control.doors import Doors
+from fl_server.control.calls import CheckedCalls
 from fl_server.control.service import Control
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome
@@ -37,7 +37,7 @@ def serve(home: ServerHome) -> grpc.Server:
     settings, store = home.settings(), Store(home.database_url())
     server = grpc.server(
         running_pool(WORKERS, "control"),
-        interceptors=[Doors(Access.of(home, store))],
+        interceptors=[CheckedCalls(Access.of(home, store))],
         options=[("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)],
         maximum_concurrent_rpcs=4 * WORKERS,
     )

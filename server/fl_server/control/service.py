@@ -1,6 +1,6 @@
 """The calls of the control API. Admins may do everything here, auditors may read.
 
-Nothing here asks who calls: every call goes through `fl_server.control.doors`, which checks the role and records what
+Nothing here asks who calls: every call goes through `fl_server.control.calls`, which checks the role and records what
 an admin does, other than look, before it takes effect.
 """
 
@@ -14,7 +14,7 @@ import grpc
 
 from fl_server import __version__
 from fl_server.access.log import AdminLog
-from fl_server.control.doors import caller
+from fl_server.control.calls import caller
 from fl_server.control.messages import (
     adapter_message,
     entry_message,

@@ -8,41 +8,39 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import json
 import logging
 import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fl_server.db.models import SiteRow
 from fl_server.db.store import DatabaseAway, Store
 from fl_server.flower.superlink import Flower
-from fl_server.gateway import connections as doorman
-from fl_server.gateway import fleet
+from fl_server.gateway import connections, fleet
+from fl_server.gateway.limits import Refused, Requests, limited, parsed, refusal, whole
 from fl_server.gateway.traffic import Counted
 from fl_server.home.layout import ServerHome, ServerSettings
 from fl_server.identity.authority import Authority, Identity
 from fl_server.identity.rotation import coordinator_key, rotations
 from fl_server.identity.sites import Sites
 from fl_server.runs.plans import Plans
-from fl_shared.canonical import parse_json
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
+from fl_shared.errors import ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.identity.enrolment import PROVED
 from fl_shared.names import site_id
-from fl_shared.runtime.limits import Places, Rates, network
+from fl_shared.runtime.limits import ConcurrencyLimit, TokenBucket, network
 from fl_shared.runtime.logs import set_up
 
 log = logging.getLogger("fl_server.gateway.app")
@@ -53,30 +51,8 @@ MAX_BASE_BYTES = 4 << 10
 MAX_PER_SITE = 16  # requests at once
 BURST_S = 4.0
 ANONYMOUS_PER_S, ANONYMOUS_BURST = 5.0, 40.0
-BODY_IDLE_S, SEND_IDLE_S = 20.0, 60.0
-LEAST_BYTES_PER_S, PATIENCE_S = 1024.0, 30.0
 SEEN_EVERY_S = 10.0
 _KEPT_BACK = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "location"})
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-
-class Refused(Exception):
-    """Ends a request with a typed answer."""
-
-    def __init__(self, error: ConcordatError, status: int) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.status = status
-
-
-def _refusal(error: ConcordatError, status: int) -> JSONResponse:
-    headers = {"retry-after": "1"} if status in (429, 503) else None
-    return JSONResponse(
-        {"error": error.message, "code": error.code, "fix": error.fix}, status_code=status, headers=headers
-    )
 
 
 def _not_found() -> JSONResponse:
@@ -87,73 +63,28 @@ def _too_many() -> TransportError:
     return TransportError("too many requests", fix="wait a second", code="too-many")
 
 
-async def _limited(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body as it comes. Refused: more than `limit` bytes, a pause of `BODY_IDLE_S`, or a trickle."""
-    too_slow = Refused(TransportError("the request comes too slowly", fix="send it again", code="too-slow"), 408)
-    too_large = Refused(
-        TransportError(f"the request is larger than {limit} bytes", fix="send less", code="too-large"), 413
-    )
-    if int(request.headers.get("content-length", "0")) > limit:
-        raise too_large
-    stream = aiter(request.stream())
-    seen, waited = 0, 0.0
-    while True:
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(BODY_IDLE_S):
-                block = await anext(stream)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise too_slow from None
-        # Only what the client makes us wait for counts: the SuperLink may be slow, too.
-        waited += time.monotonic() - began
-        seen += len(block)
-        if seen > limit:
-            raise too_large
-        if waited > PATIENCE_S and seen < waited * LEAST_BYTES_PER_S:
-            raise too_slow
-        yield block
+@dataclass(frozen=True)
+class Enrolment:
+    """What a site sends to be enrolled."""
 
+    site: str
+    token: str
+    csr_pem: str
+    signing_key: str
+    node_key: str
+    proofs: dict[str, str]
 
-async def _whole(request: Request, limit: int) -> bytes:
-    return b"".join([block async for block in _limited(request, limit)])
-
-
-class Requests:
-    """Watches over whole requests: what was taken for one is given back at its end, and no answer waits for ever.
-
-    `request.state.at_end` is the stack of what to give back; it ends after the answer's last byte.
-    """
-
-    def __init__(self, app: Starlette) -> None:
-        self._app = app
-        app.router.redirect_slashes = False  # a redirect would name the host that the client made up
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass every part of an answer on within `SEND_IDLE_S`; no request that two readers could read in two ways."""
-        scope["path"] = scope["raw_path"].decode("latin-1")  # as it came: `/v1%2Fca` is not `/v1/ca`
-        names = [name for name, _ in scope["headers"]]
-        if len(set(names)) != len(names) or {b"content-length", b"transfer-encoding"} <= set(names):
-            twice = TransportError("a header stands there twice, or the length in two ways", code="bad-request")
-            refusal = _refusal(twice, 400)
-            refusal.headers["connection"] = "close"
-            await refusal(scope, receive, send)
-            return
-
-        async def timely(message: Message) -> None:
-            try:
-                async with asyncio.timeout(SEND_IDLE_S):
-                    await send(message)
-            except TimeoutError:
-                log.warning("a client did not take its answer")
-                scope["state"]["abort"]()
-                raise ClientDisconnect from None
-
-        with contextlib.suppress(ClientDisconnect):
-            async with contextlib.AsyncExitStack() as at_end:
-                scope["state"]["at_end"] = at_end
-                await self._app(scope, receive, timely)
+    @classmethod
+    def read(cls, body: Any) -> Enrolment:
+        """From the JSON body. Raises ConfigError for another name of a site, and whatever a wrong form raises."""
+        return cls(
+            site=site_id(body["site"]),
+            token=str(body["token"]),
+            csr_pem=str(body["csr_pem"]),
+            signing_key=str(body["signing_public_key"]),
+            node_key=str(body["node_public_key"]),
+            proofs={name: str(body["proofs"][name]) for name in PROVED},
+        )
 
 
 class Gateway:
@@ -170,9 +101,9 @@ class Gateway:
         self._flower = Flower(home)
         self._enrolling = asyncio.Lock()
         per_second = float(settings.site_requests_per_s)
-        self._rates = Rates(per_second, per_second * BURST_S)
-        self._strangers = Rates(ANONYMOUS_PER_S, ANONYMOUS_BURST)
-        self._under_way = Places(MAX_PER_SITE)
+        self._rates = TokenBucket(per_second, per_second * BURST_S)
+        self._strangers = TokenBucket(ANONYMOUS_PER_S, ANONYMOUS_BURST)
+        self._under_way = ConcurrencyLimit(MAX_PER_SITE)
         self._seen: dict[str, float] = {}
         self._accepted: dict[str, float] = {}
         self._doubted = -SEEN_EVERY_S
@@ -209,14 +140,14 @@ class Gateway:
             elif not self._rates.take(f"{who.role} {who.name}"):
                 raise Refused(_too_many(), 503)
         except Refused as refused:  # raised in a handler of exceptions, it would find none
-            return _refusal(refused.error, refused.status)
+            return refusal(refused.error, refused.status)
         return _not_found()
 
     @staticmethod
     async def _refused(_request: Request, error: Exception) -> Response:
         if not isinstance(error, Refused):
             raise error
-        return _refusal(error.error, error.status)
+        return refusal(error.error, error.status)
 
     def _stranger(self, request: Request) -> None:
         """One more request of an address without a (valid) certificate; Refused when there are too many."""
@@ -228,7 +159,7 @@ class Gateway:
         """The database is being restarted: a 503, after which sites and their SuperNodes come again."""
         log.warning("%s", error)
         away = TransportError("the coordinator is not ready", fix="try again", code="no-database")
-        return _refusal(away, 503)
+        return refusal(away, 503)
 
     async def healthz(self, request: Request) -> Response:
         """The gateway lives."""
@@ -243,31 +174,24 @@ class Gateway:
     async def enroll(self, request: Request) -> Response:
         """Certify a site that proves a token and its keys."""
         self._stranger(request)
-        raw = await _whole(request, MAX_ENROL_BYTES)
-        try:
-            body = json.loads(raw)
-            site, token = site_id(body["site"]), str(body["token"])
-            csr, signing, node = (str(body[name]) for name in ("csr_pem", "signing_public_key", "node_public_key"))
-            proofs = {name: str(body["proofs"][name]) for name in PROVED}
-        except ConcordatError as error:
-            return _refusal(error, 400)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return _refusal(
-                EnrolmentError("the request is not of the agreed form", fix="enrol with `fl-client enroll`"), 400
-            )
+        otherwise = EnrolmentError("the request is not of the agreed form", fix="enrol with `fl-client enroll`")
+        asked = await parsed(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
         try:
             async with self._enrolling:
                 enrolled = await asyncio.to_thread(
-                    self._sites.enrol, site=site, token=token, csr_pem=csr, signing_key=signing, node_key=node,
-                    proofs=proofs, authority=self._authority, flower=self._flower, days=self._settings.certificate_days,
-                )  # fmt: skip
+                    self._sites.enrol,
+                    **vars(asked),
+                    authority=self._authority,
+                    flower=self._flower,
+                    days=self._settings.certificate_days,
+                )
         except EnrolmentError as error:
-            log.warning("refused to enrol %s: %s", site, error.code)
-            return _refusal(error, 403)
+            log.warning("refused to enrol %s: %s", asked.site, error.code)
+            return refusal(error, 403)
         except TransportError as error:
-            log.error("cannot enrol %s: %s", site, error.message)
-            return _refusal(TransportError("the coordinator cannot enrol just now", fix="try again in a minute"), 503)
-        log.info("enrolled %s", site)
+            log.error("cannot enrol %s: %s", asked.site, error.message)
+            return refusal(TransportError("the coordinator cannot enrol just now", fix="try again in a minute"), 503)
+        log.info("enrolled %s", asked.site)
         return JSONResponse(
             {
                 "certificate_pem": enrolled.certificate_pem,
@@ -278,7 +202,7 @@ class Gateway:
         )
 
     async def _site(self, request: Request) -> tuple[Identity, SiteRow]:
-        """Who speaks, read from the database for every request; Refused when the certificate does not count."""
+        """Who speaks, read from the database for every request; Refused when the certificate is not valid."""
         who: Identity | None = request.state.who
         try:
             if who is None:
@@ -298,11 +222,11 @@ class Gateway:
             await asyncio.to_thread(self._sites.seen, row.site)
         return who, row
 
-    def _take_place(self, request: Request, site: str) -> None:
+    def _count_in(self, request: Request, site: str) -> None:
         """Count one of the requests that a site may have under way, to its end; Refused when there are too many."""
-        if not self._under_way.take(site):
+        if not self._under_way.acquire(site):
             raise Refused(_too_many(), 503)
-        request.state.at_end.callback(self._under_way.give_back, site)
+        request.state.at_end.callback(self._under_way.release, site)
 
     async def hello(self, request: Request) -> Response:
         """Who the caller is, and the coordinator's key with every change of it."""
@@ -311,34 +235,26 @@ class Gateway:
         return JSONResponse({"site": row.site, "coordinator_key": current, "time": time.time(), "rotations": changes})
 
     async def renew(self, request: Request) -> Response:
-        """Certify a new key of the site that speaks; its present certificate counts until the new one is used."""
+        """Certify a new key of the site that speaks; its present certificate is valid until the new one is used."""
         who, row = await self._site(request)
-        self._take_place(request, row.site)
-        raw = await _whole(request, MAX_ENROL_BYTES)
+        self._count_in(request, row.site)
+        otherwise = EnrolmentError("the request is not of the agreed form", fix="the site's agent renews by itself")
+        csr = await parsed(request, MAX_ENROL_BYTES, lambda body: str(body["csr_pem"]), otherwise)
         try:
-            csr = str(json.loads(raw)["csr_pem"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return _refusal(
-                EnrolmentError("the request is not of the agreed form", fix="the site's agent renews by itself"), 400
-            )
-        try:
-            made = await asyncio.to_thread(
+            renewed = await asyncio.to_thread(
                 self._sites.renew, who, csr, self._authority, self._settings.certificate_days
             )
         except EnrolmentError as error:
-            return _refusal(error, 403)
+            return refusal(error, 403)
         log.info("renewed the certificate of %s", row.site)
-        return JSONResponse({"certificate_pem": made})
+        return JSONResponse({"certificate_pem": renewed})
 
     async def base(self, request: Request) -> Response:
         """Keep which base model the site that speaks says it has."""
         _, row = await self._site(request)
-        self._take_place(request, row.site)
-        raw = await _whole(request, MAX_BASE_BYTES)
-        try:
-            base = BaseModel.from_dict(parse_json(raw, "the announcement"))
-        except ConfigError as error:
-            return _refusal(error, 400)
+        self._count_in(request, row.site)
+        otherwise = ConfigError("the announcement is not of the agreed form", fix="the site's agent announces its base")
+        base = await parsed(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
         await asyncio.to_thread(self._sites.announce, row.site, base)
         return JSONResponse({"taken": True})
 
@@ -350,15 +266,14 @@ class Gateway:
     async def answers(self, request: Request) -> Response:
         """Take the site's signed answer to one of them."""
         _, row = await self._site(request)
-        self._take_place(request, row.site)
-        raw = await _whole(request, MAX_ANSWER_BYTES)
+        self._count_in(request, row.site)
+        otherwise = ConfigError("the answer is not of the agreed form", fix="the site's agent answers")
+        answer = await parsed(request, MAX_ANSWER_BYTES, lambda body: body["answer"], otherwise)
         try:
-            await asyncio.to_thread(self._plans.take, row.site, json.loads(raw)["answer"])
+            await asyncio.to_thread(self._plans.take, row.site, answer)
         except (SignatureError, ConfigError) as error:
             log.warning("%s: an answer was not taken: %s", row.site, error.message)
-            return _refusal(error, 400)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return _refusal(ConfigError("the answer is not of the agreed form", fix="the site's agent answers"), 400)
+            return refusal(error, 400)
         return JSONResponse({"taken": True})
 
     async def fleet(self, request: Request) -> Response:
@@ -369,46 +284,48 @@ class Gateway:
             return _not_found()
         try:
             fleet.require_own_node(request.headers, row)
-            self._take_place(request, row.site)
+            self._count_in(request, row.site)
             return await self._forward(request, row, call)
         except EnrolmentError as error:
             log.warning("%s: %s", row.site, error.message)
-            return _refusal(error, 403)
+            return refusal(error, 403)
         except TransportError as error:
-            return _refusal(error, 400)
+            return refusal(error, 400)
 
     async def _note(self, site: str, call: str, status: int) -> None:
         """Remember whether the SuperLink accepts the site's node; if not, the launcher looks into it.
 
         What cannot be written is left to the next call. An answer has come meanwhile, and is passed on in any case.
         """
-        if call not in fleet.SIGNS_OF_LIFE:
+        left = call == fleet.DEACTIVATE and status < 400
+        if call not in fleet.SIGNS_OF_LIFE and not left:
             return
         now, accepted = time.monotonic(), status < 400
-        if accepted and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
+        if accepted and not left and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
             return
         if not accepted and site not in self._accepted and now - self._doubted < SEEN_EVERY_S:
             return  # known already
         try:
             if not accepted:
                 await asyncio.to_thread(self._flower.doubt, True)
-            await asyncio.to_thread(self._sites.node_seen, site, accepted=accepted)
+            await asyncio.to_thread(self._sites.node_seen, site, online=accepted and not left)
         except (DatabaseAway, OSError) as error:
             log.warning("cannot note that the SuperLink answered %s: %s", site, error)
             return
-        if accepted:
+        if accepted and not left:
             self._accepted[site] = now
-        else:
-            self._accepted.pop(site, None)
+            return
+        self._accepted.pop(site, None)
+        if not accepted:
             self._doubted = now
 
     async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
         content: bytes | AsyncIterator[bytes]
         if call == fleet.PUSH_MESSAGES:
-            content = await _whole(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
+            content = await whole(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
             fleet.require_own_messages(content, row)
         else:
-            content = _limited(request, self._settings.max_message_bytes)
+            content = limited(request, self._settings.max_message_bytes)
         try:
             outgoing = self._client.build_request(
                 "POST",
@@ -420,7 +337,7 @@ class Gateway:
             request.state.at_end.push_async_callback(answer.aclose)
         except (httpx.HTTPError, TransportError) as error:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
-            return _refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
+            return refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
         await self._note(row.site, call, answer.status_code)
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
         return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
@@ -428,20 +345,20 @@ class Gateway:
 
 def tls_context(home: ServerHome) -> ssl.SSLContext:
     """TLS 1.3 alone, with a client certificate of our CA or none; nothing is resumed without a full handshake."""
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.minimum_version = ssl.TLSVersion.TLSv1_3
-    made.num_tickets = 0
-    made.load_cert_chain(home.server_certificate, home.server_key)
-    made.load_verify_locations(home.ca)
-    made.verify_mode = ssl.CERT_OPTIONAL
-    return made
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0
+    context.load_cert_chain(home.server_certificate, home.server_key)
+    context.load_verify_locations(home.ca)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
 
 
 async def serve(home: ServerHome) -> None:
     """Serve until SIGTERM."""
     settings = home.settings()
     inner = ssl.create_default_context(cafile=str(home.ca))
-    limits = httpx.Limits(max_connections=doorman.MAX_CONNECTIONS, max_keepalive_connections=64)
+    limits = httpx.Limits(max_connections=connections.MAX_CONNECTIONS, max_keepalive_connections=64)
     async with httpx.AsyncClient(
         verify=inner, timeout=httpx.Timeout(300.0, connect=5.0), limits=limits, trust_env=False
     ) as client:
@@ -457,8 +374,8 @@ async def serve(home: ServerHome) -> None:
             timeout_graceful_shutdown=5,
         )
         config.load()
-        await doorman.serve(
-            uvicorn.Server(config), tls_context(home), doorman.listener(settings.listen, settings.gateway_port)
+        await connections.serve(
+            uvicorn.Server(config), tls_context(home), connections.listener(settings.listen, settings.gateway_port)
         )
 
 
@@ -469,7 +386,7 @@ def main() -> int:
     arguments = parser.parse_args()
     set_up("gateway")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before uvicorn takes it over, and when it gives it back
-    doorman.raise_file_limit()
+    connections.raise_file_limit()
     asyncio.run(serve(ServerHome.open(arguments.home)))
     return 0
 

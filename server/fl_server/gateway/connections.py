@@ -2,7 +2,7 @@
 
 A connection that does not finish its handshake, or a request's head, in time is closed; so is one more than an
 address or a site may have open. Whoever holds many connections open, or sends a byte a minute, uses up its own
-places and nobody else's.
+limits and nobody else's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 
 from fl_server.identity.authority import Identity, identity
 from fl_shared.errors import ConfigError, EnrolmentError
-from fl_shared.runtime.limits import Places, network
+from fl_shared.runtime.limits import ConcurrencyLimit, network
 
 log = logging.getLogger("fl_server.gateway.app")
 
@@ -37,50 +37,50 @@ _UNFIT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)|\r
 
 
 @dataclass
-class Doors:
-    """The places that are taken just now."""
+class ConnectionLimits:
+    """How many connections are open just now."""
 
-    everybody: Places = field(default_factory=lambda: Places(MAX_CONNECTIONS))
-    addresses: Places = field(default_factory=lambda: Places(MAX_FOR_AN_ADDRESS))
-    sites: Places = field(default_factory=lambda: Places(MAX_FOR_A_SITE))
+    everybody: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(MAX_CONNECTIONS))
+    addresses: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(MAX_FOR_AN_ADDRESS))
+    sites: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(MAX_FOR_A_SITE))
 
 
-class Visit:
-    """One connection's places: of its address, and of its site instead once that is known."""
+class Slot:
+    """What one connection takes of the limits: of its address's, and of its site's instead once that is known."""
 
-    def __init__(self, doors: Doors, address: str) -> None:
-        self._doors = doors
+    def __init__(self, limits: ConnectionLimits, address: str) -> None:
+        self._limits = limits
         self._address = network(address)
         self._site = ""
-        self._gone = False
+        self._released = False
 
-    def begin(self) -> bool:
-        """Take a place; False when there is none."""
-        if not self._doors.everybody.take(""):
+    def acquire(self) -> bool:
+        """Take the slot; False when there is none."""
+        if not self._limits.everybody.acquire(""):
             return False
-        if not self._doors.addresses.take(self._address):
-            self._doors.everybody.give_back("")
+        if not self._limits.addresses.acquire(self._address):
+            self._limits.everybody.release("")
             return False
         return True
 
     def identified(self, site: str) -> bool:
-        """Change the address's place for one of the site; False when there is none."""
-        if not self._doors.sites.take(site):
+        """Change the address's slot for one of the site; False when there is none."""
+        if not self._limits.sites.acquire(site):
             return False
-        self._doors.addresses.give_back(self._address)
+        self._limits.addresses.release(self._address)
         self._site = site
         return True
 
-    def end(self) -> None:
-        """Give the places back; once."""
-        if self._gone:
+    def release(self) -> None:
+        """Give the slot back; once."""
+        if self._released:
             return
-        self._gone = True
-        self._doors.everybody.give_back("")
+        self._released = True
+        self._limits.everybody.release("")
         if self._site:
-            self._doors.sites.give_back(self._site)
+            self._limits.sites.release(self._site)
         else:
-            self._doors.addresses.give_back(self._address)
+            self._limits.addresses.release(self._address)
 
 
 class Connection(H11Protocol):
@@ -90,9 +90,9 @@ class Connection(H11Protocol):
     `abort`, which ends the connection at once.
     """
 
-    def __init__(self, visit: Visit, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(self, slot: Slot, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config, state, {})
-        self._visit = visit
+        self._slot = slot
         self._deadline: asyncio.TimerHandle | None = None
         self._tail = b""
 
@@ -101,15 +101,15 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         who = _identity(transport)
         self.app_state = {"who": who, "abort": transport.abort}
-        if who is not None and not self._visit.identified(f"{who.role} {who.name}"):
+        if who is not None and not self._slot.identified(f"{who.role} {who.name}"):
             log.warning("%s has too many connections", who.name)
             transport.abort()
             return
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The places are free again."""
-        self._visit.end()
+        """The slot is free again."""
+        self._slot.release()
         self._unwatch()
         super().connection_lost(exc)
 
@@ -139,7 +139,7 @@ class Connection(H11Protocol):
         return _UNFIT.search(seen[:end] if end >= 0 else seen) is None
 
     def _watch(self) -> None:
-        # Not begun anew with every byte: the whole head must be there in time.
+        # Not started again with every byte: the whole head must be there in time.
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_S, self._too_slow)
 
@@ -169,14 +169,14 @@ def _identity(transport: asyncio.BaseTransport) -> Identity | None:
 def listener(host: str, port: int) -> socket.socket:
     """A listening socket; ConfigError when the address cannot be used."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        made = socket.create_server((host, port), family=found[0][0], backlog=512)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listening = socket.create_server((host, port), family=addresses[0][0], backlog=512)
     except OSError as error:
         raise ConfigError(
             f"[server] listen: {host}:{port} cannot be used: {error}", fix="free the port, or correct listen"
         ) from error
-    made.setblocking(False)
-    return made
+    listening.setblocking(False)
+    return listening
 
 
 def raise_file_limit() -> None:
@@ -191,21 +191,21 @@ def raise_file_limit() -> None:
 async def serve(server: uvicorn.Server, tls: ssl.SSLContext, listening: socket.socket) -> None:
     """Serve until SIGTERM. uvicorn runs the application; the connections are made here."""
     loop = asyncio.get_running_loop()
-    doors = Doors()
-    greetings: set[asyncio.Task[None]] = set()
+    limits = ConnectionLimits()
+    handshakes: set[asyncio.Task[None]] = set()
     serving = asyncio.create_task(server.serve(sockets=[]))
 
-    async def greet(arrived: socket.socket, visit: Visit) -> None:
+    async def handshake(arrived: socket.socket, slot: Slot) -> None:
         try:
             await loop.connect_accepted_socket(
-                lambda: Connection(visit, server.config, server.server_state),
+                lambda: Connection(slot, server.config, server.server_state),
                 arrived,
                 ssl=tls,
                 ssl_handshake_timeout=HANDSHAKE_S,
                 ssl_shutdown_timeout=CLOSING_S,
             )
         except (OSError, asyncio.CancelledError):  # a failed or late handshake is an OSError, too
-            visit.end()
+            slot.release()
 
     async def admit() -> None:
         while not server.should_exit:
@@ -215,23 +215,23 @@ async def serve(server: uvicorn.Server, tls: ssl.SSLContext, listening: socket.s
                 log.error("cannot accept a connection: %s", error)
                 await asyncio.sleep(0.5)
                 continue
-            visit = Visit(doors, str(address[0]))
-            if not visit.begin():
+            slot = Slot(limits, str(address[0]))
+            if not slot.acquire():
                 arrived.close()
                 continue
-            task = asyncio.create_task(greet(arrived, visit))
-            greetings.add(task)
-            task.add_done_callback(greetings.discard)
+            task = asyncio.create_task(handshake(arrived, slot))
+            handshakes.add(task)
+            task.add_done_callback(handshakes.discard)
 
     admitting = asyncio.create_task(admit())
-    # A door that nobody keeps is no service: the process ends then, and the supervisor starts another.
+    # Without it no connection is let in: the process ends then, and the supervisor starts another.
     admitting.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         await serving
         if admitting.done() and not admitting.cancelled() and (error := admitting.exception()):
             raise error
     finally:
-        for task in (admitting, *greetings):
+        for task in (admitting, *handshakes):
             task.cancel()
-        await asyncio.gather(admitting, *greetings, return_exceptions=True)
+        await asyncio.gather(admitting, *handshakes, return_exceptions=True)
         listening.close()

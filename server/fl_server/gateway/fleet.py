@@ -29,6 +29,7 @@ CALLS = frozenset(
     }
 )  # fmt: skip
 PUSH_MESSAGES = "push-messages"
+DEACTIVATE = "deactivate-node"
 SIGNS_OF_LIFE = frozenset({"activate-node", "send-node-heartbeat", "pull-messages"})
 MAX_PUSH_MESSAGES_BYTES = 16 << 20  # headers of messages alone: their content follows as objects
 _NODE_KEY_HEADER = "flwr-public-key"

@@ -1,6 +1,6 @@
 """Admins and auditors: certificates that this coordinator issued, each of which can be revoked.
 
-The role in a certificate says what its holder may do; a row here says that it still counts. Read on every call,
+The role in a certificate says what its holder may do; a row here says that it is still valid. Read on every call,
 so that a revocation takes effect on the next one.
 """
 
@@ -24,7 +24,7 @@ from fl_server.home.layout import ServerHome, ServerSettings, reachable
 from fl_server.identity.authority import Authority, Identity, identity
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.names import operator_name
-from fl_shared.runtime.limits import Places
+from fl_shared.runtime.limits import ConcurrencyLimit
 from fl_shared.wire.hosts import host_and_port
 
 OPERATOR_ROLES = ("admin", "auditor")
@@ -41,14 +41,14 @@ class Operators:
     @classmethod
     def of(cls, home: ServerHome, store: Store) -> Operators:
         """The operators in a database. One that knows no admin learns of the first: the home has the certificate."""
-        made = cls(store)
+        operators = cls(store)
         first = home.admin / "admin.pem"
-        if first.exists() and not any(row.role == "admin" for row in made.all()):
-            made.record(x509.load_pem_x509_certificate(first.read_bytes()))
-        return made
+        if first.exists() and not any(row.role == "admin" for row in operators.all()):
+            operators.record(x509.load_pem_x509_certificate(first.read_bytes()))
+        return operators
 
     def record(self, certificate: x509.Certificate) -> OperatorRow:
-        """Let a certificate count from now on."""
+        """Make a certificate valid from now on."""
         who = identity(certificate.public_bytes(serialization.Encoding.DER))
         now = time.time()
         row = OperatorRow(
@@ -65,7 +65,7 @@ class Operators:
         return row
 
     def authorise(self, who: Identity) -> OperatorRow:
-        """The row behind a certificate that TLS has verified; EnrolmentError when it does not count (any more)."""
+        """The row behind a certificate that TLS has verified; EnrolmentError when it is not valid (any more)."""
         with self._store.read() as session:
             row = session.get(OperatorRow, who.fingerprint)
         fix = f"get another one on the coordinator: `fl-server issue --role {who.role} --name {who.name} --out DIR`"
@@ -91,7 +91,7 @@ class Operators:
         """Shut out every certificate of a person from the next call on.
 
         Raises:
-            ConfigError: none that counts; or it is the last admin's, after which nobody could administer.
+            ConfigError: none that is valid; or it is the last admin's, after which nobody could administer.
         """
         now = time.time()
         with self._store.write() as session:
@@ -113,31 +113,31 @@ class Operators:
         return found
 
 
-class AuditorPlaces:
-    """The calls that auditors have under way. A stream that its reader does not read holds a thread of the API."""
+class AuditorLimit:
+    """How many calls auditors have under way. A stream that its reader does not read holds a thread of the API."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._all, self._each = Places(MAX_AUDITORS), Places(MAX_AN_AUDITOR)
+        self._all, self._each = ConcurrencyLimit(MAX_AUDITORS), ConcurrencyLimit(MAX_AN_AUDITOR)
 
     @contextlib.contextmanager
-    def taken(self, who: Identity) -> Iterator[None]:
-        """Hold a place while the block runs; ConcordatError when there is none. Admins are not counted."""
+    def held(self, who: Identity) -> Iterator[None]:
+        """Count the block as a call; ConcordatError when it is one too many. Admins are not counted."""
         if who.role == "admin":
             yield
             return
         with self._lock:
-            if not self._each.take(who.name):
+            if not self._each.acquire(who.name):
                 raise _too_many()
-            if not self._all.take(""):
-                self._each.give_back(who.name)
+            if not self._all.acquire(""):
+                self._each.release(who.name)
                 raise _too_many()
         try:
             yield
         finally:
             with self._lock:
-                self._all.give_back("")
-                self._each.give_back(who.name)
+                self._all.release("")
+                self._each.release(who.name)
 
 
 def _too_many() -> ConcordatError:
@@ -185,5 +185,5 @@ def write_credentials(
         write_durably(out / "ca.pem", authority.pem.encode("ascii"), mode=0o644)
         write_durably(profile, text.encode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{out}: {error}", fix="choose another --out, or mend --request") from error
+        raise ConfigError(f"{out}: {error}", fix="choose another --out, or fix --request") from error
     return certificate

@@ -38,7 +38,6 @@ from fl_shared.names import site_id
 TTL_S = 7 * 86_400.0
 MAX_TTL_S = 90 * 86_400.0
 SECRET_BYTES = 24
-ONLINE_S = 90.0
 _TOKEN = re.compile(r"ct1\.([a-z0-9-]{1,63})\.([A-Za-z0-9_-]{32})\.([0-9a-f]{64})")
 _NEW_INVITATION = "ask the coordinator's administrator for a new token (`fl-admin sites invite`)"
 
@@ -335,10 +334,10 @@ class Sites:
         with self._store.write() as session:
             session.get_one(SiteRow, site).last_seen_at = time.time()
 
-    def node_seen(self, site: str, *, accepted: bool) -> None:
-        """Note that the SuperLink accepted, or refused, a call of the site's node just now."""
+    def node_seen(self, site: str, *, online: bool) -> None:
+        """Note that the SuperLink accepted a call of the site's node just now; or refused one, or let it go."""
         with self._store.write() as session:
-            session.get_one(SiteRow, site).node_seen_at = time.time() if accepted else 0.0
+            session.get_one(SiteRow, site).node_seen_at = time.time() if online else 0.0
 
     def announce(self, site: str, base: BaseModel) -> None:
         """Keep the base model that the site says it has, in place of what it said before."""

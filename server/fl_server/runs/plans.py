@@ -17,7 +17,7 @@ from sqlalchemy import delete, select
 
 from fl_server.db.models import QuestionRow, SiteRow
 from fl_server.db.store import Store
-from fl_server.identity.sites import ONLINE_S
+from fl_server.identity.presence import is_heard
 from fl_server.runs.bases import announced
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import (
@@ -147,16 +147,17 @@ class Plans:
         query = select(QuestionRow).where(QuestionRow.plan == plan.plan, QuestionRow.answer_json != "")
         with self._store.read() as session:
             rows = list(session.scalars(query))
-        found = {}
+        views = {}
         for row in rows:
             answer = PlanAnswer.from_dict(json.loads(row.answer_json)["body"])
             status = REFUSED if answer.objections else AFFORDABLE
-            found[row.site] = SiteView(row.site, status, answer.objections, answer, row.answer_json, row.answered_at)
-        return found
+            views[row.site] = SiteView(row.site, status, answer.objections, answer, row.answer_json, row.answered_at)
+        return views
 
     def silent(self, site: str) -> SiteView:
-        """A site that has not answered: it looks for no questions, or it has not been heard of at all."""
+        """A site that has not answered: it is heard of and looks for no questions, or it is not there at all."""
         with self._store.read() as session:
             row = session.get(SiteRow, site)
-        seen = row.last_seen_at if row else 0.0
-        return SiteView(site, SILENT if time.time() - seen < ONLINE_S else NOT_ONLINE, last_seen_at=seen)
+        if row is None:
+            return SiteView(site, NOT_ONLINE)
+        return SiteView(site, SILENT if is_heard(row) else NOT_ONLINE, last_seen_at=row.last_seen_at)

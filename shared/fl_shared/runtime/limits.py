@@ -13,16 +13,16 @@ MAX_KEYS = 10_000
 def network(address: str) -> str:
     """Whose address this is: itself for IPv4, its /64 for IPv6, of which one customer has billions."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv6Address):
-        return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
     return address
 
 
-class Rates:
-    """A bucket of `burst` requests for each key, refilled at `per_second`."""
+class TokenBucket:
+    """For each key a bucket of `burst` requests, refilled at `per_second`."""
 
     def __init__(self, per_second: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_second = per_second
@@ -47,22 +47,22 @@ class Rates:
         self._left = {key: value for key, value in self._left.items() if now - value[1] < full}
 
 
-class Places:
-    """At most `most` places for each key."""
+class ConcurrencyLimit:
+    """At most `most` of something at once for each key."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._taken: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
 
-    def take(self, key: str) -> bool:
-        """Take a place; False when `key` has all of its places taken."""
-        if self._taken[key] >= self._most:
+    def acquire(self, key: str) -> bool:
+        """Begin one more; False when `key` has as many as it may."""
+        if self._held[key] >= self._most:
             return False
-        self._taken[key] += 1
+        self._held[key] += 1
         return True
 
-    def give_back(self, key: str) -> None:
-        """Give a place back."""
-        self._taken[key] -= 1
-        if self._taken[key] <= 0:
-            del self._taken[key]
+    def release(self, key: str) -> None:
+        """End one."""
+        self._held[key] -= 1
+        if self._held[key] <= 0:
+            del self._held[key]

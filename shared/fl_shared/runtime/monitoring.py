@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, make_w
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.runtime.limits import Places, Rates, network
+from fl_shared.runtime.limits import ConcurrencyLimit, TokenBucket, network
 from fl_shared.runtime.threads import Loop
 
 if TYPE_CHECKING:
@@ -42,19 +42,19 @@ class MonitoringServer(ThreadingWSGIServer):
 
     def __init__(self, *arguments: Any) -> None:
         self._lock = threading.Lock()
-        self._rates = Rates(PER_S, BURST)
-        self._open = Places(MAX_OPEN)
-        self._addresses = Places(MAX_FOR_AN_ADDRESS)
+        self._rates = TokenBucket(PER_S, BURST)
+        self._open = ConcurrencyLimit(MAX_OPEN)
+        self._addresses = ConcurrencyLimit(MAX_FOR_AN_ADDRESS)
         super().__init__(*arguments)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002  # the base class's signature
-        """Take the places of one request."""
+        """Count one request in; False when it is one too many."""
         address = network(str(client_address[0]))
         with self._lock:
-            if not self._open.take(""):
+            if not self._open.acquire(""):
                 return False
-            if not self._addresses.take(address):
-                self._open.give_back("")
+            if not self._addresses.acquire(address):
+                self._open.release("")
                 return False
         return True
 
@@ -66,13 +66,13 @@ class MonitoringServer(ThreadingWSGIServer):
             self.process_request_thread(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer it, and give them back."""
+        """Answer it, and count it out."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             with self._lock:
-                self._open.give_back("")
-                self._addresses.give_back(network(str(client_address[0])))
+                self._open.release("")
+                self._addresses.release(network(str(client_address[0])))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, or sent nonsense, is nothing to report."""

@@ -68,7 +68,7 @@ def _cut(text: str) -> str:
     return text if len(data) <= MAX_MESSAGE_BYTES else data[:MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
 
 
-class Doors(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+class CheckedCalls(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Lets every call of the service act through `Access.acting`, and turns our errors into typed answers."""
 
     def __init__(self, access: Access) -> None:
