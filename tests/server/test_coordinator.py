@@ -121,6 +121,7 @@ def test_a_missed_quorum_fails_by_name_and_the_run_can_be_resumed(one: Coordinat
     assert shown["state"] == "failed"
     assert "1 of the 2" in shown["reason"] or "0 of the 2" in shown["reason"]
     assert "budget-exhausted" in shown["reason"]
+    assert shown["reason_code"] == "quorum-missed"
     assert "x-1" in shown["reason"]
     for site in ("x-1", "x-2"):
         one.plan(site)

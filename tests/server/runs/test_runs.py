@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from fl_server.artifacts.local import LocalArtifacts
+from fl_server.control.messages import run_message
 from fl_server.db.models import RUN_STATES, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.commits import Commits
@@ -400,3 +401,23 @@ def test_events_are_read_in_order_and_from_where_one_left_off(runs: Runs, events
         seen += [event.message for event in page if event.kind == "mark"]
         after = page[-1].number
     assert seen == [str(number) for number in range(7)]
+
+
+def test_a_reason_has_a_code_beside_its_words(runs: Runs, commits: Commits, events: Events) -> None:
+    """Whoever reads a run need not parse English: in its row, its event and on the wire; a completed one has none."""
+    runs.launch(_spec(rounds=1))
+    assert (runs.show("demo").row.reason_code, run_message(runs.show("demo")).reason_code) == ("", "")
+    runs.fail("demo", "round 1 has 0 of the 1 replies it needs (h-1: policy: no)", "quorum-missed")
+    assert run_message(runs.show("demo")).reason_code == "quorum-missed"
+    told = {event.kind: json.loads(event.data_json) for event in events.after("demo", 0)}
+    assert told == {"launched": {}, "failed": {"code": "quorum-missed"}}
+    for verb in ("resume", "pause", "resume", "stop", "resume"):
+        assert getattr(runs, verb)("demo").row.reason_code == "by-admin"
+    runs.begin_attempt("demo", "a1")
+    runs.fail("demo", "x" * 5000, "y" * 500)
+    assert runs.show("demo").row.reason_code == "y" * 64
+    runs.resume("demo")
+    runs.begin_attempt("demo", "a1")
+    commits.commit(_done(1))
+    row = runs.show("demo").row
+    assert (row.state, row.reason, row.reason_code) == ("completed", "", "")
