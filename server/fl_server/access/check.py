@@ -71,7 +71,7 @@ ACTIONS: Mapping[str, Action] = {
     "promotions list": _READ,
     "audit list": _READ,
 }
-"""Everything that can be asked of a coordinator from outside; the names of recorded actions stand in admin logs."""
+"""Everything that can be asked of a coordinator from outside; the names of recorded actions are in admin logs."""
 
 
 class Access:

@@ -39,7 +39,7 @@ from fl_shared.ledger.records import Entry, Problem
 log = logging.getLogger("fl_server.access.log")
 
 CHAIN = "coordinator:admin"
-"""Stands where a ledger has its site's name; no site can be called so."""
+"""Used where a ledger has its site's name; no site can be called so."""
 _TABLE = cast(sa.Table, AdminLogRow.__table__)
 _COLUMNS = ("seq", "kind", "body", "prev_hash", "hash", "signature", "created_at")
 _ADVISORY_LOCK = 0xAD314

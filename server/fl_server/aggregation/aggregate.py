@@ -74,13 +74,13 @@ class RoundAggregate:
             rule.add(update)
             return key
         key = form(update)
-        found = self._rules.get(key)
-        if found is None and len(self._rules) >= MAX_FORMS:
+        known = self._rules.get(key)
+        if known is None and len(self._rules) >= MAX_FORMS:
             raise DataError(
                 "its tensors are of yet another form than the other sites'",
                 fix="sender and receiver must use the same run spec",
             )
-        rule = found or rule_of(self._spec, None, self._scratch)
+        rule = known or rule_of(self._spec, None, self._scratch)
         rule.add(update)
         self._rules[key] = rule
         return key

@@ -37,9 +37,9 @@ class StreamingMean(Checked):
     def result(self) -> Tensors:
         """The mean, float32; the sum is used up. DataError when nothing was added."""
         self.require_any()
-        found: Tensors = {}
+        mean: Tensors = {}
         for name, shape in sorted((self.expected or {}).items()):
             total = self._sum.pop(name)
             total /= self.count
-            found[name] = total.astype(np.float32).reshape(shape)
-        return found
+            mean[name] = total.astype(np.float32).reshape(shape)
+        return mean

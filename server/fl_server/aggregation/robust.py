@@ -43,11 +43,11 @@ class Columnwise:
         """The rule over every coordinate, float32. DataError when nothing was added."""
         spool = self._spool
         spool.require_any()
-        found = np.empty(spool.width, dtype=np.float32)
+        result = np.empty(spool.width, dtype=np.float32)
         for where, block in spool.columns():
-            found[where] = self._over(block.astype(np.float64))
+            result[where] = self._over(block.astype(np.float64))
         spool.close()
-        return spool.split(found)
+        return spool.split(result)
 
 
 def median(spool: Spool) -> Columnwise:
@@ -86,11 +86,11 @@ class MultiKrum:
         spool = self._spool
         spool.require_any()
         chosen = np.sort(np.argsort(self.scores(), kind="stable")[: self._select])
-        found = np.empty(spool.width, dtype=np.float32)
+        mean = np.empty(spool.width, dtype=np.float32)
         for where, block in spool.columns():
-            found[where] = block[chosen].astype(np.float64).mean(axis=0)
+            mean[where] = block[chosen].astype(np.float64).mean(axis=0)
         spool.close()
-        return spool.split(found)
+        return spool.split(mean)
 
     def scores(self) -> NDArray[np.float64]:
         """Every update's sum of squared distances to its nearest others, `[count]`."""

@@ -80,13 +80,13 @@ class Spool(Checked):
 
     def split(self, values: NDArray[np.float32]) -> Tensors:
         """One row as tensors."""
-        found: Tensors = {}
+        tensors: Tensors = {}
         at = 0
         for name, shape in sorted((self.expected or {}).items()):
             size = math.prod(shape)
-            found[name] = values[at : at + size].reshape(shape)
+            tensors[name] = values[at : at + size].reshape(shape)
             at += size
-        return found
+        return tensors
 
     def close(self) -> None:
         """Give the disk space back."""

@@ -163,7 +163,7 @@ class ReplyRow(Base):
 
 
 class ManifestRow(Base):
-    """Every manifest that was ever signed: a receipt counts only for one of these."""
+    """Every manifest that was ever signed: a receipt is valid only for one of these."""
 
     __tablename__ = "manifests"
 
@@ -212,7 +212,7 @@ class AdminLogRow(Base):
 
 
 class PromotionRow(Base):
-    """A committed adapter was released under a name; the newest row of a name counts."""
+    """A committed adapter was promoted to a name; the newest row of a name is in force."""
 
     __tablename__ = "promotions"
 

@@ -22,7 +22,7 @@ BUSY_MS = 30_000
 
 
 class DatabaseAway(TransportError):
-    """The database cannot be used just now. Nothing of the transaction counts, unless it ended in its commit."""
+    """The database cannot be used just now. Nothing of the transaction is stored, unless it ended in its commit."""
 
     default_code = "no-database"
 

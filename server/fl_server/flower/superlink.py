@@ -103,11 +103,11 @@ class Flower:
         try:
             with contextlib.closing(sqlite3.connect(self._database, timeout=10.0)) as database:
                 tables = {str(name) for (name,) in database.execute("SELECT name FROM sqlite_master")}
-                found = database.execute("PRAGMA quick_check(1)").fetchone()
+                checked = database.execute("PRAGMA quick_check(1)").fetchone()
         except sqlite3.DatabaseError as error:
             primary = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
             return primary not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-        return found != ("ok",) or bool(tables and not {"alembic_version", "node"} <= tables)
+        return checked != ("ok",) or bool(tables and not {"alembic_version", "node"} <= tables)
 
     def set_aside(self) -> bool:
         """Move a database that is damaged, or to be made again, out of the way of the next start; whether it was."""

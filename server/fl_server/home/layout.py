@@ -50,7 +50,7 @@ class ServerSettings:
         top = Fields(load_toml(path), str(path), base=path.parent)
         server = top.section("server")
         host = server.named("host", host_name)
-        made = cls(
+        settings = cls(
             host=host,
             listen=_host(server, "listen", host),
             gateway_port=server.integer("gateway_port", low=1, high=65535),
@@ -65,9 +65,9 @@ class ServerSettings:
         )
         server.done()
         top.done()
-        if made.gateway_port == made.control_port:
-            raise server.fail("control_port", f"is {made.control_port}, the gateway's", "choose two ports")
-        return made
+        if settings.gateway_port == settings.control_port:
+            raise server.fail("control_port", f"is {settings.control_port}, the gateway's", "choose two ports")
+        return settings
 
 
 def _host(fields: Fields, name: str, default: str) -> str:

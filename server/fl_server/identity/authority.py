@@ -1,6 +1,6 @@
 """The coordinator's certificate authority: one EC key, three roles (site, admin, auditor), one server.
 
-The role stands in the subject: `O=concordat, OU=<role>, CN=<id>`. What a request asks for is ignored
+The role is in the subject: `O=concordat, OU=<role>, CN=<id>`. What a request asks for is ignored
 but for its public key: the coordinator writes subject, validity and usages itself.
 """
 
@@ -63,10 +63,10 @@ def identity(der: bytes) -> Identity:
         raise EnrolmentError("the client certificate cannot be read", fix="enrol again") from error
     values = {}
     for oid in (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME):
-        found = name.get_attributes_for_oid(oid)
-        if len(found) != 1:
+        attributes = name.get_attributes_for_oid(oid)
+        if len(attributes) != 1:
             raise EnrolmentError("the client certificate has another subject", fix="enrol again")
-        values[oid] = str(found[0].value)
+        values[oid] = str(attributes[0].value)
     role = values[NameOID.ORGANIZATIONAL_UNIT_NAME]
     if values[NameOID.ORGANIZATION_NAME] != ORGANISATION or role not in ROLES:
         raise EnrolmentError(f"the client certificate has the role {role!r}", fix="enrol again")

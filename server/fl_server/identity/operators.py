@@ -32,6 +32,11 @@ OPERATOR_DAYS = 365
 MAX_AUDITORS, MAX_AN_AUDITOR = 12, 6  # calls of the control API at once, of all auditors together and of one
 
 
+def is_valid(row: OperatorRow, now: float | None = None) -> bool:
+    """Whether a certificate that was issued opens anything: neither revoked nor expired."""
+    return not row.revoked_at and row.expires_at >= (time.time() if now is None else now)
+
+
 class Operators:
     """The admins and auditors of one coordinator."""
 
@@ -73,13 +78,13 @@ class Operators:
             raise EnrolmentError(
                 f"the certificate of {who.role} {who.name} was not issued here", fix=fix, code="not-authorised"
             )
+        if is_valid(row):
+            return row
         if row.revoked_at:
             raise EnrolmentError(
                 f"the certificate of {who.role} {who.name} was revoked", fix=fix, code="not-authorised"
             )
-        if row.expires_at < time.time():
-            raise EnrolmentError(f"the certificate of {who.role} {who.name} has expired", fix=fix, code="expired")
-        return row
+        raise EnrolmentError(f"the certificate of {who.role} {who.name} has expired", fix=fix, code="expired")
 
     def all(self) -> list[OperatorRow]:
         """Every certificate that was issued, by role and name, the newest last."""
@@ -95,22 +100,20 @@ class Operators:
         """
         now = time.time()
         with self._store.write() as session:
-            valid = list(
-                session.scalars(select(OperatorRow).where(OperatorRow.revoked_at == 0.0, OperatorRow.expires_at > now))
-            )
-            found = [row for row in valid if (row.role, row.name) == (role, name)]
-            if not found:
+            valid = [row for row in session.scalars(select(OperatorRow)) if is_valid(row, now)]
+            revoked = [row for row in valid if (row.role, row.name) == (role, name)]
+            if not revoked:
                 raise ConfigError(
                     f"there is no valid certificate of {role} {name!r}", fix="see `fl-server issued` for the names"
                 )
-            if role == "admin" and all(row in found for row in valid if row.role == "admin"):
+            if role == "admin" and all(row in revoked for row in valid if row.role == "admin"):
                 raise ConfigError(
                     f"{name!r} is the last admin", fix="issue another admin's certificate first: `fl-server issue`"
                 )
-            for row in found:
+            for row in revoked:
                 row.revoked_at = now
             session.add(EventRow(at=now, kind="certificate-revoked", message=f"{role} {name}"))
-        return found
+        return revoked
 
 
 class AuditorLimit:

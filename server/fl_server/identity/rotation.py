@@ -3,7 +3,7 @@
 Three files in `keys/` and no moment without a valid state: the new key waits in `next.pem`, the signed change is
 added to `rotations.json`, and the rotation has happened exactly when `next.pem` was renamed to `signing.pem`. A
 change at the end of `rotations.json` that names a key which is not in place (a crash in between) is not shown to
-anybody; the next rotation writes it anew.
+anybody; the next rotation writes it again.
 
 A site pins the key of its enrolment and follows these documents (`GET /v1/hello`). It accepts orders of the old
 key until `old_until`, so that orders which were signed before the change are still good.
@@ -76,7 +76,7 @@ def _rotate(home: ServerHome, grace_s: float) -> dict[str, Any]:
     old = SigningKey.load(home.signing_key)
     _, done = rotations(home)
     if len(done) >= MAX_ROTATIONS:
-        raise ConfigError(f"the key was changed {len(done)} times", fix="make a new coordinator, enrol the sites anew")
+        raise ConfigError(f"the key was changed {len(done)} times", fix="make a new coordinator, enrol the sites again")
     if not home.next_signing_key.exists():
         SigningKey.generate().save(home.next_signing_key)
     new = SigningKey.load(home.next_signing_key)

@@ -1,9 +1,9 @@
 """Who may speak: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
 
 A token is `ct1.<site>.<secret>.<sha256 of the CA certificate>`; the secret is kept as its SHA-256 only,
-counts once and until it expires.
+is valid once and until it expires.
 
-A renewed certificate stands beside the one that asked for it until it is used for the first time; from then on
+A renewed certificate is valid beside the one that asked for it until it is used for the first time; from then on
 it is the only one. So an answer that is lost on the way costs a site nothing.
 """
 
@@ -72,7 +72,7 @@ def _node_key(text: str) -> ec.EllipticCurvePublicKey:
 
 
 def _valid(row: SiteRow) -> tuple[str, ...]:
-    """The fingerprints of a site's certificates that count."""
+    """The fingerprints of a site's certificates that are valid."""
     if row.state != "enrolled":
         return ()
     return tuple(each for each in (row.certificate_fingerprint, row.next_fingerprint) if each)
@@ -120,7 +120,7 @@ class Sites:
         self._store = store
 
     def invite(self, site: str, *, ca_sha256: str, ttl_s: float = 0.0) -> Invitation:
-        """Make a one-time token. An earlier unused token of the site stops counting."""
+        """Make a one-time token. An earlier unused token of the site is valid no more."""
         site_id(site)
         ttl_s = ttl_s or TTL_S
         if not 1.0 <= ttl_s <= MAX_TTL_S:
@@ -154,17 +154,17 @@ class Sites:
         if match is None or match.group(1) != site or not hmac.compare_digest(match.group(3), ca_sha256):
             raise EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
         digest = hashlib.sha256(match.group(2).encode()).digest()
-        found = None
+        invitation = None
         for row in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
             if hmac.compare_digest(row.secret_hash, digest):
-                found = row
-        if found is None:
+                invitation = row
+        if invitation is None:
             raise EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
-        if found.used_at:
+        if invitation.used_at:
             raise EnrolmentError("the token was used already", fix=_NEW_INVITATION, code="used-token")
-        if found.expires_at < time.time():
+        if invitation.expires_at < time.time():
             raise EnrolmentError("the token has expired", fix=_NEW_INVITATION, code="expired-token")
-        return found
+        return invitation
 
     def enrol(
         self,
@@ -227,15 +227,16 @@ class Sites:
                 if row.kind != "signing" and row.fingerprint not in keys:
                     row.retired_at = row.retired_at or now
             self._keep(session, site, keys)
-            found = session.get_one(SiteRow, site)
-            found.state = "enrolled"
-            found.signing_key, found.node_public_key = signing_key, node_key
-            found.node_key_fingerprint, found.node_id = node_key_fingerprint(node_key), node_id
-            found.certificate_fingerprint = fingerprint(certificate)
-            found.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
-            found.next_fingerprint, found.next_expires_at = "", 0.0
-            found.enrolled_at, found.revoked_at, found.node_seen_at = now, 0.0, 0.0
-            found.base_model, found.base_targets, found.base_announced_at = "", "", 0.0  # its agent says it again
+            enrolled = session.get_one(SiteRow, site)
+            enrolled.state = "enrolled"
+            enrolled.signing_key, enrolled.node_public_key = signing_key, node_key
+            enrolled.node_key_fingerprint, enrolled.node_id = node_key_fingerprint(node_key), node_id
+            enrolled.certificate_fingerprint = fingerprint(certificate)
+            enrolled.certificate_expires_at = certificate.not_valid_after_utc.timestamp()
+            enrolled.next_fingerprint, enrolled.next_expires_at = "", 0.0
+            enrolled.enrolled_at, enrolled.revoked_at, enrolled.node_seen_at = now, 0.0, 0.0
+            # Its agent announces them again.
+            enrolled.base_model, enrolled.base_targets, enrolled.base_announced_at = "", "", 0.0
             session.add(EventRow(at=now, kind="site-enrolled", site=site))
         if replaced and replaced != node_id:
             flower.unregister_node(replaced)
@@ -295,9 +296,9 @@ class Sites:
             )
         if who.expires_at < time.time():
             raise EnrolmentError(f"the certificate of {who.name} has expired", fix=_NEW_INVITATION, code="expired")
-        return self._take_up(who) if who.fingerprint == row.next_fingerprint else row
+        return self._activate(who) if who.fingerprint == row.next_fingerprint else row
 
-    def _take_up(self, who: Identity) -> SiteRow:
+    def _activate(self, who: Identity) -> SiteRow:
         """The first use of a renewed certificate: the one before it ends."""
         with self._store.write() as session:
             row = session.get_one(SiteRow, who.name)

@@ -273,26 +273,28 @@ def restore(
 
 def _extract(archive: Path, root: Path, progress: Progress) -> dict[str, Any]:
     """Write the members below `root` (mode 0600) and hold them against the manifest, which is returned."""
-    found: dict[str, dict[str, Any]] = {}
+    extracted: dict[str, dict[str, Any]] = {}
     manifest: dict[str, Any] | None = None
     broken = "make sure that the file was copied whole, or take an older backup"
     try:
         with tarfile.open(archive, mode="r|") as source:
             for member in source:
                 data = source.extractfile(member) if member.isreg() else None
-                if data is None or not _is_safe(member.name) or member.name in found or manifest is not None:
+                if data is None or not _is_safe(member.name) or member.name in extracted or manifest is not None:
                     raise BadBackup(f"{archive} has a member that no backup has: {member.name[:100]!r}", fix=broken)
                 if member.name == MANIFEST:
                     manifest = json.loads(data.read(_MAX_MANIFEST_BYTES))
                     continue
                 progress(member.name)
-                found[member.name] = _write(data, root / member.name)
+                extracted[member.name] = _write(data, root / member.name)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise BadBackup(f"{archive} cannot be read: {error}", fix=broken) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BadBackup(f"{archive} has no manifest of format {FORMAT} at its end", fix=broken)
     wrong = sorted(
-        name for name in found.keys() | manifest["files"].keys() if found.get(name) != manifest["files"].get(name)
+        name
+        for name in extracted.keys() | manifest["files"].keys()
+        if extracted.get(name) != manifest["files"].get(name)
     )
     if wrong:
         raise BadBackup(f"{archive}: {wrong[0]!r} is not what the manifest says ({len(wrong)} in all)", fix=broken)

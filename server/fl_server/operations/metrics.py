@@ -119,8 +119,8 @@ class CoordinatorState(Collector):
             values["concordat_last_commit_timestamp_seconds"] = [((), totals[3])]
         for name, text, labels in _GAUGES:
             family = GaugeMetricFamily(name, text, labels=labels)
-            for found, value in values.get(name, ()):
-                family.add_metric(list(found), value)
+            for labelled, value in values.get(name, ()):
+                family.add_metric(list(labelled), value)
             yield family
         for (name, text), total in zip(_COUNTERS, totals[:3], strict=True):
             yield CounterMetricFamily(name, text, value=float(total or 0))

@@ -1,8 +1,8 @@
 """`fl-server up`: keeps SuperLink, gateway, control API and launcher running, and says what changes.
 
 A child that dies, or that cannot be started (a full disk, no more processes, a file that is not there), is started
-again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait begins anew. Nothing of that ends this process. Every
-child has its own process group and is killed by the kernel when this process is.
+again after 1 s, 2 s, … up to 30 s; after 10 s of life the wait starts again at 1 s. Nothing of that ends this
+process. Every child has its own process group and is killed by the kernel when this process is.
 """
 
 from __future__ import annotations

@@ -66,14 +66,14 @@ class Promotions:
             return list(session.scalars(query))
 
     def current(self) -> dict[str, PromotionRow]:
-        """What each name stands for now."""
+        """The promotion in force of each name."""
         newest: dict[str, PromotionRow] = {}
         for row in self.all():
             newest.setdefault(row.name, row)
         return newest
 
     def find(self, name: str) -> PromotionRow:
-        """What a name stands for now; ConfigError when nothing was promoted to it."""
+        """The promotion in force of a name; ConfigError when nothing was promoted to it."""
         promotions = self.all(name)
         if not promotions:
             raise ConfigError(f"nothing was released as {name!r}", fix="see `fl-admin adapters list`")

@@ -30,7 +30,7 @@ class _Pull(threading.Thread):
     def run(self) -> None:
         try:
             self._found = list(self._grid.pull_messages(list(self.orders)))
-        except Exception as error:  # noqa: BLE001 - raised again where it counts, in the main thread
+        except Exception as error:  # noqa: BLE001 - raised again in the main thread
             self._error = error
 
     def result(self) -> Iterator[Message]:

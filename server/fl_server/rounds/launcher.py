@@ -73,10 +73,10 @@ class Launcher:
         """Whether nobody carries the run: its ServerApp has died, the SuperLink was restarted, or the
         ServerApp is silent and Flower says that it ended (or it is silent for very long).
         """
-        found = liveness(self._home.attempts, row.attempt)
-        if found == DEAD or not row.attempt.startswith(self._flower.started()):
+        carrier = liveness(self._home.attempts, row.attempt)
+        if carrier == DEAD or not row.attempt.startswith(self._flower.started()):
             return True
-        if not row.flower_run and found != ALIVE:
+        if not row.flower_run and carrier != ALIVE:
             return True  # Flower did not take it, or an earlier launcher died before it could know
         silent = time.time() - row.beat_at
         if silent < SILENT_S or time.monotonic() < self._asked_at.get(row.run, 0.0) + SILENT_S / 2:

@@ -20,7 +20,7 @@ def _path(folder: Path, attempt: str) -> Path:
 
 @contextlib.contextmanager
 def carrying(folder: Path, attempt: str) -> Iterator[None]:
-    """Hold the lock of an attempt while the block runs; afterwards the attempt counts as ended."""
+    """Hold the lock of an attempt while the block runs; afterwards the attempt has ended."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(_path(folder, attempt), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

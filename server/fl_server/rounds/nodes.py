@@ -1,8 +1,8 @@
 """Keeps the SuperLink's list of nodes in step with ours: it may lose its database, we may not lose a site.
 
-Which site may speak stands in our own SQL; Flower's `superlink.db` holds a copy of it and nothing else that is needed
-after a restart. So a node that the SuperLink does not know is registered again, under the new id that it gives, and a
-`superlink.db` that is damaged, or that will not have a node back, is set aside and made again (decision 0089).
+Which site may speak is stored in our own SQL; Flower's `superlink.db` holds a copy of it and nothing else that is
+needed after a restart. So a node that the SuperLink does not know is registered again, under the new id that it gives,
+and a `superlink.db` that is damaged, or that will not have a node back, is set aside and made again (decision 0089).
 """
 
 from __future__ import annotations

@@ -98,17 +98,17 @@ class Expected:
         except (ValueError, RecursionError) as error:
             raise BadReply("the document is not JSON", code="bad-document") from error
 
-    def _require(self, found: Receipt | Refusal) -> None:
+    def _require(self, document: Receipt | Refusal) -> None:
         for name, value, wanted in (
-            ("run", found.run, self._spec.run.name),
-            ("round", found.round, self._round),
-            ("site", found.site, self._site),
+            ("run", document.run, self._spec.run.name),
+            ("round", document.round, self._round),
+            ("site", document.site, self._site),
         ):
             if value != wanted:
                 raise BadReply(f"the document is for {name} {value}, not {wanted}", code="wrong-round")
-        if not self._issued(found.manifest_digest):
+        if not self._issued(document.manifest_digest):
             raise BadReply("the document answers a manifest that was not sent", code="wrong-manifest")
-        if found.created_at > time.time() + CLOCK_SKEW_S:
+        if document.created_at > time.time() + CLOCK_SKEW_S:
             raise BadReply("the document is from the future; check the clocks", code="wrong-time")
 
     def receipt(self, text: str, update: Buffer) -> tuple[Reply, Tensors]:

@@ -26,7 +26,7 @@ def announced(row: SiteRow) -> BaseModel | None:
 
 @dataclass
 class Fit:
-    """How a spec stands to the base models of its sites. `silent` have announced nothing."""
+    """How a spec fits the base models of its sites. `silent` have announced nothing."""
 
     spec: RunSpec
     bases: dict[str, BaseModel] = field(default_factory=dict)
@@ -36,16 +36,16 @@ class Fit:
     @classmethod
     def of(cls, spec: RunSpec, rows: Iterable[SiteRow]) -> Fit:
         """Compare the spec with what each site has announced."""
-        made = cls(spec)
+        fit = cls(spec)
         for row in rows:
             base = announced(row)
             if base is None:
-                made.silent.append(row.site)
+                fit.silent.append(row.site)
                 continue
-            made.bases[row.site] = base
+            fit.bases[row.site] = base
             if objection := base.objection(spec):
-                made.objections[row.site] = objection
-        return made
+                fit.objections[row.site] = objection
+        return fit
 
     def require(self) -> None:
         """RunError that names each site that does not fit, what differs and the fix; nothing when all fit."""
@@ -54,12 +54,12 @@ class Fit:
 
     def warnings(self) -> tuple[str, ...]:
         """What a launch says all the same: who did not fit, and of whom nothing is known."""
-        made = []
+        warnings = []
         if self.objections:
-            made.append(f"launched though the spec does not fit the base models: {self._told()}")
+            warnings.append(f"launched though the spec does not fit the base models: {self._told()}")
         if self.silent:
-            made.append(f"not compared, since no base model was announced yet: {_names(self.silent)}")
-        return tuple(made)
+            warnings.append(f"not compared, since no base model was announced yet: {_names(self.silent)}")
+        return tuple(warnings)
 
     def _told(self) -> str:
         by_reason: dict[str, list[str]] = {}
