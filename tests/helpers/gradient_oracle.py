@@ -33,10 +33,10 @@ class GradientOracle:
         self._base: Any = AutoModel.from_config(config)
         self._base.set_experts_implementation("eager")
         self._base.eval()
-        stored = dict(adapted.classifier.backbone.state_dict())
+        stored = dict(adapted.module.backbone.state_dict())
         self._weights = {name: _plain_weight(stored, name, have) for name, have in self._base.state_dict().items()}
         self._scale = adapted.lora.alpha / adapted.lora.rank
-        self._mean, self._std = adapted.classifier.feature_mean, adapted.classifier.feature_std
+        self._mean, self._std = adapted.module.head.feature_mean, adapted.module.head.feature_std
         self._plan = {name: value.detach().clone() for name, value in adapted.plan.items()}
         self._trained = [name for name, value in adapted.plan.items() if value.requires_grad]
 
@@ -58,7 +58,7 @@ class GradientOracle:
             hidden = functional_call(self._base, merged, kwargs={"input_ids": ids}).last_hidden_state
             features = (hidden.mean(1) - self._mean) / self._std
             logits = F.linear(features, leaves[f"{HEAD}weight"], leaves[f"{HEAD}bias"])
-            total = total + F.cross_entropy(logits, torch.tensor([int(records.labels[record])]))
+            total = total + F.cross_entropy(logits, torch.tensor([int(records.targets[record])]))
         found = torch.autograd.grad(total, [leaves[name] for name in self._trained])
         return dict(zip(self._trained, found, strict=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_client.agent.evaluation import SENSITIVITY
+from fl_client.agent.evaluation import sensitivity_of
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.dp.engine import book_of, precision_of
@@ -114,7 +114,7 @@ def logits(adapted: AdaptedModel, records: Records) -> Tensor:
     with torch.no_grad(), independent_rows(device, precision_of(adapted)):
         for chosen in cut(records, range(records.units), heights=adapted.heights):
             batch = pack(records, chosen, device, heights=adapted.heights)
-            rows = adapted.classifier.packed(batch)
+            rows = adapted.module.packed(batch)
             found |= {chosen[unit]: row for unit, row in zip(batch.unit_of_record.tolist(), rows, strict=True)}
     return torch.stack([found[unit] for unit in range(records.units)])
 
@@ -140,13 +140,15 @@ def change_of_evaluation(adapted: AdaptedModel, records: Records) -> float:
     """How far the last unit moves the sum of evaluation vectors, over the root of three that is paid."""
     from fl_client.agent.evaluation import unit_vectors
     from fl_client.data.units import UnitData
+    from fl_client.tasks.classification import Classification
 
     sums = []
-    labels = tuple(str(label) for label in range(adapted.classifier.head.out_features))
+    (classes,) = adapted.module.head.shape
+    task = Classification(tuple(map(str, range(classes))), 8)
     for each in (records, without_last(records)):
         count = each.units
         data = UnitData(
-            ("",) * count, tuple(labels[label] for label in each.labels[:count]), np.arange(count), count, "f" * 64
+            ("",) * count, tuple(task.labels[row] for row in each.targets[:count]), np.arange(count), count, "f" * 64
         )
-        sums.append(unit_vectors(logits(adapted, each).float().numpy(), data, labels).sum(0))
-    return float(np.linalg.norm(sums[0] - sums[1])) / SENSITIVITY
+        sums.append(unit_vectors(task, logits(adapted, each).float().numpy(), data).sum(0))
+    return float(np.linalg.norm(sums[0] - sums[1])) / sensitivity_of(task)

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from fl_client.agent.policy import check_policy
 from fl_client.agent.site import base_targets, load_base
-from fl_client.data.load import label_report, load_unit_data, require_labels, row_report
+from fl_client.data.load import load_unit_data, row_report
 from fl_client.data.units import UnitData
 from fl_client.identity.enrolment import Coordinator
 from fl_client.identity.gateway import say_hello
@@ -134,9 +134,13 @@ def _packages() -> str:
 
 
 def _labels(data: UnitData, spec: RunSpec) -> str:
-    """Rows have the spec's labels; how many is told here alone."""
-    require_labels(data, spec.task.labels, "the data set")
-    return label_report(data, spec.task.labels)
+    """The run can use rows; how many is told here alone."""
+    from fl_client.tasks.registry import task_of  # torch
+    from fl_client.tasks.task import require_usable
+
+    task = task_of(spec)
+    require_usable(task, data, "the data set")
+    return task.report(data)
 
 
 def _keys(home: SiteHome) -> str:

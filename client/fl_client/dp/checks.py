@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.engine import DPEngine, EngineName, book_of, per_record_loss, precision_of
+from fl_client.dp.engine import DPEngine, EngineName, book_of, precision_of
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.invariance import check_invariance
+from fl_client.dp.objective import losses_of
 from fl_client.dp.records.packing import heights_for, pack
 from fl_client.dp.records.records import Records, pack_units
 from fl_shared.errors import EngineError
@@ -34,17 +35,17 @@ def unit_gradients_by_loop(adapted: AdaptedModel, records: Records, units: int) 
     """The oracle: each unit's gradient from its records one at a time, batch size 1, plain autograd."""
     device = next(iter(adapted.plan.values())).device
     for unit in range(units):
-        adapted.classifier.zero_grad(set_to_none=True)
+        adapted.module.zero_grad(set_to_none=True)
         for record in records.of_unit[unit]:
-            alone = Records(records.ids, records.labels, (np.array([record]),), 0)
+            alone = Records(records.ids, records.targets, (np.array([record]),), 0)
             batch = pack_units(alone, [0], device)
-            per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum().backward()
+            losses_of(adapted.objective, adapted.module(batch.ids, batch.mask), batch.targets).sum().backward()
         yield {
             name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone())
             for name, p in adapted.plan.items()
             if p.requires_grad
         }
-    adapted.classifier.zero_grad(set_to_none=True)
+    adapted.module.zero_grad(set_to_none=True)
 
 
 def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engine: EngineName = "book") -> float:
@@ -68,10 +69,9 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engin
     _only_planned(adapted)
     chance = np.random.Generator(np.random.PCG64(PROBE_SEED))
     ids = tuple(tuple(int(i) for i in chance.integers(0, vocabulary, size=n)) for n in PROBE_LENGTHS)
-    classes = adapted.classifier.head.out_features
-    labels = chance.integers(0, classes, size=len(ids))
+    targets = adapted.objective.made_up(len(ids), chance)
     owners = np.array(PROBE_UNITS)
-    records = Records(ids, labels, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
+    records = Records(ids, targets, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
     kept = {name: p.detach().clone() for name, p in adapted.plan.items()}
     start = initial_tensors(adapted, PROBE_SEED)
     try:
@@ -96,7 +96,7 @@ def _only_planned(adapted: AdaptedModel) -> None:
     planned = {id(p) for p in adapted.plan.values()}
     if len(planned) != len(adapted.plan):
         raise EngineError("two planned tensors share memory", fix="leave the tied layer out of the LoRA targets")
-    odd = [n for n, p in adapted.classifier.named_parameters() if p.requires_grad and id(p) not in planned]
+    odd = [n for n, p in adapted.module.named_parameters() if p.requires_grad and id(p) not in planned]
     if odd:
         raise EngineError(f"{odd[0]} is trainable without being planned ({len(odd)} in all)", fix="freeze the base")
 
@@ -176,13 +176,13 @@ class StepCheck:
         self._adapted = adapted
         self._still = {name: p.detach().clone() for name, p in adapted.plan.items() if name in frozen}
         self._others = {
-            name: (id(t), t._version, t.data_ptr()) for name, t in _fixed(adapted.classifier, adapted.plan).items()
+            name: (id(t), t._version, t.data_ptr()) for name, t in _fixed(adapted.module, adapted.plan).items()
         }
 
     def after(self, number: int) -> None:
         """After the first step look at the planned tensors that are frozen; after every step, whether any other was
         written to."""
-        for name, t in _fixed(self._adapted.classifier, self._adapted.plan).items():
+        for name, t in _fixed(self._adapted.module, self._adapted.plan).items():
             if self._others.get(name) != (id(t), t._version, t.data_ptr()):
                 raise EngineError(f"{name} is frozen and was written to", fix="report this defect")
         if number == 1:

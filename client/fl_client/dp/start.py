@@ -10,15 +10,17 @@ from numpy.typing import NDArray
 
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.objective import Objective
 from fl_client.model.load import LoadedModel
 from fl_shared.adapters.safetensors import Tensors
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError
 
 
-def adapted_for(model: LoadedModel, spec: RunSpec) -> AdaptedModel:
+def adapted_for(model: LoadedModel, spec: RunSpec, objective: Objective) -> AdaptedModel:
+    """The model as the spec wants it adapted, with the objective's head; EngineError as `adapt`."""
     core = spec.run.aggregation == "fed-sb"
-    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std, core=core)
+    return adapt(model.module, spec.lora, objective, model.feature_mean, model.feature_std, core=core)
 
 
 def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:

@@ -101,7 +101,7 @@ def _logits(adapted: AdaptedModel, values: Gradients) -> torch.Tensor:
         for name, parameter in adapted.plan.items():
             parameter.copy_(values[name])
         batch = pack_units(records, range(records.units), torch.device("cpu"))
-        found: torch.Tensor = adapted.classifier(batch.ids, batch.mask)
+        found: torch.Tensor = adapted.module(batch.ids, batch.mask)
     return found
 
 
@@ -165,7 +165,9 @@ def test_an_exported_core_is_plain_lora(tmp_path: Path) -> None:
     adapted = adapted_small("deepseek_v3", quantised=False, core=True)
     values = {name: value.detach().clone() for name, value in adapted.plan.items()}
     wanted = _logits(adapted, values)
-    write_peft(adapted, {n: v.numpy() for n, v in values.items()}, tmp_path, labels=list("abcde"), digest="sha256:0")
+    write_peft(
+        adapted, {n: v.numpy() for n, v in values.items()}, tmp_path, facts={"labels": list("abcde")}, digest="sha256:0"
+    )
     stock = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("lora_R" in name for name in stock)
     assert PeftConfig.from_pretrained(str(tmp_path)).r == 3

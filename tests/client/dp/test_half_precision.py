@@ -30,7 +30,7 @@ def _by_position(layer: LoraExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 def half(adapted: AdaptedModel) -> AdaptedModel:
     """The base in bfloat16, its scales and the planned tensors in float32, as on CUDA; routing is fixed."""
-    backbone = cast_base(adapted.classifier.backbone, torch.bfloat16)
+    backbone = cast_base(adapted.module.backbone, torch.bfloat16)
     for module in backbone.modules():
         if isinstance(module, LoraExperts):
             module.register_forward_pre_hook(_by_position)

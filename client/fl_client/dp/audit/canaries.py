@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.audit.one_run import AuditResult, audit, chance
-from fl_client.dp.engine import DPEngine, per_record_loss
+from fl_client.dp.engine import DPEngine
 from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_client.dp.objective import Objective, losses_of
 from fl_client.dp.records.records import Records, pack_units
 from fl_shared.errors import EngineError
 from fl_shared.privacy.accounting import pld_epsilon
@@ -99,13 +100,14 @@ class CanaryReport:
         } | dataclasses.asdict(self.result)
 
 
-def random_records(count: int, *, vocabulary: int, tokens: int, classes: int, rng: np.random.Generator) -> Records:
-    """Canary units of one record each: random ids, random labels. They resemble nothing, so they overlap little."""
+def random_records(
+    count: int, *, vocabulary: int, tokens: int, objective: Objective, rng: np.random.Generator
+) -> Records:
+    """Canary units of one record each: random ids and targets. They resemble nothing, so they overlap little."""
     ids = rng.integers(0, vocabulary, (count, tokens))
-    labels = rng.integers(0, classes, count)
     return Records(
         tuple(tuple(int(i) for i in row) for row in ids),
-        labels.astype(np.int64),
+        objective.made_up(count, rng),
         tuple(np.array([unit]) for unit in range(count)),
         0,
     )
@@ -232,7 +234,7 @@ def clipped_gradients(
     scope.mode, scope.book = "plain", None
     for unit in range(records.units):
         batch = pack_units(records, [unit], parameters[0].device)
-        loss = per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum()
+        loss = losses_of(adapted.objective, adapted.module(batch.ids, batch.mask), batch.targets).sum()
         grads = torch.autograd.grad(loss, parameters)
         row = torch.cat([g.reshape(-1) for g in grads]).cpu().numpy().astype(np.float64)
         rows[unit] = row * min(1.0, clipping_norm / max(float(np.linalg.norm(row)), 1e-30))
