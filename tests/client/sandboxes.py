@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_client.node.sandbox import Confinement
-from fl_client.node.supernode import NodePlan, node_confinement
+from fl_client.node.spec import NodePlan
+from fl_client.node.supernode import node_confinement
 
 NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" "$@"']
 """Before a command: run it where nobody may make user namespaces, as on machines that forbid them."""

@@ -26,8 +26,9 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fl_client.identity.enrolment import Coordinator, enrol
 from fl_client.identity.renewal import renew
-from fl_client.node.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
-from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_client.node.helpers import Helpers, listen_loopback
+from fl_client.node.spec import PLAN_FILE, NodePlan
+from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.site.home import SiteHome
 
 APP = b"the shipped app"

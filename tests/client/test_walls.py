@@ -19,7 +19,8 @@ import pytest
 from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client.node import seccomp
-from fl_client.node.supernode import PLAN_FILE, NodePlan, make_home, node_confinement, start_node
+from fl_client.node.spec import PLAN_FILE, NodePlan, make_home
+from fl_client.node.supernode import node_confinement, start_node
 from fl_client.node.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
 

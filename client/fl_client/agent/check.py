@@ -21,8 +21,9 @@ from fl_client.identity.enrolment import Coordinator
 from fl_client.identity.gateway import say_hello
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
+from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed
-from fl_client.node.supernode import PLAN_FILE, describe_confinement
+from fl_client.node.spec import PLAN_FILE
 from fl_client.node.walls import require_apart, try_walls
 from fl_client.site.config import ANY_APP, SiteConfig
 from fl_client.site.home import SiteHome

@@ -21,10 +21,12 @@ from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
 from fl_client.node.admission import raise_file_limit
+from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
+from fl_client.node.helpers import Helpers, listen_loopback
 from fl_client.node.sandbox import forbid_inspection
-from fl_client.node.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
-from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_client.node.spec import NodePlan, require_own
+from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.node.walls import require_apart
 from fl_client.site.config import SiteConfig, SupernodeConfig
 from fl_client.site.files import write_durably

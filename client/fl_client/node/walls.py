@@ -20,9 +20,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fl_client.node.environment import SYSTEM_READABLE, keeper_environment, node_environment, shared_source
 from fl_client.node.handover import account
 from fl_client.node.sandbox import Confinement
-from fl_client.node.supernode import SYSTEM_READABLE, keeper_environment, node_environment, shared_source
 from fl_shared.errors import ConfigError
 
 _PROBE_S = 120.0

@@ -18,7 +18,7 @@ from client_gateway import Gateway
 
 from fl_client.agent.check import run_checks
 from fl_client.node.handover import make_meeting_place
-from fl_client.node.supernode import NodePlan, make_home
+from fl_client.node.spec import NodePlan, make_home
 from fl_client.site.config import SiteConfig
 from fl_shared.errors import ConfigError
 
