@@ -116,8 +116,8 @@ class Stepper:
     def __init__(self, variant: str, adapted: AdaptedModel, records: Records) -> None:
         self.variant, self.adapted, self.records = variant, adapted, records
         self.units = list(range(records.units))
-        self.device = next(iter(adapted.plan.values())).device
-        self.plain = torch.optim.SGD(list(adapted.plan.values()), lr=1e-6, momentum=0.9)
+        self.device = next(iter(adapted.trainable.values())).device
+        self.plain = torch.optim.SGD(list(adapted.trainable.values()), lr=1e-6, momentum=0.9)
         self.engine: DPEngine | None = None  # made once, as a round makes it
         if variant != "plain":
             self.engine = DPEngine(

@@ -216,14 +216,14 @@ def test_a_round_of_a_new_task_is_the_batch_size_one_loop(
     adapted = adapted_for(model, spec, task.objective)
     load_offset(adapted, spec, offset)
     records = task.encode(chosen, model.tokenizer)
-    wanted = {key: np.zeros(tuple(p.shape)) for key, p in adapted.plan.items()}
+    wanted = {key: np.zeros(tuple(p.shape)) for key, p in adapted.trainable.items()}
     for rows in records.of_unit:
         adapted.module.zero_grad(set_to_none=True)
         for row in rows:
             alone = pack_units(Records(records.ids, records.targets, (np.array([row]),), 0), [0], model.device)
             binary(adapted.module(alone.ids, alone.mask), torch.from_numpy(records.targets[[row]])).sum().backward()
         parts = {key: np.zeros(tuple(p.shape)) if p.grad is None else p.grad.double().numpy()
-                 for key, p in adapted.plan.items()}  # fmt: skip
+                 for key, p in adapted.trainable.items()}  # fmt: skip
         size = float(np.sqrt(sum(float((part**2).sum()) for part in parts.values())))
         for key, part in parts.items():
             wanted[key] += part * min(1.0, 1.0 / size)

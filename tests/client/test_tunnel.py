@@ -27,7 +27,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from fl_client.identity.enrolment import Coordinator, enrol
 from fl_client.identity.renewal import renew
 from fl_client.node.helpers import Helpers, listen_loopback
-from fl_client.node.spec import PLAN_FILE, NodePlan
+from fl_client.node.spec import PLAN_FILE, NodeSpec
 from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.site.home import SiteHome
 
@@ -66,7 +66,7 @@ class Running:
         listener = listen_loopback()
         port = listener.getsockname()[1]
         self.url = f"https://127.0.0.1:{port}"
-        plan = NodePlan(home.supernode, home.socket, home.node_key, home.supernode / "tunnel-ca.pem", port)
+        plan = NodeSpec(home.supernode, home.socket, home.node_key, home.supernode / "tunnel-ca.pem", port)
         self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, plan, launch=launch)
         self.helpers.start_tunnel()
         context = ssl.create_default_context(cafile=str(home.supernode / "tunnel-ca.pem"))

@@ -158,7 +158,7 @@ def stepper(variant: str, device: torch.device, *, small: bool, layers: int | No
         model, LORA, CrossEntropy(CLASSES), torch.zeros(hidden, device=device), torch.ones(hidden, device=device)
     )
     if variant == "plain":
-        return Stepper(_plain_step(adapted.module, list(adapted.plan.values()), records, device), records)
+        return Stepper(_plain_step(adapted.module, list(adapted.trainable.values()), records, device), records)
     engine = DPEngine(
         adapted, records, MECHANISM, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9, engine="book"
     )

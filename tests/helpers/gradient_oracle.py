@@ -41,8 +41,8 @@ class GradientOracle:
         self._weights = {name: _plain_weight(stored, name, have) for name, have in self._base.state_dict().items()}
         self._scale = adapted.lora.alpha / adapted.lora.rank
         self._mean, self._std = adapted.module.head.feature_mean, adapted.module.head.feature_std
-        self._plan = {name: value.detach().clone() for name, value in adapted.plan.items()}
-        self._trained = [name for name, value in adapted.plan.items() if value.requires_grad]
+        self._plan = {name: value.detach().clone() for name, value in adapted.trainable.items()}
+        self._trained = [name for name, value in adapted.trainable.items() if value.requires_grad]
 
     @property
     def base(self) -> nn.Module:

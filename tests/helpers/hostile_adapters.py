@@ -26,9 +26,9 @@ def _cancelling(kind: str, size: float) -> Attack:
 
     def write(adapted: AdaptedModel, rng: np.random.Generator) -> None:
         worst_case_adapter(adapted, rng)
-        names = [name for name in adapted.plan if kind in name and ".lora_A" in name]
+        names = [name for name in adapted.trainable if kind in name and ".lora_A" in name]
         name = names[len(names) // 2]
-        a, b = adapted.plan[name], adapted.plan[name.replace(".lora_A", ".lora_B")]
+        a, b = adapted.trainable[name], adapted.trainable[name.replace(".lora_A", ".lora_B")]
         with torch.no_grad():
             p, q = (torch.from_numpy(rng.normal(0, 1, a[..., 0, :].shape)).to(a) for _ in range(2))
             a.zero_()
@@ -49,7 +49,7 @@ def _amplified(kind: str, size: float) -> Attack:
     def write(adapted: AdaptedModel, rng: np.random.Generator) -> None:
         worst_case_adapter(adapted, rng)
         with torch.no_grad():
-            for name, parameter in adapted.plan.items():
+            for name, parameter in adapted.trainable.items():
                 if kind in name and ".lora_B" in name:
                     parameter.mul_(size)
 
@@ -96,7 +96,7 @@ def change_of_sum(adapted: AdaptedModel, records: Records, norm: float, paid: fl
 
 def contributions(adapted: AdaptedModel, records: Records) -> list[list[Tensor]]:
     """Of each unit its norm and everything that it adds, from micro-batches as a step cuts them."""
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     found: dict[int, list[Tensor]] = {}
     with independent_rows(device, precision_of(adapted)):
         for chosen in cut(records, range(records.units), heights=adapted.heights):
@@ -109,7 +109,7 @@ def contributions(adapted: AdaptedModel, records: Records) -> list[list[Tensor]]
 
 def logits(adapted: AdaptedModel, records: Records) -> Tensor:
     """Float32 `[units, C]`, as `predict` computes them."""
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     found: dict[int, Tensor] = {}
     with torch.no_grad(), independent_rows(device, precision_of(adapted)):
         for chosen in cut(records, range(records.units), heights=adapted.heights):

@@ -24,7 +24,7 @@ from fl_client.agent.outgoing import EVALUATION, Outgoing
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.site import OpenSite
 from fl_client.data.units import UnitData
-from fl_client.dp.mechanism.noise import discrete_gaussian, plan_grid
+from fl_client.dp.mechanism.noise import choose_grid, discrete_gaussian
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.site.files import write_durably
 from fl_client.tasks.registry import task_of
@@ -67,7 +67,7 @@ def unit_vectors(task: Task, outputs: NDArray[np.float32], data: UnitData) -> ND
 def noisy_sums(vectors: NDArray[np.float64], noise_multiplier: float, stream: SecureStream) -> list[float]:
     """The sums over the units on the noise's grid, with discrete Gaussian noise, float `[D]`."""
     parts = vectors.shape[1]
-    grid = plan_grid(clipping_norm=math.sqrt(parts), noise_multiplier=noise_multiplier, dimensions=parts, slack=0.0)
+    grid = choose_grid(clipping_norm=math.sqrt(parts), noise_multiplier=noise_multiplier, dimensions=parts, slack=0.0)
     sums = np.rint(vectors / grid.step).astype(np.int64).sum(0)  # integers: no unit changes another's rounding
     return [float(value * grid.step) for value in sums + discrete_gaussian(parts, grid, stream)]
 

@@ -25,7 +25,7 @@ from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
 from fl_client.node.helpers import Helpers, listen_loopback
 from fl_client.node.sandbox import forbid_inspection
-from fl_client.node.spec import NodePlan, require_own
+from fl_client.node.spec import NodeSpec, require_own
 from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.node.walls import require_apart
 from fl_client.site.config import SiteConfig, SupernodeConfig
@@ -173,7 +173,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     local_certificate, local_key = node.directory / "tunnel-ca.pem", home.run / "tunnel.key"
     make_local_certificate(local_certificate, local_key, mode=mode_in(node.directory))
     listener = listen_loopback(node.tunnel_port)
-    plan = NodePlan(
+    plan = NodeSpec(
         directory=node.directory,
         socket=node.socket,
         node_key=node.directory / home.node_key.name,

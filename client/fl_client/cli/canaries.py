@@ -216,10 +216,10 @@ def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, d
 
 def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
     """ConfigError when the engine has no noise so strong for so many coordinates."""
-    from fl_client.dp.mechanism.noise import plan_grid
+    from fl_client.dp.mechanism.noise import choose_grid
 
     try:
-        plan_grid(
+        choose_grid(
             clipping_norm=mechanism.clipping_norm,
             noise_multiplier=mechanism.noise_multiplier,
             dimensions=adapted.dimensions,

@@ -65,12 +65,12 @@ class HeadedModel(nn.Module):
 
 @dataclass
 class AdaptedModel:
-    """A model with its head and the plan of what may move in it. With cores (Fed-SB) its factors A and B stay frozen.
+    """A model with its head, and what may move in it. With cores (Fed-SB) the factors A and B stay frozen all the same.
 
     Attributes:
         module: the model.
         objective: built its head, and gives its losses.
-        plan: tensor name on the wire to parameter, in a fixed order. Nothing else is trainable.
+        trainable: tensor name on the wire to parameter, in a fixed order. Nothing else moves; a run may freeze some.
         groups: tensor name to `attention`, `shared_experts`, `routed_experts` or `head`.
         layers: path to adapted layer.
         core: whether an r x r core lies between the factors.
@@ -85,7 +85,7 @@ class AdaptedModel:
     objective: Objective
     architecture: Architecture
     lora: LoraSection
-    plan: dict[str, nn.Parameter]
+    trainable: dict[str, nn.Parameter]
     groups: dict[str, str]
     layers: dict[str, nn.Module] = field(repr=False)
     core: bool = False
@@ -98,8 +98,8 @@ class AdaptedModel:
 
     @property
     def dimensions(self) -> int:
-        """Coordinates of all planned tensors together."""
-        return sum(p.numel() for p in self.plan.values())
+        """Coordinates of all trainable tensors together."""
+        return sum(p.numel() for p in self.trainable.values())
 
     @property
     def scope(self) -> BatchScope:
@@ -147,7 +147,7 @@ def adapt(
     headed = HeadedModel(backbone, objective.head(mean, std, scope), scope)
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
-    plan: dict[str, nn.Parameter] = {}
+    trainable: dict[str, nn.Parameter] = {}
     groups: dict[str, str] = {}
     layers: dict[str, nn.Module] = {}
     for path, group in targets.items():
@@ -159,14 +159,14 @@ def adapt(
         for name, parameter in layer.named_parameters():
             if name.startswith("lora_"):
                 wire = f"{PREFIX}{path}.{name.replace(f'.{ADAPTER}.', '.')}"
-                plan[wire], groups[wire] = parameter, group
+                trainable[wire], groups[wire] = parameter, group
     for name, parameter in headed.head.named_parameters():
-        plan[HEAD + name], groups[HEAD + name] = parameter, "head"
+        trainable[HEAD + name], groups[HEAD + name] = parameter, "head"
     device = mean.device
-    for name, parameter in plan.items():
+    for name, parameter in trainable.items():
         parameter.data = parameter.data.to(device=device, dtype=torch.float32)
         parameter.requires_grad_(not core or groups[name] == "head" or ".lora_R" in name)
-    made = AdaptedModel(headed, objective, architecture, lora, plan, groups, layers, core)
+    made = AdaptedModel(headed, objective, architecture, lora, trainable, groups, layers, core)
     for path, experts in _experts_left(backbone, architecture, targets).items():
         made.plain_experts[path] = PlainExperts(experts, scope)
         _put(backbone, path, made.plain_experts[path])

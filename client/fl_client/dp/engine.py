@@ -47,7 +47,7 @@ class DPEngine:
     """Private training of one adapted model on one data set.
 
     Args:
-        adapted: the model and its plan.
+        adapted: the model and what may move in it.
         records: private records, by unit.
         mechanism: what is charged; its q, sigma, C and steps are what is executed.
         learning_rate, head_learning_rate, momentum: of SGD on the noisy gradient.
@@ -57,7 +57,7 @@ class DPEngine:
             noise's grid follows from it, and whoever gets an update can read the grid off exactly.
         engine: `book`; `hooks` for Opacus' own `grad_sample`, `ghost` for its ghost clipping with a second backward
             pass (one record per unit only). The last two are slow and serve as oracles.
-        frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
+        frozen: trainable tensors that stay as they are (aggregation `ffa` freezes every factor A).
         max_units: units in a micro-batch.
         shard: this process's share, when several processes of the site train together.
         sampling, noise: random streams; only tests pass them.
@@ -99,10 +99,10 @@ class DPEngine:
         use_exact_products()
         self.adapted, self.records, self.mechanism, self.name = adapted, records, mechanism, engine
         self.max_units, self.shard = max_units, shard
-        self.device = next(iter(adapted.plan.values())).device
-        for name, parameter in adapted.plan.items():
+        self.device = next(iter(adapted.trainable.values())).device
+        for name, parameter in adapted.trainable.items():
             parameter.requires_grad_(name not in frozen)
-        trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+        trained = {name: p for name, p in adapted.trainable.items() if name not in frozen}
         head = [p for name, p in trained.items() if adapted.groups[name] == "head"]
         factors = [p for name, p in trained.items() if adapted.groups[name] != "head"]
         groups = [{"params": factors, "lr": learning_rate}, {"params": head, "lr": head_learning_rate}]

@@ -53,7 +53,7 @@ def check_invariance(adapted: AdaptedModel, *, vocabulary: int, seed: int, rows:
         EngineError: what a unit contributes depends on its company on this machine.
     """
     chance = np.random.Generator(np.random.PCG64(seed))
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     heights = heights_for(rows)
     asked = _Asked()
     with asked, independent_rows(device, precision_of(adapted)), heard_shapes() as shapes:
@@ -106,7 +106,7 @@ def _copies(adapted: AdaptedModel, rows: int, vocabulary: int) -> None:
     Raises:
         EngineError: what a unit contributes, or is answered, depends on where its rows lie.
     """
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     for tokens in (1, rows // MAX_UNITS):  # few gradients at a time, as in a round
         units = rows // tokens if tokens == 1 else MAX_UNITS
         one = tuple(token % vocabulary for token in range(1, 1 + tokens))

@@ -24,9 +24,9 @@ def adapted_for(model: LoadedModel, spec: RunSpec, objective: Objective) -> Adap
 
 
 def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:
-    """Planned tensors that the run's aggregator keeps at their seeded start; they are in no update."""
+    """Trainable tensors that the run's aggregator keeps at their seeded start; they are in no update."""
     factors = {"ffa": (".lora_A",), "fed-sb": (".lora_A", ".lora_B")}.get(spec.run.aggregation, ())
-    return frozenset(name for name in adapted.plan if any(factor in name for factor in factors))
+    return frozenset(name for name in adapted.trainable if any(factor in name for factor in factors))
 
 
 def load_offset(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:
@@ -44,6 +44,6 @@ def load_offset(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArr
             )
         start[name] = start[name] + value.astype(np.float32)
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             parameter.copy_(torch.from_numpy(start[name]))
     return start

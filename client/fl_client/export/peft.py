@@ -46,7 +46,7 @@ def write_peft(
     facts: Mapping[str, Any],
     digest: str,
 ) -> None:
-    """Write `values` (every planned tensor) into `directory`, which is made when it is not there.
+    """Write `values` (every trainable tensor) into `directory`, which is made when it is not there.
 
     Args:
         facts: what the head needs beside its weights, for `head.json`.

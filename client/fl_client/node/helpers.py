@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from fl_client.node.spec import NodePlan
+from fl_client.node.spec import NodeSpec
 from fl_client.node.supernode import hand_over, start_node
 from fl_client.node.tunnel_settings import NODE_LEFT, READY, TunnelSettings
 from fl_shared.errors import ConcordatError, ConfigError
@@ -53,7 +53,7 @@ class Helpers:
     """
 
     def __init__(
-        self, settings: TunnelSettings, listener: socket.socket, plan: NodePlan | None, *, launch: bool = True
+        self, settings: TunnelSettings, listener: socket.socket, plan: NodeSpec | None, *, launch: bool = True
     ) -> None:
         """Take what the processes need; nothing is started before `start`.
 

@@ -22,7 +22,7 @@ PLAN_FILE = "launch.json"
 
 
 @dataclass(frozen=True)
-class NodePlan:
+class NodeSpec:
     """Everything that one start of the SuperNode depends on. Holds no path outside its directory
     but the agent's socket.
 
@@ -52,7 +52,7 @@ class NodePlan:
         return self.directory / "work" / "home"
 
     @classmethod
-    def load(cls, directory: Path) -> NodePlan:
+    def load(cls, directory: Path) -> NodeSpec:
         """Read the plan that the agent wrote into `directory`; ConfigError when there is none, or not the agent's."""
         path = directory / PLAN_FILE
         require_own(directory, path)
@@ -92,7 +92,7 @@ def require_own(directory: Path, plan: Path | None = None) -> None:
         raise ConfigError(f"{directory} can be written by others than the agent's user", fix=fix)
 
 
-def make_home(plan: NodePlan) -> None:
+def make_home(plan: NodeSpec) -> None:
     """Make the untrusted half's own directory anew: what an app left there meets no later app. Raises ConfigError."""
     work = plan.home.parent
     try:

@@ -20,13 +20,13 @@ from fl_client.node.confinement import describe_confinement
 from fl_client.node.environment import SYSTEM_READABLE, keeper_environment, node_environment, shared_source
 from fl_client.node.reaping import MOST_TASKS
 from fl_client.node.sandbox import Confinement
-from fl_client.node.spec import PLAN_FILE, NodePlan, make_home
+from fl_client.node.spec import PLAN_FILE, NodeSpec, make_home
 from fl_shared.files import socket_address
 
 log = logging.getLogger("fl_client.node.supernode")
 
 
-def node_confinement(plan: NodePlan, runtime_port: int) -> Confinement:
+def node_confinement(plan: NodeSpec, runtime_port: int) -> Confinement:
     """Return the confined command that runs the SuperNode with its Runtime API on `runtime_port`."""
     directory = plan.directory
     make_home(plan)
@@ -67,7 +67,7 @@ def free_port() -> int:
         return port
 
 
-def start_node(plan: NodePlan, *, says: int | None = None) -> subprocess.Popen[bytes]:
+def start_node(plan: NodeSpec, *, says: int | None = None) -> subprocess.Popen[bytes]:
     """Start the keeper of the confined SuperNode; the caller keeps its standard input open.
 
     What the keeper itself has to say goes to `says`, as for Popen; the SuperNode writes into its log.
@@ -107,7 +107,7 @@ def run_alone(directory: Path) -> int:
     """
     directory = directory.absolute()
     written = (directory / PLAN_FILE).stat().st_mtime_ns if (directory / PLAN_FILE).exists() else 0
-    plan = NodePlan.load(directory)
+    plan = NodeSpec.load(directory)
     log.info("untrusted half: %s", describe_confinement(plan.mode, ""))
     process = start_node(plan)
 

@@ -34,15 +34,15 @@ def train_public(
         The steps taken. The mechanism does not describe a private release; it must not be reported as one.
     """
     log.warning("TRAINING WITHOUT PRIVACY: the site's policy declares this data public; no noise, no clipping")
-    for name, parameter in adapted.plan.items():
+    for name, parameter in adapted.trainable.items():
         parameter.requires_grad_(name not in frozen)
-    trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+    trained = {name: p for name, p in adapted.trainable.items() if name not in frozen}
     rate = {True: spec.training.head_learning_rate, False: spec.training.learning_rate}
     optimizer = torch.optim.SGD(
         [{"params": [p], "lr": rate[adapted.groups[name] == "head"]} for name, p in trained.items()],
         momentum=spec.training.momentum,
     )
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     expected = mechanism.sampling_probability * records.units
     sampler = PoissonSampler(records.units, mechanism.sampling_probability, mechanism.steps, SecureStream())
     adapted.module.train()

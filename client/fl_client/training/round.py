@@ -60,7 +60,7 @@ class Prepared:
     Attributes:
         adapted: the model, with the global adapter in it.
         start: tensor name to what lies in it.
-        frozen: planned tensors that do not move in this run.
+        frozen: trainable tensors that do not move in this run.
     """
 
     adapted: AdaptedModel
@@ -195,7 +195,7 @@ def train_round(
         executed = train_public(adapted, records, mechanism, spec, frozen=frozen, progress=progress)
     update = {
         name: parameter.detach().float().cpu().numpy() - start[name]
-        for name, parameter in adapted.plan.items()
+        for name, parameter in adapted.trainable.items()
         if name not in frozen
     }
     for name, value in update.items():

@@ -81,8 +81,8 @@ def test_an_unplanned_trainable_parameter_is_named(adapted: AdaptedModel) -> Non
 
 def test_tied_planned_tensors_are_refused(adapted: AdaptedModel) -> None:
     """One tensor under two names would be clipped and noised once, and stepped twice."""
-    names = [name for name in adapted.plan if "q_proj.lora_A" in name]
-    adapted.plan[names[1]] = adapted.plan[names[0]]
+    names = [name for name in adapted.trainable if "q_proj.lora_A" in name]
+    adapted.trainable[names[1]] = adapted.trainable[names[0]]
     with pytest.raises(EngineError, match="share memory"):
         check_layers(adapted, vocabulary=96)
 
@@ -90,14 +90,14 @@ def test_tied_planned_tensors_are_refused(adapted: AdaptedModel) -> None:
 def move(adapted: AdaptedModel, *still: str) -> None:
     """A step that moves every planned tensor but these."""
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             if name not in still:
                 parameter.add_(1.0)
 
 
 def test_a_step_as_planned_passes(adapted: AdaptedModel) -> None:
     """Everything planned moved, the frozen factor did not, nothing else was written to."""
-    frozen = frozenset(name for name in adapted.plan if ".lora_A" in name)
+    frozen = frozenset(name for name in adapted.trainable if ".lora_A" in name)
     check = StepCheck(adapted, frozen)
     for number in (1, 2):
         move(adapted, *frozen)
@@ -112,7 +112,7 @@ def test_a_planned_tensor_that_did_not_move_is_no_fault(adapted: AdaptedModel) -
 
 def test_a_frozen_factor_that_moved_is_named(adapted: AdaptedModel) -> None:
     """Aggregation with a frozen factor A would not be exact any more."""
-    frozen = frozenset(name for name in adapted.plan if ".lora_A" in name)
+    frozen = frozenset(name for name in adapted.trainable if ".lora_A" in name)
     check = StepCheck(adapted, frozen)
     move(adapted)
     with pytest.raises(EngineError, match=r"lora_A.* moved although frozen"):
@@ -177,10 +177,10 @@ def test_no_router_is_ever_planned(architecture: str) -> None:
     made = adapted_small(architecture, quantised=True)
     routers = architecture_of(architecture).router
     assert routers
-    for name in made.plan:
+    for name in made.trainable:
         assert ".lora_" in name or name.startswith("classifier.")
         assert not any(f".{router}.lora" in name for router in routers)
-    assert {p for p in made.module.parameters() if p.requires_grad} == set(made.plan.values())
+    assert {p for p in made.module.parameters() if p.requires_grad} == set(made.trainable.values())
     assert lora_layers.ADAPTER == "default"
 
 

@@ -35,7 +35,7 @@ def test_every_variant_takes_steps_in_bfloat16(monkeypatch: pytest.MonkeyPatch) 
     for name in ("small", "tiny"):
         adapted, records = dp_step.build(name, torch.device("cpu"), torch.bfloat16)
         assert precision_of(adapted) == torch.bfloat16
-        assert {p.dtype for p in adapted.plan.values()} == {torch.float32}
+        assert {p.dtype for p in adapted.trainable.values()} == {torch.float32}
         scales = {p.dtype for at, p in adapted.module.backbone.named_parameters() if at.endswith("scale")}
         assert scales == {torch.float32}
         taken = dp_step.times(adapted, records, torch.device("cpu"), 0.0)

@@ -85,10 +85,10 @@ def test_a_cut_by_tokens_changes_nothing(adapted: AdaptedModel, monkeypatch: pyt
 
 def test_steps_are_taken_on_the_noisy_sum_over_the_expected_batch(adapted: AdaptedModel) -> None:
     """A parameter moves by learning rate times release over q times the units, whatever the sample's size."""
-    before = torch.cat([p.detach().reshape(-1).clone() for p in adapted.plan.values()])
+    before = torch.cat([p.detach().reshape(-1).clone() for p in adapted.trainable.values()])
     engine = make(adapted, units_of_records(SIZES), q=0.5, learning_rate=0.1, head_learning_rate=0.1)
     (noisy,) = released(engine, [2])
-    after = torch.cat([p.detach().reshape(-1) for p in adapted.plan.values()])
+    after = torch.cat([p.detach().reshape(-1) for p in adapted.trainable.values()])
     torch.testing.assert_close(before - after, 0.1 * noisy / 3.5, rtol=1e-4, atol=1e-6)
 
 

@@ -160,7 +160,7 @@ def _one_unit(adapted: AdaptedModel, records: Records, unit: int) -> Gradients:
     book = _book(adapted, records)
     weights = torch.zeros(records.units)
     weights[unit] = 1.0
-    names = {id(p): name for name, p in adapted.plan.items()}
+    names = {id(p): name for name, p in adapted.trainable.items()}
     return {names[id(p)]: value for p, value in book.weighted_sums(weights)}
 
 
@@ -202,7 +202,7 @@ def test_the_oracle_is_the_model() -> None:
 def test_one_unit_changes_the_sum_by_no_more_than_is_paid_for(architecture: str, dtype: torch.dtype) -> None:
     """Norm and context together: adding a unit to 40 others moves the computed sum by at most C (1 + slack)."""
     adapted = adapted_small(architecture, quantised=True)
-    planned = {id(p) for p in adapted.plan.values()}
+    planned = {id(p) for p in adapted.trainable.values()}
     for t in [*adapted.module.backbone.parameters(), *adapted.module.backbone.buffers()]:
         if t.is_floating_point() and id(t) not in planned:
             t.data = t.data.to(dtype)

@@ -39,7 +39,7 @@ CASES += [(name, "shared_experts") for name in SHARED]
 
 
 def _write(adapted: AdaptedModel, directory: Path) -> None:
-    values = {name: parameter.detach().numpy() for name, parameter in adapted.plan.items()}
+    values = {name: parameter.detach().numpy() for name, parameter in adapted.trainable.items()}
     write_peft(adapted, values, directory, facts={"labels": list("abcde")}, digest="sha256:0")
 
 

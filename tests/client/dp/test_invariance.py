@@ -98,7 +98,7 @@ def test_an_expert_beyond_half_precision_spoils_only_the_units_that_it_sees(arch
     adapted = adapted_small(architecture, quantised=True)
     cast_base(adapted.module.backbone, torch.bfloat16)
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             if side in name and "experts" in name and parameter.ndim == 3:
                 parameter[-1] = 3.4e38
     spoilt = 0

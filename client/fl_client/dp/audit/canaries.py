@@ -114,8 +114,8 @@ def random_records(
 
 
 def worst_case_adapter(adapted: AdaptedModel, rng: np.random.Generator, scale: float = 0.2) -> None:
-    """Set every planned tensor to random values, as a hostile coordinator may: no gradient vanishes."""
-    for parameter in adapted.plan.values():
+    """Set every trainable tensor to random values, as a hostile coordinator may: no gradient vanishes."""
+    for parameter in adapted.trainable.values():
         values = scale * rng.standard_normal(tuple(parameter.shape))
         parameter.data = torch.from_numpy(values.astype(np.float32)).to(parameter.device)
 
@@ -140,7 +140,7 @@ def audit_records(
     """Run the real engine on the canaries that the coins chose; guess the coins from the released sums.
 
     Args:
-        adapted: the model; its planned tensors stay as they are.
+        adapted: the model; its trainable tensors stay as they are.
         records: one canary per unit.
         guesses: even, fixed beforehand.
         engine: what is audited; tests hand over engines that are broken on purpose.
@@ -228,7 +228,7 @@ def clipped_gradients(
 
     Shares nothing with the engine but the model and the loss.
     """
-    parameters = [p for p in adapted.plan.values() if p.requires_grad]
+    parameters = [p for p in adapted.trainable.values() if p.requires_grad]
     rows = np.empty((records.units, sum(p.numel() for p in parameters)), dtype=np.float32)
     scope = adapted.scope
     scope.mode, scope.book = "plain", None
@@ -243,10 +243,10 @@ def clipped_gradients(
 
 
 def _blocks(adapted: AdaptedModel) -> list[slice]:
-    """Runs of coordinates of one group, in the order of the plan."""
+    """Runs of coordinates of one group, in the order of the trainable tensors."""
     runs: list[tuple[str, int, int]] = []
     at = 0
-    for name, parameter in adapted.plan.items():
+    for name, parameter in adapted.trainable.items():
         group, end = adapted.groups[name], at + parameter.numel()
         if runs and runs[-1][0] == group:
             runs[-1] = (group, runs[-1][1], end)
