@@ -294,22 +294,43 @@ def test_equal_objectives_share_an_adapted_model() -> None:
     assert adapted(SumOfBinary(2)) is not first
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Iterator[OpenSite]:
-    """A real site: table, keys, ledger, model; every fourth of 400 patients or so is held out."""
-    home = SiteHome(tmp_path / "home")
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenSite]:
+    """A real site: table, keys, ledger, model; about a quarter of its units is held out."""
+    home = SiteHome(tmp_path_factory.mktemp("site") / "home")
     home.make()
     SigningKey.generate().save(home.signing_key)
     home.fingerprint_key.write_text("ab" * 32)
     cells = itertools.cycle(("lungs", "lungs+heart", "heart", "bones+lungs", "money"))
-    rows = "".join(f"cough number {number},{cell}\n" for number, cell in zip(range(400), cells, strict=False))
+    rows = "".join(f"cough number {number},{cell}\n" for number, cell in zip(range(240), cells, strict=False))
     (home.root / "records.csv").write_text(f"text,label\n{rows}")
     home.config.write_text(
-        '[site]\nid = "clinic"\n[server]\nurl = "https://127.0.0.1:1"\n[data]\nname = "topics"\npath = "records.csv"\n'
-        'text_column = "text"\nlabel_column = "label"\nprivacy_unit = "record"\nholdout = 0.25\n'
-        '[model]\ndirectory = "tiny"\ndevice = "cpu"\n[policy]\nmin_noise_multiplier = 0.5\nmax_clipping_norm = 1.0\n'
-        "max_sampling_probability = 0.5\nmax_steps_per_round = 10\n"
-        '[budget]\nepsilon = 50.0\ndelta = 1e-5\napprover = "officer"\n'
+        """
+[site]
+id = "clinic"
+[server]
+url = "https://127.0.0.1:1"
+[data]
+name = "topics"
+path = "records.csv"
+text_column = "text"
+label_column = "label"
+privacy_unit = "record"
+holdout = 0.25
+[model]
+directory = "tiny"
+device = "cpu"
+engine = "hooks"
+[policy]
+min_noise_multiplier = 0.5
+max_clipping_norm = 1.0
+max_sampling_probability = 0.5
+max_steps_per_round = 10
+[budget]
+epsilon = 50.0
+delta = 1e-5
+approver = "officer"
+"""
     )
     config = SiteConfig.load(home, "clinic")
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, reply_every_s=0.0))
@@ -332,8 +353,8 @@ def test_a_new_task_is_evaluated_with_noise_and_a_ledger_row(opened: OpenSite) -
     assert figures["noisy_sums"]["units"] == pytest.approx(held.units, abs=far)
     assert figures["noisy_sums"]["matched"] == pytest.approx(sum(right[cell] for cell in held.labels), abs=far)
     assert figures["matched"] == figures["noisy_sums"]["matched"] / figures["noisy_sums"]["units"]
-    (spend,) = opened.ledger.spends()
-    assert (spend.outcome, spend.reservation.purpose) == ("settled", "evaluation")
+    (spend,) = [spend for spend in opened.ledger.spends() if spend.reservation.purpose == "evaluation"]
+    assert spend.outcome == "settled"
     assert spend.reservation.mechanism.clipping_norm == np.sqrt(2.0)
 
 
@@ -434,7 +455,7 @@ def test_a_sites_second_round_does_not_tokenise_again(
     monkeypatch.setattr(kind, "__call__", counting)
     monkeypatch.setattr("fl_client.training.round.DPEngine.__init__", noting)
     train_alone(opened, classified(opened.model.digest), SigningKey.generate(), tmp_path / "alone", lambda _: None)
-    assert [spend.outcome for spend in opened.ledger.spends()] == ["settled"] * 2
+    assert [spend.outcome for spend in opened.ledger.spends(run="alone:demo")] == ["settled"] * 2
     assert len(trained) == 2
     assert trained[0] is trained[1]
     assert calls

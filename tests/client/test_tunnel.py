@@ -27,7 +27,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from fl_client.identity.enrolment import Coordinator, enrol
 from fl_client.identity.renewal import renew
 from fl_client.node.helpers import Helpers, listen_loopback
-from fl_client.node.spec import PLAN_FILE, NodeSpec
+from fl_client.node.spec import SPEC_FILE, NodeSpec
 from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.site.home import SiteHome
 
@@ -388,7 +388,7 @@ def test_a_plan_is_written_anew_for_a_supernode_of_another_service(home: SiteHom
     """Where another user's service runs the SuperNode, a changed plan is what makes it start the next one."""
     running = Running(home, gateway, ["any"])
     try:
-        plan = home.supernode / PLAN_FILE
+        plan = home.supernode / SPEC_FILE
         assert not plan.exists()
         running.post("/v1/fleet/deactivate-node")
         deadline = time.monotonic() + 30
@@ -403,7 +403,7 @@ def test_a_supernode_that_keeps_a_reply_to_itself_is_replaced(home: SiteHome, ga
     """Whoever asks for work before it has answered the order that it took is out of step."""
     gateway.fleet_answer = lambda _path, _body: (200, b"")
     running = Running(home, gateway, ["any"])
-    plan = home.supernode / PLAN_FILE
+    plan = home.supernode / SPEC_FILE
 
     def take(order: str) -> None:
         confirmed = ConfirmMessageReceivedRequest(message_object_id=order).SerializeToString()

@@ -19,7 +19,7 @@ import pytest
 from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client.node import seccomp
-from fl_client.node.spec import PLAN_FILE, NodeSpec, make_home
+from fl_client.node.spec import SPEC_FILE, NodeSpec, make_home
 from fl_client.node.supernode import node_confinement, start_node
 from fl_client.node.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
@@ -282,7 +282,7 @@ def test_what_an_app_leaves_behind_decides_nothing_at_the_next_start(node: Path,
     plan = NodeSpec(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
     plan.save()
     before = {path: path.read_text() for path in node.iterdir() if path.is_file()}
-    bad = json.loads((node / PLAN_FILE).read_text()) | {"mode": "off", "socket": "/run/other.sock", "tunnel_port": 22}
+    bad = json.loads((node / SPEC_FILE).read_text()) | {"mode": "off", "socket": "/run/other.sock", "tunnel_port": 22}
     command = [sys.executable, "-c", LEAVE, str(node), json.dumps(bad)]
     made = confinement_of(node, command)
     keeper = start_keeper(made, NO_NAMESPACES if fallback else [])

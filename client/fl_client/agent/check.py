@@ -23,7 +23,7 @@ from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
 from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed
-from fl_client.node.spec import PLAN_FILE
+from fl_client.node.spec import SPEC_FILE
 from fl_client.node.walls import require_apart, try_walls
 from fl_client.site.config import ANY_APP, SiteConfig
 from fl_client.site.home import SiteHome
@@ -283,7 +283,7 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
     files = {
         "the data": config.data.path, "the configuration": home.config, "the signing key": home.signing_key,
         "the TLS key": home.client_key, "the fingerprint key": home.fingerprint_key,
-        "the launch plan": node.directory / PLAN_FILE, "the agent's log": home.logs / "agent.jsonl",
+        "the launch plan": node.directory / SPEC_FILE, "the agent's log": home.logs / "agent.jsonl",
     }  # fmt: skip
     if url.drivername == "sqlite" and url.database:
         files["the ledger"] = Path(url.database)

@@ -20,7 +20,7 @@ class UnitData:
         labels: one per record, its cell of the label column; what it means is the task's.
         unit_of_record: int64 `[records]`, the unit of each record, 0..units-1.
         units: number of privacy units.
-        fingerprint: keyed digest of the records, as it stands in the ledger.
+        fingerprint: keyed digest of the records, as it is recorded in the ledger.
         left_out: reason and number of rows of the table that are not used, for whoever sits at the site. As private
             as the data: neither sent nor logged.
 

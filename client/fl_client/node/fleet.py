@@ -60,7 +60,7 @@ def deactivation(node: int) -> bytes:
     return DeactivateNodeRequest(node_id=node).SerializeToString()
 
 
-class Debts:
+class PendingReplies:
     """The replies that the SuperNode owes: it asks for work again only after it has answered.
 
     After an order that broke off while it was received (its run had ended) Flower's SuperNode gets out of step: it

@@ -44,25 +44,25 @@ def listen_loopback(port: int = 0) -> socket.socket:
 
 
 class Helpers:
-    """Keeps the tunnel and, if a plan is given, the SuperNode running until `stop`.
+    """Keeps the tunnel and, if a spec is given, the SuperNode running until `stop`.
 
     A process that dies, or that cannot be started, is started again after 1 s, then 2 s, up to 30 s; the wait starts
-    over after a minute of life. So is a SuperNode that has taken leave of the coordinator (after an answer that it
-    does not understand it does so, and then lives on without ever asking for work again), or that keeps
-    a reply to itself (`fl_client.node.fleet.Debts`).
+    over after a minute of life. So is a SuperNode that has deactivated itself (after an answer that it does not
+    understand it does so, and then lives on without ever asking for work again), or that keeps a reply to itself
+    (`fl_client.node.fleet.PendingReplies`).
     """
 
     def __init__(
-        self, settings: TunnelSettings, listener: socket.socket, plan: NodeSpec | None, *, launch: bool = True
+        self, settings: TunnelSettings, listener: socket.socket, spec: NodeSpec | None, *, launch: bool = True
     ) -> None:
         """Take what the processes need; nothing is started before `start`.
 
-        Without `launch` another service runs the SuperNode by the saved plan (`run_alone`).
+        Without `launch` another service runs the SuperNode by the saved spec (`run_alone`).
         """
         self._settings = settings
         self._listener = listener
-        self._plan = plan
-        self._launch_node = launch and plan is not None
+        self._spec = spec
+        self._launch_node = launch and spec is not None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._tunnel_ready = threading.Event()
@@ -76,7 +76,7 @@ class Helpers:
         self._loops["tunnel"].start()
 
     def start_node(self) -> None:
-        """Start the SuperNode, if there is a plan for one, as soon as the tunnel is ready.
+        """Start the SuperNode, if there is a spec for one, as soon as the tunnel is ready.
 
         A SuperNode that finds nobody backs off for many seconds, so it is worth waiting.
         """
@@ -84,11 +84,11 @@ class Helpers:
             self._loops["supernode"].start()
 
     def _node_left(self) -> None:
-        """End the SuperNode that has taken leave; whoever keeps it starts the next one."""
-        if self._stopping.is_set() or self._plan is None:
+        """End the SuperNode that has deactivated itself; whoever keeps it starts the next one."""
+        if self._stopping.is_set() or self._spec is None:
             return
         if not self._launch_node:
-            self._plan.save()
+            self._spec.save()
             return
         with self._lock:
             node = self._running.get("supernode")
@@ -185,9 +185,9 @@ class Helpers:
             )
             hand_over(process, self._settings.to_line())
             return process
-        if self._plan is None:
-            raise RuntimeError("the SuperNode was asked for without a plan")
-        return start_node(self._plan, says=subprocess.PIPE)
+        if self._spec is None:
+            raise RuntimeError("the SuperNode was asked for without a spec")
+        return start_node(self._spec, says=subprocess.PIPE)
 
 
 class Ended(ConcordatError):

@@ -18,7 +18,7 @@ from fl_client.node.handover import mode_in
 from fl_client.site.files import write_durably
 from fl_shared.errors import ConfigError
 
-PLAN_FILE = "launch.json"
+SPEC_FILE = "launch.json"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class NodeSpec:
     """Everything that one start of the SuperNode depends on. Holds no path outside its directory
     but the agent's socket.
 
-    `directory` belongs to the agent's user: plan, node key and certificate lie there, and the untrusted half only
+    `directory` belongs to the agent's user: spec, node key and certificate lie there, and the untrusted half only
     reads them. Below it, `work` belongs to the untrusted half's user, and the code that the coordinator ships may
     write in `work/home` alone, which is new and empty at each start. So nothing that decides about a wall, and
     nothing that is run or read outside of it, lies where the walled can write.
@@ -41,10 +41,10 @@ class NodeSpec:
     user: str = ""
 
     def save(self) -> None:
-        """Write the plan where `fl-client supernode` finds it."""
+        """Write the spec where `fl-client supernode` finds it."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
-        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=mode_in(self.directory))
+        write_durably(self.directory / SPEC_FILE, text.encode("utf-8"), mode=mode_in(self.directory))
 
     @property
     def home(self) -> Path:
@@ -53,8 +53,8 @@ class NodeSpec:
 
     @classmethod
     def load(cls, directory: Path) -> NodeSpec:
-        """Read the plan that the agent wrote into `directory`; ConfigError when there is none, or not the agent's."""
-        path = directory / PLAN_FILE
+        """Read the spec that the agent wrote into `directory`; ConfigError when there is none, or not the agent's."""
+        path = directory / SPEC_FILE
         require_own(directory, path)
         try:
             table = json.loads(path.read_text("utf-8"))
@@ -73,10 +73,10 @@ class NodeSpec:
             ) from None
 
 
-def require_own(directory: Path, plan: Path | None = None) -> None:
-    """Refuse a directory of the untrusted half that anybody but its owner may write, or a plan of another owner.
+def require_own(directory: Path, spec: Path | None = None) -> None:
+    """Refuse a directory of the untrusted half that anybody but its owner may write, or a spec of another owner.
 
-    Without `plan`: as the agent, whose own the directory must be. Raises ConfigError.
+    Without `spec`: as the agent, whose own the directory must be. Raises ConfigError.
     """
     fix = (
         f"let the agent's user own {directory} (chown, chmod 2750, in the group of both halves), and give the other "
@@ -84,27 +84,27 @@ def require_own(directory: Path, plan: Path | None = None) -> None:
     )
     try:
         found = directory.stat()
-        owner = os.geteuid() if plan is None else plan.stat(follow_symlinks=False).st_uid
+        owner = os.geteuid() if spec is None else spec.stat(follow_symlinks=False).st_uid
     except OSError as error:
-        hint = fix if plan is None else "start the site's agent first: it writes this file; check --directory"
+        hint = fix if spec is None else "start the site's agent first: it writes this file; check --directory"
         raise ConfigError(f"{error.filename} cannot be used: {error.strerror}", fix=hint) from None
     if found.st_mode & 0o022 or found.st_uid != owner:
         raise ConfigError(f"{directory} can be written by others than the agent's user", fix=fix)
 
 
-def make_home(plan: NodeSpec) -> None:
-    """Make the untrusted half's own directory anew: what an app left there meets no later app. Raises ConfigError."""
-    work = plan.home.parent
+def make_home(spec: NodeSpec) -> None:
+    """Make the untrusted half a new directory of its own: what an app left meets no later app. Raises ConfigError."""
+    work = spec.home.parent
     try:
         work.mkdir(mode=0o711, exist_ok=True)
-        if os.path.lexists(plan.home):
-            plan.home.rename(work / f"old-{time.time_ns()}")
-        plan.home.mkdir(mode=0o700)
+        if os.path.lexists(spec.home):
+            spec.home.rename(work / f"old-{time.time_ns()}")
+        spec.home.mkdir(mode=0o700)
         for name in ("tmp", "flwr"):
-            (plan.home / name).mkdir(mode=0o700)
-        if plan.user:  # we are root, `work` is ours and `home` is new: given away last, so that nobody has a hand in it
-            owner = pwd.getpwnam(plan.user)
-            for path in (plan.home / "tmp", plan.home / "flwr", plan.home):
+            (spec.home / name).mkdir(mode=0o700)
+        if spec.user:  # we are root, `work` is ours and `home` is new: given away last, so that nobody has a hand in it
+            owner = pwd.getpwnam(spec.user)
+            for path in (spec.home / "tmp", spec.home / "flwr", spec.home):
                 os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
     except (OSError, LookupError) as error:
         raise ConfigError(

@@ -20,42 +20,42 @@ from fl_client.node.confinement import describe_confinement
 from fl_client.node.environment import SYSTEM_READABLE, keeper_environment, node_environment, shared_source
 from fl_client.node.reaping import MOST_TASKS
 from fl_client.node.sandbox import Confinement
-from fl_client.node.spec import PLAN_FILE, NodeSpec, make_home
+from fl_client.node.spec import SPEC_FILE, NodeSpec, make_home
 from fl_shared.files import socket_address
 
 log = logging.getLogger("fl_client.node.supernode")
 
 
-def node_confinement(plan: NodeSpec, runtime_port: int) -> Confinement:
+def node_confinement(spec: NodeSpec, runtime_port: int) -> Confinement:
     """Return the confined command that runs the SuperNode with its Runtime API on `runtime_port`."""
-    directory = plan.directory
-    make_home(plan)
-    record = (directory if os.access(directory, os.W_OK) else plan.home.parent) / "supernode.log"
+    directory = spec.directory
+    make_home(spec)
+    record = (directory if os.access(directory, os.W_OK) else spec.home.parent) / "supernode.log"
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
-        "--superlink", f"127.0.0.1:{plan.tunnel_port}",
-        "--root-certificates", str(plan.tunnel_certificate),
-        "--auth-supernode-private-key", str(plan.node_key),
+        "--superlink", f"127.0.0.1:{spec.tunnel_port}",
+        "--root-certificates", str(spec.tunnel_certificate),
+        "--auth-supernode-private-key", str(spec.node_key),
         "--host", "127.0.0.1",
         "--port", str(runtime_port),
-        "--node-config", f'agent-socket="{socket_address(plan.socket)}"',
+        "--node-config", f'agent-socket="{socket_address(spec.socket)}"',
     ]  # fmt: skip
     source = shared_source()
     readable = [sys.prefix, sys.base_prefix, *SYSTEM_READABLE, *([str(source)] if source else [])]
-    readable += [str(plan.node_key), str(plan.tunnel_certificate)]
+    readable += [str(spec.node_key), str(spec.tunnel_certificate)]
     return Confinement(
         command=command,
-        environment=node_environment(plan.home),
-        directory=str(plan.home),
+        environment=node_environment(spec.home),
+        directory=str(spec.home),
         log=str(record),
         readable=readable,
-        writable=[str(plan.home), "/dev/null"],
-        connect_ports=[plan.tunnel_port, runtime_port],
+        writable=[str(spec.home), "/dev/null"],
+        connect_ports=[spec.tunnel_port, runtime_port],
         bind_ports=[runtime_port],
-        mode=plan.mode,
-        user=plan.user,
+        mode=spec.mode,
+        user=spec.user,
         tasks=MOST_TASKS,
-        agent=str(plan.socket),
+        agent=str(spec.socket),
     )
 
 
@@ -67,12 +67,12 @@ def free_port() -> int:
         return port
 
 
-def start_node(plan: NodeSpec, *, says: int | None = None) -> subprocess.Popen[bytes]:
+def start_node(spec: NodeSpec, *, says: int | None = None) -> subprocess.Popen[bytes]:
     """Start the keeper of the confined SuperNode; the caller keeps its standard input open.
 
     What the keeper itself has to say goes to `says`, as for Popen; the SuperNode writes into its log.
     """
-    confinement = node_confinement(plan, free_port())
+    confinement = node_confinement(spec, free_port())
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "fl_client.node.sandbox"],  # -P: no module comes from the working directory
         stdin=subprocess.PIPE,
@@ -101,15 +101,15 @@ def hand_over(process: subprocess.Popen[bytes], line: bytes) -> None:
 def run_alone(directory: Path) -> int:
     """Run the untrusted half by itself until SIGTERM or Ctrl-C; for a service of another user.
 
-    It also ends when the agent writes its plan anew, after its own restart (the tunnel has another
-    certificate then) or because the SuperNode has taken leave. The exit status is the SuperNode's; the service
+    It also ends when the agent writes its spec again, after its own restart (the tunnel has another
+    certificate then) or because the SuperNode has deactivated itself. The exit status is the SuperNode's; the service
     manager starts it again.
     """
     directory = directory.absolute()
-    written = (directory / PLAN_FILE).stat().st_mtime_ns if (directory / PLAN_FILE).exists() else 0
-    plan = NodeSpec.load(directory)
-    log.info("untrusted half: %s", describe_confinement(plan.mode, ""))
-    process = start_node(plan)
+    written = (directory / SPEC_FILE).stat().st_mtime_ns if (directory / SPEC_FILE).exists() else 0
+    spec = NodeSpec.load(directory)
+    log.info("untrusted half: %s", describe_confinement(spec.mode, ""))
+    process = start_node(spec)
 
     def end(_number: int, _frame: FrameType | None) -> None:
         process.terminate()
@@ -121,7 +121,7 @@ def run_alone(directory: Path) -> int:
         try:
             status = process.wait(1.0)
         except subprocess.TimeoutExpired:
-            if (directory / PLAN_FILE).stat().st_mtime_ns != written:
+            if (directory / SPEC_FILE).stat().st_mtime_ns != written:
                 process.terminate()
     if process.stdin is not None:
         with contextlib.suppress(BrokenPipeError):

@@ -36,7 +36,7 @@ from uvicorn.server import ServerState
 
 from fl_client.identity.enrolment import verified_context
 from fl_client.node.admission import admit
-from fl_client.node.fleet import FLEET_CALLS, Debts, activated_node, deactivation, sole_app
+from fl_client.node.fleet import FLEET_CALLS, PendingReplies, activated_node, deactivation, sole_app
 from fl_client.node.sandbox import die_with_parent, forbid_inspection
 from fl_client.node.tunnel_settings import NODE_LEFT, READY, TunnelSettings
 from fl_client.site.config import ANY_APP
@@ -50,8 +50,8 @@ MAX_CONNECTIONS = 64
 HANDSHAKE_S = 10.0
 OFF_LINE_S = 6.0
 TIMEOUT_S = 300.0
-_DEBTS = ("confirm-message-received", "push-messages")
-_HANDLED = ("get-fab", "activate-node", *_DEBTS)
+_REPLY_CALLS = ("confirm-message-received", "push-messages")
+_HANDLED = ("get-fab", "activate-node", *_REPLY_CALLS)
 _MAX_SMALL_BYTES = 1 << 20
 
 _HOP_HEADERS = frozenset(
@@ -97,7 +97,7 @@ class Tunnel:
     SuperNode that was killed can come back at once: the SuperLink holds a silent node on line for a minute
     and would refuse it until then.
 
-    A renewed certificate is taken up with the next call; calls under way end on the connections that they have.
+    A renewed certificate is used from the next call on; calls under way end on the connections that they have.
     """
 
     def __init__(self, fleet_url: str, credentials: Credentials, apps: list[str], node_file: Path) -> None:
@@ -108,7 +108,7 @@ class Tunnel:
         self._apps = apps
         self._node_file = node_file
         self._complained = 0.0
-        self._debts = Debts()
+        self._pending = PendingReplies()
         self._client = self._outgoing(credentials.context())
 
     def _outgoing(self, context: ssl.SSLContext) -> httpx.AsyncClient:
@@ -130,7 +130,7 @@ class Tunnel:
         except OSError:
             return self._client  # the two files are being exchanged; the next call looks again
         former, self._client, self._stamp = self._client, self._outgoing(context), stamp
-        log.info("took up the renewed certificate")
+        log.info("activated the renewed certificate")
         loop = asyncio.get_running_loop()
         loop.call_later(TIMEOUT_S + 30.0, lambda: loop.create_task(former.aclose()))
         return self._client
@@ -147,7 +147,7 @@ class Tunnel:
         if call not in FLEET_CALLS:
             log.warning("refused to forward %r: not a Fleet call of a site", call[:80])
             return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
-        if call == "deactivate-node" or (call == "pull-messages" and self._debts.called_in()):
+        if call == "deactivate-node" or (call == "pull-messages" and self._pending.called_in()):
             print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.node.helpers`
         dropped = {*_HOP_HEADERS, *(word.strip() for word in request.headers.get("connection", "").lower().split(","))}
         if "transfer-encoding" in request.headers:
@@ -198,8 +198,8 @@ class Tunnel:
         if call == "activate-node":
             await self._deactivate_left_over(headers)
         answer = await self._send(call, headers, bytes(body))
-        if call in _DEBTS:
-            self._debts.note(call, bytes(body), answer.status_code)
+        if call in _REPLY_CALLS:
+            self._pending.note(call, bytes(body), answer.status_code)
         refused = await self._refused(call, answer)
         if refused is not None:
             return refused
@@ -218,11 +218,11 @@ class Tunnel:
 
     def _inspected(self, call: str, answer: bytes) -> bytes:
         """Return what is passed on in place of an answer; ValueError says why nothing is."""
-        if call in _DEBTS:
+        if call in _REPLY_CALLS:
             return answer
         if call == "activate-node":
             write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
-            self._debts.called_in()
+            self._pending.called_in()
             return answer
         digest, delivered = sole_app(answer)
         if self._apps != [ANY_APP] and digest not in self._apps:
@@ -241,7 +241,7 @@ class Tunnel:
         if answer.status_code == 200:
             # The order that died with the old SuperNode is sent again only if the coordinator, which looks
             # every second or so, sees the node gone.
-            log.info("took the former SuperNode off line; its successor follows in %.0f s", OFF_LINE_S)
+            log.info("deactivated the former SuperNode; its successor follows in %.0f s", OFF_LINE_S)
             await asyncio.sleep(OFF_LINE_S)
 
     def _complain(self, message: str) -> None:

@@ -91,7 +91,7 @@ class Task(Protocol):
 
 
 def usable(task: Task, data: UnitData) -> UnitData:
-    """The part of `data` that a run can use, in its spelling, its units numbered anew.
+    """The part of `data` that a run can use, in its spelling, its units numbered again without gaps.
 
     Other records are left out in silence: that a site has them is private, and leaving each one out for its own sake
     keeps neighbouring data sets neighbours. How many units are left is as private, and the run's task is the
