@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,8 @@ from fl_client.tasks.classification import Classification, CrossEntropy
 from fl_client.tasks.kept import KeptRecords
 from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import usable
+from fl_client.training.ranks import worker
+from fl_client.training.ranks.frames import receive
 from fl_client.training.round import initial_adapter, train_round
 from fl_shared.adapters.safetensors import pack
 from fl_shared.documents.manifest import LoraSection, RunSpec
@@ -460,3 +464,41 @@ def test_a_sites_second_round_does_not_tokenise_again(
     assert trained[0] is trained[1]
     assert calls
     assert set(calls) == {0}
+
+
+def test_a_rank_keeps_its_records_too(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent sends a rank the same records with each round: the rank tokenises those of the first."""
+    kind, calls, kept = type(model.tokenizer), [], KeptRecords()
+    called = kind.__call__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return called(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", counting)
+    spec = classified(model.digest)
+
+    def round_of(texts: tuple[str, ...]) -> int:
+        job = {
+            "texts": list(texts), "labels": ["lungs", "heart"], "unit_of_record": [0, 1], "units": 2,
+            "spec": spec.to_dict(), "mechanism": Mechanism(1.0, 1.0, 1, 1.0).to_dict(), "round": 1,
+            "expected_batch": 2.0, "most_units": 2, "records_per_unit": 1, "private": False,
+        }  # fmt: skip
+        before = len(calls)
+        here, agent = socket.socketpair()
+        with here, agent:
+            heard = threading.Thread(target=lambda: [receive(agent) for _ in range(2)])  # the step, and the update
+            heard.start()
+            worker.train(model, _OneRank(), job, b"", here, kept)  # type: ignore[arg-type]  # a group of one
+            heard.join()
+        return len(calls) - before
+
+    assert round_of(("cough", "pain")) > 0
+    assert round_of(("cough", "pain")) == 0
+    assert round_of(("cough", "gout")) > 0
+
+
+class _OneRank:
+    """As the first rank of a group knows itself."""
+
+    first = True
