@@ -27,8 +27,9 @@ from rich.table import Table
 
 from fl_client.data.icd10 import hospital_split
 from fl_client.data.units import UnitData
+from fl_client.inference.predict import evaluate
 from fl_client.model.load import LoadedModel, load_model
-from fl_client.training.round import evaluate, initial_adapter, train_round
+from fl_client.training.round import initial_adapter, train_round
 from fl_server.aggregation import RoundAggregate
 from fl_shared.adapters.safetensors import pack, unpack
 from fl_shared.cli.entry import cli_main
@@ -179,7 +180,7 @@ class Comparison:
     def accuracy(self, offset: Tensors, spec: RunSpec) -> float:
         """On the held-out terms."""
         texts, labels = zip(*self.test, strict=True)
-        return round(evaluate(self.model, offset, texts, labels, spec).accuracy, 4)
+        return round(evaluate(self.model, offset, texts, labels, spec).figures["accuracy"], 4)
 
     def run(self, name: str) -> Iterator[dict[str, Any]]:
         """Train one variant from the seeded start; its figures, then those of each other rule for its last round."""

@@ -29,9 +29,11 @@ from fl_client.data.icd10 import hospital_split
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.audit.canaries import worst_case_adapter
-from fl_client.dp.engine import DPEngine, per_record_loss, precision_of
-from fl_client.dp.records.records import Records, micro_batches, tokenise
+from fl_client.dp.engine import DPEngine, precision_of
+from fl_client.dp.objective import losses_of
+from fl_client.dp.records.records import Records, micro_batches
 from fl_client.model.load import load_model
+from fl_client.tasks.classification import Classification, CrossEntropy
 from fl_shared.documents.manifest import LoraSection
 from fl_shared.privacy.mechanism import Mechanism
 
@@ -78,7 +80,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype | None = None) -> 
     kind = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     source = _tiny(TINY[name], device, kind) if name in TINY else _random(SHAPES[name], device, kind)
     model, mean, std, records = source
-    adapted = adapt(model, LORA, CLASSES, mean, std)
+    adapted = adapt(model, LORA, CrossEntropy(CLASSES), mean, std)
     worst_case_adapter(adapted, np.random.default_rng(0), scale=0.02)
     return adapted, records
 
@@ -90,8 +92,8 @@ def _tiny(units: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Modu
     rows = [held[at] for at in np.random.default_rng(0).choice(len(held), units, replace=False)]
     texts, labels = zip(*rows, strict=True)
     data = UnitData(texts, labels, np.arange(units), units, "0" * 64)
-    records = tokenise(data, loaded.tokenizer, [str(chapter) for chapter in range(1, CLASSES + 1)], 32)
-    return loaded.module, loaded.feature_mean, loaded.feature_std, records
+    task = Classification(tuple(str(chapter) for chapter in range(1, CLASSES + 1)), 32)
+    return loaded.module, loaded.feature_mean, loaded.feature_std, task.encode(data, loaded.tokenizer)
 
 
 def _random(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor, Records]:
@@ -114,8 +116,8 @@ class Stepper:
     def __init__(self, variant: str, adapted: AdaptedModel, records: Records) -> None:
         self.variant, self.adapted, self.records = variant, adapted, records
         self.units = list(range(records.units))
-        self.device = next(iter(adapted.plan.values())).device
-        self.plain = torch.optim.SGD(list(adapted.plan.values()), lr=1e-6, momentum=0.9)
+        self.device = next(iter(adapted.trainable.values())).device
+        self.plain = torch.optim.SGD(list(adapted.trainable.values()), lr=1e-6, momentum=0.9)
         self.engine: DPEngine | None = None  # made once, as a round makes it
         if variant != "plain":
             self.engine = DPEngine(
@@ -136,7 +138,7 @@ class Stepper:
         else:
             self.plain.zero_grad(set_to_none=True)
             for batch in micro_batches(self.records, self.units, self.device):
-                loss = per_record_loss(self.adapted.classifier(batch.ids, batch.mask), batch.labels)
+                loss = losses_of(self.adapted.objective, self.adapted.module(batch.ids, batch.mask), batch.targets)
                 (loss.sum() / len(self.units)).backward()
             self.plain.step()
             self.plain.zero_grad(set_to_none=True)

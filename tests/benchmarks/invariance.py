@@ -48,11 +48,11 @@ NORM = 0.5
 def attack(adapted: AdaptedModel, name: str, units: int, vocabulary: int) -> tuple[float, float, bool]:
     """Change of sum and of evaluation over what is paid, and whether all bits stayed."""
     ATTACKS[name](adapted, np.random.default_rng(3))
-    classes = adapted.classifier.head.out_features
+    (classes,) = adapted.module.head.shape
     records = company(
         np.random.default_rng(5), units=units, vocabulary=vocabulary, classes=classes, low=3, high=9, longer=31
     )
-    top_k = int(adapted.classifier.backbone.config.num_experts_per_tok)  # type: ignore[union-attr,arg-type]  # it is one
+    top_k = int(adapted.module.backbone.config.num_experts_per_tok)  # type: ignore[union-attr,arg-type]  # it is one
     paid = slack(units=units + 1, rows=top_k * FULL)
     return (
         change_of_sum(adapted, records, NORM, paid),
@@ -70,7 +70,7 @@ def sweep(device: torch.device, units: int, families: tuple[str, ...]) -> list[d
                 adapted, vocabulary = build(TINY, device, dtype)[0], 6000
             else:
                 adapted, vocabulary = adapted_small(family, quantised=True), 96
-                cast_base(adapted.classifier.to(device).backbone, dtype)
+                cast_base(adapted.module.to(device).backbone, dtype)
             check_layers(adapted, vocabulary=vocabulary)
             for name in ATTACKS:
                 sums, evaluation, bitwise = attack(adapted, name, units, vocabulary)
@@ -86,7 +86,7 @@ def padded(adapted: AdaptedModel, records: Records, device: torch.device) -> Non
     order = sorted(range(records.units), key=lambda row: len(records.ids[row]))
     with torch.no_grad():
         for at in range(0, len(order), 128):
-            adapted.classifier(*pad_ids([records.ids[row] for row in order[at : at + 128]], device))
+            adapted.module(*pad_ids([records.ids[row] for row in order[at : at + 128]], device))
 
 
 def evaluation_ratio(device: torch.device, pairs: int) -> float:

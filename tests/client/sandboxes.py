@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_client.node.sandbox import Confinement
-from fl_client.node.supernode import NodePlan, node_confinement
+from fl_client.node.spec import NodeSpec
+from fl_client.node.supernode import node_confinement
 
 NO_NAMESPACES = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" "$@"']
 """Before a command: run it where nobody may make user namespaces, as on machines that forbid them."""
@@ -52,6 +53,6 @@ def confinement_of(
     directory: Path, command: list[str], *, agent: Path = Path("/nowhere/agent.sock"), **changes: Any
 ) -> Confinement:
     """The confinement that a SuperNode would get, around another command."""
-    plan = NodePlan(directory, agent, directory / "node_key", directory / "ca.pem", 1)
+    plan = NodeSpec(directory, agent, directory / "node_key", directory / "ca.pem", 1)
     made = node_confinement(plan, 2)
     return Confinement(**{**made.__dict__, "command": command, **changes})

@@ -19,9 +19,9 @@ from client_sandboxes import close, confinement_of, start_keeper
 
 from fl_client.node.admission import admit
 from fl_client.node.forwarder import MAX_CONNECTIONS
-from fl_client.node.supernode import listen_loopback
+from fl_client.node.helpers import listen_loopback
 from fl_client.node.tunnel import MAX_CONNECTIONS as MAX_TUNNELLED
-from fl_client.node.tunnel import READY, TunnelSettings, make_local_certificate
+from fl_client.node.tunnel_settings import READY, TunnelSettings, make_local_certificate
 
 MANY = """
 import socket, sys, time

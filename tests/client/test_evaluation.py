@@ -13,22 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_client.agent.evaluation import (
-    SENSITIVITY,
     _charged,
     _Request,
     figures_of,
     noisy_sums,
-    require_usable,
+    require_enough,
+    sensitivity_of,
     unit_vectors,
 )
 from fl_client.data.load import split_holdout
 from fl_client.data.units import UnitData
 from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_client.tasks.classification import Classification
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, LedgerError, RunError
 from fl_shared.identity.signing import open_document
 
 LABELS = ("a", "b", "c")
+TASK = Classification(LABELS, 8)
+SENSITIVITY = sensitivity_of(TASK)
 
 
 def data(units: int) -> UnitData:
@@ -42,7 +45,7 @@ def data(units: int) -> UnitData:
 @given(st.lists(st.floats(width=32), min_size=12, max_size=12))
 def test_a_units_contribution_is_bounded_whatever_the_logits_are(values: list[float]) -> None:
     """NaN and infinite logits included: each of the three parts lies in [0, 1]."""
-    found = unit_vectors(np.array(values, np.float32).reshape(4, 3), data(2), LABELS)
+    found = unit_vectors(TASK, np.array(values, np.float32).reshape(4, 3), data(2))
     assert found.shape == (2, 3)
     assert ((found >= 0) & (found <= 1)).all()
     assert (np.linalg.norm(found, axis=1) <= SENSITIVITY).all()
@@ -51,7 +54,7 @@ def test_a_units_contribution_is_bounded_whatever_the_logits_are(values: list[fl
 def test_no_unit_makes_no_vector() -> None:
     """Held-out records may have none of a run's labels: the sums are then noise alone."""
     nobody = UnitData((), (), np.empty(0, np.int64), 0, "f")
-    assert unit_vectors(np.zeros((0, 3), np.float32), nobody, LABELS).shape == (0, 3)
+    assert unit_vectors(TASK, np.zeros((0, 3), np.float32), nobody).shape == (0, 3)
 
 
 def test_the_noise_has_the_charged_deviation() -> None:
@@ -64,8 +67,8 @@ def test_the_noise_has_the_charged_deviation() -> None:
 
 def test_too_few_units_give_no_figure() -> None:
     """A count that drowns in noise is not divided by."""
-    assert figures_of([5.0, 3.0, 1.0], 10.0, 3)["accuracy"] is None
-    assert figures_of([1000.0, 800.0, 100.0], 10.0, 3)["accuracy"] == pytest.approx(0.8)
+    assert figures_of(TASK, [5.0, 3.0, 1.0], 10.0)["accuracy"] is None
+    assert figures_of(TASK, [1000.0, 800.0, 100.0], 10.0)["accuracy"] == pytest.approx(0.8)
 
 
 def test_the_holdout_is_stable_and_disjoint(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_figures_leave_only_with_a_settled_row_and_once(tmp_path: Path) -> None:
 
     def compute(_mechanism: Any) -> dict[str, Any]:
         calls.append(1)
-        return figures_of([100.0, 50.0, 20.0], 10.0, 2)
+        return figures_of(TASK, [100.0, 50.0, 20.0], 10.0)
 
     def ask() -> dict[str, Any]:
         return _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, compute)
@@ -140,12 +143,12 @@ def _spec() -> dict[str, Any]:
 def test_noise_that_would_hide_the_figures_is_refused_before_the_charge() -> None:
     """From public numbers alone; at the bound the figures are told in all but one of 700 evaluations."""
     with pytest.raises(ConfigError, match="60 units are held out") as refused:
-        require_usable(60.0, 10.0)
+        require_enough(TASK, 60.0, 10.0)
     assert "--noise 6.9" in refused.value.fix
     assert "--force" in refused.value.fix
-    require_usable(60.0, 6.9)
+    require_enough(TASK, 60.0, 6.9)
     lowest = 60.0 - 3.0 * 6.9 * SENSITIVITY  # three standard deviations below
-    assert figures_of([lowest, 10.0, 10.0], 6.9, 3)["accuracy"] is not None
+    assert figures_of(TASK, [lowest, 10.0, 10.0], 6.9)["accuracy"] is not None
 
 
 def test_a_failed_evaluation_is_not_repeated_until_it_is_confirmed(tmp_path: Path) -> None:

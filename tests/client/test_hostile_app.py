@@ -18,8 +18,8 @@ from client_sandboxes import close, confinement_of, start_keeper
 from client_sites import SITE, Site, spec_table
 
 from fl_client.agent.service import AgentService, serve
+from fl_client.node.environment import shared_source
 from fl_client.node.sandbox import landlock_abi
-from fl_client.node.supernode import shared_source
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes
 from fl_shared.documents.manifest import RoundManifest, RunSpec

@@ -19,9 +19,9 @@ import psutil
 import pytest
 from client_sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
 
+from fl_client.node.environment import node_environment
 from fl_client.node.record import Record
 from fl_client.node.sandbox import landlock_abi
-from fl_client.node.supernode import node_environment
 
 HOSTILE = """
 import json, os, socket, sys
@@ -238,7 +238,7 @@ def test_the_command_runs_as_another_user_when_asked(node_directory: Path) -> No
 
 def test_what_the_operator_requires_and_the_kernel_lacks_is_refused(node_directory: Path) -> None:
     """confine = "require" never starts the untrusted half behind fewer walls; auto says which are missing."""
-    script = "from fl_client.node.supernode import describe_confinement as d; print(d('auto', '')); d('require', '')"
+    script = "from fl_client.node.confinement import describe_confinement as d; print(d('auto', '')); d('require', '')"
     words = [*NO_NAMESPACES, sys.executable, "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert "WITHOUT namespaces (" in done.stdout

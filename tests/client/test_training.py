@@ -16,8 +16,9 @@ from fl_client.dp import engine
 from fl_client.dp.engine import DPEngine
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
+from fl_client.inference.predict import evaluate, predict
 from fl_client.model.load import TINY, LoadedModel, load_model
-from fl_client.training.round import evaluate, initial_adapter, predict, train_round
+from fl_client.training.round import initial_adapter, train_round
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
@@ -168,7 +169,11 @@ def test_evaluation_is_of_start_plus_offset(model: LoadedModel) -> None:
     spec = made_for(("attention",))
     offset = {"classifier.bias": np.array([0.0, 5.0], np.float32)}
     found = evaluate(model, offset, ["a", "b", "c"], ["heart", "heart", "lungs"], spec)
-    assert (found.accuracy, found.majority, found.n) == (pytest.approx(2 / 3), pytest.approx(2 / 3), 3)
+    assert (found.figures["accuracy"], found.figures["majority"], found.n) == (
+        pytest.approx(2 / 3),
+        pytest.approx(2 / 3),
+        3,
+    )
     assert predict(model, offset, ["a"], spec).shape == (1, 2)
     with pytest.raises(DataError):
         evaluate(model, offset, [], [], spec)

@@ -26,8 +26,9 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from fl_client.identity.enrolment import Coordinator, enrol
 from fl_client.identity.renewal import renew
-from fl_client.node.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
-from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_client.node.helpers import Helpers, listen_loopback
+from fl_client.node.spec import SPEC_FILE, NodeSpec
+from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.site.home import SiteHome
 
 APP = b"the shipped app"
@@ -65,7 +66,7 @@ class Running:
         listener = listen_loopback()
         port = listener.getsockname()[1]
         self.url = f"https://127.0.0.1:{port}"
-        plan = NodePlan(home.supernode, home.socket, home.node_key, home.supernode / "tunnel-ca.pem", port)
+        plan = NodeSpec(home.supernode, home.socket, home.node_key, home.supernode / "tunnel-ca.pem", port)
         self.helpers = Helpers(settings_of(home, gateway, listener, apps), listener, plan, launch=launch)
         self.helpers.start_tunnel()
         context = ssl.create_default_context(cafile=str(home.supernode / "tunnel-ca.pem"))
@@ -387,7 +388,7 @@ def test_a_plan_is_written_anew_for_a_supernode_of_another_service(home: SiteHom
     """Where another user's service runs the SuperNode, a changed plan is what makes it start the next one."""
     running = Running(home, gateway, ["any"])
     try:
-        plan = home.supernode / PLAN_FILE
+        plan = home.supernode / SPEC_FILE
         assert not plan.exists()
         running.post("/v1/fleet/deactivate-node")
         deadline = time.monotonic() + 30
@@ -402,7 +403,7 @@ def test_a_supernode_that_keeps_a_reply_to_itself_is_replaced(home: SiteHome, ga
     """Whoever asks for work before it has answered the order that it took is out of step."""
     gateway.fleet_answer = lambda _path, _body: (200, b"")
     running = Running(home, gateway, ["any"])
-    plan = home.supernode / PLAN_FILE
+    plan = home.supernode / SPEC_FILE
 
     def take(order: str) -> None:
         confirmed = ConfirmMessageReceivedRequest(message_object_id=order).SerializeToString()

@@ -19,7 +19,8 @@ import pytest
 from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client.node import seccomp
-from fl_client.node.supernode import PLAN_FILE, NodePlan, make_home, node_confinement, start_node
+from fl_client.node.spec import SPEC_FILE, NodeSpec, make_home
+from fl_client.node.supernode import node_confinement, start_node
 from fl_client.node.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
 
@@ -181,7 +182,7 @@ def test_what_an_app_closed_to_its_own_user_is_removed_all_the_same() -> None:
             os.setgroups([])
             os.setgid(61201)
             os.setuid(61201)
-            plan = NodePlan(place, Path("/nowhere/agent.sock"), place / "node_key", place / "tunnel-ca.pem", 1)
+            plan = NodeSpec(place, Path("/nowhere/agent.sock"), place / "node_key", place / "tunnel-ca.pem", 1)
             for _ in range(2):
                 make_home(plan)
                 os.chdir(plan.home)
@@ -199,7 +200,7 @@ def test_a_link_that_an_app_left_is_removed_and_not_followed(tmp_path: Path) -> 
     private = tmp_path / "private"
     private.mkdir(mode=0o500)
     (private / "key").touch(mode=0o400)
-    plan = NodePlan(tmp_path / "s", tmp_path / "agent.sock", tmp_path / "node_key", tmp_path / "tunnel-ca.pem", 1)
+    plan = NodeSpec(tmp_path / "s", tmp_path / "agent.sock", tmp_path / "node_key", tmp_path / "tunnel-ca.pem", 1)
     plan.directory.mkdir()
     make_home(plan)
     for name, target in (("old-directory", private), ("old-file", private / "key")):
@@ -278,10 +279,10 @@ def test_the_numbers_of_system_calls_are_the_kernels(machine: str) -> None:
 @pytest.mark.parametrize("fallback", [False, True])
 def test_what_an_app_leaves_behind_decides_nothing_at_the_next_start(node: Path, fallback: bool) -> None:
     """It cannot write plan, keys, modules or names that the next start reads; its own directory is new then."""
-    plan = NodePlan(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
+    plan = NodeSpec(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
     plan.save()
     before = {path: path.read_text() for path in node.iterdir() if path.is_file()}
-    bad = json.loads((node / PLAN_FILE).read_text()) | {"mode": "off", "socket": "/run/other.sock", "tunnel_port": 22}
+    bad = json.loads((node / SPEC_FILE).read_text()) | {"mode": "off", "socket": "/run/other.sock", "tunnel_port": 22}
     command = [sys.executable, "-c", LEAVE, str(node), json.dumps(bad)]
     made = confinement_of(node, command)
     keeper = start_keeper(made, NO_NAMESPACES if fallback else [])
@@ -290,8 +291,8 @@ def test_what_an_app_leaves_behind_decides_nothing_at_the_next_start(node: Path,
     assert json.loads(Path(made.log).read_text().splitlines()[-1]) == []
     assert (plan.home / "json.py").exists()
     assert {path: path.read_text() for path in before} == before
-    assert NodePlan.load(node).mode == "auto"
-    process = start_node(NodePlan.load(node))
+    assert NodeSpec.load(node).mode == "auto"
+    process = start_node(NodeSpec.load(node))
     process.terminate()
     process.wait(60)
     assert not (node / "ran-outside").exists()
@@ -302,7 +303,7 @@ def test_what_an_app_leaves_behind_decides_nothing_at_the_next_start(node: Path,
 
 def test_modules_in_a_directory_that_an_app_could_write_are_not_run_outside(node: Path) -> None:
     """The keeper takes no module from the directories of the untrusted half, wherever they were planted before."""
-    plan = NodePlan(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
+    plan = NodeSpec(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
     bad = f"open({str(node / 'ran-outside')!r}, 'w').close()"
     for place in (node, node / "work", node / "work" / "home"):
         (place / "fl_client").mkdir(parents=True)
@@ -349,13 +350,13 @@ def test_an_app_copies_its_files_and_changes_nobody_elses(node: Path, tmp_path: 
 
 def test_a_directory_that_others_may_write_is_no_place_for_a_plan(node: Path) -> None:
     """The launcher refuses it, whatever the plan says."""
-    plan = NodePlan(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
+    plan = NodeSpec(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
     plan.save()
     node.chmod(0o2770)
     with pytest.raises(ConfigError, match="can be written by others"):
-        NodePlan.load(node)
+        NodeSpec.load(node)
     node.chmod(0o750)
-    assert NodePlan.load(node).mode == "auto"
+    assert NodeSpec.load(node).mode == "auto"
 
 
 def test_links_and_pipes_in_the_places_of_our_files_are_not_followed(node: Path, tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_links_and_pipes_in_the_places_of_our_files_are_not_followed(node: Path,
     assert target.read_text() == "whole"
     (node / "work" / "home").rename(node / "work" / "elsewhere")
     (node / "work" / "home").symlink_to(tmp_path)
-    plan = NodePlan(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
+    plan = NodeSpec(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)
     node_confinement(plan, 2)
     assert not plan.home.is_symlink()
     assert target.read_text() == "whole"

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.data.load import load_unit_data, restrict_labels
+from fl_client.data.load import load_unit_data
 from fl_client.data.tables import read_columns
 from fl_client.site.config import DataConfig
+from fl_client.tasks.classification import Classification
+from fl_client.tasks.task import usable
 from fl_shared.errors import ConcordatError, DataError
 
 ENDINGS = st.sampled_from(["csv", "tsv", "jsonl", "json"])
@@ -68,7 +70,7 @@ def test_any_bytes_are_units_or_a_data_error(
         told(error)
         return
     assert all(len(own) <= (limit if unit else 1) for own in data.records_by_unit())
-    assert set(restrict_labels(data, ("S", "1", "true")).labels) <= {"S", "1", "true"}
+    assert set(usable(Classification(("S", "1", "true"), 8), data).labels) <= {"S", "1", "true"}
 
 
 def test_the_pieces_do_reach_the_inside(tmp_path: Path) -> None:

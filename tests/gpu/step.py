@@ -31,13 +31,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from fl_client.dp.adapt import adapt
-from fl_client.dp.engine import DPEngine, is_out_of_memory, per_record_loss
+from fl_client.dp.engine import DPEngine, is_out_of_memory
+from fl_client.dp.objective import losses_of
 from fl_client.dp.records.packing import cut
 from fl_client.dp.records.records import Records, cut_units, micro_batches
 from fl_client.model.architectures import architecture_of
 from fl_client.model.layout import expert_modules
 from fl_client.model.load import make_rotary, with_quantised_layers
 from fl_client.model.quantised.tensor import GROUP
+from fl_client.tasks.classification import CrossEntropy
 from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
@@ -152,9 +154,11 @@ def stepper(variant: str, device: torch.device, *, small: bool, layers: int | No
 
         return Stepper(forward, records)
     hidden = int(shape["hidden_size"] or 0)
-    adapted = adapt(model, LORA, CLASSES, torch.zeros(hidden, device=device), torch.ones(hidden, device=device))
+    adapted = adapt(
+        model, LORA, CrossEntropy(CLASSES), torch.zeros(hidden, device=device), torch.ones(hidden, device=device)
+    )
     if variant == "plain":
-        return Stepper(_plain_step(adapted.classifier, list(adapted.plan.values()), records, device), records)
+        return Stepper(_plain_step(adapted.module, list(adapted.trainable.values()), records, device), records)
     engine = DPEngine(
         adapted, records, MECHANISM, learning_rate=1e-6, head_learning_rate=1e-6, momentum=0.9, engine="book"
     )
@@ -168,7 +172,7 @@ def _plain_step(
 
     def step() -> None:
         for batch in micro_batches(records, list(range(UNITS)), device):
-            loss = per_record_loss(classifier(batch.ids, batch.mask), batch.labels)
+            loss = losses_of(CrossEntropy(CLASSES), classifier(batch.ids, batch.mask), batch.targets)
             (loss.sum() / UNITS).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ def clipped_sum(
         total = torch.from_numpy(made.optimizer.gather_sum())
     finally:
         made.close()
-    names = {id(p): name for name, p in adapted.plan.items()}
+    names = {id(p): name for name, p in adapted.trainable.items()}
     sums, at = {}, 0
     for p in made.optimizer.params:
         sums[names[id(p)]] = total[at : at + p.numel()].view(p.shape)

@@ -7,6 +7,7 @@ differentiates through it. No padding, no batch, Hugging Face's eager loop over 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fl_client.dp.adapt import HEAD, PREFIX, AdaptedModel
 from fl_client.dp.records.records import Records
 
 Gradients = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class GradientOracle:
@@ -27,18 +29,20 @@ class GradientOracle:
     Args:
         adapted: read for its weights, and for which of them are trained; its forward pass is never called.
         config: of the base, to build the stock model.
+        loss: of the head's outputs `[1, ...]` and one record's targets `[1, ...]`; one number.
     """
 
-    def __init__(self, adapted: AdaptedModel, config: PreTrainedConfig) -> None:
+    def __init__(self, adapted: AdaptedModel, config: PreTrainedConfig, loss: Loss = F.cross_entropy) -> None:
+        self._loss = loss
         self._base: Any = AutoModel.from_config(config)
         self._base.set_experts_implementation("eager")
         self._base.eval()
-        stored = dict(adapted.classifier.backbone.state_dict())
+        stored = dict(adapted.module.backbone.state_dict())
         self._weights = {name: _plain_weight(stored, name, have) for name, have in self._base.state_dict().items()}
         self._scale = adapted.lora.alpha / adapted.lora.rank
-        self._mean, self._std = adapted.classifier.feature_mean, adapted.classifier.feature_std
-        self._plan = {name: value.detach().clone() for name, value in adapted.plan.items()}
-        self._trained = [name for name, value in adapted.plan.items() if value.requires_grad]
+        self._mean, self._std = adapted.module.head.feature_mean, adapted.module.head.feature_std
+        self._plan = {name: value.detach().clone() for name, value in adapted.trainable.items()}
+        self._trained = [name for name, value in adapted.trainable.items() if value.requires_grad]
 
     @property
     def base(self) -> nn.Module:
@@ -58,7 +62,7 @@ class GradientOracle:
             hidden = functional_call(self._base, merged, kwargs={"input_ids": ids}).last_hidden_state
             features = (hidden.mean(1) - self._mean) / self._std
             logits = F.linear(features, leaves[f"{HEAD}weight"], leaves[f"{HEAD}bias"])
-            total = total + F.cross_entropy(logits, torch.tensor([int(records.labels[record])]))
+            total = total + self._loss(logits, torch.from_numpy(records.targets[[record]]))
         found = torch.autograd.grad(total, [leaves[name] for name in self._trained])
         return dict(zip(self._trained, found, strict=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_client.agent.evaluation import SENSITIVITY
+from fl_client.agent.evaluation import sensitivity_of
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.dp.engine import book_of, precision_of
@@ -26,9 +26,9 @@ def _cancelling(kind: str, size: float) -> Attack:
 
     def write(adapted: AdaptedModel, rng: np.random.Generator) -> None:
         worst_case_adapter(adapted, rng)
-        names = [name for name in adapted.plan if kind in name and ".lora_A" in name]
+        names = [name for name in adapted.trainable if kind in name and ".lora_A" in name]
         name = names[len(names) // 2]
-        a, b = adapted.plan[name], adapted.plan[name.replace(".lora_A", ".lora_B")]
+        a, b = adapted.trainable[name], adapted.trainable[name.replace(".lora_A", ".lora_B")]
         with torch.no_grad():
             p, q = (torch.from_numpy(rng.normal(0, 1, a[..., 0, :].shape)).to(a) for _ in range(2))
             a.zero_()
@@ -49,7 +49,7 @@ def _amplified(kind: str, size: float) -> Attack:
     def write(adapted: AdaptedModel, rng: np.random.Generator) -> None:
         worst_case_adapter(adapted, rng)
         with torch.no_grad():
-            for name, parameter in adapted.plan.items():
+            for name, parameter in adapted.trainable.items():
                 if kind in name and ".lora_B" in name:
                     parameter.mul_(size)
 
@@ -96,7 +96,7 @@ def change_of_sum(adapted: AdaptedModel, records: Records, norm: float, paid: fl
 
 def contributions(adapted: AdaptedModel, records: Records) -> list[list[Tensor]]:
     """Of each unit its norm and everything that it adds, from micro-batches as a step cuts them."""
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     found: dict[int, list[Tensor]] = {}
     with independent_rows(device, precision_of(adapted)):
         for chosen in cut(records, range(records.units), heights=adapted.heights):
@@ -109,12 +109,12 @@ def contributions(adapted: AdaptedModel, records: Records) -> list[list[Tensor]]
 
 def logits(adapted: AdaptedModel, records: Records) -> Tensor:
     """Float32 `[units, C]`, as `predict` computes them."""
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     found: dict[int, Tensor] = {}
     with torch.no_grad(), independent_rows(device, precision_of(adapted)):
         for chosen in cut(records, range(records.units), heights=adapted.heights):
             batch = pack(records, chosen, device, heights=adapted.heights)
-            rows = adapted.classifier.packed(batch)
+            rows = adapted.module.packed(batch)
             found |= {chosen[unit]: row for unit, row in zip(batch.unit_of_record.tolist(), rows, strict=True)}
     return torch.stack([found[unit] for unit in range(records.units)])
 
@@ -140,13 +140,15 @@ def change_of_evaluation(adapted: AdaptedModel, records: Records) -> float:
     """How far the last unit moves the sum of evaluation vectors, over the root of three that is paid."""
     from fl_client.agent.evaluation import unit_vectors
     from fl_client.data.units import UnitData
+    from fl_client.tasks.classification import Classification
 
     sums = []
-    labels = tuple(str(label) for label in range(adapted.classifier.head.out_features))
+    (classes,) = adapted.module.head.shape
+    task = Classification(tuple(map(str, range(classes))), 8)
     for each in (records, without_last(records)):
         count = each.units
         data = UnitData(
-            ("",) * count, tuple(labels[label] for label in each.labels[:count]), np.arange(count), count, "f" * 64
+            ("",) * count, tuple(task.labels[row] for row in each.targets[:count]), np.arange(count), count, "f" * 64
         )
-        sums.append(unit_vectors(logits(adapted, each).float().numpy(), data, labels).sum(0))
-    return float(np.linalg.norm(sums[0] - sums[1])) / SENSITIVITY
+        sums.append(unit_vectors(task, logits(adapted, each).float().numpy(), data).sum(0))
+    return float(np.linalg.norm(sums[0] - sums[1])) / sensitivity_of(task)

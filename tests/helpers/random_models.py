@@ -25,6 +25,7 @@ from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.dp.records.records import Records
 from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.quantised.layers import QuantExperts, QuantLinear
+from fl_client.tasks.classification import CrossEntropy
 from fl_shared.documents.manifest import LoraSection
 
 
@@ -144,6 +145,6 @@ def adapted_small(
     hidden = int(config.hidden_size)
     mean = torch.from_numpy(rng.normal(0, 0.3, hidden).astype(np.float32))
     std = torch.from_numpy(rng.uniform(0.5, 2.0, hidden).astype(np.float32))
-    made = adapt(model, LoraSection(rank=rank, alpha=6.0, targets=targets), classes, mean, std, core=core)
+    made = adapt(model, LoraSection(rank=rank, alpha=6.0, targets=targets), CrossEntropy(classes), mean, std, core=core)
     worst_case_adapter(made, rng)
     return made

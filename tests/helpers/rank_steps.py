@@ -55,7 +55,7 @@ def released(case: str, shard: Shard | None = None) -> tuple[dict[str, Tensor], 
     engine.run()
     assert engine.executed().steps == STEPS
     assert len(sums) == (STEPS if first else 0)
-    return sums, {name: p.detach().clone() for name, p in adapted.plan.items()}
+    return sums, {name: p.detach().clone() for name, p in adapted.trainable.items()}
 
 
 def main() -> None:

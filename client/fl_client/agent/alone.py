@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from fl_client.agent.site import OpenSite
-from fl_client.data.load import require_labels
 from fl_client.site.files import write_durably
+from fl_client.tasks.registry import task_of
+from fl_client.tasks.task import require_usable
 from fl_shared.adapters.safetensors import digest, pack, unpack
 from fl_shared.documents.aggregators import ROBUST
 from fl_shared.documents.manifest import RoundManifest, RunSpec
@@ -46,9 +47,9 @@ def train_alone(
 
     `order_key` is the key that the site's rounds accept orders from. A repeat with the same spec fetches
     what was released before and spends nothing. Raises the refusal of the first round that is refused, and DataError,
-    before anything is charged, when no record has a label of the spec.
+    before anything is charged, when the run can use no record.
     """
-    require_labels(site.data, spec.task.labels, "the training data")
+    require_usable(task_of(spec), site.data, "the training data")
     if site.config.site not in spec.run.sites:
         spec = _for_one(spec, site.config.site)
     run = f"{ALONE}{spec.run.name}"

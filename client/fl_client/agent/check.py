@@ -15,14 +15,15 @@ from sqlalchemy.engine import make_url
 
 from fl_client.agent.policy import check_policy
 from fl_client.agent.site import base_targets, load_base
-from fl_client.data.load import label_report, load_unit_data, require_labels, row_report
+from fl_client.data.load import load_unit_data, row_report
 from fl_client.data.units import UnitData
 from fl_client.identity.enrolment import Coordinator
 from fl_client.identity.gateway import say_hello
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
+from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed
-from fl_client.node.supernode import PLAN_FILE, describe_confinement
+from fl_client.node.spec import SPEC_FILE
 from fl_client.node.walls import require_apart, try_walls
 from fl_client.site.config import ANY_APP, SiteConfig
 from fl_client.site.home import SiteHome
@@ -134,9 +135,13 @@ def _packages() -> str:
 
 
 def _labels(data: UnitData, spec: RunSpec) -> str:
-    """Rows have the spec's labels; how many is told here alone."""
-    require_labels(data, spec.task.labels, "the data set")
-    return label_report(data, spec.task.labels)
+    """The run can use rows; how many is told here alone."""
+    from fl_client.tasks.registry import task_of  # torch
+    from fl_client.tasks.task import require_usable
+
+    task = task_of(spec)
+    require_usable(task, data, "the data set")
+    return task.report(data)
 
 
 def _keys(home: SiteHome) -> str:
@@ -278,7 +283,7 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
     files = {
         "the data": config.data.path, "the configuration": home.config, "the signing key": home.signing_key,
         "the TLS key": home.client_key, "the fingerprint key": home.fingerprint_key,
-        "the launch plan": node.directory / PLAN_FILE, "the agent's log": home.logs / "agent.jsonl",
+        "the launch plan": node.directory / SPEC_FILE, "the agent's log": home.logs / "agent.jsonl",
     }  # fmt: skip
     if url.drivername == "sqlite" and url.database:
         files["the ledger"] = Path(url.database)

@@ -1,4 +1,4 @@
-"""A ledger that was rolled back is not taken up: the home remembers how far it had come.
+"""A ledger that was rolled back is not used: the home remembers how far it had come.
 
 Each settled round writes the ledger's head (number of entries, last hash) into the home. A ledger that is shorter, or
 has another entry there, is an old copy: what it has forgotten was spent all the same. Stored releases that the

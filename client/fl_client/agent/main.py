@@ -12,7 +12,7 @@ from types import FrameType
 from cryptography import x509
 
 from fl_client.agent.announcement import Announcer
-from fl_client.agent.questions import Answerer
+from fl_client.agent.questions import PlanResponder
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
 from fl_client.identity.enrolment import Coordinator
@@ -21,10 +21,12 @@ from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
 from fl_client.node.admission import raise_file_limit
+from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
+from fl_client.node.helpers import Helpers, listen_loopback
 from fl_client.node.sandbox import forbid_inspection
-from fl_client.node.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
-from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_client.node.spec import NodeSpec, require_own
+from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.node.walls import require_apart
 from fl_client.site.config import SiteConfig, SupernodeConfig
 from fl_client.site.files import write_durably
@@ -120,10 +122,10 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         helpers.start_node()
         gateway = functools.partial(call, home, coordinator)
         announcer = Announcer(gateway, site.facts.base)
-        answerer = Answerer(gateway, site.facts, site.outgoing)
-        loops += [announcer.loop, answerer.loop]
+        responder = PlanResponder(gateway, site.facts, site.outgoing)
+        loops += [announcer.loop, responder.loop]
         announcer.loop.start()
-        answerer.start()
+        responder.start()
         serving.set()
         position = site.ledger.epsilon(site.dataset)
         log.info(
@@ -134,7 +136,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         ending.wait()
         log.info("stopping")
         announcer.loop.stop()
-        answerer.stop()
+        responder.stop()
         if not site.rounds.drain(config.stop_grace_s):
             log.warning("breaking off the round in progress; it stays held against the budget")
             helpers.stop()  # first, so that nobody reports the round as failed: it resumes after the next start
@@ -171,7 +173,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     local_certificate, local_key = node.directory / "tunnel-ca.pem", home.run / "tunnel.key"
     make_local_certificate(local_certificate, local_key, mode=mode_in(node.directory))
     listener = listen_loopback(node.tunnel_port)
-    plan = NodePlan(
+    spec = NodeSpec(
         directory=node.directory,
         socket=node.socket,
         node_key=node.directory / home.node_key.name,
@@ -180,7 +182,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
         mode=node.confine,
         user=node.user,
     )
-    plan.save()
+    spec.save()
     settings = TunnelSettings(
         listen_fd=listener.fileno(),
         fleet_url=coordinator.server + coordinator.fleet_path,
@@ -192,7 +194,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
         apps=list(config.policy.apps),
         node_file=str(home.run / "node-id"),
     )
-    return Helpers(settings, listener, plan, launch=node.launch)
+    return Helpers(settings, listener, spec, launch=node.launch)
 
 
 def _prepare(home: SiteHome, node: SupernodeConfig) -> None:

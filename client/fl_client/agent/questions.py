@@ -36,7 +36,7 @@ class Call(Protocol):
     def __call__(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]: ...
 
 
-class Answerer:
+class PlanResponder:
     """A thread of the agent that answers plans."""
 
     def __init__(self, call: Call, facts: SiteFacts, outgoing: Outgoing) -> None:

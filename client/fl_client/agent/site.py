@@ -16,7 +16,7 @@ from fl_client.agent.outgoing import Outgoing
 from fl_client.agent.progress import Progress
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
-from fl_client.data.load import load_unit_data, most_units, restrict_labels, row_report, split_holdout
+from fl_client.data.load import load_unit_data, most_units, row_report, split_holdout
 from fl_client.data.units import UnitData
 from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
@@ -159,6 +159,10 @@ def open_site(
 
     `timed` wraps the training's progress callback, for whoever measures the steps.
     """
+    from fl_client.tasks.kept import KeptRecords  # torch
+    from fl_client.tasks.registry import task_of
+    from fl_client.tasks.task import usable
+
     ledger, key = open_ledger(home, config)
     store, head = ReleaseStore(home.releases), LedgerHead(home.ledger_head)
     try:
@@ -166,6 +170,7 @@ def open_site(
         everything = load_unit_data(config.data, home.fingerprint_key)
         dataset = register(ledger, config, everything)
         data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
+        kept = KeptRecords()
         log.info("loading the model from %s", config.model.directory.name)
         base = functools.cache(lambda: tried_base(config))
         ranks: RankGroup | None = None
@@ -180,8 +185,8 @@ def open_site(
         ) -> TrainingResult:
             from fl_client.training.round import train_round
 
-            on = functools.partial(train_round, base()) if ranks is None else ranks.train
-            chosen = restrict_labels(data, spec.task.labels)
+            on = functools.partial(train_round, base(), kept=kept) if ranks is None else ranks.train
+            chosen = usable(task_of(spec), data)
             if not chosen.units:
                 log.warning("no record has a label of this run: the update is noise alone")
             return on(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fl_client.dp.adapt import AdaptedModel
     from fl_client.dp.audit.canaries import CanaryReport
     from fl_client.dp.audit.distribution import DistributionResult
+    from fl_client.tasks.task import Task
 
 HELP = "audit the training engine itself with canaries (needs the client's parts)"
 EXAMPLES = """examples:
@@ -54,15 +55,21 @@ MAX_EPSILON = 100.0  # what an audit can prove grows with the logarithm of its c
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is audited: model, adapter, task and mechanism."""
+class AuditSetup:
+    """What is audited: model, adapter, task (of `spec`, or made up) and mechanism."""
 
     model: str
     device: str
     lora: LoraSection
-    classes: int
-    tokens: int
+    spec: RunSpec | None
     mechanism: Mechanism
+
+    def task(self) -> Task:
+        """The spec's task, or classification of 50 labels."""
+        from fl_client.tasks.classification import Classification  # torch
+        from fl_client.tasks.registry import task_of
+
+        return Classification(tuple(map(str, range(50))), 32) if self.spec is None else task_of(self.spec)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +101,7 @@ def _even(text: str) -> int:
     return value
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
+def setup_of(arguments: argparse.Namespace) -> AuditSetup:
     """What the arguments, the site's configuration and the spec ask for together; ConfigError when they are wrong."""
     model, device = arguments.model or "tiny", "cpu"
     if arguments.site:
@@ -103,15 +110,14 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
         config = SiteConfig.load(SiteHome.locate(arguments.site, arguments.home), arguments.site)
         model, device = arguments.model or str(config.model.directory), config.model.device
-    if arguments.spec is not None:
-        spec = RunSpec.from_toml(arguments.spec)
-        one = spec.mechanism()
-        lora, classes, tokens = spec.lora, len(spec.task.labels), spec.task.max_tokens
+    spec = None if arguments.spec is None else RunSpec.from_toml(arguments.spec)
+    if spec is not None:
+        one, lora = spec.mechanism(), spec.lora
         sigma, q, steps, norm = (
             one.noise_multiplier, one.sampling_probability, one.steps * spec.run.rounds, one.clipping_norm
         )  # fmt: skip
     else:
-        lora, classes, tokens = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS), 50, 32
+        lora = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS)
         sigma, q, steps, norm = 3.0, 1.0, 1, 1.0
     for name, value, (low, high) in (
         ("--delta", arguments.delta, DELTAS),
@@ -135,7 +141,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
             f"noise {sigma:g}, q {q:g} and {steps} steps claim epsilon {claimed:.3g}, which no audit can contradict",
             fix=f"audit a mechanism below epsilon {MAX_EPSILON:g}: give --noise-multiplier or --steps",
         )
-    return Plan(model, device, lora, classes, tokens, mechanism)
+    return AuditSetup(model, device, lora, spec, mechanism)
 
 
 def _check_place(out: Path | None) -> None:
@@ -149,9 +155,9 @@ def _check_place(out: Path | None) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Audit, print, and say whether the engine is accused."""
     require("client")
-    plan = plan_of(arguments)
+    setup = setup_of(arguments)
     with working("loading the engine", quiet=arguments.quiet, json=arguments.json) as say:
-        result = audit(plan, arguments, say)
+        result = audit(setup, arguments, say)
     lost = _write(result, arguments.out)
     if arguments.json:
         print_json(result)
@@ -174,7 +180,9 @@ def _write(result: dict[str, Any], out: Path | None) -> ConfigError | None:
     return None
 
 
-def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def audit(
+    setup: AuditSetup, arguments: argparse.Namespace, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Run the audits that were asked for, and the two tests; plain JSON values."""
     import numpy as np
     import torch
@@ -186,9 +194,9 @@ def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, in
 
     torch.set_num_threads(1)
     progress("model", 0, 1)
-    model = load_model(plan.model, plan.device)
-    adapted = adapt(model.module, plan.lora, plan.classes, model.feature_mean, model.feature_std)
-    _check_grid(plan.mechanism, adapted)
+    model = load_model(setup.model, setup.device)
+    adapted = adapt(model.module, setup.lora, setup.task().objective, model.feature_mean, model.feature_std)
+    _check_grid(setup.mechanism, adapted)
     worst_case_adapter(adapted, np.random.default_rng())
     progress("model", 1, 1)
     kinds = ("records", "gradients") if arguments.canaries == "both" else (arguments.canaries,)
@@ -197,9 +205,9 @@ def audit(plan: Plan, arguments: argparse.Namespace, progress: Callable[[str, in
     reports = []
     for kind in kinds:
         said = functools.partial(_prefixed, progress, kind)
-        reports.append(_one(kind, plan, adapted, arguments, sizes[kind], each, int(model.config["vocab_size"]), said))
-    tests = check_distributions(adapted, plan.mechanism)
-    return _result(plan, model.digest, arguments, reports, tests, FALSE_ALARM)
+        reports.append(_one(kind, setup, adapted, arguments, sizes[kind], each, int(model.config["vocab_size"]), said))
+    tests = check_distributions(adapted, setup.mechanism)
+    return _result(setup, model.digest, arguments, reports, tests, FALSE_ALARM)
 
 
 def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, done: int, total: int) -> None:
@@ -208,10 +216,10 @@ def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, d
 
 def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
     """ConfigError when the engine has no noise so strong for so many coordinates."""
-    from fl_client.dp.mechanism.noise import plan_grid
+    from fl_client.dp.mechanism.noise import choose_grid
 
     try:
-        plan_grid(
+        choose_grid(
             clipping_norm=mechanism.clipping_norm,
             noise_multiplier=mechanism.noise_multiplier,
             dimensions=adapted.dimensions,
@@ -243,7 +251,7 @@ def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> t
 
 def _one(
     kind: str,
-    plan: Plan,
+    setup: AuditSetup,
     adapted: AdaptedModel,
     arguments: argparse.Namespace,
     size: tuple[int, int],
@@ -258,20 +266,21 @@ def _one(
     count, guesses = size
     if kind == "gradients":
         return audit_gradients(
-            adapted, plan.mechanism,
+            adapted, setup.mechanism,
             canaries=count, guesses=guesses, delta=arguments.delta, confidence=confidence, progress=progress,
         )  # fmt: skip
+    task = setup.task()
     records = random_records(
-        count, vocabulary=vocabulary, tokens=plan.tokens, classes=plan.classes, rng=np.random.default_rng()
+        count, vocabulary=vocabulary, tokens=task.max_tokens, objective=task.objective, rng=np.random.default_rng()
     )
     return audit_records(
-        adapted, records, plan.mechanism,
+        adapted, records, setup.mechanism,
         guesses=guesses, delta=arguments.delta, confidence=confidence, progress=progress,
     )  # fmt: skip
 
 
 def _result(
-    plan: Plan,
+    setup: AuditSetup,
     digest: str,
     arguments: argparse.Namespace,
     reports: list[CanaryReport],
@@ -282,10 +291,10 @@ def _result(
         "kind": "canary-audit",
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": digest,
-        "noise_multiplier": plan.mechanism.noise_multiplier,
-        "sampling_probability": plan.mechanism.sampling_probability,
-        "steps": plan.mechanism.steps,
-        "clipping_norm": plan.mechanism.clipping_norm,
+        "noise_multiplier": setup.mechanism.noise_multiplier,
+        "sampling_probability": setup.mechanism.sampling_probability,
+        "steps": setup.mechanism.steps,
+        "clipping_norm": setup.mechanism.clipping_norm,
         "delta": arguments.delta,
         "claimed_epsilon": reports[0].claimed_epsilon,
         "epsilon_lower": max(report.result.epsilon_lower for report in reports),

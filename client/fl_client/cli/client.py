@@ -310,8 +310,8 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
     from fl_client.agent.alone import train_alone
     from fl_client.agent.site import open_site
-    from fl_client.data.load import label_report
     from fl_client.site.locks import sole
+    from fl_client.tasks.registry import task_of
     from fl_shared.documents.manifest import RunSpec
     from fl_shared.identity.signing import SigningKey
     from fl_shared.names import ALONE
@@ -338,7 +338,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
         show("opening ledger, data and model")
         site = open_site(home, config, lambda key: key == order_key.public_hex, namespace=ALONE)
         try:
-            say(f"{site.rows}; {label_report(site.data, spec.task.labels)}")
+            say(f"{site.rows}; {task_of(spec).report(site.data)}")
             done = train_alone(site, spec, order_key, options.out, say)
         finally:
             site.close()
@@ -351,15 +351,16 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
-    from fl_client.agent.evaluation import evaluate_privately
+    from fl_client.agent.evaluation import are_usable, evaluate_privately
     from fl_client.agent.site import open_site
-    from fl_client.data.load import label_report
     from fl_client.site.locks import sole
+    from fl_client.tasks.registry import task_of
     from fl_shared.adapters.safetensors import read_adapter
     from fl_shared.documents.manifest import RunSpec
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)
+    task = task_of(spec)
     adapter = read_adapter(options.adapter)
     home.make()
     _log_to_file(home, options.site, "evaluate")
@@ -370,7 +371,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
         site = open_site(home, config, lambda _: False)
         try:
             if not options.json:
-                told = f"; {label_report(site.holdout, spec.task.labels)}" if site.holdout is not None else ""
+                told = f"; {task.report(site.holdout)}" if site.holdout is not None else ""
                 print(f"{site.rows}{told}", flush=True)
             say("evaluating on the hold-out")
             document = evaluate_privately(site, spec, adapter, options.noise, force=options.force)
@@ -379,13 +380,10 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     figures = document["body"]["figures"]
     if options.json:
         print(json.dumps(document, indent=2))
-    elif figures["accuracy"] is None:
+    elif not are_usable(figures):
         print("too few units for this noise: no accuracy can be told; it stays charged")
     else:
-        print(
-            f"accuracy {figures['accuracy']:.3f} (noise {figures['accuracy_deviation']:.3f}), "
-            f"mean clipped loss {figures['mean_loss']:.3f}; ledger entry {document['body']['entry_id']}"
-        )
+        print(f"{task.told(figures)}; ledger entry {document['body']['entry_id']}")
     return 0
 
 

@@ -167,12 +167,12 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from fl_client.data.spellings import run_labels
+    from fl_client.tasks.registry import task_of
     from fl_shared.documents.manifest import RunSpec
 
     spec = RunSpec.from_toml(options.spec)
     rows = _read_rows(options.data, options.text_column, options.label_column)
-    texts, known = [row[0] for row in rows], run_labels([row[1].strip() for row in rows], spec.task.labels)
+    texts, known = [row[0] for row in rows], task_of(spec).accepted([row[1].strip() for row in rows])
     labels = [label for label in known if label is not None]
     if len(labels) < len(known):
         raise DataError(
@@ -182,24 +182,19 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         )
     offset = {} if options.zero_shot else _adapter(options.adapter)
     options.say(f"loading the base model {options.model}")
+    from fl_client.inference.predict import evaluate
+    from fl_client.inference.zero_shot import evaluate_zero_shot
     from fl_client.model.load import load_model
-    from fl_client.training.round import evaluate
 
     model = load_model(options.model, options.device)
     options.say(f"evaluating {len(texts)} rows")
     if options.zero_shot:
-        from fl_client.model.zero_shot import nearest_title
-
-        rows_of_titles = _read_rows(options.titles, "label", "title") if options.titles else []
-        titles = {row[0]: row[1] for row in rows_of_titles}
-        guesses = nearest_title(model, texts, {label: titles.get(label, label) for label in spec.task.labels})
-        accuracy = sum(guess == label for guess, label in zip(guesses, labels, strict=True)) / len(labels)
-        majority = max(labels.count(label) for label in set(labels)) / len(labels)
-        return {"accuracy": accuracy, "majority": majority, "n": len(labels), "adapter": None}
-    result = evaluate(model, offset, texts, labels, spec)
-    return {
-        "accuracy": result.accuracy, "majority": result.majority, "n": result.n, "adapter": str(options.adapter),
-    }  # fmt: skip
+        pairs = _read_rows(options.titles, "label", "title") if options.titles else []
+        result = evaluate_zero_shot(model, texts, labels, {row[0]: row[1] for row in pairs}, spec)
+    else:
+        result = evaluate(model, offset, texts, labels, spec)
+    adapter = None if options.zero_shot else str(options.adapter)
+    return {**result.figures, "n": result.n, "adapter": adapter}
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import hmac
 import logging
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.data.spellings import UnitIds, folded, run_labels
+from fl_client.data.spellings import UnitIds, folded
 from fl_client.data.tables import read_columns
 from fl_client.data.units import UnitData
 from fl_client.site.config import DataConfig
@@ -106,34 +105,6 @@ def _units(
     return np.asarray(units, dtype=np.int64), kept, tuple((why, rows) for why, rows in left_out.items() if rows)
 
 
-def restrict_labels(data: UnitData, labels: tuple[str, ...]) -> UnitData:
-    """Return the part of `data` whose labels are in a run's public label set, in its spelling, its units numbered anew.
-
-    Records with other labels are left out in silence: that a site has them is private, and leaving each
-    one out for its own sake keeps neighbouring data sets neighbours. How many units are left is as private, and the
-    run's labels are the coordinator's choice: nothing public may depend on it, not even whether any is left.
-    """
-    found = run_labels(data.labels, labels)
-    if found == data.labels:
-        return data
-    kept = [i for i, label in enumerate(found) if label is not None]
-    part = _subset(data, kept)
-    return dataclasses.replace(part, labels=tuple(label for label in found if label is not None))
-
-
-def require_labels(data: UnitData, labels: tuple[str, ...], what: str) -> None:
-    """DataError when no record has one of the labels.
-
-    Only for what an operator starts at the site: the answer is private, and the coordinator must not see it (an order
-    of its own is answered with noise alone).
-    """
-    if not any(run_labels(data.labels, labels)):
-        raise DataError(
-            f"no record of {what} has one of the spec's labels: {', '.join(map(repr, labels[:20]))}",
-            fix="compare them with the label column, e.g. with `fl-client check --spec`; nothing was charged",
-        )
-
-
 def row_report(data: UnitData, config: DataConfig) -> str:
     """What is used of the table, in one line for whoever sits at the site."""
     rows = len(data.texts)
@@ -142,20 +113,6 @@ def row_report(data: UnitData, config: DataConfig) -> str:
     if data.left_out:
         text += "; left out: " + ", ".join(f"{number} {why}" for why, number in data.left_out)
     return text
-
-
-def label_report(data: UnitData, labels: tuple[str, ...]) -> str:
-    """How the data's labels fit a run's, in one line for whoever sits at the site."""
-    found = run_labels(data.labels, labels)
-    used = sum(label is not None for label in found)
-    respelled = sum(label is not None and label != own for label, own in zip(found, data.labels, strict=True))
-    absent = [label for label in labels if label not in set(found)]
-    parts = [f"{used} of {len(found)} used rows have one of the spec's {len(labels)} labels"]
-    if respelled:
-        parts.append(f"{respelled} of them in another spelling")
-    if absent:
-        parts.append(f"no row has {', '.join(map(repr, absent[:20]))}{' and others' if len(absent) > 20 else ''}")
-    return "; ".join(parts)
 
 
 def split_holdout(data: UnitData, share: float, key_file: Path) -> tuple[UnitData, UnitData | None]:
@@ -177,19 +134,7 @@ def split_holdout(data: UnitData, share: float, key_file: Path) -> tuple[UnitDat
         raise DataError(
             f"[data] holdout = {share:g} leaves one side without a unit", fix="choose another share, or 0 for none"
         )
-    return _subset(data, sorted(kept[0])), _subset(data, sorted(kept[1]))
-
-
-def _subset(data: UnitData, kept: list[int]) -> UnitData:
-    """The records `kept`, their units numbered anew."""
-    owners, units = np.unique(np.asarray(data.unit_of_record)[np.array(kept, dtype=np.intp)], return_inverse=True)
-    return UnitData(
-        texts=tuple(data.texts[i] for i in kept),
-        labels=tuple(data.labels[i] for i in kept),
-        unit_of_record=units.astype(np.int64),
-        units=len(owners),
-        fingerprint=data.fingerprint,
-    )
+    return data.part(sorted(kept[0])), data.part(sorted(kept[1]))
 
 
 def fingerprint(rows: Iterable[Sequence[str]], key_file: Path) -> str:

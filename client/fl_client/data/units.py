@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +17,14 @@ class UnitData:
 
     Attributes:
         texts: one per record.
-        labels: one per record, members of the run's public label set.
+        labels: one per record, its cell of the label column; what it means is the task's.
         unit_of_record: int64 `[records]`, the unit of each record, 0..units-1.
         units: number of privacy units.
-        fingerprint: keyed digest of the records, as it stands in the ledger.
+        fingerprint: keyed digest of the records, as it is recorded in the ledger.
         left_out: reason and number of rows of the table that are not used, for whoever sits at the site. As private
             as the data: neither sent nor logged.
 
-    Without units it is empty: no record of a site may have a label of a run.
+    Without units it is empty: a run may be able to use no record of a site.
 
     Raises:
         DataError: lengths differ, a unit number is out of range, or a unit has no record.
@@ -63,3 +64,14 @@ class UnitData:
         order = np.argsort(owners, kind="stable")
         ends = np.cumsum(np.bincount(owners, minlength=self.units))
         return list(np.split(order, ends[:-1]))
+
+    def part(self, kept: Sequence[int]) -> UnitData:
+        """The records `kept`, in this order, their units numbered again without gaps."""
+        owners, units = np.unique(np.asarray(self.unit_of_record)[np.array(kept, dtype=np.intp)], return_inverse=True)
+        return UnitData(
+            texts=tuple(self.texts[i] for i in kept),
+            labels=tuple(self.labels[i] for i in kept),
+            unit_of_record=units.astype(np.int64),
+            units=len(owners),
+            fingerprint=self.fingerprint,
+        )

@@ -1,4 +1,4 @@
-"""Put LoRA and a classification head on a frozen base model, under one plan that the checks can hold it to."""
+"""Put LoRA and a task's head on a frozen base model, under one list of what may move that the checks hold it to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fl_client.dp.layers.attention import packed_attention
 from fl_client.dp.layers.core import CoreExperts, CoreLinear
+from fl_client.dp.layers.head import Head
 from fl_client.dp.layers.lora import ADAPTER, LoraExperts, LoraLinear, PlainExperts
 from fl_client.dp.layers.scope import BatchScope
-from fl_client.dp.records.packing import EVEN, HEIGHTS, Packed
+from fl_client.dp.objective import Objective
+from fl_client.dp.records.packing import HEIGHTS, Packed
 from fl_client.model.architectures import Architecture, architecture_of
 from fl_client.model.quantised.layers import QuantExperts, QuantLinear
 from fl_shared.documents.manifest import LoraSection
@@ -26,73 +27,21 @@ PREFIX = "base_model.model.model."  # PEFT's name of the base inside a causal la
 HEAD = "classifier."
 
 
-class _Head(torch.autograd.Function):
-    """Logits `f W^T + b`; the head's gradients go to the book."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Tensor, weight: nn.Parameter, bias: nn.Parameter, scope: BatchScope) -> Tensor:
-        ctx.save_for_backward(f)
-        ctx.parameters, ctx.book = (weight, bias), scope.book
-        if scope.packed is None:
-            return F.linear(f, weight, bias)
-        return _few_rows(f, weight.mT) + bias
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (f,), (weight, bias), g = ctx.saved_tensors, ctx.parameters, grads[0]
-        if ctx.book is None:
-            return g @ weight if ctx.needs_input_grad[0] else None, g.mT @ f, g.sum(0), None
-        gf = _few_rows(g, weight) if ctx.needs_input_grad[0] else None
-        ctx.book.add_record_outer(weight, g, f)
-        ctx.book.add_record_outer(bias, g, torch.ones_like(f[:, :1]))
-        return gf, None, None, None
-
-
-_BLOCK = 2 * EVEN
-
-
-def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight` whose number of rows follows from the data: filled up with zeros, in blocks of one shape."""
-    blocks = F.pad(x, (0, 0, 0, -x.shape[0] % _BLOCK)).split(_BLOCK)
-    return torch.cat([block @ weight for block in blocks])[: x.shape[0]]
-
-
-class Head(nn.Linear):
-    """The linear classifier over pooled features; all zeros at the start."""
-
-    def __init__(self, features: int, classes: int, scope: BatchScope) -> None:
-        super().__init__(features, classes)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-        self.scope = scope
-
-    def logits(self, f: Tensor) -> Tensor:
-        """`[B, H]` to `[B, C]`, through the book when one is open."""
-        if self.scope.mode == "hooks":
-            out: Tensor = self(f)
-            return out
-        made: Tensor = _Head.apply(f, self.weight, self.bias, self.scope)  # type: ignore[no-untyped-call]  # torch's
-        return made
-
-
-class Classifier(nn.Module):
-    """Base model with LoRA, mean pooling over real tokens, standardised features, linear head.
+class HeadedModel(nn.Module):
+    """Base model with LoRA, and a task's head on its last hidden states.
 
     Attributes:
         backbone: the Hugging Face model without its language-model head.
-        head: the classifier.
-        scope: shared with every LoRA layer.
+        head: the task's.
+        scope: shared with every LoRA layer and the head.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, mean: Tensor, std: Tensor, scope: BatchScope) -> None:
+    def __init__(self, backbone: nn.Module, head: Head, scope: BatchScope) -> None:
         super().__init__()
-        self.backbone, self.scope = backbone, scope
-        self.register_buffer("feature_mean", mean.detach().float(), persistent=False)
-        self.register_buffer("feature_std", std.detach().float(), persistent=False)
-        self.head = Head(mean.shape[0], classes, scope).to(mean.device)
+        self.backbone, self.head, self.scope = backbone, head, scope
 
     def packed(self, batch: Packed) -> Tensor:
-        """Float32 logits `[R, C]` of a packed micro-batch; each row follows from its own record alone."""
+        """The head's outputs `[R, ...]` for a packed micro-batch; each row follows from its own record alone."""
         self.scope.packed = batch
         backbone: Any = self.backbone
         try:
@@ -100,36 +49,28 @@ class Classifier(nn.Module):
                 hidden = backbone(
                     input_ids=batch.ids.unsqueeze(0), position_ids=batch.positions.unsqueeze(0), use_cache=False
                 ).last_hidden_state
-            runs = hidden.squeeze(0).float().split(batch.lengths)
-            means = [run.unflatten(0, (count, -1)).mean(1) for run, (_, count) in zip(runs, batch.runs, strict=False)]
-            return self._classify(torch.cat(means))
+            return self.head.packed(hidden.squeeze(0).float(), batch)
         finally:
             self.scope.packed = None
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids and 0/1 mask `[B, T]`, padded on the right, to float32 logits `[B, C]`."""
+        """Token ids and 0/1 mask `[B, T]`, padded on the right, to the head's outputs `[B, ...]`."""
         self.scope.kept = None if bool(mask.all()) else torch.nonzero(mask.flatten()).squeeze(-1)
         try:
             hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         finally:
             self.scope.kept = None
-        real = mask.unsqueeze(-1)
-        pooled = hidden.masked_fill(real == 0, 0).sum(1) / real.sum(1)
-        return self._classify(pooled)
-
-    def _classify(self, pooled: Tensor) -> Tensor:
-        mean: Any = self.feature_mean
-        std: Any = self.feature_std
-        return self.head.logits((pooled - mean) / std)
+        return self.head.padded(hidden, mask)
 
 
 @dataclass
 class AdaptedModel:
-    """A classifier and the plan of what may move in it. With cores (Fed-SB) the plan's factors A and B stay frozen.
+    """A model with its head, and what may move in it. With cores (Fed-SB) the factors A and B stay frozen all the same.
 
     Attributes:
-        classifier: the model.
-        plan: tensor name on the wire to parameter, in a fixed order. Nothing else is trainable.
+        module: the model.
+        objective: built its head, and gives its losses.
+        trainable: tensor name on the wire to parameter, in a fixed order. Nothing else moves; a run may freeze some.
         groups: tensor name to `attention`, `shared_experts`, `routed_experts` or `head`.
         layers: path to adapted layer.
         core: whether an r x r core lies between the factors.
@@ -140,10 +81,11 @@ class AdaptedModel:
         witness: digest of what public units contribute here, set by `invariance.check_invariance`.
     """
 
-    classifier: Classifier
+    module: HeadedModel
+    objective: Objective
     architecture: Architecture
     lora: LoraSection
-    plan: dict[str, nn.Parameter]
+    trainable: dict[str, nn.Parameter]
     groups: dict[str, str]
     layers: dict[str, nn.Module] = field(repr=False)
     core: bool = False
@@ -156,13 +98,13 @@ class AdaptedModel:
 
     @property
     def dimensions(self) -> int:
-        """Coordinates of all planned tensors together."""
-        return sum(p.numel() for p in self.plan.values())
+        """Coordinates of all trainable tensors together."""
+        return sum(p.numel() for p in self.trainable.values())
 
     @property
     def scope(self) -> BatchScope:
         """The batch scope of all its layers."""
-        return self.classifier.scope
+        return self.module.scope
 
 
 def backbone_of(module: nn.Module) -> nn.Module:
@@ -175,21 +117,21 @@ _MARK = "_concordat_adapted"
 
 
 def adapt(
-    module: nn.Module, lora: LoraSection, classes: int, mean: Tensor, std: Tensor, *, core: bool = False
+    module: nn.Module, lora: LoraSection, objective: Objective, mean: Tensor, std: Tensor, *, core: bool = False
 ) -> AdaptedModel:
     """LoRA layers and a head on `module`, reused when it already carries the same ones.
 
     Args:
         module: a Hugging Face MoE model, plain or with quantised layers. It is changed in place.
         lora: rank, alpha and target groups.
-        classes: number of labels.
+        objective: what is learnt; it builds the head.
         mean, std: `[H]`, the public feature statistics.
         core: put an r x r core between the factors, and train it instead of them.
 
     Raises:
         EngineError: unsupported architecture, a target group that the model does not have, an unsupported layer.
     """
-    key = (lora, classes, core)
+    key = (lora, objective, core)
     known: tuple[Any, AdaptedModel] | None = getattr(module, _MARK, None)
     if known is not None and known[0] == key:
         return known[1]
@@ -202,10 +144,10 @@ def adapt(
     targets = _targets(backbone, architecture, lora)
     _inject(backbone, list(targets), lora, core=core)
     scope = BatchScope()
-    classifier = Classifier(backbone, classes, mean, std, scope)
+    headed = HeadedModel(backbone, objective.head(mean, std, scope), scope)
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
-    plan: dict[str, nn.Parameter] = {}
+    trainable: dict[str, nn.Parameter] = {}
     groups: dict[str, str] = {}
     layers: dict[str, nn.Module] = {}
     for path, group in targets.items():
@@ -217,14 +159,14 @@ def adapt(
         for name, parameter in layer.named_parameters():
             if name.startswith("lora_"):
                 wire = f"{PREFIX}{path}.{name.replace(f'.{ADAPTER}.', '.')}"
-                plan[wire], groups[wire] = parameter, group
-    for name, parameter in classifier.head.named_parameters():
-        plan[HEAD + name], groups[HEAD + name] = parameter, "head"
+                trainable[wire], groups[wire] = parameter, group
+    for name, parameter in headed.head.named_parameters():
+        trainable[HEAD + name], groups[HEAD + name] = parameter, "head"
     device = mean.device
-    for name, parameter in plan.items():
+    for name, parameter in trainable.items():
         parameter.data = parameter.data.to(device=device, dtype=torch.float32)
         parameter.requires_grad_(not core or groups[name] == "head" or ".lora_R" in name)
-    made = AdaptedModel(classifier, architecture, lora, plan, groups, layers, core)
+    made = AdaptedModel(headed, objective, architecture, lora, trainable, groups, layers, core)
     for path, experts in _experts_left(backbone, architecture, targets).items():
         made.plain_experts[path] = PlainExperts(experts, scope)
         _put(backbone, path, made.plain_experts[path])

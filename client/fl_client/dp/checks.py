@@ -2,7 +2,7 @@
 
 Stock parts fail in silence on these models: targets rewritten, routers adapted, tokens clipped instead of examples.
 So nothing is taken on trust. `check_layers` runs public random tokens through the engine's own path and through a
-batch-size-1 loop; `StepCheck` compares what moved with the plan.
+batch-size-1 loop; `StepCheck` holds what moved against what may move.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.engine import DPEngine, EngineName, book_of, per_record_loss, precision_of
+from fl_client.dp.engine import DPEngine, EngineName, book_of, precision_of
 from fl_client.dp.initial import initial_tensors
 from fl_client.dp.invariance import check_invariance
+from fl_client.dp.objective import losses_of
 from fl_client.dp.records.packing import heights_for, pack
 from fl_client.dp.records.records import Records, pack_units
 from fl_shared.errors import EngineError
@@ -32,19 +33,19 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 8e-2, tor
 
 def unit_gradients_by_loop(adapted: AdaptedModel, records: Records, units: int) -> Iterator[dict[str, Tensor]]:
     """The oracle: each unit's gradient from its records one at a time, batch size 1, plain autograd."""
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     for unit in range(units):
-        adapted.classifier.zero_grad(set_to_none=True)
+        adapted.module.zero_grad(set_to_none=True)
         for record in records.of_unit[unit]:
-            alone = Records(records.ids, records.labels, (np.array([record]),), 0)
+            alone = Records(records.ids, records.targets, (np.array([record]),), 0)
             batch = pack_units(alone, [0], device)
-            per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum().backward()
+            losses_of(adapted.objective, adapted.module(batch.ids, batch.mask), batch.targets).sum().backward()
         yield {
             name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone())
-            for name, p in adapted.plan.items()
+            for name, p in adapted.trainable.items()
             if p.requires_grad
         }
-    adapted.classifier.zero_grad(set_to_none=True)
+    adapted.module.zero_grad(set_to_none=True)
 
 
 def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engine: EngineName = "book") -> float:
@@ -61,22 +62,21 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engin
         The largest relative error over units.
 
     Raises:
-        EngineError: an unplanned parameter is trainable, a planned one is not reached, or the gradients differ.
+        EngineError: a parameter would move that may not, a trainable one is not reached, or the gradients differ.
     """
     if adapted.probed == engine and adapted.probe_error is not None and rows <= adapted.heights[-1]:
         return adapted.probe_error
-    _only_planned(adapted)
+    _nothing_else_moves(adapted)
     chance = np.random.Generator(np.random.PCG64(PROBE_SEED))
     ids = tuple(tuple(int(i) for i in chance.integers(0, vocabulary, size=n)) for n in PROBE_LENGTHS)
-    classes = adapted.classifier.head.out_features
-    labels = chance.integers(0, classes, size=len(ids))
+    targets = adapted.objective.made_up(len(ids), chance)
     owners = np.array(PROBE_UNITS)
-    records = Records(ids, labels, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
-    kept = {name: p.detach().clone() for name, p in adapted.plan.items()}
+    records = Records(ids, targets, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
+    kept = {name: p.detach().clone() for name, p in adapted.trainable.items()}
     start = initial_tensors(adapted, PROBE_SEED)
     try:
         with torch.no_grad():
-            for name, p in adapted.plan.items():
+            for name, p in adapted.trainable.items():
                 noise = chance.normal(0, 0.05, size=tuple(p.shape)).astype(np.float32)
                 p.copy_(torch.from_numpy(start[name] + noise))
         error = _probe(adapted, records, engine)
@@ -86,17 +86,17 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engin
             adapted.heights = heights_for(rows)
     finally:
         with torch.no_grad():
-            for name, p in adapted.plan.items():
+            for name, p in adapted.trainable.items():
                 p.copy_(kept[name])
     adapted.probe_error, adapted.probed = error, engine
     return error
 
 
-def _only_planned(adapted: AdaptedModel) -> None:
-    planned = {id(p) for p in adapted.plan.values()}
-    if len(planned) != len(adapted.plan):
-        raise EngineError("two planned tensors share memory", fix="leave the tied layer out of the LoRA targets")
-    odd = [n for n, p in adapted.classifier.named_parameters() if p.requires_grad and id(p) not in planned]
+def _nothing_else_moves(adapted: AdaptedModel) -> None:
+    listed = {id(p) for p in adapted.trainable.values()}
+    if len(listed) != len(adapted.trainable):
+        raise EngineError("two trainable tensors share memory", fix="leave the tied layer out of the LoRA targets")
+    odd = [n for n, p in adapted.module.named_parameters() if p.requires_grad and id(p) not in listed]
     if odd:
         raise EngineError(f"{odd[0]} is trainable without being planned ({len(odd)} in all)", fix="freeze the base")
 
@@ -106,12 +106,12 @@ _Gradients = Iterable[tuple[dict[str, Tensor], float]]
 
 def _by_hooks(adapted: AdaptedModel, records: Records) -> _Gradients:
     """Each unit's gradient and its norm as engine `hooks` adds them; all of them, for the hooks must come off again."""
-    frozen = frozenset(name for name, p in adapted.plan.items() if not p.requires_grad)
+    frozen = frozenset(name for name, p in adapted.trainable.items() if not p.requires_grad)
     engine = DPEngine(
         adapted, records, Mechanism(1.0, 1.0, 1, 1e12),
         learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, engine="hooks", frozen=frozen,
     )  # fmt: skip
-    trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+    trained = {name: p for name, p in adapted.trainable.items() if name not in frozen}
     found = []
     try:
         for unit in range(records.units):
@@ -127,12 +127,12 @@ def _by_hooks(adapted: AdaptedModel, records: Records) -> _Gradients:
 
 
 def _by_book(adapted: AdaptedModel, records: Records) -> _Gradients:
-    """The same from the book of one packed micro-batch; EngineError when it does not reach the plan."""
-    device = next(iter(adapted.plan.values())).device
-    names = {id(p): name for name, p in adapted.plan.items()}
+    """The same from the book of one packed micro-batch; EngineError when it does not reach each trainable tensor."""
+    device = next(iter(adapted.trainable.values())).device
+    names = {id(p): name for name, p in adapted.trainable.items()}
     book = book_of(adapted, pack(records, list(range(records.units)), device, heights=adapted.heights))
     reached = [names.get(id(p), "?") for p in book.parameters]
-    trained = {name for name, p in adapted.plan.items() if p.requires_grad}
+    trained = {name for name, p in adapted.trainable.items() if p.requires_grad}
     if sorted(reached) != sorted(trained):
         missing = sorted(trained - set(reached)) or sorted(n for n in set(reached) if reached.count(n) > 1)
         raise EngineError(
@@ -166,7 +166,7 @@ def _probe(adapted: AdaptedModel, records: Records, engine: EngineName) -> float
 
 
 class StepCheck:
-    """What moved must be what was planned.
+    """What moved must be what may move.
 
     That every tensor that is to be trained is reached is checked where the sum is made (`GridDPOptimizer`). Whether
     it also moves depends on rates and noise, and is no fault.
@@ -174,24 +174,24 @@ class StepCheck:
 
     def __init__(self, adapted: AdaptedModel, frozen: frozenset[str]) -> None:
         self._adapted = adapted
-        self._still = {name: p.detach().clone() for name, p in adapted.plan.items() if name in frozen}
+        self._still = {name: p.detach().clone() for name, p in adapted.trainable.items() if name in frozen}
         self._others = {
-            name: (id(t), t._version, t.data_ptr()) for name, t in _fixed(adapted.classifier, adapted.plan).items()
+            name: (id(t), t._version, t.data_ptr()) for name, t in _fixed(adapted.module, adapted.trainable).items()
         }
 
     def after(self, number: int) -> None:
-        """After the first step look at the planned tensors that are frozen; after every step, whether any other was
-        written to."""
-        for name, t in _fixed(self._adapted.classifier, self._adapted.plan).items():
+        """After the first step look at the trainable tensors that the run freezes; after every step, whether any other
+        was written to."""
+        for name, t in _fixed(self._adapted.module, self._adapted.trainable).items():
             if self._others.get(name) != (id(t), t._version, t.data_ptr()):
                 raise EngineError(f"{name} is frozen and was written to", fix="report this defect")
         if number == 1:
             for name, before in self._still.items():
-                if not torch.equal(self._adapted.plan[name].detach(), before):
+                if not torch.equal(self._adapted.trainable[name].detach(), before):
                     raise EngineError(f"{name} moved although frozen", fix="report this defect; nothing is released")
 
 
-def _fixed(model: nn.Module, plan: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    planned = {id(p) for p in plan.values()}
+def _fixed(model: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    listed = {id(p) for p in trainable.values()}
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t for name, t in named if id(t) not in planned}
+    return {name: t for name, t in named if id(t) not in listed}

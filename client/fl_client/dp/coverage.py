@@ -16,7 +16,7 @@ class ExpertCoverage:
     def __init__(self, adapted: AdaptedModel) -> None:
         self._layers: dict[str, list[nn.Parameter]] = {}
         self._reached: dict[str, Tensor] = {}
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             # Factor A has no gradient as long as B is zero, so it tells nothing about the tokens.
             if adapted.groups[name] == "routed_experts" and parameter.requires_grad and ".lora_A" not in name:
                 self._layers.setdefault(name.partition(".lora_")[0], []).append(parameter)

@@ -16,7 +16,6 @@ from opacus import GradSampleModule
 from opacus.accountants import RDPAccountant
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch import Tensor
-from torch.nn import functional as F
 
 from fl_client.dp import grad_samplers
 from fl_client.dp.adapt import AdaptedModel
@@ -26,6 +25,7 @@ from fl_client.dp.layers.book import GradientBook
 from fl_client.dp.mechanism.noise import MAX_DRAWS
 from fl_client.dp.mechanism.sampling import PoissonSampler
 from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_client.dp.objective import losses_of
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.records.packing import Packed, cut, pack
 from fl_client.dp.records.records import MAX_UNITS, MicroBatch, Records, pack_units
@@ -47,7 +47,7 @@ class DPEngine:
     """Private training of one adapted model on one data set.
 
     Args:
-        adapted: the model and its plan.
+        adapted: the model and what may move in it.
         records: private records, by unit.
         mechanism: what is charged; its q, sigma, C and steps are what is executed.
         learning_rate, head_learning_rate, momentum: of SGD on the noisy gradient.
@@ -57,7 +57,7 @@ class DPEngine:
             noise's grid follows from it, and whoever gets an update can read the grid off exactly.
         engine: `book`; `hooks` for Opacus' own `grad_sample`, `ghost` for its ghost clipping with a second backward
             pass (one record per unit only). The last two are slow and serve as oracles.
-        frozen: planned tensors that stay as they are (aggregation `ffa` freezes every factor A).
+        frozen: trainable tensors that stay as they are (aggregation `ffa` freezes every factor A).
         max_units: units in a micro-batch.
         shard: this process's share, when several processes of the site train together.
         sampling, noise: random streams; only tests pass them.
@@ -99,10 +99,10 @@ class DPEngine:
         use_exact_products()
         self.adapted, self.records, self.mechanism, self.name = adapted, records, mechanism, engine
         self.max_units, self.shard = max_units, shard
-        self.device = next(iter(adapted.plan.values())).device
-        for name, parameter in adapted.plan.items():
+        self.device = next(iter(adapted.trainable.values())).device
+        for name, parameter in adapted.trainable.items():
             parameter.requires_grad_(name not in frozen)
-        trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+        trained = {name: p for name, p in adapted.trainable.items() if name not in frozen}
         head = [p for name, p in trained.items() if adapted.groups[name] == "head"]
         factors = [p for name, p in trained.items() if adapted.groups[name] != "head"]
         groups = [{"params": factors, "lr": learning_rate}, {"params": head, "lr": head_learning_rate}]
@@ -130,24 +130,24 @@ class DPEngine:
 
     def _most_rows(self) -> int:
         """Rows of the experts' products in the largest micro-batch."""
-        config: Any = self.adapted.classifier.backbone.config
+        config: Any = self.adapted.module.backbone.config
         return self.adapted.heights[-1] * int(config.num_experts_per_tok)
 
     def _wrap(self) -> GradSampleModule:
         grad_samplers.register()
-        for module in self.adapted.classifier.modules():  # Opacus' hooks see modules in training mode alone
+        for module in self.adapted.module.modules():  # Opacus' hooks see modules in training mode alone
             module.training = any(p.requires_grad for p in module.parameters(recurse=False))
         if self.name == "hooks":
-            return GradSampleModule(self.adapted.classifier, loss_reduction="sum", strict=False)
+            return GradSampleModule(self.adapted.module, loss_reduction="sum", strict=False)
         if any(len(records) > 1 for records in self.records.of_unit):
             raise EngineError("ghost clipping cannot clip units of several records", fix="use engine 'book'")
         return GradSampleModuleFastGradientClipping(
-            self.adapted.classifier, loss_reduction="sum", strict=False, max_grad_norm=self.mechanism.clipping_norm
+            self.adapted.module, loss_reduction="sum", strict=False, max_grad_norm=self.mechanism.clipping_norm
         )
 
     def close(self) -> None:
         """Take Opacus' hooks off; put the layers back into plain mode."""
-        self.adapted.classifier.eval()
+        self.adapted.module.eval()
         scope = self.adapted.scope
         scope.mode, scope.book, scope.unit_anchor = "plain", None, None
         if self._hooked is not None:
@@ -263,7 +263,7 @@ class DPEngine:
         scope.mode, scope.records, scope.tokens = "hooks", batch.ids.shape[0], batch.ids.shape[1]
         scope.unit_anchor = batch.ids.new_empty(batch.ids.shape[0], 0)
         hooked: Any = self._hooked
-        losses = per_record_loss(hooked(batch.ids, batch.mask), batch.labels)
+        losses = losses_of(self.adapted.objective, hooked(batch.ids, batch.mask), batch.targets)
         if self.name == "ghost":
             self._second_pass(losses)
         else:
@@ -291,7 +291,7 @@ class DPEngine:
 
 def precision_of(adapted: AdaptedModel) -> torch.dtype:
     """The base model's floating type: activations and gradients have it, too."""
-    return next(p.dtype for p in adapted.classifier.backbone.parameters() if p.is_floating_point())
+    return next(p.dtype for p in adapted.module.backbone.parameters() if p.is_floating_point())
 
 
 @contextlib.contextmanager
@@ -311,18 +311,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_RAN_OUT))
 
 
-def per_record_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each record `[B]`; a unit's loss is the sum over its records."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
 def book_of(adapted: AdaptedModel, batch: Packed) -> GradientBook:
     """The book of one micro-batch, after its forward and backward pass."""
     scope = adapted.scope
     book = GradientBook(batch)
     scope.mode, scope.book = "book", book
     try:
-        per_record_loss(adapted.classifier.packed(batch), batch.labels).sum().backward()
+        losses_of(adapted.objective, adapted.module.packed(batch), batch.targets).sum().backward()
     finally:
         scope.mode, scope.book = "plain", None
     return book

@@ -10,7 +10,7 @@ from opacus.grad_sample.linear import compute_linear_norm_sample
 from opacus.grad_sample.utils import register_norm_sampler
 from torch import Tensor, nn
 
-from fl_client.dp.adapt import Head
+from fl_client.dp.layers.head import PooledLinear
 from fl_client.dp.layers.lora import ExpertFactor
 
 
@@ -18,9 +18,9 @@ from fl_client.dp.layers.lora import ExpertFactor
 def register() -> None:
     """Make the samplers known to Opacus, once per process."""
     register_grad_sampler(ExpertFactor)(expert_factor_samples)
-    register_grad_sampler(Head)(compute_linear_grad_sample)
+    register_grad_sampler(PooledLinear)(compute_linear_grad_sample)
     register_norm_sampler(ExpertFactor)(expert_factor_norms)
-    register_norm_sampler(Head)(compute_linear_norm_sample)
+    register_norm_sampler(PooledLinear)(compute_linear_norm_sample)
 
 
 def expert_factor_samples(

@@ -23,7 +23,7 @@ def initial_tensors(adapted: AdaptedModel, seed: int) -> Tensors:
     upper 53 bits of each raw word give one number. Raw words, unlike numpy's distributions, are the same in every
     release (NEP 19).
     """
-    return {name: _start(name, parameter, seed, core=adapted.core) for name, parameter in adapted.plan.items()}
+    return {name: _start(name, parameter, seed, core=adapted.core) for name, parameter in adapted.trainable.items()}
 
 
 def _start(name: str, parameter: nn.Parameter, seed: int, *, core: bool) -> NDArray[np.float32]:

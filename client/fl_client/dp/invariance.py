@@ -27,6 +27,7 @@ from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
 from fl_client.dp.layers.attention import Shape, causal, heard_shapes
 from fl_client.dp.layers.lora import ADAPTER, LoraExperts, PlainExperts, filled, shape_of
+from fl_client.dp.objective import Objective
 from fl_client.dp.records.packing import EVEN, TILE, heights_for, pack, tokens_of
 from fl_client.dp.records.records import MAX_UNITS, Records
 from fl_client.model.quantised.matmul import ROW_BLOCK, grouped_rows
@@ -52,7 +53,7 @@ def check_invariance(adapted: AdaptedModel, *, vocabulary: int, seed: int, rows:
         EngineError: what a unit contributes depends on its company on this machine.
     """
     chance = np.random.Generator(np.random.PCG64(seed))
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     heights = heights_for(rows)
     asked = _Asked()
     with asked, independent_rows(device, precision_of(adapted)), heard_shapes() as shapes:
@@ -105,14 +106,15 @@ def _copies(adapted: AdaptedModel, rows: int, vocabulary: int) -> None:
     Raises:
         EngineError: what a unit contributes, or is answered, depends on where its rows lie.
     """
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     for tokens in (1, rows // MAX_UNITS):  # few gradients at a time, as in a round
         units = rows // tokens if tokens == 1 else MAX_UNITS
         one = tuple(token % vocabulary for token in range(1, 1 + tokens))
-        alike = Records((one,) * units, np.zeros(units, np.int64), tuple(np.arange(units)[:, None]), 0)
+        target = adapted.objective.made_up(1, np.random.Generator(np.random.PCG64(0)))
+        alike = Records((one,) * units, np.repeat(target, units, 0), tuple(np.arange(units)[:, None]), 0)
         batch = pack(alike, range(units), device, heights=(rows,))
         with torch.no_grad():
-            found = adapted.classifier.packed(batch)
+            found = adapted.module.packed(batch).flatten(1)
         if tokens > 1:
             found = torch.cat([found.double(), book_of(adapted, batch).norms().unsqueeze(1)], 1)
         if not _alike(found):
@@ -161,7 +163,7 @@ def _heights_that_agree(
     adapted: AdaptedModel, heights: tuple[int, ...], vocabulary: int, chance: np.random.Generator, device: torch.device
 ) -> tuple[int, ...]:
     full = heights[-1]
-    records = _records(chance, vocabulary, adapted.classifier.head.out_features, full)
+    records = _records(chance, vocabulary, adapted.objective, full)
 
     def contributions(height: int, fill: float) -> list[Tensor]:
         units = _company(chance, records, int(fill * height))
@@ -188,7 +190,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(map(torch.equal, one, other))
 
 
-def _records(chance: np.random.Generator, vocabulary: int, classes: int, rows: int) -> Records:
+def _records(chance: np.random.Generator, vocabulary: int, objective: Objective, rows: int) -> Records:
     """Witnesses of one record, the longest of several; then so many neighbours that they fill the full height."""
     lengths = [*_WITNESSES, *chance.integers(1, 2 * rows // _NEIGHBOURS, 4 * _NEIGHBOURS).tolist()]
     owned = [[at] for at in range(len(lengths))]
@@ -197,7 +199,7 @@ def _records(chance: np.random.Generator, vocabulary: int, classes: int, rows: i
         lengths.append(extra)
     return Records(
         tuple(tuple(int(i) for i in chance.integers(0, vocabulary, n)) for n in lengths),
-        chance.integers(0, classes, len(lengths)),
+        objective.made_up(len(lengths), chance),
         tuple(np.array(each) for each in owned),
         0,
     )

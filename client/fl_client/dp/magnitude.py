@@ -35,7 +35,7 @@ def check_magnitude(adapted: AdaptedModel, limit: float) -> None:
     norms = adapted.base_norms or _base_norms(adapted)
     adapted.base_norms = norms
     usual = statistics.median(float(value.median()) for value in norms.values())
-    for name, value in adapted.plan.items():
+    for name, value in adapted.trainable.items():
         factor = value.detach().double()
         if name.startswith(HEAD):
             found = float(factor.square().mean().sqrt())

@@ -14,7 +14,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
 from fl_client.dp.layers.book import GradientBook
-from fl_client.dp.mechanism.noise import noisy_sum, plan_grid
+from fl_client.dp.mechanism.noise import choose_grid, noisy_sum
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.errors import EngineError
 
@@ -57,7 +57,7 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
         self._sums: Sums | None = None
         self.left_out = 0
         self.dimensions = sum(p.numel() for p in self.params)
-        self.grid = plan_grid(
+        self.grid = choose_grid(
             clipping_norm=max_grad_norm,
             noise_multiplier=noise_multiplier,
             dimensions=self.dimensions,
@@ -107,11 +107,11 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
             held.summed_grad = total
 
     def _clipped_by_book(self, book: GradientBook) -> Sums:
-        planned, reached = {id(p) for p in self.params}, [id(p) for p in book.parameters]
-        if len(reached) != len(set(reached)) or set(reached) != planned:
+        wanted, reached = {id(p) for p in self.params}, [id(p) for p in book.parameters]
+        if len(reached) != len(set(reached)) or set(reached) != wanted:
             raise EngineError(
-                f"the backward pass reached {len(set(reached))} of {len(planned)} planned tensors",
-                fix="a layer is shared, skipped or unplanned: check the LoRA targets for this architecture",
+                f"the backward pass reached {len(set(reached))} of {len(wanted)} trainable tensors",
+                fix="a layer is shared, skipped or not to be trained: check the LoRA targets for this architecture",
             )
         return book.weighted_sums(self.clip_factors(book.norms()))
 

@@ -10,21 +10,23 @@ from numpy.typing import NDArray
 
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.initial import initial_tensors
+from fl_client.dp.objective import Objective
 from fl_client.model.load import LoadedModel
 from fl_shared.adapters.safetensors import Tensors
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError
 
 
-def adapted_for(model: LoadedModel, spec: RunSpec) -> AdaptedModel:
+def adapted_for(model: LoadedModel, spec: RunSpec, objective: Objective) -> AdaptedModel:
+    """The model as the spec wants it adapted, with the objective's head; EngineError as `adapt`."""
     core = spec.run.aggregation == "fed-sb"
-    return adapt(model.module, spec.lora, len(spec.task.labels), model.feature_mean, model.feature_std, core=core)
+    return adapt(model.module, spec.lora, objective, model.feature_mean, model.feature_std, core=core)
 
 
 def frozen_tensors(adapted: AdaptedModel, spec: RunSpec) -> frozenset[str]:
-    """Planned tensors that the run's aggregator keeps at their seeded start; they are in no update."""
+    """Trainable tensors that the run's aggregator keeps at their seeded start; they are in no update."""
     factors = {"ffa": (".lora_A",), "fed-sb": (".lora_A", ".lora_B")}.get(spec.run.aggregation, ())
-    return frozenset(name for name in adapted.plan if any(factor in name for factor in factors))
+    return frozenset(name for name in adapted.trainable if any(factor in name for factor in factors))
 
 
 def load_offset(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]]) -> Tensors:
@@ -42,6 +44,6 @@ def load_offset(adapted: AdaptedModel, spec: RunSpec, offset: Mapping[str, NDArr
             )
         start[name] = start[name] + value.astype(np.float32)
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             parameter.copy_(torch.from_numpy(start[name]))
     return start

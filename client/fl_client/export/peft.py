@@ -5,7 +5,8 @@ with experts innermost (`peft.tuners.lora.layer.ParamWrapper`). Two parameters o
 the first one's factors lie under `base_layer`. Shared experts are named by their weights, also `target_parameters`:
 where PEFT meets `gate_proj` or `down_proj` among the `target_modules` of some families, it takes them for routed
 experts of an older transformers, leaves the shared ones out and doubles a rank (docs/decisions/0095). A core (Fed-SB)
-is multiplied into its factor B. The classification head is ours and lies in `head.safetensors`.
+is multiplied into its factor B. The task's head is ours and lies in `head.safetensors`, what it needs beside its
+weights in `head.json`.
 
 PEFT itself loads what was written onto the base's shapes; a folder that it refuses is not left behind.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fl_client.dp.layers.lora import ADAPTER
 from fl_client.dp.start import adapted_for, load_offset
 from fl_client.model.load import LoadedModel
 from fl_client.site.files import filled_or_gone
+from fl_client.tasks.registry import task_of
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ModelError
 
@@ -41,10 +43,14 @@ def write_peft(
     values: Mapping[str, NDArray[np.float32]],
     directory: Path,
     *,
-    labels: Sequence[str],
+    facts: Mapping[str, Any],
     digest: str,
 ) -> None:
-    """Write `values` (every planned tensor) into `directory`, which is made when it is not there.
+    """Write `values` (every trainable tensor) into `directory`, which is made when it is not there.
+
+    Args:
+        facts: what the head needs beside its weights, for `head.json`.
+        digest: the base model's.
 
     Raises:
         ModelError: `directory` holds files or cannot be written, or stock PEFT does not load what was written onto
@@ -79,13 +85,14 @@ def write_peft(
         "target_parameters": parameters or None,
     }
     head = {name.removeprefix(HEAD): np.ascontiguousarray(v) for name, v in values.items() if name.startswith(HEAD)}
-    facts = {"labels": list(labels), "base_model": digest, "pooling": "mean over real tokens, standardised"}
     with filled_or_gone(directory):
         save_file(head, directory / "head.safetensors")
-        (directory / "head.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (directory / "head.json").write_text(
+            json.dumps({**facts, "base_model": digest}, indent=2) + "\n", encoding="utf-8"
+        )
         save_file(factors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _require_loadable(adapted.classifier.backbone, factors, directory)
+        _require_loadable(adapted.module.backbone, factors, directory)
 
 
 def _require_loadable(backbone: Any, factors: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
@@ -143,7 +150,8 @@ def _stock(name: str, value: NDArray[np.float32]) -> tuple[str, NDArray[np.float
 
 def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
     """Write seeded start + `offset` as a directory that stock PEFT loads onto the float model, plus the head."""
-    adapted = adapted_for(model, spec)
+    task = task_of(spec)
+    adapted = adapted_for(model, spec, task.objective)
     start = load_offset(adapted, spec, offset)
-    write_peft(adapted, start, directory, labels=spec.task.labels, digest=model.digest)
+    write_peft(adapted, start, directory, facts=task.facts(), digest=model.digest)
     (directory / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -115,7 +115,7 @@ def _load(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 class Renewer:
-    """A thread of the agent that renews in time. Whoever uses the certificate reads it anew for each connection."""
+    """A thread of the agent that renews in time. Whoever uses the certificate reads it again for each connection."""
 
     def __init__(self, home: SiteHome, pinned: Coordinator) -> None:
         """Take the site's home and whom to ask."""

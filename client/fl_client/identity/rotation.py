@@ -37,7 +37,7 @@ VOUCH_EVERY_S = 300.0
 VOUCHED_S = 3600.0
 MAX_GRACE_S = 90 * 86_400.0
 MAX_ROTATIONS = 1000
-_FIX = "compare the coordinator's key with its administrator by telephone; after a loss of the old key enrol anew"
+_FIX = "compare the coordinator's key with its administrator by telephone; after a loss of the old key enrol again"
 
 
 def follow(pinned: Coordinator, rotations: Any, now: float) -> Coordinator:

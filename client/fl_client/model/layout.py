@@ -60,10 +60,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not whole or settings["bits"] not in (4, 8) or settings["group"] < 1:
         raise ModelError(
             f"{directory / 'config.json'}: {QUANTISATION_KEY} is {settings!r}",
-            fix='it reads {"bits": 8, "group": 128}; quantise the model anew',
+            fix='it reads {"bits": 8, "group": 128}; quantise the model again',
         )
     if settings["bits"] == 4 and settings["group"] % 2:
-        raise ModelError(f"int4 groups of {settings['group']} cannot be packed", fix="quantise the model anew")
+        raise ModelError(f"int4 groups of {settings['group']} cannot be packed", fix="quantise the model again")
     return config  # type: ignore[no-any-return]  # checked to be a dict above
 
 

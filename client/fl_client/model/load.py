@@ -152,12 +152,12 @@ def _filled(path: Path, model: nn.Module, state: dict[str, Tensor], place: torch
     make_rotary(model, place)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
-        raise ModelError(f"{path}: no value for {left[0]} ({len(left)} in all)", fix="quantise the model anew")
+        raise ModelError(f"{path}: no value for {left[0]} ({len(left)} in all)", fix="quantise the model again")
     return model
 
 
 def make_rotary(model: nn.Module, place: torch.device) -> None:
-    """Rotary frequencies are computed from the config, not stored: build them anew off the meta device."""
+    """Rotary frequencies are computed from the config, not stored: build them again off the meta device."""
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):
             _replace(model, name, type(module)(config=model.config).to(place))
@@ -180,6 +180,6 @@ def read_features(path: Path, hidden: int, place: torch.device = CPU) -> tuple[T
     shapes = {name: tuple(value.shape) for name, value in stored.items()}
     if shapes != {"mean": (hidden,), "std": (hidden,)} or not all(bool(v.isfinite().all()) for v in stored.values()):
         raise ModelError(
-            f"{file} does not hold a finite mean and std of {hidden} values", fix="build the feature statistics anew"
+            f"{file} does not hold a finite mean and std of {hidden} values", fix="build the feature statistics again"
         )
     return stored["mean"].float(), stored["std"].float().clamp_min(1e-6)

@@ -165,7 +165,7 @@ def _convert(
             floats.append(piece if keep is None or piece.ndim < 2 or not piece.is_floating_point() else piece.to(keep))
         # The largest magnitude of each group is in its scale, and NaN and infinity with it.
         if not bool(torch.isfinite(scales[-1] if quantise else floats[-1]).all()):
-            raise ModelError(f"{stored.name} holds NaN or infinity", fix="this checkpoint is broken: get it anew")
+            raise ModelError(f"{stored.name} holds NaN or infinity", fix="this checkpoint is broken: get it again")
     whole = torch.stack if stacked else (lambda parts: parts[0])
     value = whole(qweights if quantise else floats)
     if not quantise:

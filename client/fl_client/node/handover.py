@@ -1,8 +1,8 @@
 """Let another user run the untrusted half: what it needs lies outside the home, which stays closed.
 
 Beside the home the agent, who is root here, keeps a directory that the user's group may enter and read: the agent's
-socket, and the directory of the node key, the tunnel's certificate and the plan. The user owns nothing but
-`work/home` in there, which is made anew at each start (`fl_client.node.supernode.make_home`), so that no path that root
+socket, and the directory of the node key, the tunnel's certificate and the spec. The user owns nothing but
+`work/home` in there, which is new at each start (`fl_client.node.spec.make_home`), so that no path that root
 touches leads through a directory that the user can write (docs/decisions/0088).
 """
 

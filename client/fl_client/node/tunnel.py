@@ -7,18 +7,14 @@ it passes by (`get-fab`). What was hashed is what is delivered: answers come wit
 a new message is made around the hashed bytes, and neither redirects nor foreign headers reach the
 SuperNode, which would follow them. Outbound connections honour `HTTPS_PROXY`, but not to this machine itself.
 
-Run as `python -m fl_client.node.tunnel` with one JSON line on standard input (`TunnelSettings`) and the
+Run as `python -m fl_client.node.tunnel` with one JSON line on standard input (`tunnel_settings`) and the
 listening socket inherited as a file descriptor; it ends when standard input does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import datetime as dt
 import functools
-import hashlib
-import ipaddress
 import json
 import logging
 import os
@@ -27,15 +23,10 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
 import uvicorn
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -45,36 +36,22 @@ from uvicorn.server import ServerState
 
 from fl_client.identity.enrolment import verified_context
 from fl_client.node.admission import admit
+from fl_client.node.fleet import FLEET_CALLS, PendingReplies, activated_node, deactivation, sole_app
 from fl_client.node.sandbox import die_with_parent, forbid_inspection
+from fl_client.node.tunnel_settings import NODE_LEFT, READY, TunnelSettings
 from fl_client.site.config import ANY_APP
 from fl_client.site.files import write_durably
 from fl_shared.wire.hosts import by_proxy
 
 log = logging.getLogger("fl_client.node.tunnel")
 
-FLEET_CALLS = frozenset(
-    {
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-        "confirm-message-received",
-        "get-run",
-        "get-fab",
-    }
-)
 MAX_APP_BYTES = 16 << 20
 MAX_CONNECTIONS = 64
 HANDSHAKE_S = 10.0
 OFF_LINE_S = 6.0
 TIMEOUT_S = 300.0
-READY = "tunnel ready"
-NODE_LEFT = "the SuperNode has left, or is out of step"
-_DEBTS = ("confirm-message-received", "push-messages")
-_HANDLED = ("get-fab", "activate-node", *_DEBTS)
+_REPLY_CALLS = ("confirm-message-received", "push-messages")
+_HANDLED = ("get-fab", "activate-node", *_REPLY_CALLS)
 _MAX_SMALL_BYTES = 1 << 20
 
 _HOP_HEADERS = frozenset(
@@ -96,94 +73,6 @@ _HOP_HEADERS = frozenset(
 _KEPT_HEADERS = ("content-type", "content-length", "retry-after")
 
 
-@dataclass(frozen=True)
-class TunnelSettings:
-    """What the tunnel process needs; sent to it on standard input, never in arguments."""
-
-    listen_fd: int
-    fleet_url: str
-    ca: str
-    certificate: str
-    key: str
-    local_certificate: str
-    local_key: str
-    apps: list[str]
-    node_file: str
-
-    def to_line(self) -> bytes:
-        """Return the JSON line that `python -m fl_client.node.tunnel` reads."""
-        return json.dumps(asdict(self)).encode("utf-8") + b"\n"
-
-
-def make_local_certificate(certificate: Path, key: Path, *, mode: int = 0o600) -> None:
-    """Write a fresh self-signed certificate for 127.0.0.1 (`mode`), valid a year, and its key (0600)."""
-    private = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "concordat site tunnel")])
-    now = dt.datetime.now(dt.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(hours=1))
-        .not_valid_after(now + dt.timedelta(days=365))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]),
-            critical=False,
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(private, hashes.SHA256())
-    )
-    write_durably(
-        key,
-        private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ),
-    )
-    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode)
-
-
-def sole_app(answer: bytes) -> tuple[str, bytes]:
-    """Return `sha256:<hex>` of the app inside a serialised `GetFabResponse`, and a new message around that app.
-
-    The digest is computed here; the hash that the coordinator states in the message is not believed. The new
-    message holds the hashed bytes and nothing that its reader could take for another app: no second `fab`, no
-    unknown field. Raises ValueError when the bytes are no such message or hold no app.
-    """
-    from flwr.proto.fab_pb2 import Fab, GetFabResponse
-    from google.protobuf.message import DecodeError
-
-    try:
-        found = GetFabResponse.FromString(answer).fab
-    except DecodeError as error:
-        raise ValueError("the app that the coordinator sent cannot be read") from error
-    if not found.content:
-        raise ValueError("the coordinator sent no app")
-    digest = hashlib.sha256(found.content).hexdigest()
-    made = Fab(hash_str=digest, content=found.content, verifications=dict(found.verifications))
-    return f"sha256:{digest}", GetFabResponse(fab=made).SerializeToString(deterministic=True)
-
-
-def activated_node(answer: bytes) -> int:
-    """Return the node id in a serialised `ActivateNodeResponse`; ValueError when it is none."""
-    from flwr.proto.fleet_pb2 import ActivateNodeResponse
-    from google.protobuf.message import DecodeError
-
-    try:
-        return ActivateNodeResponse.FromString(answer).node_id
-    except DecodeError as error:
-        raise ValueError("the coordinator's answer cannot be read") from error
-
-
-def deactivation(node: int) -> bytes:
-    """Return the serialised request that takes node `node` off line."""
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-
-    return DeactivateNodeRequest(node_id=node).SerializeToString()
-
-
 class Credentials:
     """The site's certificate and key as they lie on disk; a renewal replaces them while the tunnel runs."""
 
@@ -201,37 +90,6 @@ class Credentials:
         return verified_context(self._ca.read_text("ascii"), *self._pair)
 
 
-class Debts:
-    """The replies that the SuperNode owes: it asks for work again only after it has answered.
-
-    After an order that broke off while it was received (its run had ended) Flower's SuperNode gets out of step: it
-    asks for the next order while a reply is still being made, and that reply stays until yet another order comes.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is owed yet."""
-        self._owed: set[str] = set()
-
-    def note(self, call: str, body: bytes, status: int) -> None:
-        """Follow a call and the status of its answer. What cannot be read is the SuperLink's business."""
-        from flwr.proto.fleet_pb2 import PushMessagesRequest
-        from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
-        from google.protobuf.message import DecodeError
-
-        with contextlib.suppress(DecodeError):
-            if call == "push-messages":
-                replies = PushMessagesRequest.FromString(body).messages_list
-                self._owed -= {reply.metadata.reply_to_message_id for reply in replies}
-            elif call == "confirm-message-received" and status == 200:
-                self._owed.add(ConfirmMessageReceivedRequest.FromString(body).message_object_id)
-
-    def called_in(self) -> bool:
-        """Whether something was owed; from now on nothing is."""
-        owed = bool(self._owed)
-        self._owed.clear()
-        return owed
-
-
 class Tunnel:
     """Forwards Fleet calls to `fleet_url` with `credentials`.
 
@@ -239,7 +97,7 @@ class Tunnel:
     SuperNode that was killed can come back at once: the SuperLink holds a silent node on line for a minute
     and would refuse it until then.
 
-    A renewed certificate is taken up with the next call; calls under way end on the connections that they have.
+    A renewed certificate is used from the next call on; calls under way end on the connections that they have.
     """
 
     def __init__(self, fleet_url: str, credentials: Credentials, apps: list[str], node_file: Path) -> None:
@@ -250,7 +108,7 @@ class Tunnel:
         self._apps = apps
         self._node_file = node_file
         self._complained = 0.0
-        self._debts = Debts()
+        self._pending = PendingReplies()
         self._client = self._outgoing(credentials.context())
 
     def _outgoing(self, context: ssl.SSLContext) -> httpx.AsyncClient:
@@ -272,7 +130,7 @@ class Tunnel:
         except OSError:
             return self._client  # the two files are being exchanged; the next call looks again
         former, self._client, self._stamp = self._client, self._outgoing(context), stamp
-        log.info("took up the renewed certificate")
+        log.info("activated the renewed certificate")
         loop = asyncio.get_running_loop()
         loop.call_later(TIMEOUT_S + 30.0, lambda: loop.create_task(former.aclose()))
         return self._client
@@ -289,8 +147,8 @@ class Tunnel:
         if call not in FLEET_CALLS:
             log.warning("refused to forward %r: not a Fleet call of a site", call[:80])
             return PlainTextResponse("not forwarded: this is not a Fleet call of a site", status_code=404)
-        if call == "deactivate-node" or (call == "pull-messages" and self._debts.called_in()):
-            print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.node.supernode`
+        if call == "deactivate-node" or (call == "pull-messages" and self._pending.called_in()):
+            print(NODE_LEFT, flush=True)  # to the keeper, see `fl_client.node.helpers`
         dropped = {*_HOP_HEADERS, *(word.strip() for word in request.headers.get("connection", "").lower().split(","))}
         if "transfer-encoding" in request.headers:
             dropped.add("content-length")  # the body's length is what was received, not what was announced beside it
@@ -340,8 +198,8 @@ class Tunnel:
         if call == "activate-node":
             await self._deactivate_left_over(headers)
         answer = await self._send(call, headers, bytes(body))
-        if call in _DEBTS:
-            self._debts.note(call, bytes(body), answer.status_code)
+        if call in _REPLY_CALLS:
+            self._pending.note(call, bytes(body), answer.status_code)
         refused = await self._refused(call, answer)
         if refused is not None:
             return refused
@@ -360,11 +218,11 @@ class Tunnel:
 
     def _inspected(self, call: str, answer: bytes) -> bytes:
         """Return what is passed on in place of an answer; ValueError says why nothing is."""
-        if call in _DEBTS:
+        if call in _REPLY_CALLS:
             return answer
         if call == "activate-node":
             write_durably(self._node_file, str(activated_node(answer)).encode("ascii"))
-            self._debts.called_in()
+            self._pending.called_in()
             return answer
         digest, delivered = sole_app(answer)
         if self._apps != [ANY_APP] and digest not in self._apps:
@@ -383,7 +241,7 @@ class Tunnel:
         if answer.status_code == 200:
             # The order that died with the old SuperNode is sent again only if the coordinator, which looks
             # every second or so, sees the node gone.
-            log.info("took the former SuperNode off line; its successor follows in %.0f s", OFF_LINE_S)
+            log.info("deactivated the former SuperNode; its successor follows in %.0f s", OFF_LINE_S)
             await asyncio.sleep(OFF_LINE_S)
 
     def _complain(self, message: str) -> None:

@@ -20,6 +20,7 @@ from fl_client.dp.checks import check_layers
 from fl_client.dp.engine import is_out_of_memory, precision_of
 from fl_client.model.layout import target_groups
 from fl_client.model.load import LoadedModel
+from fl_client.tasks.classification import CrossEntropy
 from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import ConcordatError, ConfigError
 
@@ -43,7 +44,7 @@ def try_device(model: LoadedModel) -> str:
     _private_cache()
     try:
         lora = LoraSection(rank=8, alpha=16.0, targets=target_groups(model.module))
-        adapted = adapt(model.module, lora, _CLASSES, model.feature_mean, model.feature_std)
+        adapted = adapt(model.module, lora, CrossEntropy(_CLASSES), model.feature_mean, model.feature_std)
         precision = str(precision_of(adapted)).removeprefix("torch.")
         check_layers(adapted, vocabulary=model.tokenizer.vocab_size)
     except ConcordatError:

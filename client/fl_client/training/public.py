@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 from fl_client.dp.adapt import AdaptedModel
-from fl_client.dp.engine import per_record_loss
 from fl_client.dp.mechanism.sampling import PoissonSampler
 from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_client.dp.objective import losses_of
 from fl_client.dp.records.records import Records, micro_batches
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.privacy.mechanism import Mechanism
@@ -34,27 +34,27 @@ def train_public(
         The steps taken. The mechanism does not describe a private release; it must not be reported as one.
     """
     log.warning("TRAINING WITHOUT PRIVACY: the site's policy declares this data public; no noise, no clipping")
-    for name, parameter in adapted.plan.items():
+    for name, parameter in adapted.trainable.items():
         parameter.requires_grad_(name not in frozen)
-    trained = {name: p for name, p in adapted.plan.items() if name not in frozen}
+    trained = {name: p for name, p in adapted.trainable.items() if name not in frozen}
     rate = {True: spec.training.head_learning_rate, False: spec.training.learning_rate}
     optimizer = torch.optim.SGD(
         [{"params": [p], "lr": rate[adapted.groups[name] == "head"]} for name, p in trained.items()],
         momentum=spec.training.momentum,
     )
-    device = next(iter(adapted.plan.values())).device
+    device = next(iter(adapted.trainable.values())).device
     expected = mechanism.sampling_probability * records.units
     sampler = PoissonSampler(records.units, mechanism.sampling_probability, mechanism.steps, SecureStream())
-    adapted.classifier.train()
+    adapted.module.train()
     try:
         for number, units in enumerate(sampler, start=1):
             optimizer.zero_grad(set_to_none=True)
             for batch in micro_batches(records, units, device):
-                loss = per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels)
+                loss = losses_of(adapted.objective, adapted.module(batch.ids, batch.mask), batch.targets)
                 (loss.sum() / expected).backward()
             optimizer.step()
             if progress is not None:
                 progress(step=number, steps=mechanism.steps)
     finally:
-        adapted.classifier.eval()
+        adapted.module.eval()
     return dataclasses.replace(mechanism)

@@ -1,4 +1,4 @@
-"""One round at a site: from the global adapter to a private update, and the evaluation of an adapter.
+"""One round at a site: from the global adapter to a private update.
 
 The adapter on the wire is the difference from the run's seeded start (docs/decisions/0001). `train_round` returns the
 further difference that this site's data made; before any private text is read it has nothing but public numbers.
@@ -9,36 +9,32 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fl_client.data.units import UnitData
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.checks import StepCheck, check_layers
-from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed, precision_of
+from fl_client.dp.engine import DPEngine, EngineName, memory_errors_typed
 from fl_client.dp.initial import initial_tensors
-from fl_client.dp.kernels import independent_rows
 from fl_client.dp.magnitude import check_magnitude
-from fl_client.dp.records.packing import cut, pack
-from fl_client.dp.records.records import MAX_UNITS, Records, label_rows, pad_ids, tokenise
+from fl_client.dp.records.records import MAX_UNITS, Records
 from fl_client.dp.shard import Shard
 from fl_client.dp.start import adapted_for, frozen_tensors, load_offset
 from fl_client.model.load import LoadedModel
-from fl_client.model.tokens import token_ids
+from fl_client.tasks.kept import KeptRecords
+from fl_client.tasks.registry import task_of
 from fl_client.training.public import train_public
 from fl_shared.adapters.safetensors import Tensors
 from fl_shared.documents.manifest import RunSpec
-from fl_shared.errors import DataError, EngineError
+from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 
 log = logging.getLogger("fl_client.training.round")
-
-_EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -58,28 +54,13 @@ class TrainingResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How an adapter does on labelled texts.
-
-    Attributes:
-        accuracy: share of right answers.
-        majority: share of the commonest label among these texts.
-        n: number of texts.
-    """
-
-    accuracy: float
-    majority: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A model at a round's start. Nothing in it depends on private data.
 
     Attributes:
         adapted: the model, with the global adapter in it.
         start: tensor name to what lies in it.
-        frozen: planned tensors that do not move in this run.
+        frozen: trainable tensors that do not move in this run.
     """
 
     adapted: AdaptedModel
@@ -89,7 +70,7 @@ class Prepared:
 
 def initial_adapter(model: LoadedModel, spec: RunSpec) -> Tensors:
     """The run's public start: the same at every site, from `spec.training.seed_adapter`."""
-    return initial_tensors(adapted_for(model, spec), spec.training.seed_adapter)
+    return initial_tensors(adapted_for(model, spec, task_of(spec).objective), spec.training.seed_adapter)
 
 
 @memory_errors_typed()
@@ -112,12 +93,13 @@ def prepare_round(
         does not have, layers whose per-unit gradients are not those of the batch-size-1 loop, or a mechanism that
         the engine cannot execute. PolicyRefusal: a factor is larger than `max_adapter_norm` times the base's weight.
     """
-    adapted = adapted_for(model, spec)
+    task = task_of(spec)
+    adapted = adapted_for(model, spec, task.objective)
     start = load_offset(adapted, spec, offset)
     frozen = frozen_tensors(adapted, spec)
     check_magnitude(adapted, max_adapter_norm)
     if private:
-        rows = spec.task.max_tokens * records_per_unit
+        rows = task.max_tokens * records_per_unit
         check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=rows, engine=model.engine)
         asked = spec.training
         DPEngine(
@@ -151,6 +133,7 @@ def train_round(
     max_units: int = MAX_UNITS,
     private: bool = True,
     shard: Shard | None = None,
+    kept: KeptRecords | None = None,
 ) -> TrainingResult:
     """Train `mechanism.steps` private steps from seeded start + `offset`.
 
@@ -170,17 +153,18 @@ def train_round(
         max_units: units in a micro-batch; halved when memory runs out.
         private: False trains without clipping and noise. Only for data that the site's policy declares public.
         shard: this process's share, when several processes of the site train together (private training only).
+        kept: records of the round before, to be used again when data and task are the same.
 
     Raises:
-        DataError: a label outside the set. EngineError: anything that would make the result differ from what is
-        charged, and memory that runs out. Nothing is returned then, and nothing may be released.
+        DataError: a record that the task cannot use. EngineError: anything that would make the result differ from what
+        is charged, and memory that runs out. Nothing is returned then, and nothing may be released.
     """
     started = time.perf_counter()
     if records_per_unit is None:
         records_per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
     prepared = prepare_round(model, spec, offset, private=private, records_per_unit=records_per_unit)
     adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
-    records = tokenise(data, model.tokenizer, spec.task.labels, spec.task.max_tokens)
+    records = (KeptRecords() if kept is None else kept).of(task_of(spec), data, model.tokenizer)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
         runner = DPEngine(
@@ -211,7 +195,7 @@ def train_round(
         executed = train_public(adapted, records, mechanism, spec, frozen=frozen, progress=progress)
     update = {
         name: parameter.detach().float().cpu().numpy() - start[name]
-        for name, parameter in adapted.plan.items()
+        for name, parameter in adapted.trainable.items()
         if name not in frozen
     }
     for name, value in update.items():
@@ -221,46 +205,3 @@ def train_round(
     report |= {"seconds": seconds, "seconds_per_step": seconds / max(1, mechanism.steps)}
     log.info("round %d: %d steps in %.1f s", round, executed.steps, seconds)
     return TrainingResult(update, executed, report)
-
-
-def evaluate(
-    model: LoadedModel,
-    offset: Mapping[str, NDArray[np.float32]],
-    texts: Sequence[str],
-    labels: Sequence[str],
-    spec: RunSpec,
-) -> Evaluation:
-    """Accuracy of seeded start + `offset` on public labelled texts. DataError when there are none."""
-    if not texts or len(texts) != len(labels):
-        raise DataError(f"{len(texts)} texts and {len(labels)} labels", fix="give one label per text, at least one")
-    truth = label_rows(labels, spec.task.labels)
-    right = int((predict(model, offset, texts, spec).argmax(1) == truth).sum())
-    majority = int(np.bincount(truth).max())
-    return Evaluation(right / len(texts), majority / len(texts), len(texts))
-
-
-def predict(
-    model: LoadedModel, offset: Mapping[str, NDArray[np.float32]], texts: Sequence[str], spec: RunSpec
-) -> NDArray[np.float32]:
-    """Logits of seeded start + `offset`, float32 `[texts, labels]`. As private as the texts are.
-
-    The logits of a text are the same bits whichever others are asked for beside it.
-    """
-    adapted = adapted_for(model, spec)
-    load_offset(adapted, spec, offset)
-    check_layers(adapted, vocabulary=model.tokenizer.vocab_size, rows=spec.task.max_tokens, engine=model.engine)
-    ids, truncated = token_ids(texts, model.tokenizer, spec.task.max_tokens)
-    nothing = np.zeros(len(ids), dtype=np.int64)
-    records = Records(ids, nothing, tuple(np.arange(len(ids))[:, None]), truncated)
-    found = np.zeros((len(ids), len(spec.task.labels)), dtype=np.float32)
-    adapted.classifier.eval()
-    with torch.no_grad(), independent_rows(model.device, precision_of(adapted)):
-        if model.engine == "hooks":  # one by one, as it trains
-            for row, each in enumerate(ids):
-                found[row] = adapted.classifier(*pad_ids([each], model.device)).cpu().numpy()
-            return found
-        for rows in cut(records, range(len(ids)), max_units=_EVALUATION_BATCH, heights=adapted.heights):
-            batch = pack(records, rows, model.device, heights=adapted.heights)
-            owners = [rows[at] for at in batch.unit_of_record.tolist()]
-            found[owners] = adapted.classifier.packed(batch).cpu().numpy()
-    return found

@@ -11,7 +11,7 @@ from client_agents import RealSite, spec
 from client_gateway import Gateway
 from numpy.typing import NDArray
 
-from fl_client.dp.mechanism.noise import plan_grid
+from fl_client.dp.mechanism.noise import choose_grid
 from fl_client.dp.records.packing import FULL
 from fl_client.dp.rounding import slack
 from fl_client.model.layout import directory_digest
@@ -31,7 +31,7 @@ def off_the_grid(moved: NDArray[np.float32], *, dimensions: int, units: int) -> 
     number of units for which rounding is paid, to 1e-9 for each.
     """
     paid = slack(units=units, rows=FULL * TOP_K)
-    grid = plan_grid(clipping_norm=1.0, noise_multiplier=1.0, dimensions=dimensions, slack=paid)
+    grid = choose_grid(clipping_norm=1.0, noise_multiplier=1.0, dimensions=dimensions, slack=paid)
     nearest = np.rint(-moved.astype(np.float64) * SAMPLED / RATE / grid.step)
     found = np.zeros(len(moved), dtype=bool)
     for beside in (-2, -1, 0, 1, 2):

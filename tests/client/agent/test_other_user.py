@@ -18,7 +18,7 @@ from client_gateway import Gateway
 
 from fl_client.agent.check import run_checks
 from fl_client.node.handover import make_meeting_place
-from fl_client.node.supernode import NodePlan, make_home
+from fl_client.node.spec import NodeSpec, make_home
 from fl_client.site.config import SiteConfig
 from fl_shared.errors import ConfigError
 
@@ -113,7 +113,7 @@ def test_a_swapped_directory_gives_nothing_away(site: RealSite) -> None:
     (home.root / "ledger.sqlite").write_text("x")
     directory = home.meeting / "supernode"
     make_meeting_place(directory, home.meeting / "agent.sock", account)
-    plan = NodePlan(
+    plan = NodeSpec(
         directory, home.meeting / "agent.sock", directory / "node_key", directory / "tunnel-ca.pem", 1, user=OTHER
     )
     make_home(plan)

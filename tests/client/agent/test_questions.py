@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from client_sites import MODEL, POLICY, SITE, Site, spec_table
 
-from fl_client.agent.questions import MAX_AT_ONCE, Answerer
+from fl_client.agent.questions import MAX_AT_ONCE, PlanResponder
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import Objection, PlanAnswer, PlanQuestion
 from fl_shared.errors import BudgetExhausted, ConfigError, SignatureError, TransportError
@@ -55,8 +55,8 @@ def _question(*, rounds: int = 3, site: str = SITE, age_s: float = 0.0, **traini
 
 
 def _asked(site: Site, question: PlanQuestion, key: SigningKey | None = None) -> PlanAnswer:
-    answerer = Answerer(Wire(), site.facts, site.outgoing)
-    sealed = answerer.answer(sign_document(key or site.coordinator, question.to_dict()))
+    responder = PlanResponder(Wire(), site.facts, site.outgoing)
+    sealed = responder.answer(sign_document(key or site.coordinator, question.to_dict()))
     assert sealed.payload == b""
     answer = PlanAnswer.from_dict(open_document(json.loads(sealed.document), site.key.public_hex))
     assert (answer.question, answer.question_digest, answer.site) == (question.question, question.digest, SITE)
@@ -129,32 +129,32 @@ def test_a_question_that_is_not_the_coordinators_gets_no_answer(site: Site, case
     if case == "changed":
         document["body"]["spec"]["run"]["rounds"] = 1
     with pytest.raises((SignatureError, ConfigError)):
-        Answerer(Wire(), site.facts, site.outgoing).answer([document] if case == "nonsense" else document)
+        PlanResponder(Wire(), site.facts, site.outgoing).answer([document] if case == "nonsense" else document)
 
 
 def test_each_question_is_answered_once_and_bad_ones_do_not_stop_the_rest(site: Site) -> None:
     """One look answers what can be answered, at most eight; the next look answers nothing twice."""
     wire = Wire()
-    answerer = Answerer(wire, site.facts, site.outgoing)
+    responder = PlanResponder(wire, site.facts, site.outgoing)
     wire.questions = ["nonsense", {"key": 1, "x": float("nan")}]
     wire.questions += [sign_document(site.coordinator, _question().to_dict()) for _ in range(2)]
-    answerer.look()
-    answerer.look()
+    responder.look()
+    responder.look()
     assert len(wire.answers) == 2
     wire.questions = [sign_document(site.coordinator, _question().to_dict()) for _ in range(MAX_AT_ONCE + 4)]
-    answerer.look()
+    responder.look()
     assert len(wire.answers) == 2 + MAX_AT_ONCE
 
 
 def test_an_answer_that_was_lost_is_brought_again(site: Site) -> None:
     """A gateway that breaks off does not cost the question its answer."""
     wire = Wire()
-    answerer = Answerer(wire, site.facts, site.outgoing)
+    responder = PlanResponder(wire, site.facts, site.outgoing)
     wire.questions = [sign_document(site.coordinator, _question().to_dict())]
     wire.broken = True
-    assert answerer.look() > 10
+    assert responder.look() > 10
     wire.broken = False
-    answerer.look()
+    responder.look()
     assert len(wire.answers) == 1
 
 
@@ -168,10 +168,10 @@ def test_a_site_that_answers_no_plans_does_not_even_look(site: Site) -> None:
             return {"questions": []}
 
         facts = dataclasses.replace(site.facts, policy=dataclasses.replace(POLICY, answer_plans=told))
-        answerer = Answerer(call, facts, site.outgoing)
-        answerer.start()
+        responder = PlanResponder(call, facts, site.outgoing)
+        responder.start()
         time.sleep(0.3)
-        answerer.stop()
+        responder.stop()
         assert len(looks) == wanted
 
 
@@ -206,20 +206,20 @@ def test_a_question_that_breaks_the_answer_ends_no_thread(site: Site, monkeypatc
         except ConfigError:  # NaN has no canonical form, so nobody can have signed it
             signed.append({"body": body, "key": site.coordinator.public_hex, "signature": "0" * 128})
     last = sign_document(site.coordinator, _question().to_dict())
-    answerer = Answerer(wire, site.facts, site.outgoing)
+    responder = PlanResponder(wire, site.facts, site.outgoing)
     for at in range(0, len(signed), MAX_AT_ONCE - 1):
         wire.questions = [*signed[at : at + MAX_AT_ONCE - 1], last]
-        answerer.look()
+        responder.look()
     told = [each["body"]["question"] for each in wire.answers]
     assert last["body"]["question"] in told
     assert broken.question not in told
     assert len(told) >= 6  # the extremes that lie within the bounds are answered, in finite numbers
-    monkeypatch.setattr(answerer, "look", lambda: 1 / 0)
+    monkeypatch.setattr(responder, "look", lambda: 1 / 0)
     monkeypatch.setattr("fl_client.agent.questions.RETRY_S", 0.01)
-    answerer.start()
+    responder.start()
     time.sleep(0.2)
-    assert answerer.loop._thread.is_alive()
-    answerer.stop()
+    assert responder.loop._thread.is_alive()
+    responder.stop()
 
 
 def test_a_plan_names_what_the_base_lacks_and_what_is_suspended(site: Site) -> None:

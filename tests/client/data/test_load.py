@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_client.data.load import load_unit_data, most_units, restrict_labels
+from fl_client.data.load import load_unit_data, most_units
 from fl_client.site.config import DataConfig
+from fl_client.tasks.classification import Classification
+from fl_client.tasks.task import usable
 from fl_shared.errors import DataError
 
 TABLE = """patient,age,note,label
@@ -127,7 +129,7 @@ def test_removing_one_unit_changes_nothing_about_the_others(
         path = directory / "t.csv"
         path.write_text("patient,note,label\n" + "".join(f"{p},{t},{label}\n" for p, t, label in kept))
         try:
-            data = restrict_labels(load_unit_data(config_of(path), directory / "k"), ("X", "Y"))
+            data = usable(Classification(("X", "Y"), 8), load_unit_data(config_of(path), directory / "k"))
         except DataError:
             return []
         assert all(label in "XY" for label in data.labels)

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_client.data.load import label_report, load_unit_data, require_labels, restrict_labels
+from fl_client.data.load import load_unit_data
 from fl_client.data.spellings import folded, run_labels
 from fl_client.data.units import UnitData
 from fl_client.site.config import DataConfig
+from fl_client.tasks.classification import Classification
+from fl_client.tasks.task import require_usable, usable
 from fl_shared.errors import DataError
 
 
@@ -144,11 +146,11 @@ def test_labels_are_matched_in_the_runs_spelling(tmp_path: Path, key: Path) -> N
     rows = [{"patient": f"p{n}", "note": "x", "label": label} for n, label in enumerate([1.0, True, "HERZ", "other"])]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     data = load_unit_data(config_of(path), key)
-    chosen = restrict_labels(data, labels)
+    chosen = usable(Classification(labels, 8), data)
     assert chosen.labels == ("1", "true", "Herz")
     assert chosen.units == 3
     assert chosen.fingerprint == data.fingerprint
-    assert restrict_labels(chosen, labels) is chosen
+    assert usable(Classification(labels, 8), chosen) is chosen
 
 
 def test_how_labels_fit_a_run_is_told_in_numbers(tmp_path: Path, key: Path) -> None:
@@ -156,12 +158,12 @@ def test_how_labels_fit_a_run_is_told_in_numbers(tmp_path: Path, key: Path) -> N
     path = tmp_path / "t.csv"
     path.write_text("patient,note,label\np1,x,Lungs\np2,x,heart\np3,x,SECRET\n")
     data = load_unit_data(config_of(path), key)
-    assert label_report(data, ("lungs", "heart", "brain")) == (
+    assert Classification(("lungs", "heart", "brain"), 8).report(data) == (
         "2 of 3 used rows have one of the spec's 3 labels; 1 of them in another spelling; no row has 'brain'"
     )
-    require_labels(data, ("lungs", "brain"), "the data set")
+    require_usable(Classification(("lungs", "brain"), 8), data, "the data set")
     with pytest.raises(DataError, match="no record of the data set has one of the spec's labels: 'brain'") as caught:
-        require_labels(data, ("brain",), "the data set")
+        require_usable(Classification(("brain",), 8), data, "the data set")
     assert "SECRET" not in caught.value.message
 
 

@@ -33,8 +33,8 @@ SIZES = [[5, 3], [9], [1], [2, 6, 4, 1], [7]]
 
 def without(adapted: AdaptedModel, *factors: str) -> frozenset[str]:
     """The planned tensors with one of these factors in their name, now frozen."""
-    frozen = frozenset(name for name in adapted.plan if any(factor in name for factor in factors))
-    for name, parameter in adapted.plan.items():
+    frozen = frozenset(name for name in adapted.trainable if any(factor in name for factor in factors))
+    for name, parameter in adapted.trainable.items():
         parameter.requires_grad_(name not in frozen)
     return frozen
 
@@ -98,17 +98,17 @@ def test_the_start_up_check_sees_a_core_that_is_booked_wrong(monkeypatch: pytest
 def _logits(adapted: AdaptedModel, values: Gradients) -> torch.Tensor:
     records = units_of_records(SIZES)
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             parameter.copy_(values[name])
         batch = pack_units(records, range(records.units), torch.device("cpu"))
-        found: torch.Tensor = adapted.classifier(batch.ids, batch.mask)
+        found: torch.Tensor = adapted.module(batch.ids, batch.mask)
     return found
 
 
 def _products(adapted: AdaptedModel, values: Gradients) -> dict[str, torch.Tensor]:
     """What each adapted matrix gains: `B A`, with a core `B R A`."""
     found = {}
-    for name in adapted.plan:
+    for name in adapted.trainable:
         if ".lora_A" in name:
             b = values[name.replace(".lora_A", ".lora_B")]
             core = values.get(name.replace(".lora_A", ".lora_R"))
@@ -122,7 +122,7 @@ def test_which_means_are_means_of_models(kind: str, exact: bool) -> None:
     adapted = adapted_small("deepseek_v3", quantised=True, core=kind == "fed-sb")
     fixed = {"fedavg": (), "ffa": (".lora_A",), "fed-sb": (".lora_A", ".lora_B")}[kind]
     rng = np.random.default_rng(4)
-    start = {name: value.detach().clone() for name, value in adapted.plan.items()}
+    start = {name: value.detach().clone() for name, value in adapted.trainable.items()}
     sites = []
     for _ in range(3):
         moved = {n: torch.from_numpy(rng.normal(0, 0.1, tuple(v.shape)).astype(np.float32)) for n, v in start.items()}
@@ -163,9 +163,11 @@ def test_a_run_with_cores_starts_from_the_base_and_can_move() -> None:
 def test_an_exported_core_is_plain_lora(tmp_path: Path) -> None:
     """The exported directory holds factors of plain LoRA; in our own LoRA layers they give the core model's logits."""
     adapted = adapted_small("deepseek_v3", quantised=False, core=True)
-    values = {name: value.detach().clone() for name, value in adapted.plan.items()}
+    values = {name: value.detach().clone() for name, value in adapted.trainable.items()}
     wanted = _logits(adapted, values)
-    write_peft(adapted, {n: v.numpy() for n, v in values.items()}, tmp_path, labels=list("abcde"), digest="sha256:0")
+    write_peft(
+        adapted, {n: v.numpy() for n, v in values.items()}, tmp_path, facts={"labels": list("abcde")}, digest="sha256:0"
+    )
     stock = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("lora_R" in name for name in stock)
     assert PeftConfig.from_pretrained(str(tmp_path)).r == 3

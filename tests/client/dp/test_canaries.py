@@ -19,6 +19,7 @@ from fl_client.dp.audit.canaries import (
 )
 from fl_client.dp.mechanism import noise
 from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_client.tasks.classification import CrossEntropy
 from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
@@ -42,7 +43,7 @@ def adapted() -> AdaptedModel:
     model = AutoModelForCausalLM.from_config(config)
     model.set_experts_implementation("grouped_mm")
     lora = LoraSection(rank=4, alpha=4.0, targets=("attention", "shared_experts", "routed_experts"))
-    made = adapt(model, lora, CLASSES, torch.zeros(64), torch.ones(64))
+    made = adapt(model, lora, CrossEntropy(CLASSES), torch.zeros(64), torch.ones(64))
     worst_case_adapter(made, np.random.default_rng(0))
     return made
 
@@ -55,7 +56,9 @@ def fixed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _records(count: int, tokens: int = 40):  # type: ignore[no-untyped-def]
-    return random_records(count, vocabulary=300, tokens=tokens, classes=CLASSES, rng=np.random.default_rng(3))
+    return random_records(
+        count, vocabulary=300, tokens=tokens, objective=CrossEntropy(CLASSES), rng=np.random.default_rng(3)
+    )
 
 
 def _audit(adapted: AdaptedModel, *, norm: float = 0.5):  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from fl_client.dp.initial import initial_tensors
 from fl_client.dp.layers import lora as lora_layers
 from fl_client.dp.layers.book import GradientBook
 from fl_client.model.architectures import architecture_of, known_architectures
+from fl_client.tasks.classification import CrossEntropy
 from fl_shared.documents.manifest import LoraSection
 from fl_shared.errors import EngineError
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
@@ -33,9 +34,9 @@ def adapted() -> AdaptedModel:
 def test_every_supported_family_passes_the_probe(architecture: str, quantised: bool) -> None:
     """The probe finds the right engine exact, and leaves every weight as it was."""
     made = adapted_small(architecture, quantised=quantised)
-    before = {name: value.clone() for name, value in made.classifier.state_dict().items()}
+    before = {name: value.clone() for name, value in made.module.state_dict().items()}
     assert check_layers(made, vocabulary=96) < 1e-5
-    after = made.classifier.state_dict()
+    after = made.module.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -50,7 +51,7 @@ def test_a_layer_that_mixes_examples_is_refused(adapted: AdaptedModel) -> None:
     def mixed(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
         return out + 0.1 * out.flatten(0, -2).mean(0)
 
-    adapted.classifier.backbone.get_submodule("layers.0.self_attn.o_proj").register_forward_hook(mixed)
+    adapted.module.backbone.get_submodule("layers.0.self_attn.o_proj").register_forward_hook(mixed)
     with pytest.raises(EngineError, match="are off by"):
         check_layers(adapted, vocabulary=96)
 
@@ -72,16 +73,16 @@ def test_a_tensor_that_the_pass_does_not_reach_is_named(adapted: AdaptedModel, m
 
 def test_an_unplanned_trainable_parameter_is_named(adapted: AdaptedModel) -> None:
     """A router that somebody unfroze."""
-    router = next(name for name, _ in adapted.classifier.named_parameters() if "mlp.gate" in name)
-    adapted.classifier.get_parameter(router).requires_grad_(True)
+    router = next(name for name, _ in adapted.module.named_parameters() if "mlp.gate" in name)
+    adapted.module.get_parameter(router).requires_grad_(True)
     with pytest.raises(EngineError, match=r"mlp\.gate.* is trainable without being planned"):
         check_layers(adapted, vocabulary=96)
 
 
 def test_tied_planned_tensors_are_refused(adapted: AdaptedModel) -> None:
     """One tensor under two names would be clipped and noised once, and stepped twice."""
-    names = [name for name in adapted.plan if "q_proj.lora_A" in name]
-    adapted.plan[names[1]] = adapted.plan[names[0]]
+    names = [name for name in adapted.trainable if "q_proj.lora_A" in name]
+    adapted.trainable[names[1]] = adapted.trainable[names[0]]
     with pytest.raises(EngineError, match="share memory"):
         check_layers(adapted, vocabulary=96)
 
@@ -89,14 +90,14 @@ def test_tied_planned_tensors_are_refused(adapted: AdaptedModel) -> None:
 def move(adapted: AdaptedModel, *still: str) -> None:
     """A step that moves every planned tensor but these."""
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             if name not in still:
                 parameter.add_(1.0)
 
 
 def test_a_step_as_planned_passes(adapted: AdaptedModel) -> None:
     """Everything planned moved, the frozen factor did not, nothing else was written to."""
-    frozen = frozenset(name for name in adapted.plan if ".lora_A" in name)
+    frozen = frozenset(name for name in adapted.trainable if ".lora_A" in name)
     check = StepCheck(adapted, frozen)
     for number in (1, 2):
         move(adapted, *frozen)
@@ -111,7 +112,7 @@ def test_a_planned_tensor_that_did_not_move_is_no_fault(adapted: AdaptedModel) -
 
 def test_a_frozen_factor_that_moved_is_named(adapted: AdaptedModel) -> None:
     """Aggregation with a frozen factor A would not be exact any more."""
-    frozen = frozenset(name for name in adapted.plan if ".lora_A" in name)
+    frozen = frozenset(name for name in adapted.trainable if ".lora_A" in name)
     check = StepCheck(adapted, frozen)
     move(adapted)
     with pytest.raises(EngineError, match=r"lora_A.* moved although frozen"):
@@ -124,7 +125,7 @@ def test_a_base_weight_that_changed_is_named_in_any_step(adapted: AdaptedModel, 
     """Int8 weights, norms, routers and buffers: written in place or exchanged, in the first step or a later one."""
     check = StepCheck(adapted, frozenset())
     move(adapted)
-    norm = adapted.classifier.backbone.get_submodule("layers.1.input_layernorm")
+    norm = adapted.module.backbone.get_submodule("layers.1.input_layernorm")
     with torch.no_grad():
         if kind == "written":
             norm.weight.mul_(1.0)
@@ -142,7 +143,7 @@ def test_an_unknown_family_is_refused_by_name() -> None:
     model = float_model(small_config("olmoe"))
     model.config.model_type = "gpt_oss"
     with pytest.raises(EngineError, match="gpt_oss"):
-        adapt(model, LORA, 2, torch.zeros(136), torch.ones(136))
+        adapt(model, LORA, CrossEntropy(2), torch.zeros(136), torch.ones(136))
 
 
 def test_an_unknown_layer_is_refused_by_name() -> None:
@@ -150,18 +151,24 @@ def test_an_unknown_layer_is_refused_by_name() -> None:
     model = float_model(small_config("olmoe"))
     model.model.layers[1].self_attn.q_proj = nn.Identity()
     with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.q_proj is a Identity"):
-        adapt(model, LORA, 2, torch.zeros(136), torch.ones(136))
+        adapt(model, LORA, CrossEntropy(2), torch.zeros(136), torch.ones(136))
     model = float_model(small_config("olmoe"))
     model.model.layers[0].mlp.experts.is_transposed = True
     with pytest.raises(EngineError, match="another layout"):
-        adapt(model, LORA, 2, torch.zeros(136), torch.ones(136))
+        adapt(model, LORA, CrossEntropy(2), torch.zeros(136), torch.ones(136))
 
 
 def test_a_group_that_the_model_lacks_is_refused() -> None:
     """Mixtral has no shared experts."""
     model = float_model(small_config("mixtral"))
     with pytest.raises(EngineError, match="has no shared_experts"):
-        adapt(model, LoraSection(2, 2.0, ("attention", "shared_experts")), 2, torch.zeros(136), torch.ones(136))
+        adapt(
+            model,
+            LoraSection(2, 2.0, ("attention", "shared_experts")),
+            CrossEntropy(2),
+            torch.zeros(136),
+            torch.ones(136),
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -170,16 +177,16 @@ def test_no_router_is_ever_planned(architecture: str) -> None:
     made = adapted_small(architecture, quantised=True)
     routers = architecture_of(architecture).router
     assert routers
-    for name in made.plan:
+    for name in made.trainable:
         assert ".lora_" in name or name.startswith("classifier.")
         assert not any(f".{router}.lora" in name for router in routers)
-    assert {p for p in made.classifier.parameters() if p.requires_grad} == set(made.plan.values())
+    assert {p for p in made.module.parameters() if p.requires_grad} == set(made.trainable.values())
     assert lora_layers.ADAPTER == "default"
 
 
 def test_nan_gradients_do_not_pass_the_probe(adapted: AdaptedModel) -> None:
     """NaN is larger than no bound: it must not get lost in a maximum."""
-    adapted.classifier.backbone.get_submodule("norm").register_full_backward_pre_hook(
+    adapted.module.backbone.get_submodule("norm").register_full_backward_pre_hook(
         lambda _module, grads: tuple(g * float("nan") for g in grads)
     )
     with pytest.raises(EngineError, match="are off by inf"):
@@ -216,4 +223,4 @@ def test_frequencies_that_follow_the_longest_record_are_refused(architecture: st
     )  # fmt: skip
     model = float_model(config)
     with pytest.raises(EngineError, match=f"rope_type '{kind}'"):
-        adapt(model, LORA, 5, torch.zeros(136), torch.ones(136))
+        adapt(model, LORA, CrossEntropy(5), torch.zeros(136), torch.ones(136))

@@ -44,11 +44,11 @@ def check(adapted: AdaptedModel, mechanism: Mechanism = MECHANISM) -> dict[str, 
 @pytest.mark.parametrize("q", [0.01, 0.1, 0.5, 0.9, 1.0])
 def test_the_right_engine_is_left_alone(adapted: AdaptedModel, q: float) -> None:
     """Neither test accuses, and the model is as it was."""
-    before = {name: p.detach().clone() for name, p in adapted.plan.items()}
+    before = {name: p.detach().clone() for name, p in adapted.trainable.items()}
     found = check(adapted, Mechanism(1.5, q, 3, 0.7))
     assert {name: result.accused for name, result in found.items()} == {"noise": False, "sampler": False}
     assert min(result.p_value for result in found.values()) > 1e-3
-    assert all(bool((p == before[name]).all()) for name, p in adapted.plan.items())
+    assert all(bool((p == before[name]).all()) for name, p in adapted.trainable.items())
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 0.98, 1.02])
@@ -70,15 +70,15 @@ def test_noise_added_twice_is_accused(adapted: AdaptedModel, monkeypatch: pytest
 
 def test_noise_is_held_against_what_the_grid_adds(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large slack widens the noise, and the right engine stays right."""
-    plan = optimizer.plan_grid
-    monkeypatch.setattr(optimizer, "plan_grid", lambda **given: plan(**given | {"slack": 0.1}))
+    plan = optimizer.choose_grid
+    monkeypatch.setattr(optimizer, "choose_grid", lambda **given: plan(**given | {"slack": 0.1}))
     assert check(adapted)["noise"].p_value > 1e-3
 
 
 def test_a_grid_below_the_charge_is_accused(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that fits its own grid, when the grid is made for less than sigma C."""
-    plan = optimizer.plan_grid
-    monkeypatch.setattr(optimizer, "plan_grid", lambda **given: plan(**given | {"noise_multiplier": 1.49}))
+    plan = optimizer.choose_grid
+    monkeypatch.setattr(optimizer, "choose_grid", lambda **given: plan(**given | {"noise_multiplier": 1.49}))
     assert check(adapted)["noise"].accused
 
 

@@ -35,8 +35,8 @@ def test_every_variant_takes_steps_in_bfloat16(monkeypatch: pytest.MonkeyPatch) 
     for name in ("small", "tiny"):
         adapted, records = dp_step.build(name, torch.device("cpu"), torch.bfloat16)
         assert precision_of(adapted) == torch.bfloat16
-        assert {p.dtype for p in adapted.plan.values()} == {torch.float32}
-        scales = {p.dtype for at, p in adapted.classifier.backbone.named_parameters() if at.endswith("scale")}
+        assert {p.dtype for p in adapted.trainable.values()} == {torch.float32}
+        scales = {p.dtype for at, p in adapted.module.backbone.named_parameters() if at.endswith("scale")}
         assert scales == {torch.float32}
         taken = dp_step.times(adapted, records, torch.device("cpu"), 0.0)
         assert {variant: len(steps) for variant, steps in taken.items()} == {"plain": 2, "book": 2, "hooks": 1}
@@ -48,4 +48,4 @@ def test_the_packaged_model_and_its_texts() -> None:
     assert adapted.architecture.model_type == "deepseek_v3"
     assert records.units == dp_step.TINY["tiny"]
     assert max(len(ids) for ids in records.ids) <= 32
-    assert set(records.labels) <= set(range(dp_step.CLASSES))
+    assert set(records.targets) <= set(range(dp_step.CLASSES))

@@ -85,10 +85,10 @@ def test_a_cut_by_tokens_changes_nothing(adapted: AdaptedModel, monkeypatch: pyt
 
 def test_steps_are_taken_on_the_noisy_sum_over_the_expected_batch(adapted: AdaptedModel) -> None:
     """A parameter moves by learning rate times release over q times the units, whatever the sample's size."""
-    before = torch.cat([p.detach().reshape(-1).clone() for p in adapted.plan.values()])
+    before = torch.cat([p.detach().reshape(-1).clone() for p in adapted.trainable.values()])
     engine = make(adapted, units_of_records(SIZES), q=0.5, learning_rate=0.1, head_learning_rate=0.1)
     (noisy,) = released(engine, [2])
-    after = torch.cat([p.detach().reshape(-1) for p in adapted.plan.values()])
+    after = torch.cat([p.detach().reshape(-1) for p in adapted.trainable.values()])
     torch.testing.assert_close(before - after, 0.1 * noisy / 3.5, rtol=1e-4, atol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_an_empty_sample_is_noise_alone_and_counts(adapted: AdaptedModel) -> Non
     """No unit: the model does not run, the noise of the same key is released, the accountant hears of the step."""
     records = units_of_records(SIZES)
     ran: list[object] = []
-    adapted.classifier.backbone.register_forward_pre_hook(lambda *_: ran.append(1))
+    adapted.module.backbone.register_forward_pre_hook(lambda *_: ran.append(1))
     engine = make(adapted, records, steps=1)
     (noisy,) = released(engine, [])
     assert not ran
@@ -170,7 +170,7 @@ def test_a_unit_that_is_not_finite_contributes_nothing(adapted: AdaptedModel, va
     clean = dataclasses.replace(records, ids=tuple(tuple(min(i, word - 1) for i in row) for row in records.ids))
     spoilt = dataclasses.replace(clean, ids=(*clean.ids[:3], (1, word, 2), *clean.ids[4:]))
     with torch.no_grad():
-        adapted.classifier.backbone.get_input_embeddings().weight[word] = value
+        adapted.module.backbone.get_input_embeddings().weight[word] = value
     others = dataclasses.replace(clean, of_unit=tuple(rows for unit, rows in enumerate(clean.of_unit) if unit != 3))
     wanted = clipped_sum(adapted, others, 1.0, engine=engine)
     found = clipped_sum(adapted, spoilt, 1.0, engine=engine)
@@ -186,7 +186,7 @@ def test_a_unit_that_is_not_finite_contributes_nothing(adapted: AdaptedModel, va
 def test_a_step_in_which_no_unit_is_finite_is_noise_alone(adapted: AdaptedModel) -> None:
     """A head that is no number leaves every unit out; what is released is noise, and the step counts."""
     with torch.no_grad():
-        adapted.classifier.head.weight[0, 0] = float("nan")
+        adapted.module.head.weight[0, 0] = float("nan")
     engine = make(adapted, units_of_records(SIZES), steps=1)
     (noisy,) = released(engine, range(7))
     assert bool(torch.isfinite(noisy).all())
@@ -288,12 +288,12 @@ def test_figures_that_floats_cannot_serve_are_refused(
 def test_training_happens_in_the_mode_that_was_checked(adapted: AdaptedModel) -> None:
     """A layer that mixes examples, or draws from torch's generator, in training mode only, has no say."""
     modes: set[bool] = set()
-    inner = adapted.classifier.backbone.get_submodule("layers.0.self_attn")
+    inner = adapted.module.backbone.get_submodule("layers.0.self_attn")
     inner.register_forward_hook(lambda module, *_: modes.add(module.training))
     for engine in ("book", "hooks"):
         released(make(adapted, units_of_records(SIZES), engine=engine, steps=1, q=1.0))
     assert modes == {False}
-    assert not any(module.training for module in adapted.classifier.modules())
+    assert not any(module.training for module in adapted.module.modules())
 
 
 def test_many_micro_batches_add_up_without_rounding(adapted: AdaptedModel) -> None:

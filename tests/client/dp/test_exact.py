@@ -22,6 +22,7 @@ from fl_client.dp.layers.lora import LoraExperts, Routing
 from fl_client.dp.records.packing import FULL, Packed, pack
 from fl_client.dp.records.records import Records
 from fl_client.dp.rounding import slack
+from fl_client.tasks.classification import CrossEntropy
 from helpers.broken_books import PerTokenBook, UnclippedExpertsBook
 from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
@@ -83,7 +84,7 @@ def test_experts_with_no_one_and_all_tokens(architecture: str, bits: int, monkey
     counts = expert_counts(monkeypatch)
     adapted = adapted_small(architecture, quantised=bits > 0, bits=bits)
     oracle = GradientOracle(adapted, small_config(architecture))
-    backbone = adapted.classifier.backbone
+    backbone = adapted.module.backbone
     forced = [name for name, module in backbone.named_modules() if isinstance(module, LoraExperts)]
 
     def packed(_: int) -> Tensor:
@@ -145,7 +146,7 @@ def test_no_unit_sees_another(architecture: str) -> None:
     records, other = units_of_records(SIZES), units_of_records(SIZES, seed=9)
     mixed = Records(
         tuple(other.ids[r] if r in records.of_unit[1] else row for r, row in enumerate(records.ids)),
-        np.where(np.isin(np.arange(len(records.ids)), records.of_unit[1]), (records.labels + 1) % 5, records.labels),
+        np.where(np.isin(np.arange(len(records.ids)), records.of_unit[1]), (records.targets + 1) % 5, records.targets),
         records.of_unit, 0,
     )  # fmt: skip
     for unit in (0, 2, 3, 4):
@@ -159,7 +160,7 @@ def _one_unit(adapted: AdaptedModel, records: Records, unit: int) -> Gradients:
     book = _book(adapted, records)
     weights = torch.zeros(records.units)
     weights[unit] = 1.0
-    names = {id(p): name for name, p in adapted.plan.items()}
+    names = {id(p): name for name, p in adapted.trainable.items()}
     return {names[id(p)]: value for p, value in book.weighted_sums(weights)}
 
 
@@ -174,13 +175,13 @@ def test_a_loss_over_the_batch_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
     longer = units_of_records([[5, 3], [9, 9, 9], [1], [2, 6, 4, 1], [7]])
     own = dataclasses.replace(longer, ids=tuple(
         records.ids[records.of_unit[0][i]] if i < 2 else row for i, row in enumerate(longer.ids)
-    ), labels=np.concatenate([records.labels[:2], longer.labels[2:]]))  # fmt: skip
+    ), targets=np.concatenate([records.targets[:2], longer.targets[2:]]))  # fmt: skip
     assert relative_error(_one_unit(adapted, own, 0), _one_unit(adapted, records, 0)) < 1e-5
 
-    def over_batch(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, reduction="none") / len(labels)
+    def over_batch(_: CrossEntropy, logits: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(logits, rows, reduction="none") / len(rows)
 
-    monkeypatch.setattr(engine_module, "per_record_loss", over_batch)
+    monkeypatch.setattr(CrossEntropy, "losses", over_batch)
     assert relative_error(_one_unit(adapted, own, 0), _one_unit(adapted, records, 0)) > 1e-2
 
 
@@ -201,8 +202,8 @@ def test_the_oracle_is_the_model() -> None:
 def test_one_unit_changes_the_sum_by_no_more_than_is_paid_for(architecture: str, dtype: torch.dtype) -> None:
     """Norm and context together: adding a unit to 40 others moves the computed sum by at most C (1 + slack)."""
     adapted = adapted_small(architecture, quantised=True)
-    planned = {id(p) for p in adapted.plan.values()}
-    for t in [*adapted.classifier.backbone.parameters(), *adapted.classifier.backbone.buffers()]:
+    planned = {id(p) for p in adapted.trainable.values()}
+    for t in [*adapted.module.backbone.parameters(), *adapted.module.backbone.buffers()]:
         if t.is_floating_point() and id(t) not in planned:
             t.data = t.data.to(dtype)
     records = units_of_records([[3 + 5 * unit % 23] for unit in range(41)])

@@ -20,9 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.export.peft import write_peft
+from fl_client.inference.predict import predict
 from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.load import TINY, load_model
-from fl_client.training.round import initial_adapter, predict
+from fl_client.tasks.classification import CrossEntropy
+from fl_client.training.round import initial_adapter
 from fl_shared.adapters.safetensors import pack
 from fl_shared.documents.manifest import LoraSection, RunSpec
 from fl_shared.errors import ModelError
@@ -37,8 +39,8 @@ CASES += [(name, "shared_experts") for name in SHARED]
 
 
 def _write(adapted: AdaptedModel, directory: Path) -> None:
-    values = {name: parameter.detach().numpy() for name, parameter in adapted.plan.items()}
-    write_peft(adapted, values, directory, labels=list("abcde"), digest="sha256:0")
+    values = {name: parameter.detach().numpy() for name, parameter in adapted.trainable.items()}
+    write_peft(adapted, values, directory, facts={"labels": list("abcde")}, digest="sha256:0")
 
 
 def _logits(backbone: Any, head: Any, ids: Tensor = IDS) -> Tensor:
@@ -59,14 +61,14 @@ def test_stock_peft_loads_every_family_and_gives_our_logits(
     else:
         module = float_model(small_config(architecture))
         mean, std = torch.zeros(136), torch.ones(136)
-        adapted = adapt(module, LoraSection(rank=2, alpha=5.0, targets=(group,)), 5, mean, std)
+        adapted = adapt(module, LoraSection(rank=2, alpha=5.0, targets=(group,)), CrossEntropy(5), mean, std)
         worst_case_adapter(adapted, np.random.default_rng(0))
     _write(adapted, tmp_path / "peft")
     base: Any = float_model(small_config(architecture))
     before = _logits(base.model, base.lm_head)
     stock: Any = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
     found = _logits(stock.base_model.model.model, base.lm_head)
-    torch.testing.assert_close(found, _logits(adapted.classifier.backbone, base.lm_head), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, _logits(adapted.module.backbone, base.lm_head), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, before, atol=1e-2), "the adapter moves the base"
     rows = sum(value.numel() for name, value in stock.named_parameters() if ".lora_" in name)
     assert rows == sum(value.size for value in load_file(tmp_path / "peft/adapter_model.safetensors").values())
@@ -78,7 +80,7 @@ def test_an_exported_core_loads_too(tmp_path: Path) -> None:
     _write(adapted, tmp_path / "peft")
     base: Any = float_model(small_config("deepseek_v3"))
     stock: Any = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
-    wanted = _logits(adapted.classifier.backbone, base.lm_head)
+    wanted = _logits(adapted.module.backbone, base.lm_head)
     torch.testing.assert_close(_logits(stock.base_model.model.model, base.lm_head), wanted, rtol=1e-4, atol=1e-4)
 
 

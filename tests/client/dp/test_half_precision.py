@@ -30,7 +30,7 @@ def _by_position(layer: LoraExperts, args: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 def half(adapted: AdaptedModel) -> AdaptedModel:
     """The base in bfloat16, its scales and the planned tensors in float32, as on CUDA; routing is fixed."""
-    backbone = cast_base(adapted.classifier.backbone, torch.bfloat16)
+    backbone = cast_base(adapted.module.backbone, torch.bfloat16)
     for module in backbone.modules():
         if isinstance(module, LoraExperts):
             module.register_forward_pre_hook(_by_position)
@@ -44,11 +44,11 @@ def half(adapted: AdaptedModel) -> AdaptedModel:
 def test_opacus_agrees_with_the_book_in_bfloat16(architecture: str, bits: int, *, core: bool) -> None:
     """Hooks and ghost run on a bfloat16 model and give the book's clipped sum, up to rounding."""
     adapted = half(adapted_small(architecture, quantised=bits > 0, core=core))
-    for parameter in adapted.plan.values():
+    for parameter in adapted.trainable.values():
         parameter.data *= 0.3  # a full-size random adapter sharpens attention until it enlarges roundings tenfold
     assert precision_of(adapted) == torch.bfloat16
     records = units_of_records(SIZES)
-    frozen = frozenset(name for name, parameter in adapted.plan.items() if not parameter.requires_grad)
+    frozen = frozenset(name for name, parameter in adapted.trainable.items() if not parameter.requires_grad)
     wanted = clipped_sum(adapted, records, 2.0, frozen=frozen)
     for engine in ("hooks", "ghost"):
         found = clipped_sum(adapted, records, 2.0, frozen=frozen, engine=engine)

@@ -15,8 +15,9 @@ from fl_client.dp import checks
 from fl_client.dp.adapt import AdaptedModel, remove
 from fl_client.dp.checks import check_layers
 from fl_client.dp.rounding import slack
+from fl_client.inference.predict import predict
 from fl_client.model.load import TINY, load_model
-from fl_client.training.round import predict, train_round
+from fl_client.training.round import train_round
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
@@ -27,7 +28,7 @@ from helpers.random_models import adapted_small
 
 def make_stubborn(adapted: AdaptedModel) -> None:
     """Let its layers attend as they always did, whatever implementation is asked for: a packed row sees all others."""
-    backbone: Any = adapted.classifier.backbone
+    backbone: Any = adapted.module.backbone
     for layer in backbone.layers:
         own = layer.self_attn.forward
 

@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 def attacked(architecture: str, attack: str, dtype: torch.dtype, **how: bool) -> AdaptedModel:
     """A small model of the family under an attacker's adapter."""
     adapted = adapted_small(architecture, **{"quantised": True, **how})
-    cast_base(adapted.classifier.backbone, dtype)
+    cast_base(adapted.module.backbone, dtype)
     ATTACKS[attack](adapted, np.random.default_rng(3))
     return adapted
 
@@ -72,7 +72,7 @@ def test_nor_at_ranks_whose_products_libraries_treat_otherwise(
 ) -> None:
     """A unit of one token moves all others by one place; narrow products of 5, 7 or 9 columns would notice."""
     adapted = adapted_small(architecture, quantised=True, rank=rank, core=core)
-    cast_base(adapted.classifier.backbone, dtype)
+    cast_base(adapted.module.backbone, dtype)
     ATTACKS["large"](adapted, np.random.default_rng(3))
     records = company(np.random.default_rng(5), units=40, vocabulary=96, classes=5, low=3, high=9, longer=1)
     check_invariance(adapted, vocabulary=96, seed=1)  # and such a rank is not refused
@@ -96,9 +96,9 @@ def test_an_expert_beyond_half_precision_spoils_only_the_units_that_it_sees(arch
     """Finite as it was sent, infinite in bfloat16. The filler of the last expert is infinity times zero, and nobody's:
     whether a round fails must not tell which expert the shortest record chose."""
     adapted = adapted_small(architecture, quantised=True)
-    cast_base(adapted.classifier.backbone, torch.bfloat16)
+    cast_base(adapted.module.backbone, torch.bfloat16)
     with torch.no_grad():
-        for name, parameter in adapted.plan.items():
+        for name, parameter in adapted.trainable.items():
             if side in name and "experts" in name and parameter.ndim == 3:
                 parameter[-1] = 3.4e38
     spoilt = 0
@@ -135,6 +135,7 @@ def test_rows_of_experts_come_in_few_numbers(seed: int) -> None:
 def test_experts_without_lora_keep_to_it() -> None:
     """Experts that carry no adapter multiply by the same few shapes."""
     from fl_client.dp.adapt import adapt
+    from fl_client.tasks.classification import CrossEntropy
     from fl_shared.documents.manifest import LoraSection
     from helpers.random_models import float_model, quantise_in_place, small_config
 
@@ -143,7 +144,7 @@ def test_experts_without_lora_keep_to_it() -> None:
         if quantised:
             quantise_in_place(model)
         lora = LoraSection(rank=3, alpha=6.0, targets=("attention",))
-        adapted = adapt(model, lora, 5, torch.zeros(136), torch.ones(136))
+        adapted = adapt(model, lora, CrossEntropy(5), torch.zeros(136), torch.ones(136))
         ATTACKS["large"](adapted, np.random.default_rng(3))
         assert len(adapted.plain_experts) == 2
         records = company(np.random.default_rng(6), units=40, vocabulary=96, classes=5, low=3, high=9, longer=31)
@@ -199,7 +200,7 @@ def test_products_that_follow_a_rows_place_are_found_though_half_precision_hides
 ) -> None:
     """One product whose last row is a float32 rounding off: at one height, at the full one, in a block of rows."""
     adapted = adapted_small("mixtral", quantised=True)
-    cast_base(adapted.classifier.backbone, dtype)
+    cast_base(adapted.module.backbone, dtype)
     right: Callable[..., Tensor] = torch.mm
     odd: set[int] = set()
 
@@ -250,7 +251,7 @@ def test_what_is_tried_is_what_the_models_ask_for(monkeypatch: pytest.MonkeyPatc
     assert {each[1:] for each in tried} == {(4, 12, None)}
     tried.clear()
     adapted = adapted_small("mixtral", quantised=True)
-    adapted.classifier.backbone.config.sliding_window = 4  # type: ignore[union-attr]  # it is one
+    adapted.module.backbone.config.sliding_window = 4  # type: ignore[union-attr]  # it is one
     check_invariance(adapted, vocabulary=96, seed=1)
     assert {each[1:] for each in tried} == {(2, 34, 4)}
 
@@ -258,7 +259,7 @@ def test_what_is_tried_is_what_the_models_ask_for(monkeypatch: pytest.MonkeyPatc
 def test_a_height_that_computes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the router's product differs at one height, that height is dropped; at the full one, all is refused."""
     adapted = adapted_small("mixtral", quantised=True)
-    layer = adapted.classifier.backbone.get_submodule("layers.0.self_attn.o_proj")
+    layer = adapted.module.backbone.get_submodule("layers.0.self_attn.o_proj")
     odd = {512}  # one of them
 
     def other(_: object, args: object, out: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def started(architecture: str, **how: object) -> AdaptedModel:
     adapted = adapted_small(architecture, **{"quantised": True, **how})  # type: ignore[arg-type]
     with torch.no_grad():
         for name, value in initial_tensors(adapted, 3).items():
-            adapted.plan[name].copy_(torch.from_numpy(value))
+            adapted.trainable[name].copy_(torch.from_numpy(value))
     return adapted
 
 
@@ -54,9 +54,9 @@ def test_one_expert_and_the_head_count(value: float) -> None:
     """A single huge expert among many, and a head without a weight beneath."""
     for kind in ("lora_B_down", "classifier.weight"):
         adapted = started("mixtral")
-        name = next(name for name in adapted.plan if kind in name)
+        name = next(name for name in adapted.trainable if kind in name)
         with torch.no_grad():
-            adapted.plan[name][3] = value
+            adapted.trainable[name][3] = value
         with pytest.raises(PolicyRefusal, match=kind.partition(".")[0]):
             check_magnitude(adapted, LIMIT)
 

@@ -19,10 +19,10 @@ from fl_client.dp.mechanism.noise import (
     THRESHOLD_BITS,
     Grid,
     _alias_table,
+    choose_grid,
     discrete_gaussian,
     discrete_gaussian_mass,
     noisy_sum,
-    plan_grid,
 )
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.errors import EngineError
@@ -137,7 +137,7 @@ def test_mass_sums_to_one_and_follows_the_density(width: int, bits: int) -> None
 )
 def test_grid_pays_for_its_rounding(sigma: float, clipping: float, dimensions: int, slack: float) -> None:
     """The noise is sigma times a sensitivity that covers the clipping norm, the slack and both roundings."""
-    grid = plan_grid(clipping_norm=clipping, noise_multiplier=sigma, dimensions=dimensions, slack=slack)
+    grid = choose_grid(clipping_norm=clipping, noise_multiplier=sigma, dimensions=dimensions, slack=slack)
     real = clipping * (1 + slack) + grid.step * math.sqrt(dimensions)
     assert grid.sensitivity >= real * (1 - 1e-12)
     assert grid.step * grid.width >= sigma * real * (1 - 1e-12)
@@ -147,7 +147,7 @@ def test_grid_pays_for_its_rounding(sigma: float, clipping: float, dimensions: i
 def test_grid_refuses_what_it_cannot_hold() -> None:
     """So much noise over so many coordinates that rounding would count is refused."""
     with pytest.raises(EngineError, match="too coarse"):
-        plan_grid(clipping_norm=1.0, noise_multiplier=1e6, dimensions=10**9, slack=0.0)
+        choose_grid(clipping_norm=1.0, noise_multiplier=1e6, dimensions=10**9, slack=0.0)
 
 
 class _Scripted(SecureStream):

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.audit.one_run import AuditResult, audit, chance
-from fl_client.dp.engine import DPEngine, per_record_loss
+from fl_client.dp.engine import DPEngine
 from fl_client.dp.mechanism.secure_random import SecureStream
+from fl_client.dp.objective import Objective, losses_of
 from fl_client.dp.records.records import Records, pack_units
 from fl_shared.errors import EngineError
 from fl_shared.privacy.accounting import pld_epsilon
@@ -99,21 +100,22 @@ class CanaryReport:
         } | dataclasses.asdict(self.result)
 
 
-def random_records(count: int, *, vocabulary: int, tokens: int, classes: int, rng: np.random.Generator) -> Records:
-    """Canary units of one record each: random ids, random labels. They resemble nothing, so they overlap little."""
+def random_records(
+    count: int, *, vocabulary: int, tokens: int, objective: Objective, rng: np.random.Generator
+) -> Records:
+    """Canary units of one record each: random ids and targets. They resemble nothing, so they overlap little."""
     ids = rng.integers(0, vocabulary, (count, tokens))
-    labels = rng.integers(0, classes, count)
     return Records(
         tuple(tuple(int(i) for i in row) for row in ids),
-        labels.astype(np.int64),
+        objective.made_up(count, rng),
         tuple(np.array([unit]) for unit in range(count)),
         0,
     )
 
 
 def worst_case_adapter(adapted: AdaptedModel, rng: np.random.Generator, scale: float = 0.2) -> None:
-    """Set every planned tensor to random values, as a hostile coordinator may: no gradient vanishes."""
-    for parameter in adapted.plan.values():
+    """Set every trainable tensor to random values, as a hostile coordinator may: no gradient vanishes."""
+    for parameter in adapted.trainable.values():
         values = scale * rng.standard_normal(tuple(parameter.shape))
         parameter.data = torch.from_numpy(values.astype(np.float32)).to(parameter.device)
 
@@ -138,7 +140,7 @@ def audit_records(
     """Run the real engine on the canaries that the coins chose; guess the coins from the released sums.
 
     Args:
-        adapted: the model; its planned tensors stay as they are.
+        adapted: the model; its trainable tensors stay as they are.
         records: one canary per unit.
         guesses: even, fixed beforehand.
         engine: what is audited; tests hand over engines that are broken on purpose.
@@ -226,13 +228,13 @@ def clipped_gradients(
 
     Shares nothing with the engine but the model and the loss.
     """
-    parameters = [p for p in adapted.plan.values() if p.requires_grad]
+    parameters = [p for p in adapted.trainable.values() if p.requires_grad]
     rows = np.empty((records.units, sum(p.numel() for p in parameters)), dtype=np.float32)
     scope = adapted.scope
     scope.mode, scope.book = "plain", None
     for unit in range(records.units):
         batch = pack_units(records, [unit], parameters[0].device)
-        loss = per_record_loss(adapted.classifier(batch.ids, batch.mask), batch.labels).sum()
+        loss = losses_of(adapted.objective, adapted.module(batch.ids, batch.mask), batch.targets).sum()
         grads = torch.autograd.grad(loss, parameters)
         row = torch.cat([g.reshape(-1) for g in grads]).cpu().numpy().astype(np.float64)
         rows[unit] = row * min(1.0, clipping_norm / max(float(np.linalg.norm(row)), 1e-30))
@@ -241,10 +243,10 @@ def clipped_gradients(
 
 
 def _blocks(adapted: AdaptedModel) -> list[slice]:
-    """Runs of coordinates of one group, in the order of the plan."""
+    """Runs of coordinates of one group, in the order of the trainable tensors."""
     runs: list[tuple[str, int, int]] = []
     at = 0
-    for name, parameter in adapted.plan.items():
+    for name, parameter in adapted.trainable.items():
         group, end = adapted.groups[name], at + parameter.numel()
         if runs and runs[-1][0] == group:
             runs[-1] = (group, runs[-1][1], end)

@@ -56,7 +56,7 @@ class Grid:
     sensitivity: float
 
 
-def plan_grid(*, clipping_norm: float, noise_multiplier: float, dimensions: int, slack: float) -> Grid:
+def choose_grid(*, clipping_norm: float, noise_multiplier: float, dimensions: int, slack: float) -> Grid:
     """Choose the step so that the noise's standard deviation is `noise_multiplier` times the real sensitivity.
 
     Two neighbouring sums differ by at most C (1 + slack); rounding each coordinate of both moves them apart by at

@@ -37,7 +37,7 @@ class Packed:
         ids, positions: int64 `[M]`: every token, and its place in its record; filler after `rows`.
         rows: number of real tokens.
         runs: (tokens of a record, number of records) of each run, ascending.
-        labels: int64 `[R]`.
+        targets: `[R, ...]`.
         unit_of_record: int64 `[R]`, 0..units-1, not sorted.
         units: U.
     """
@@ -46,7 +46,7 @@ class Packed:
     positions: Tensor
     rows: int
     runs: tuple[tuple[int, int], ...]
-    labels: Tensor
+    targets: Tensor
     unit_of_record: Tensor
     units: int
 
@@ -131,7 +131,7 @@ def pack(records: Records, units: Sequence[int], device: torch.device, *, height
         positions=torch.from_numpy(positions).to(device),
         rows=rows,
         runs=tuple(zip(kinds.tolist(), counts.tolist(), strict=True)),
-        labels=torch.from_numpy(records.labels[[record for _, _, record in owned]]).to(device),
+        targets=torch.from_numpy(records.targets[[record for _, _, record in owned]]).to(device),
         unit_of_record=torch.tensor([unit for _, unit, _ in owned], device=device),
         units=len(units),
     )

@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fl_client.data.units import UnitData
-from fl_client.model.tokens import token_ids
-from fl_shared.errors import DataError, EngineError
+from fl_shared.errors import EngineError
 
 MAX_UNITS = 128
 MAX_TOKENS = 8192
@@ -25,13 +23,13 @@ class Records:
 
     Attributes:
         ids: token ids of each record, at most `max_tokens`.
-        labels: int64 `[records]`, row of the head.
+        targets: `[records, ...]`, what a task's loss compares the head's outputs with.
         of_unit: record numbers of each unit.
         truncated: how many texts were longer than the limit. It stays at the site.
     """
 
     ids: tuple[tuple[int, ...], ...]
-    labels: NDArray[np.int64]
+    targets: NDArray[Any]
     of_unit: tuple[NDArray[np.int64], ...]
     truncated: int
 
@@ -47,34 +45,16 @@ class MicroBatch:
 
     Attributes:
         ids, mask: int64 `[B, T]`, padded on the right.
-        labels: int64 `[B]`.
+        targets: `[B, ...]`.
         unit_of_record: int64 `[B]`, ascending, 0..units-1.
         units: U.
     """
 
     ids: Tensor
     mask: Tensor
-    labels: Tensor
+    targets: Tensor
     unit_of_record: Tensor
     units: int
-
-
-def tokenise(data: UnitData, tokenizer: Any, labels: Sequence[str], max_tokens: int) -> Records:
-    """Turn texts and labels into numbers. DataError when a label is outside the public set."""
-    ids, truncated = token_ids(data.texts, tokenizer, max_tokens)
-    return Records(ids, label_rows(data.labels, labels), tuple(data.records_by_unit()), truncated)
-
-
-def label_rows(found: Sequence[str], labels: Sequence[str]) -> NDArray[np.int64]:
-    """The head's row of each label; DataError names the record's number, never its label."""
-    rows = {label: row for row, label in enumerate(labels)}
-    for record, label in enumerate(found):
-        if label not in rows:
-            raise DataError(
-                f"record {record + 1} has a label outside the run's {len(labels)} labels",
-                fix="map the label column to the run's public label set, or leave the record out",
-            )
-    return np.array([rows[label] for label in found], dtype=np.int64)
 
 
 def micro_batches(
@@ -116,7 +96,7 @@ def pack_units(records: Records, units: Sequence[int], device: torch.device) -> 
     return MicroBatch(
         ids=ids,
         mask=mask,
-        labels=torch.from_numpy(records.labels[numbers]).to(device),
+        targets=torch.from_numpy(records.targets[numbers]).to(device),
         unit_of_record=torch.from_numpy(owners).to(device),
         units=len(units),
     )

@@ -88,7 +88,7 @@ class QuantLinear(nn.Module):
         return made
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The whole float weight `[out, in]`, made anew at each call."""
+        """The whole float weight `[out, in]`, made again at each call."""
         return dequantise(self.qweight, self.scale, self.group, dtype, self.in_features)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class QuantExperts(nn.Module):
         return getattr(self, f"{name}_qweight"), getattr(self, f"{name}_scale"), inputs
 
     def weight_as(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The whole float weight of `gate_up_proj` `[E, 2I, H]` or `down_proj` `[E, H, I]`, made anew at each call."""
+        """The whole float weight of `gate_up_proj` `[E, 2I, H]` or `down_proj` `[E, H, I]`, made again at each call."""
         qweight, scale, inputs = self._stored(name)
         return dequantise(qweight, scale, self.group, dtype, inputs)
 

@@ -28,7 +28,7 @@ ROW_BLOCK = 512
 
 
 class _Scratch(threading.local):
-    """One float tensor per type and device; `threading.local` makes it anew in each thread."""
+    """One float tensor per type and device; `threading.local` makes a new one in each thread."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[torch.dtype, torch.device], Tensor] = {}

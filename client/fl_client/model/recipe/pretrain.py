@@ -146,7 +146,7 @@ class RouterLoad:
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
-        """Move every selection bias one sign step against the load; the counts start anew."""
+        """Move every selection bias one sign step against the load; the counts start again."""
         for gate, load in zip(self.gates, self.loads, strict=True):
             gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
             load.zero_()

@@ -24,6 +24,7 @@ from fl_client.data.units import UnitData
 from fl_client.dp.shard import Shard
 from fl_client.model.load import choose_device, load_model
 from fl_client.node.sandbox import die_with_parent, forbid_inspection
+from fl_client.tasks.kept import KeptRecords
 from fl_client.training.device import try_device
 from fl_client.training.ranks.frames import receive, send
 from fl_client.training.round import prepare_round, train_round
@@ -67,7 +68,9 @@ def join(directory: Path, device: str) -> Shard:
     return Shard(place)
 
 
-def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes, channel: socket.socket) -> None:
+def train(
+    model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes, channel: socket.socket, kept: KeptRecords
+) -> None:
     """Train this rank's share of one round; the first rank reports progress and sends the update."""
     data = UnitData(
         tuple(job["texts"]), tuple(job["labels"]), np.array(job["unit_of_record"], dtype=np.int64), job["units"], ""
@@ -93,6 +96,7 @@ def train(model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes,
         records_per_unit=job["records_per_unit"],
         private=job["private"],
         shard=shard if job["private"] else None,
+        kept=kept,
     )
     if shard.first:
         send(channel, {"done": True, "executed": made.executed.to_dict(), "report": made.report}, pack(made.update))
@@ -121,12 +125,13 @@ def serve(directory: Path, channel: socket.socket) -> None:
     adopt_libraries()
     log.info("device: %s", try_device(model))
     send(channel, {"ready": True, "digest": model.digest})
+    kept = KeptRecords()
     while True:
         job, adapter = receive(channel)
         if job.get("prepare"):
             send(channel, prepare(model, job, adapter))
             continue
-        train(model, shard, job, adapter, channel)
+        train(model, shard, job, adapter, channel, kept)
 
 
 def main() -> int:

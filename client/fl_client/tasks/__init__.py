@@ -1,0 +1,1 @@
+"""What a run teaches: one file for each kind of `[task]`, behind one protocol."""
