@@ -136,7 +136,7 @@ class Site:
     def order(self, manifest: RoundManifest, adapter: bytes = b"", key: SigningKey | None = None) -> Sealed:
         """Sign the manifest and hand it to the agent."""
         document = sign_document(key or self.coordinator, manifest.to_dict())
-        return self.rounds.handle(json.dumps(document), adapter)
+        return self.rounds.handle(json.dumps(document), lambda: adapter)
 
     def outcomes(self) -> list[tuple[int, str]]:
         """Round and outcome of every reservation."""
