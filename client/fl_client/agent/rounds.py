@@ -42,7 +42,7 @@ from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack, require_finite, unpack
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.manifest import LORA_TARGETS, Receipt, Refusal, RunSpec
-from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError, SignatureError
+from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
 from fl_shared.ledger.service import Ledger
@@ -333,9 +333,7 @@ class Rounds:
         self._remember(order)
         return reservation
 
-    def _compute(
-        self, assigned: Assignment, reservation: Reservation, offset: dict[str, Any]
-    ) -> tuple[Order, bytes]:
+    def _compute(self, assigned: Assignment, reservation: Reservation, offset: dict[str, Any]) -> tuple[Order, bytes]:
         """Train and keep the update on disk. Whatever goes wrong inside, the reservation is charged in full."""
         self.state, self._computed = "training", True
         log.info("training", extra=assigned.at)

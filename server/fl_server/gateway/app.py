@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import signal
 import ssl
 import sys
@@ -39,6 +40,7 @@ from fl_server.identity.sites import Sites
 from fl_server.runs.plans import Plans
 from fl_shared.canonical import parse_json
 from fl_shared.documents.base_model import BaseModel
+from fl_shared.documents.order import ORDERS_HEADER
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.identity.enrolment import PROVED
 from fl_shared.names import site_id
@@ -331,7 +333,7 @@ class Gateway:
         return JSONResponse({"certificate_pem": made})
 
     async def base(self, request: Request) -> Response:
-        """Keep which base model the site that speaks says it has."""
+        """Keep which base model the site that speaks says it has, and which orders it reads."""
         _, row = await self._site(request)
         self._take_place(request, row.site)
         raw = await _whole(request, MAX_BASE_BYTES)
@@ -339,7 +341,9 @@ class Gateway:
             base = BaseModel.from_dict(parse_json(raw, "the announcement"))
         except ConfigError as error:
             return _refusal(error, 400)
-        await asyncio.to_thread(self._sites.announce, row.site, base)
+        said = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
+        orders = int(said) if re.fullmatch("[0-9]{1,4}", said) else 0
+        await asyncio.to_thread(self._sites.announce, row.site, base, orders)
         return JSONResponse({"taken": True})
 
     async def questions(self, request: Request) -> Response:

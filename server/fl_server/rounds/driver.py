@@ -14,6 +14,7 @@ from fl_server.identity.sites import Sites
 from fl_server.rounds.liveness import carrying
 from fl_server.rounds.round import Interrupted, Round
 from fl_server.rounds.stragglers import Stragglers
+from fl_server.runs.orders import Orders
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError
 from fl_shared.identity.signing import SigningKey
@@ -32,7 +33,7 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     has been given up and does nothing more.
     """
     store = Store(home.database_url())
-    runs, sites = Runs(store, home.adapters), Sites(store)
+    runs, orders, sites = Runs(store, home.adapters), Orders(store), Sites(store)
     late = Stragglers(runs, run, grid)
 
     def one_round() -> bool:
@@ -44,7 +45,7 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         number += 1
         runs.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
         key = SigningKey.load(home.signing_key)  # read for every round: it may have been rotated
-        made = Round(runs, sites, key, grid, spec, attempt=attempt, number=number, base=adapter, late=late)
+        made = Round(runs, orders, sites, key, grid, spec, attempt=attempt, number=number, base=adapter, late=late)
         runs.commit(made.collect(lambda: runs.wanted(run, attempt)))
         return number < spec.run.rounds
 

@@ -20,14 +20,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from fl_server.db.models import ENDED, EventRow, ManifestRow, ReplyRow, RoundRow, RunRow, SiteRow
+from fl_server.db.models import ENDED, EventRow, ReplyRow, RoundRow, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.home.files import write_durably
 from fl_server.runs.bases import Fit
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, RunError
-from fl_shared.identity.signing import SigningKey, sign_document
 
 log = logging.getLogger("fl_server.runs")
 
@@ -270,45 +269,6 @@ class Runs:
                     .limit(limit)
                 )
             )
-
-    def issue_manifest(
-        self, spec: RunSpec, round: int, site: str, adapter_digest: str, key: SigningKey, nonce: str, ttl_s: float
-    ) -> tuple[str, str]:
-        """Sign and store one site's order for one round; (signed JSON text, digest)."""
-        now = time.time()
-        manifest = RoundManifest(
-            run=spec.run.name,
-            round=round,
-            site=site,
-            spec=spec,
-            adapter_digest=adapter_digest,
-            nonce=nonce,
-            issued_at=now,
-            expires_at=now + ttl_s,
-        )
-        document = json.dumps(sign_document(key, manifest.to_dict()), sort_keys=True)
-        with self._store.write() as session:
-            session.add(
-                ManifestRow(
-                    digest=manifest.digest,
-                    run=spec.run.name,
-                    round=round,
-                    site=site,
-                    adapter_digest=adapter_digest,
-                    document_json=document,
-                    issued_at=now,
-                    expires_at=manifest.expires_at,
-                )
-            )
-        return document, manifest.digest
-
-    def issued(self, manifest_digest: str, run: str, round: int, site: str, adapter_digest: str) -> bool:
-        """Whether this manifest was signed for exactly this run, round, site and adapter."""
-        with self._store.read() as session:
-            row = session.get(ManifestRow, manifest_digest)
-        return row is not None and (row.run, row.round, row.site, row.adapter_digest) == (
-            run, round, site, adapter_digest,
-        )  # fmt: skip
 
     def record_replies(self, run: str, round: int, replies: list[Reply]) -> None:
         """Keep what came in a round that was not committed, so that an admin sees it."""
