@@ -158,6 +158,7 @@ def test_an_old_and_a_new_site_train_under_a_new_coordinator(before: Path, tmp_p
 def test_a_new_and_an_old_site_train_under_an_old_coordinator(before: Path, tmp_path: Path) -> None:
     """The old app finds at the new site what it imports there, and the new agent reads the orders of old."""
     coordinator, _ = train(tmp_path, before, before)
+    assert "orders" not in {row[1] for row in _query(coordinator, "PRAGMA table_info(sites)")}  # it is the old one
     stored = _query(coordinator, "SELECT site, document_json FROM manifests WHERE run = 'versions'")
     assert {json.loads(text)["body"]["kind"] for _, text in stored} == {"round-manifest"}
     assert {site for site, _ in stored} == {OLD, NEW}
