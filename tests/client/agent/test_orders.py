@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,6 +15,9 @@ import pytest
 from client_sites import SITE, Site, body, some_adapter, spec_table
 
 from fl_client.agent import orders
+from fl_client.agent.alone import train_alone
+from fl_client.agent.outgoing import Outgoing
+from fl_client.agent.rounds import Rounds
 from fl_client.agent.service import AgentService, serve
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes, sha256_hex
@@ -21,6 +25,7 @@ from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
 from fl_shared.documents.order import MAX_SPEC_BYTES, RoundOrder, read_spec
 from fl_shared.errors import RunError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
+from fl_shared.names import ALONE
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
 
@@ -236,3 +241,22 @@ def test_a_spec_of_ten_thousand_sites_is_read(site: Site) -> None:
     assert len(spec.canonical) < MAX_SPEC_BYTES / 2
     assert canonical_bytes(spec.to_dict()).decode() == spec.canonical
     assert site.order_by_digest(an_order(site, spec_digest=spec.digest), spec.canonical).status == "ok"
+
+
+@pytest.mark.parametrize("sites", [[SITE, "hospital-002"], ["hospital-002"]])
+def test_a_site_that_trains_alone_orders_its_rounds_the_same_way(site: Site, tmp_path: Path, sites: list[str]) -> None:
+    """Named by the spec or not: every round is settled in the site's own name space, and a repeat spends nothing."""
+    table = spec_table()
+    table["run"]["sites"] = sites
+    outgoing = Outgoing(site.key, site.ledger, ALONE)
+    facts = dataclasses.replace(site.facts, namespace=ALONE)
+    rounds = Rounds(facts, ledger=site.ledger, store=site.store, outgoing=outgoing, train=site.trainer)
+    data = SimpleNamespace(labels=["a", "b"], texts=["x", "y"])
+    opened: Any = SimpleNamespace(data=data, config=SimpleNamespace(site=SITE), rounds=rounds)
+    said = [
+        train_alone(opened, RunSpec.from_dict(table), site.coordinator, tmp_path / "out", lambda _text: None)
+        for _ in range(2)
+    ]
+    assert (said[0]["run"], said[0]["rounds"]) == ("alone:demo", 3)
+    assert said[0]["epsilon_spent_total"] == said[1]["epsilon_spent_total"] > 0
+    assert (site.trainer.calls, site.outcomes()) == (3, [(1, "settled"), (2, "settled"), (3, "settled")])
