@@ -9,7 +9,6 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -31,7 +30,7 @@ def ask(
     body: dict[str, Any] | None = None,
     *,
     timeout: httpx.Timeout,
-    headers: Mapping[str, str] = MappingProxyType({}),
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
     """Status and body of the answer. Honours HTTPS_PROXY, but not to this machine itself.
 
@@ -44,7 +43,7 @@ def ask(
                 verify=context,
                 timeout=timeout,
                 trust_env=by_proxy(url),
-                headers={"accept-encoding": "identity", **headers},
+                headers={"accept-encoding": "identity", **(headers or {})},
             ) as client,
             client.stream(method, url, json=body) as answer,
         ):
