@@ -31,28 +31,40 @@ class CommandError(RuntimeError):
         self.output = output
 
 
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of every process: one torch thread each, no hub, nothing of Concordat's inherited."""
+def environment(extra: Mapping[str, str] | None = None, version: Path | None = None) -> dict[str, str]:
+    """The environment of every process: one torch thread each, no hub, nothing of Concordat's inherited.
+
+    `version`: the folder of another version of Concordat (`pip install --target`), whose modules win then.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FL_", "FLWR_"))}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(extra or {})
+    kept |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return kept | ({"PYTHONPATH": str(version)} if version else {}) | dict(extra or {})
 
 
-def command(name: str, *arguments: str, timeout: float = 300.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+def script(name: str, version: Path | None = None) -> str:
+    """A console script of this version, or of the one in a folder."""
+    return str((version / "bin" if version else BIN) / name)
+
+
+def command(
+    name: str, *arguments: str, timeout: float = 300.0, check: bool = True, version: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run one console script to its end.
 
     Raises:
         CommandError: it ended with another code than 0 and `check` is set.
     """
-    line = [str(BIN / name), *arguments]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    line = [script(name, version), *arguments]
+    environ = environment(version=version)
+    done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
     if check and done.returncode != 0:
         raise CommandError([name, *arguments], done.returncode, done.stdout + done.stderr)
     return done
 
 
-def command_json(name: str, *arguments: str, timeout: float = 300.0) -> Any:
+def command_json(name: str, *arguments: str, timeout: float = 300.0, version: Path | None = None) -> Any:
     """Run one console script with `--json` and return what it printed."""
-    return json.loads(command(name, *arguments, "--json", timeout=timeout).stdout)
+    return json.loads(command(name, *arguments, "--json", timeout=timeout, version=version).stdout)
 
 
 def free_ports(count: int) -> list[int]:
@@ -71,13 +83,15 @@ class Service:
     arguments: list[str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    version: Path | None = None
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(
-                [str(BIN / self.arguments[0]), *self.arguments[1:]],
-                env=environment(), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
+                [script(self.arguments[0], self.version), *self.arguments[1:]],
+                env=environment(version=self.version),
+                stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
             )  # fmt: skip
 
     def stop(self, timeout: float = 30.0) -> int | None:
@@ -103,11 +117,12 @@ class Service:
 
 @dataclass
 class Coordinator:
-    """One `fl-server` with its home below `root`."""
+    """One `fl-server` with its home below `root`; `version`: the folder of another version, see `environment`."""
 
     root: Path
     service: Service = field(init=False)
     gateway_port: int = 0
+    version: Path | None = None
 
     @property
     def home(self) -> Path:
@@ -125,22 +140,25 @@ class Coordinator:
         gateway, control = free_ports(2)
         self.gateway_port = gateway
         command("fl-server", "init", "--home", str(self.home), "--host", "127.0.0.1",
-                "--gateway-port", str(gateway), "--control-port", str(control))  # fmt: skip
+                "--gateway-port", str(gateway), "--control-port", str(control), version=self.version)  # fmt: skip
 
     def start(self, timeout: float = 60.0) -> None:
-        self.service = Service(["fl-server", "up", "--home", str(self.home)], self.root / "logs" / "fl-server.log")
+        line = ["fl-server", "up", "--home", str(self.home)]
+        self.service = Service(line, self.root / "logs" / "fl-server.log", version=self.version)
         self.service.start()
         deadline = time.monotonic() + timeout
         while True:
             self.service.check_alive()
-            if command("fl-server", "status", "--home", str(self.home), "--json", check=False).returncode == 0:
+            asked = command("fl-server", "status", "--home", str(self.home), check=False, version=self.version)
+            if asked.returncode == 0:
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"fl-server is not ready after {timeout:.0f} s; see {self.service.log}")
             time.sleep(0.5)
 
     def admin(self, *arguments: str, timeout: float = 120.0) -> Any:
-        return command_json("fl-admin", *arguments, "--profile", self.profile, timeout=timeout)
+        line = [*arguments, "--profile", self.profile]
+        return command_json("fl-admin", *line, timeout=timeout, version=self.version)
 
     def invite(self, site: str) -> str:
         token = self.admin("sites", "invite", site)["token"]
@@ -165,14 +183,16 @@ class Coordinator:
 
 @dataclass
 class Site:
-    """One `fl-client` with its home below `root`."""
+    """One `fl-client` with its home below `root`; `version`: the folder of another version, see `environment`."""
 
     id: str
     root: Path
     service: Service = field(init=False)
+    version: Path | None = None
 
     def __post_init__(self) -> None:
-        self.service = Service(["fl-client", "run", *self._at], self.root / "logs" / f"{self.id}.log")
+        line = ["fl-client", "run", *self._at]
+        self.service = Service(line, self.root / "logs" / f"{self.id}.log", version=self.version)
 
     @property
     def home(self) -> Path:
@@ -183,13 +203,13 @@ class Site:
         return ["--site", self.id, "--home", str(self.home)]
 
     def enroll(self, url: str, token: str) -> None:
-        command("fl-client", "enroll", *self._at, "--server", url, "--token", token)
+        command("fl-client", "enroll", *self._at, "--server", url, "--token", token, version=self.version)
 
     def configure(self, toml: str) -> None:
         (self.home / "site.toml").write_text(toml, encoding="utf-8")
 
     def check(self) -> Any:
-        return command_json("fl-client", "check", *self._at)
+        return command_json("fl-client", "check", *self._at, version=self.version)
 
     def start(self) -> None:
         self.service.start()
@@ -204,7 +224,7 @@ class Site:
         return service
 
     def audit(self, verb: str, *arguments: str) -> Any:
-        return command_json("fl-audit", verb, *self._at, *arguments)
+        return command_json("fl-audit", verb, *self._at, *arguments, version=self.version)
 
 
 @contextlib.contextmanager

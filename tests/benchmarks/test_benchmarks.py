@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 SCRIPTS = sorted(file for file in HERE.glob("*.py") if not file.name.startswith("test_"))
 # Short by themselves; the others have --quick.
-SHORT = {"dp_step.py", "quantisation.py", "invariance.py"}
+SHORT = {"dp_step.py", "quantisation.py", "invariance.py", "orders.py"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.name)

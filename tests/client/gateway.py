@@ -105,6 +105,7 @@ class Gateway:
         self.rotations: Any = []
         self.renewals = 0
         self.announced: list[dict[str, Any]] = []
+        self.orders_read: list[str | None] = []
         self.fleet_calls: list[tuple[str, str]] = []
         self.certificates: list[str] = []
         gateway = self
@@ -175,6 +176,7 @@ class Gateway:
                     self._answer(200, json.dumps(gateway.change_answer({"certificate_pem": made})).encode())
                 elif self.path == "/v1/base" and self._peer():
                     gateway.announced.append(json.loads(body))
+                    gateway.orders_read.append(self.headers.get("concordat-orders"))
                     self._answer(200, b'{"taken": true}')
                 elif self.path.startswith("/v1/fleet/") and self._peer():
                     gateway.fleet_calls.append((self.path, self._peer()))

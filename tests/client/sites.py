@@ -19,6 +19,7 @@ from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.manifest import LORA_TARGETS, RoundManifest, RunSpec
+from fl_shared.documents.order import RoundOrder
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.service import Ledger
 from fl_shared.privacy.mechanism import Mechanism
@@ -136,7 +137,19 @@ class Site:
     def order(self, manifest: RoundManifest, adapter: bytes = b"", key: SigningKey | None = None) -> Sealed:
         """Sign the manifest and hand it to the agent."""
         document = sign_document(key or self.coordinator, manifest.to_dict())
-        return self.rounds.handle(json.dumps(document), adapter)
+        return self.rounds.handle(json.dumps(document), lambda: adapter)
+
+    def by_digest(self, manifest: RoundManifest, **changes: Any) -> RoundOrder:
+        """The order for the same round that names the spec by its digest; keywords change its fields."""
+        names = {each.name for each in dataclasses.fields(RoundOrder)}
+        return RoundOrder(**{name: getattr(manifest, name) for name in names} | changes)
+
+    def order_by_digest(
+        self, order: RoundOrder, spec_json: str, adapter: bytes = b"", key: SigningKey | None = None
+    ) -> Sealed:
+        """Sign the order and hand it to the agent, with what travels beside it."""
+        document = sign_document(key or self.coordinator, order.to_dict())
+        return self.rounds.handle(json.dumps(document), lambda: adapter, spec_json)
 
     def outcomes(self) -> list[tuple[int, str]]:
         """Round and outcome of every reservation."""

@@ -11,10 +11,12 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fl_client.agent.orders import Arrived, Assignment
 from fl_server.rounds.replies import Expected
-from fl_shared.canonical import canonical_bytes, parse_json
+from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.manifest import Receipt, Refusal, RoundManifest, RunSpec
+from fl_shared.documents.order import RoundOrder, read_spec
 from fl_shared.documents.plan import PlanAnswer, PlanQuestion
 from fl_shared.errors import ConcordatError
 from fl_shared.fields import parse_toml
@@ -50,6 +52,7 @@ KEY = SigningKey.generate()
 RUN = RunSpec.from_text(SPEC)
 NOW = time.time()
 MANIFEST = RoundManifest("demo", 1, "h-1", RUN, DIGEST, "n", NOW, NOW + 9)
+ORDER = RoundOrder("demo", 1, "h-1", RUN.digest, DIGEST, "n", NOW, NOW + 9)
 RECEIPT = Receipt(
     run="demo", round=1, site="h-1", manifest_digest=MANIFEST.digest, spec_digest=RUN.digest, update_digest=DIGEST,
     model_digest=DIGEST, mechanism=Mechanism(1.0, 0.1, 4, 1.0), steps_executed=4, epsilon_spent_total=0.5, delta=1e-5,
@@ -61,6 +64,7 @@ ANSWER = PlanAnswer("d" * 32, QUESTION.digest, "h-1", 2, 1, 0.0, (), NOW)
 READERS: list[tuple[Callable[[Any], Any], dict[str, Any]]] = [
     (RunSpec.from_dict, RUN.to_dict()),
     (RoundManifest.from_dict, MANIFEST.to_dict()),
+    (RoundOrder.from_dict, ORDER.to_dict()),
     (Receipt.from_dict, RECEIPT.to_dict()),
     (Refusal.from_dict, REFUSAL.to_dict()),
     (PlanQuestion.from_dict, QUESTION.to_dict()),
@@ -103,6 +107,13 @@ def changed(draw: st.DrawFn, whole: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def _canonical(table: dict[str, Any]) -> str:
+    try:
+        return canonical_bytes(table).decode()
+    except ConcordatError:
+        return ""
+
+
 @st.composite
 def spliced(draw: st.DrawFn, text: str) -> str:
     """A text in which a stretch was replaced by others or repeated."""
@@ -137,6 +148,47 @@ def test_any_document_of_the_wrong_form(data: st.DataObject) -> None:
     with contextlib.suppress(ConcordatError):
         found = reader(table)
         assert reader(found.to_dict()) == found
+
+
+@given(st.text(max_size=400) | spliced(RUN.canonical) | changed(RUN.to_dict()).map(_canonical))
+@example("[" * 200_000)
+@example("1" * 5000)
+@example("1e999")
+@example('"\ud800"')
+def test_any_text_beside_an_order_that_names_its_digest(text: str) -> None:
+    """A spec of exactly these bytes, or our own error; and never under the digest of another one."""
+    with contextlib.suppress(ConcordatError):
+        named = f"sha256:{sha256_hex(text.encode('utf-8', 'surrogatepass'))}"
+        found = read_spec(text, named)
+        assert canonical_bytes(json.loads(text)).decode() == text
+        assert RunSpec.from_dict(json.loads(text)) == found
+    with contextlib.suppress(ConcordatError):
+        assert read_spec(text, RUN.digest) == RUN
+
+
+@given(st.data())
+def test_any_order_that_a_key_of_ours_signed(data: st.DataObject) -> None:
+    """What a hostile coordinator signs with its right key, as an agent reads it: an assignment or our own error."""
+    body = data.draw(changed(data.draw(st.sampled_from([ORDER.to_dict(), MANIFEST.to_dict()]))))
+    spec_json = data.draw(st.sampled_from([RUN.canonical, "", "{}"]))
+    with contextlib.suppress(ConcordatError):
+        arrived = Arrived.read(json.dumps(sign_document(KEY, body)), "h-1")
+        arrived.require_signed(lambda key: key == KEY.public_hex)
+        found = Assignment.of(arrived, spec_json)
+        assert (found.run, found.round, found.spec) == (arrived.run, arrived.round, found.spec)
+        assert found.spec_digest == body["spec_digest"]
+
+
+@given(st.text(max_size=300) | spliced(json.dumps(sign_document(KEY, ORDER.to_dict()))))
+@example("[" * 200_000)
+@example("1" * 5000)
+@example('{"body": {"run": "demo", "round": 1}, "key": 1, "signature": []}')
+def test_any_text_as_an_order(text: str) -> None:
+    """As it comes over the agent's socket: nothing but the signed one opens."""
+    with contextlib.suppress(ConcordatError):
+        arrived = Arrived.read(text, "h-1")
+        arrived.require_signed(lambda key: key == KEY.public_hex)
+        assert arrived.digest == ORDER.digest
 
 
 @given(st.binary(max_size=300) | st.text(max_size=300) | spliced(json.dumps(sign_document(KEY, RECEIPT.to_dict()))))

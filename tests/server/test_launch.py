@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from fl_client.model.quantise import quantise_directory
 from fl_client.model.recipe.pretrain import train_tokenizer
+from fl_shared.documents.order import BY_DIGEST, ORDERS_HEADER
 from harness import Site, command_json, running
 from helpers.coordinators import Coordinator, until
 from helpers.ports import free_port
@@ -172,14 +175,38 @@ def test_an_announcement_of_another_form_changes_nothing(federation: Federation)
     assert federation.one.admin("sites", "show", REAL)["base_targets"] == ["attention", "routed_experts"]
 
 
+def orders_read(federation: Federation, site: str) -> int:
+    """Which orders the coordinator holds a site to read."""
+    with closing(sqlite3.connect(federation.one.home / "coordinator.sqlite", timeout=30)) as database:
+        ((orders,),) = database.execute("SELECT orders FROM sites WHERE site = ?", (site,)).fetchall()
+    return int(orders)
+
+
+def test_an_announcement_says_which_orders_the_site_reads(federation: Federation) -> None:
+    """A real agent of this version says 2. One that says nothing, or nonsense, sets it back: it gets whole orders."""
+    assert orders_read(federation, REAL) == BY_DIGEST
+    good = {"kind": "base-model", "digest": federation.base, "targets": ["attention"]}
+    with federation.one.client(QUIET) as client:
+        for said, expected in (("2", 2), (None, 0), ("3", 3), ("x", 0), ("2", 2), ("-2", 0), ("2.0", 0), ("99999", 0)):
+            headers = {} if said is None else {ORDERS_HEADER: said}
+            assert client.post("/v1/base", json=good, headers=headers).status_code == 200
+            assert orders_read(federation, QUIET) == expected, said
+        client.post("/v1/base", json=good, headers={ORDERS_HEADER: "2"})
+        twice = [(ORDERS_HEADER, "0"), (ORDERS_HEADER, "2")]
+        assert client.post("/v1/base", json=good, headers=twice).status_code == 400
+        assert client.post("/v1/base", content=b"{}").status_code == 400
+    assert orders_read(federation, QUIET) == 2
+
+
 def test_a_site_that_enrols_again_has_announced_nothing(federation: Federation) -> None:
     """Its new home may hold another base; a launch names it in a warning, and what fits is launched."""
     with federation.one.client(QUIET) as client:
         announced = {"kind": "base-model", "digest": federation.base, "targets": ["attention"]}
-        assert client.post("/v1/base", json=announced).status_code == 200
+        assert client.post("/v1/base", json=announced, headers={ORDERS_HEADER: "2"}).status_code == 200
     (federation.one.keys[QUIET].folder / "signing.pem").unlink()
     federation.one.enrol(QUIET)
     assert federation.one.admin("sites", "show", QUIET)["base_model"] == ""
+    assert orders_read(federation, QUIET) == 0
     done = federation.launch(federation.spec("fits", "attention", "routed_experts", sites=(REAL, QUIET)), "--json")
     assert done.returncode == 0, done
     assert done.stderr == f"warning: not compared, since no base model was announced yet: {QUIET}\n"

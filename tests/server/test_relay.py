@@ -22,11 +22,13 @@ from fl_shared.wire.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_se
 
 V1 = {
     "Chunk": {"header": (1, 11), "reply": (2, 11), "data": (3, 12)},
-    "RoundHeader": {"manifest_json": (1, 9), "adapter_bytes": (2, 4), "adapter_digest": (3, 9)},
+    "RoundHeader": {
+        "manifest_json": (1, 9), "adapter_bytes": (2, 4), "adapter_digest": (3, 9), "spec_json": (4, 9),
+    },
     "ReplyHeader": {"status": (1, 9), "document_json": (2, 9), "adapter_bytes": (3, 4), "adapter_digest": (4, 9)},
     "InfoRequest": {},
     "InfoReply": {"site": (1, 9), "version": (2, 9), "state": (3, 9), "problems": (4, 9)},
-}
+}  # fmt: skip
 """Every field of `concordat.agent.v1`: (number, type). Fields may be added; none of these is ever changed."""
 
 
@@ -81,14 +83,14 @@ class Scripted(AgentServicer):  # type: ignore[misc]  # generated, without types
         yield from self.chunks
 
 
-def ask(tmp_path: Path, agent: AgentServicer | None, adapter: bytes = b"") -> tuple[str, str, bytes]:
+def ask(tmp_path: Path, agent: AgentServicer | None, adapter: bytes = b"", *spec: str) -> tuple[str, str, bytes]:
     server = grpc.server(running_pool(2, "scripted"))
     if agent is not None:
         add_AgentServicer_to_server(agent, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()
     try:
-        return relay(f"{tmp_path}/s", "an order", adapter, 30.0)
+        return relay(f"{tmp_path}/s", "an order", adapter, 30.0, *spec)
     finally:
         server.stop(0).wait()
 
@@ -105,6 +107,16 @@ def test_an_order_and_its_answer_arrive_whole(tmp_path: Path) -> None:
     assert (first.header.manifest_json, first.header.adapter_bytes) == ("an order", len(adapter))
     assert b"".join(each.data for each in pieces) == adapter
     assert max(len(each.data) for each in pieces) <= 1 << 20
+
+
+def test_a_spec_travels_beside_the_order_and_only_then(tmp_path: Path) -> None:
+    """An agent of the version before knows no such field: an order that holds its spec reaches it as ever."""
+    agent = Scripted([head(0)])
+    spec = "{" + "x" * 700_000 + "}"
+    assert ask(tmp_path, agent, b"", spec) == ("ok", "{}", b"")
+    assert agent.seen[0].header.spec_json == spec
+    ask(tmp_path, agent)
+    assert {field.name for field, _ in agent.seen[0].header.ListFields()} == {"manifest_json", "adapter_digest"}
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fl_shared.documents.manifest import (
     RunSpec,
     document_digest,
 )
+from fl_shared.documents.order import RoundOrder, read_spec
 from fl_shared.errors import ConfigError
 from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Budget, Mechanism
 
@@ -277,6 +278,11 @@ def manifests(draw: st.DrawFn) -> RoundManifest:
     )
 
 
+ORDERS = st.builds(
+    RoundOrder, **ADDRESS, spec_digest=DIGESTS, adapter_digest=DIGESTS, nonce=TEXTS, issued_at=TIMES, expires_at=TIMES
+)
+
+
 def travelled(document: Any) -> Any:
     return parse_json(json.dumps(document.to_dict()), "document")
 
@@ -287,6 +293,27 @@ def test_a_spec_survives_the_wire(spec: RunSpec) -> None:
     back = RunSpec.from_dict(travelled(spec))
     assert back == spec
     assert back.digest == spec.digest
+
+
+@given(specs())
+def test_a_spec_is_read_from_the_text_that_its_digest_is_of(spec: RunSpec) -> None:
+    """What travels beside an order is the canonical form, and it is kept: computed once, and never of another spec."""
+    assert spec.canonical.encode() == canonical_bytes(spec.to_dict())
+    assert spec.digest == document_digest(spec.to_dict())
+    assert spec.canonical is spec.canonical
+    back = read_spec(spec.canonical, spec.digest)
+    assert back == spec
+    assert back.digest == spec.digest
+    more = dataclasses.replace(spec, lora=dataclasses.replace(spec.lora, rank=spec.lora.rank + 1))
+    assert more.digest == document_digest(more.to_dict()) != spec.digest
+
+
+@given(ORDERS)
+def test_an_order_survives_the_wire(order: RoundOrder) -> None:
+    """Read back it is equal and has the digest that its maker computed, also when the times were whole numbers."""
+    back = RoundOrder.from_dict(travelled(order))
+    assert back == order
+    assert back.digest == order.digest == document_digest(travelled(order))
 
 
 @given(manifests())
@@ -335,6 +362,7 @@ DOCUMENTS: dict[str, Any] = {
     "manifest": RoundManifest(
         "demo", 1, "hospital-001", RunSpec.from_text(SPEC), "sha256:" + "1" * 64, "nonce", 1.0, 2.0
     ),
+    "order": RoundOrder("demo", 1, "hospital-001", "sha256:" + "2" * 64, "sha256:" + "1" * 64, "nonce", 1.0, 2.0),
     "receipt": Receipt(
         run="demo",
         round=1,

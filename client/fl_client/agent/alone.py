@@ -1,6 +1,6 @@
 """A site trains a run's spec by itself: the baseline that shows what federation adds.
 
-Nothing is cheaper here than in a federated run: each round is ordered by a manifest (signed by a key made
+Nothing is cheaper here than in a federated run: each round is ordered by a document (signed by a key made
 for this run), held against the same policy, reserved and settled in the same ledger as `alone:NAME`, and
 its update passes the same choke point (docs/decisions/0002).
 """
@@ -8,6 +8,7 @@ its update passes the same choke point (docs/decisions/0002).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import secrets
 import time
@@ -23,7 +24,8 @@ from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import require_usable
 from fl_shared.adapters.safetensors import digest, pack, unpack
 from fl_shared.documents.aggregators import ROBUST
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.order import RoundOrder
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.suspension import resume_command
@@ -59,17 +61,18 @@ def train_alone(
     for number in range(1, spec.run.rounds + 1):
         adapter = pack(total)
         now = time.time()
-        manifest = RoundManifest(
+        order = RoundOrder(
             run=run,
             round=number,
             site=site.config.site,
-            spec=spec,
+            spec_digest=spec.digest,
             adapter_digest=digest(adapter),
             nonce=secrets.token_hex(16),
             issued_at=now,
             expires_at=now + 3600.0,
         )
-        sealed = site.rounds.handle(json.dumps(sign_document(order_key, manifest.to_dict())), adapter)
+        signed = json.dumps(sign_document(order_key, order.to_dict()))
+        sealed = site.rounds.handle(signed, functools.partial(bytes, adapter), spec.canonical)
         document = json.loads(sealed.document)
         if sealed.status != "ok":
             body = document["body"]

@@ -24,9 +24,7 @@ start.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import threading
 import time
@@ -35,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fl_client.agent.head import entered
+from fl_client.agent.orders import Arrived, Assignment
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
 from fl_client.agent.policy import check_policy
 from fl_client.agent.progress import Progress
@@ -42,9 +41,8 @@ from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack, require_finite, unpack
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import LORA_TARGETS, Receipt, Refusal, RoundManifest, RunSpec, document_digest
-from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError, SignatureError
-from fl_shared.identity.signing import open_document
+from fl_shared.documents.manifest import LORA_TARGETS, Receipt, Refusal, RunSpec
+from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation
 from fl_shared.ledger.service import Ledger
@@ -55,7 +53,6 @@ from fl_shared.privacy.mechanism import Mechanism
 log = logging.getLogger("fl_client.agent")
 
 CLOCK_SKEW_S = 300.0
-MAX_MANIFEST_BYTES = 8 << 20
 HELD_S = 86_400.0
 SUSPENDED = "this site takes no part in the run until its operator has confirmed"
 
@@ -142,7 +139,7 @@ class Rounds:
         self._train, self._prepare, self._written = train, prepare, written
         self._progress = progress or Progress()
         self._suspensions = Suspensions(ledger)
-        self._busy = threading.Lock()
+        self._receiving, self._busy = threading.Lock(), threading.Lock()
         self._stopping = threading.Event()
         self._nonces: dict[str, tuple[str, int]] = {}
         self._specs: dict[str, str] = {}
@@ -191,42 +188,50 @@ class Rounds:
         with self._busy:
             return
 
-    def signed(self, manifest_json: str) -> bool:
-        """Whether a key that may sign orders signed this one: of no other are gigabytes taken into memory."""
-        self._peek(manifest_json)
-        with contextlib.suppress(ConcordatError):
-            self._opened(json.loads(manifest_json))
-            return True
-        return False
+    def handle(self, order_json: str, adapter: Callable[[], bytes], spec_json: str = "") -> Sealed:
+        """Answer one round. Raises RunError for an order that names no usable run and round, and Stopping.
 
-    def handle(self, manifest_json: str, adapter: bytes) -> Sealed:
-        """Answer one round. Raises RunError for an order that names no usable run and round, and Stopping."""
-        body, run, round_ = self._peek(manifest_json)
-        with self._busy:
-            self._began, self._computed = time.monotonic(), False
-            try:
-                return self._answer(json.loads(manifest_json), adapter)
-            except Refused as refused:
-                code, message = refused.code, refused.message
-            except BudgetExhausted as error:
-                code, message = "budget-exhausted", error.message
-            except PolicyRefusal as error:
-                code, message = "policy", error.message
-            except Stopping:
-                log.warning("the round gets no answer: shutting down", extra={"run": run, "round": round_})
-                raise
-            except (ConcordatError, OSError):
-                # A damaged file, a full disk, a ledger that cannot be written: the details stay here.
-                log.exception("the round cannot be answered", extra={"run": run, "round": round_})
-                code, message = "failed", "the site cannot answer this round; see the site's own log"
-            finally:
-                self._progress.end()
-                self._wait_for_the_moment()
-                self.state = "idle"
-        log.warning("refused: %s", message, extra={"run": run, "round": round_, "code": code})
-        return self._outgoing.refuse(
-            Refusal(run, round_, self._facts.site, document_digest(body), code, message, time.time())
-        )
+        `adapter` fetches the adapter: once for an order that a key that may sign orders signed, of no other, and of one
+        order at a time, so that nobody fills the memory. `spec_json`: what came beside an order that names its spec.
+        """
+        arrived = Arrived.read(order_json, self._facts.site)
+        try:
+            arrived.require_signed(self._facts.accepts_key)
+        except ConcordatError as error:
+            return self._refused(arrived, "bad-manifest", error.message)
+        with self._receiving:
+            fetched = adapter()
+            with self._busy:
+                return self._handle(arrived, fetched, spec_json)
+
+    def _handle(self, arrived: Arrived, adapter: bytes, spec_json: str) -> Sealed:
+        self._began, self._computed = time.monotonic(), False
+        at = {"run": arrived.run, "round": arrived.round}
+        try:
+            return self._answer(arrived, adapter, spec_json)
+        except Refused as refused:
+            code, message = refused.code, refused.message
+        except BudgetExhausted as error:
+            code, message = "budget-exhausted", error.message
+        except PolicyRefusal as error:
+            code, message = "policy", error.message
+        except Stopping:
+            log.warning("the round gets no answer: shutting down", extra=at)
+            raise
+        except (ConcordatError, OSError):
+            # A damaged file, a full disk, a ledger that cannot be written: the details stay here.
+            log.exception("the round cannot be answered", extra=at)
+            code, message = "failed", "the site cannot answer this round; see the site's own log"
+        finally:
+            self._progress.end()
+            self._wait_for_the_moment()
+            self.state = "idle"
+        return self._refused(arrived, code, message)
+
+    def _refused(self, arrived: Arrived, code: str, message: str) -> Sealed:
+        log.warning("refused: %s", message, extra={"run": arrived.run, "round": arrived.round, "code": code})
+        refusal = Refusal(arrived.run, arrived.round, self._facts.site, arrived.digest, code, message, time.time())
+        return self._outgoing.refuse(refusal)
 
     def _wait_for_the_moment(self) -> None:
         """Once a round was computed, wait until a whole number of intervals has passed since the order began.
@@ -239,16 +244,16 @@ class Rounds:
             self._stopping.wait(every - (time.monotonic() - self._began) % every)
         self._computed = False
 
-    def _answer(self, document: Any, adapter: bytes) -> Sealed:
-        manifest = self._checked(document, adapter)
-        stored = self._repeat(manifest)
+    def _answer(self, arrived: Arrived, adapter: bytes, spec_json: str) -> Sealed:
+        assigned = self._checked(arrived, adapter, spec_json)
+        stored = self._repeat(assigned)
         if stored is not None:
             return stored
         if self._stopping.is_set():
             raise Stopping
-        check_policy(manifest.spec, self._facts.policy)
-        if why := self._suspensions.of(manifest.run):
-            log.warning("not taking part until `fl-client resume`: %s", why, extra=_at(manifest))
+        check_policy(assigned.spec, self._facts.policy)
+        if why := self._suspensions.of(assigned.run):
+            log.warning("not taking part until `fl-client resume`: %s", why, extra=assigned.at)
             raise Refused("suspended", SUSPENDED)
         try:
             offset = unpack(adapter)
@@ -256,10 +261,10 @@ class Rounds:
         except DataError as error:
             raise Refused("bad-manifest", error.message) from error
         fault("round.checked")
-        self._prepare_publicly(manifest, offset)
-        reservation = self._reserve(manifest)
+        self._prepare_publicly(assigned, offset)
+        reservation = self._reserve(assigned)
         fault("round.reserved")
-        order, update = self._compute(manifest, reservation, offset)
+        order, update = self._compute(assigned, reservation, offset)
         if order.executed is None or order.update_digest is None:
             raise RunError("the round has no update", fix="this is a defect of the agent")
         self._progress.end()
@@ -267,52 +272,52 @@ class Rounds:
         entry = self._ledger.settle(reservation, order.executed, order.update_digest)
         fault("round.settled")
         self._written()
-        self._store.prune(manifest.run, manifest.round)
-        log.info("released update %s", order.update_digest[:19], extra={**_at(manifest), "entry": entry.id})
-        return self._release(manifest, order, entry.id, update)
+        self._store.prune(assigned.run, assigned.round)
+        log.info("released update %s", order.update_digest[:19], extra={**assigned.at, "entry": entry.id})
+        return self._release(assigned, order, entry.id, update)
 
-    def _prepare_publicly(self, manifest: RoundManifest, offset: dict[str, Any]) -> None:
+    def _prepare_publicly(self, assigned: Assignment, offset: dict[str, Any]) -> None:
         """Do all that needs no private data. Nothing is reserved yet, so whatever fails may be told, and is free."""
         try:
-            self._prepare(manifest.spec, offset)
+            self._prepare(assigned.spec, offset)
         except PolicyRefusal:
             raise
         except ConcordatError as error:
-            log.warning("the round cannot be prepared: %s", error.message, extra=_at(manifest))
+            log.warning("the round cannot be prepared: %s", error.message, extra=assigned.at)
             raise Refused("unsupported-spec", f"{error.message}; fix: {error.fix}") from error
         except Exception as error:  # anything may fail in a library; the message may name this site's files
-            log.exception("the round cannot be prepared; nothing is charged", extra=_at(manifest))
+            log.exception("the round cannot be prepared; nothing is charged", extra=assigned.at)
             raise Refused("unsupported-spec", "the site cannot prepare this round; see the site's own log") from error
 
-    def _reserve(self, manifest: RoundManifest) -> Reservation:
+    def _reserve(self, assigned: Assignment) -> Reservation:
         """Write the order, then hold its mechanism against the budget (or find it held since a crash)."""
-        mechanism = manifest.spec.mechanism()
-        for spend in list(self._ledger.spends(run=manifest.run)):
+        mechanism = assigned.spec.mechanism()
+        for spend in list(self._ledger.spends(run=assigned.run)):
             held = spend.reservation
             if held.purpose != TRAINING or spend.outcome != "open":
-                if held.round == manifest.round and spend.outcome == "in-doubt":
+                if held.round == assigned.round and spend.outcome == "in-doubt":
                     raise Refused("failed", "this round failed here and was charged; it is not tried again")
                 continue
             order = self._store.find(held.run, held.round)
             same = order and (order.spec_digest, order.adapter_digest) == (
-                manifest.spec_digest,
-                manifest.adapter_digest,
+                assigned.spec_digest,
+                assigned.adapter_digest,
             )
             # The data that is read is the data that was charged for, whatever site.toml names since the crash.
             data = (held.dataset, held.dataset_version) == (self._facts.dataset.name, self._facts.dataset.version)
-            if held.round == manifest.round and same and data and held.mechanism == mechanism:
-                log.warning("computing again what a crash broke off; its charge is held", extra=_at(manifest))
+            if held.round == assigned.round and same and data and held.mechanism == mechanism:
+                log.warning("computing again what a crash broke off; its charge is held", extra=assigned.at)
                 note_computed_again(self._ledger, held)
                 return held
             self._ledger.charge_in_doubt(held, "broken off by a crash, and the run went on without it")
-            if held.round == manifest.round:
+            if held.round == assigned.round:
                 raise Refused("failed", "this round was broken off here and charged; it is not tried again")
         order = Order(
-            run=manifest.run,
-            round=manifest.round,
-            nonce=manifest.nonce,
-            spec_digest=manifest.spec_digest,
-            adapter_digest=manifest.adapter_digest,
+            run=assigned.run,
+            round=assigned.round,
+            nonce=assigned.nonce,
+            spec_digest=assigned.spec_digest,
+            adapter_digest=assigned.adapter_digest,
             model_digest=self._facts.model_digest,
             ordered_at=time.time(),
         )
@@ -320,7 +325,7 @@ class Rounds:
         fault("round.ordered")
         try:
             reservation = self._ledger.reserve(
-                self._facts.dataset, mechanism, run=manifest.run, round=manifest.round, purpose=TRAINING
+                self._facts.dataset, mechanism, run=assigned.run, round=assigned.round, purpose=TRAINING
             )
         except BudgetExhausted:
             self._store.drop(order)  # whoever may order without being granted anything must not fill the disk
@@ -328,13 +333,11 @@ class Rounds:
         self._remember(order)
         return reservation
 
-    def _compute(
-        self, manifest: RoundManifest, reservation: Reservation, offset: dict[str, Any]
-    ) -> tuple[Order, bytes]:
+    def _compute(self, assigned: Assignment, reservation: Reservation, offset: dict[str, Any]) -> tuple[Order, bytes]:
         """Train and keep the update on disk. Whatever goes wrong inside, the reservation is charged in full."""
         self.state, self._computed = "training", True
-        log.info("training", extra=_at(manifest))
-        self._progress.begin(manifest.run, manifest.round)
+        log.info("training", extra=assigned.at)
+        self._progress.begin(assigned.run, assigned.round)
 
         def progress(step: int = 0, steps: int = reservation.mechanism.steps) -> None:
             fault("round.step")
@@ -343,11 +346,11 @@ class Rounds:
                 raise Stopping
 
         try:
-            trained = self._train(manifest.spec, reservation.mechanism, offset, manifest.round, progress)
+            trained = self._train(assigned.spec, reservation.mechanism, offset, assigned.round, progress)
             require_finite(trained.update)
-            update = pack(trained.update, wire=manifest.spec.run.wire)
+            update = pack(trained.update, wire=assigned.spec.run.wire)
             fault("round.trained")
-            order = self._store.find(manifest.run, manifest.round)
+            order = self._store.find(assigned.run, assigned.round)
             if order is None:
                 raise DataError("the round's order vanished from the disk", fix="look for who deleted it")
             order = dataclasses.replace(order, update_digest=digest(update), executed=trained.executed)
@@ -360,47 +363,47 @@ class Rounds:
             self._written()
             log.exception(
                 "the round failed; it is charged in full, and the site leaves the run until `fl-client resume`",
-                extra=_at(manifest),
+                extra=assigned.at,
             )
             raise Refused("failed", "training failed at the site; see the site's own log") from error
         return order, update
 
-    def _repeat(self, manifest: RoundManifest) -> Sealed | None:
+    def _repeat(self, assigned: Assignment) -> Sealed | None:
         """The answer to a round that was settled before, None when it is new."""
-        spends = self._ledger.spends(run=manifest.run)
+        spends = self._ledger.spends(run=assigned.run)
         settled = [
             spend
             for spend in spends
             if spend.outcome == "settled"
-            and (spend.reservation.round, spend.reservation.purpose) == (manifest.round, TRAINING)
+            and (spend.reservation.round, spend.reservation.purpose) == (assigned.round, TRAINING)
         ]
         if not settled:
             return None
         spend = settled[-1]
-        order = self._store.find(manifest.run, manifest.round)
+        order = self._store.find(assigned.run, assigned.round)
         if order is None:
             raise Refused("bad-manifest", "this round is too old: its update is no longer kept")
         if order.update_digest != spend.release_digest or spend.settled_seq is None:
             raise Refused("failed", "this round was charged, but its update is no longer stored")
-        if (order.spec_digest, order.adapter_digest) != (manifest.spec_digest, manifest.adapter_digest):
+        if (order.spec_digest, order.adapter_digest) != (assigned.spec_digest, assigned.adapter_digest):
             raise Refused("bad-manifest", "this round was already released for another spec or adapter")
         update = self._store.update(order)
         if update is None:
             raise Refused("bad-manifest", "this round is too old: its update is no longer kept")
-        log.info("sending the stored update again; nothing is spent", extra=_at(manifest))
-        return self._release(manifest, order, self._ledger.entry(spend.settled_seq).id, update)
+        log.info("sending the stored update again; nothing is spent", extra=assigned.at)
+        return self._release(assigned, order, self._ledger.entry(spend.settled_seq).id, update)
 
-    def _release(self, manifest: RoundManifest, order: Order, entry_id: str, update: bytes) -> Sealed:
+    def _release(self, assigned: Assignment, order: Order, entry_id: str, update: bytes) -> Sealed:
         position = self._ledger.epsilon(self._facts.dataset)
         pinned = self._ledger.checkpoint()
         if order.executed is None or order.update_digest is None:
             raise RunError("the round has no update", fix="this is a defect of the agent")
         receipt = Receipt(
-            run=manifest.run,
-            round=manifest.round,
+            run=assigned.run,
+            round=assigned.round,
             site=self._facts.site,
-            manifest_digest=manifest.digest,
-            spec_digest=manifest.spec_digest,
+            manifest_digest=assigned.digest,
+            spec_digest=assigned.spec_digest,
             update_digest=order.update_digest,
             model_digest=order.model_digest,
             mechanism=order.executed,
@@ -418,47 +421,38 @@ class Rounds:
         fault("round.sealed")
         return sealed
 
-    def _checked(self, document: Any, adapter: bytes) -> RoundManifest:
-        """Return the manifest after every check that needs no private data; Refused otherwise."""
+    def _checked(self, arrived: Arrived, adapter: bytes, spec_json: str) -> Assignment:
+        """Return what is asked for after every check that needs no private data; Refused otherwise."""
         facts = self._facts
         try:
-            manifest = RoundManifest.from_dict(self._opened(document))
+            arrived.require_accepted(facts.accepts_key)
+            assigned = Assignment.of(arrived, spec_json)
         except ConcordatError as error:
             raise Refused("bad-manifest", error.message) from error
         now = time.time()
-        earlier = self._nonces.get(manifest.nonce)
+        earlier = self._nonces.get(assigned.nonce)
         for wrong, message in (
-            (manifest.site != facts.site, f"the manifest is for site {manifest.site}"),
-            (facts.site not in manifest.spec.run.sites, "the spec does not name this site"),
-            (manifest.round > manifest.spec.run.rounds, f"the run has {manifest.spec.run.rounds} rounds"),
-            (not self._may_order(manifest.run), f"run {manifest.run!r} is not the coordinator's to order"),
-            (now > manifest.expires_at, "the manifest has expired; check both clocks"),
-            (manifest.issued_at > now + CLOCK_SKEW_S, "the manifest is from the future; check both clocks"),
+            (assigned.site != facts.site, f"the order is for site {assigned.site}"),
+            (facts.site not in assigned.spec.run.sites, "the spec does not name this site"),
+            (assigned.round > assigned.spec.run.rounds, f"the run has {assigned.spec.run.rounds} rounds"),
+            (not self._may_order(assigned.run), f"run {assigned.run!r} is not the coordinator's to order"),
+            (now > assigned.expires_at, "the order has expired; check both clocks"),
+            (assigned.issued_at > now + CLOCK_SKEW_S, "the order is from the future; check both clocks"),
+            (assigned.adapter_digest != digest(adapter), "the adapter is not the one that the order names"),
             (
-                manifest.adapter_digest != digest(adapter),
-                "the adapter is not the one that the manifest names",
+                earlier is not None and earlier != (assigned.run, assigned.round),
+                "the order's nonce was used for another round",
             ),
             (
-                earlier is not None and earlier != (manifest.run, manifest.round),
-                "the manifest's nonce was used for another round",
-            ),
-            (
-                self._specs.get(manifest.run, manifest.spec_digest) != manifest.spec_digest,
+                self._specs.get(assigned.run, assigned.spec_digest) != assigned.spec_digest,
                 "the run's spec is not the one of its earlier rounds",
             ),
         ):
             if wrong:
                 raise Refused("bad-manifest", message)
-        if objection := facts.base.objection(manifest.spec):
+        if objection := facts.base.objection(assigned.spec):
             raise Refused(objection.code, objection.message)
-        return manifest
-
-    def _opened(self, document: Any) -> dict[str, Any]:
-        """The body of an order; SignatureError unless one of the coordinator's keys signed it."""
-        key = str(document.get("key", "")) if isinstance(document, dict) else ""
-        if not self._facts.accepts_key(key):
-            raise SignatureError(f"signed by key {key[:16]!r}, which is not the coordinator's")
-        return open_document(document, key)
+        return assigned
 
     def _may_order(self, run: str) -> bool:
         """Whether the run lies in the name space of those who may sign orders here."""
@@ -469,25 +463,6 @@ class Rounds:
         except ConcordatError:
             return False
 
-    def _peek(self, manifest_json: str) -> tuple[dict[str, Any], str, int]:
-        """Body, run and round of an order, before any of it is believed: a refusal must name them."""
-        fix = "send a document signed by the coordinator"
-        if len(manifest_json) > MAX_MANIFEST_BYTES:
-            raise RunError("the order is too large", fix=fix)
-        try:
-            body = json.loads(manifest_json)["body"]
-            digest_ = document_digest(body)
-            peeked = Refusal.from_dict(
-                Refusal(body["run"], body["round"], self._facts.site, digest_, "failed", "-", 0.0).to_dict()
-            )
-        except (ValueError, KeyError, TypeError, RecursionError, AttributeError, ConcordatError) as error:
-            raise RunError("the order is not a round manifest", fix=fix) from error
-        return body, peeked.run, peeked.round
-
     def _remember(self, order: Order) -> None:
         self._nonces[order.nonce] = (order.run, order.round)
         self._specs.setdefault(order.run, order.spec_digest)
-
-
-def _at(manifest: RoundManifest) -> dict[str, Any]:
-    return {"run": manifest.run, "round": manifest.round}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from fl_shared.wire.chunks import join
 
 log = logging.getLogger("fl_client.agent")
 
-_MAX_MESSAGE = (8 << 20) + (1 << 16)  # one manifest, or one data chunk of 1 MiB
+_MAX_MESSAGE = (8 << 20) + (1 << 16)  # one header: an order and its spec; or one data chunk of 1 MiB
 
 
 class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # generated, without types
@@ -44,7 +43,6 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         self._rounds = rounds
         self._metrics = metrics or Metrics()
         self._problems = problems
-        self._receiving = threading.Lock()
 
     def Round(self, request_iterator: Iterator[Chunk], context: grpc.ServicerContext) -> Iterator[Chunk]:  # noqa: N802
         """One round: header and adapter in, reply and update out."""
@@ -68,18 +66,21 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
         yield from chunks(sealed)
 
     def _answered(self, header: RoundHeader, chunks_: Iterator[Chunk]) -> tuple[Sealed, int]:
-        """The answer to an order, and its adapter's size. One adapter at a time is in memory, and none that nobody
-        signed for: such an order is refused without."""
-        if not self._rounds.signed(header.manifest_json):
-            return self._rounds.handle(header.manifest_json, b""), 0
-        with self._receiving:
-            adapter = join(
+        """The answer to an order, and how large an adapter was taken into memory for it."""
+        size = 0
+
+        def adapter() -> bytes:
+            nonlocal size
+            size = header.adapter_bytes
+            return join(
                 (_data(chunk) for chunk in chunks_),
                 expected_bytes=header.adapter_bytes,
                 expected_digest=header.adapter_digest,
                 limit=MAX_BYTES,
             )
-            return self._rounds.handle(header.manifest_json, adapter), len(adapter)
+
+        sealed = self._rounds.handle(header.manifest_json, adapter, header.spec_json)
+        return sealed, size
 
     def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
         """What the untrusted half may know."""

@@ -10,9 +10,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from fl_client.identity.enrolment import Coordinator, verified_context
 from fl_client.identity.gateway_client import PASSING, ask, read
 from fl_client.site.home import SiteHome
+from fl_shared.documents.order import BY_DIGEST, ORDERS_HEADER
 from fl_shared.errors import EnrolmentError, TransportError
 
 TIMEOUT = httpx.Timeout(15.0)
+SPOKEN = {ORDERS_HEADER: str(BY_DIGEST)}
 
 
 def say_hello(home: SiteHome, pinned: Coordinator) -> dict[str, Any]:
@@ -25,6 +27,8 @@ def call(
 ) -> dict[str, Any]:
     """One call of the gateway under mutual TLS 1.3; the JSON object that it answers.
 
+    Each says which orders this version reads; the coordinator keeps it with the announcement of the base model.
+
     Raises TransportError when no usable answer came, EnrolmentError when the certificate cannot be used or is refused.
     """
     url = f"{pinned.server}{path}"
@@ -35,7 +39,7 @@ def call(
         raise EnrolmentError(
             f"the client certificate cannot be used: {error}", fix="enrol again with a new token and --force"
         ) from None
-    status, raw = ask(method, url, context, body, timeout=TIMEOUT)
+    status, raw = ask(method, url, context, body, timeout=TIMEOUT, headers=SPOKEN)
     found = read(url, raw)
     if status != 200 or not isinstance(found, dict):
         said = str(found.get("error", "")) if isinstance(found, dict) else ""

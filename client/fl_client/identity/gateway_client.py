@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -23,7 +24,13 @@ PASSING = (408, 429, 502, 503, 504)
 
 
 def ask(
-    method: str, url: str, context: ssl.SSLContext, body: dict[str, Any] | None = None, *, timeout: httpx.Timeout
+    method: str,
+    url: str,
+    context: ssl.SSLContext,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout: httpx.Timeout,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
     """Status and body of the answer. Honours HTTPS_PROXY, but not to this machine itself.
 
@@ -33,7 +40,10 @@ def ask(
     try:
         with (
             httpx.Client(
-                verify=context, timeout=timeout, trust_env=by_proxy(url), headers={"accept-encoding": "identity"}
+                verify=context,
+                timeout=timeout,
+                trust_env=by_proxy(url),
+                headers={"accept-encoding": "identity", **(headers or {})},
             ) as client,
             client.stream(method, url, json=body) as answer,
         ):

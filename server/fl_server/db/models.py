@@ -30,7 +30,8 @@ class SiteRow(Base):
 
     `next_fingerprint` is a renewed certificate that was not used yet; until it is, both are valid. `last_seen_at` is
     when the site last spoke to the gateway, `node_seen_at` when the SuperLink last accepted a call of its node.
-    `base_model` (its digest) and `base_targets` (names with commas between) are what the site has announced last.
+    `base_model` (its digest), `base_targets` (names with commas between) and `orders` (the newest kind that its agent
+    reads, `fl_shared.documents.order`) are what the site has announced last.
     """
 
     __tablename__ = "sites"
@@ -54,6 +55,7 @@ class SiteRow(Base):
     base_model: Mapped[str] = mapped_column(String(71), default="")
     base_targets: Mapped[str] = mapped_column(Text, default="")
     base_announced_at: Mapped[float] = mapped_column(Float, default=0.0)
+    orders: Mapped[int] = mapped_column(Integer, default=0)
 
 
 class SiteKeyRow(Base):
@@ -163,7 +165,10 @@ class ReplyRow(Base):
 
 
 class ManifestRow(Base):
-    """Every manifest that was ever signed: a receipt is valid only for one of these."""
+    """Every order that was ever signed: a receipt is valid for one of these alone.
+
+    `document_json` is "" for a `RoundOrder`, which the other columns, the run's spec digest and the key make again.
+    """
 
     __tablename__ = "manifests"
 
@@ -173,6 +178,7 @@ class ManifestRow(Base):
     site: Mapped[str] = mapped_column(String(63))
     adapter_digest: Mapped[str] = mapped_column(String(71))
     document_json: Mapped[str] = mapped_column(Text)
+    nonce: Mapped[str] = mapped_column(String(32), default="")
     issued_at: Mapped[float] = mapped_column(Float)
     expires_at: Mapped[float] = mapped_column(Float)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import re
 import signal
 import ssl
 import sys
@@ -37,6 +38,7 @@ from fl_server.identity.rotation import coordinator_key, rotations
 from fl_server.identity.sites import Sites
 from fl_server.runs.plans import Plans
 from fl_shared.documents.base_model import BaseModel
+from fl_shared.documents.order import ORDERS_HEADER
 from fl_shared.errors import ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.identity.enrolment import PROVED
 from fl_shared.names import site_id
@@ -250,12 +252,14 @@ class Gateway:
         return JSONResponse({"certificate_pem": renewed})
 
     async def base(self, request: Request) -> Response:
-        """Keep which base model the site that speaks says it has."""
+        """Keep which base model the site that speaks says it has, and which orders it reads."""
         _, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = ConfigError("the announcement is not of the agreed form", fix="the site's agent announces its base")
         base = await parsed(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
-        await asyncio.to_thread(self._sites.announce, row.site, base)
+        said = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
+        orders = int(said) if re.fullmatch("[0-9]{1,4}", said) else 0
+        await asyncio.to_thread(self._sites.announce, row.site, base, orders)
         return JSONResponse({"taken": True})
 
     async def questions(self, request: Request) -> Response:

@@ -237,6 +237,7 @@ class Sites:
             enrolled.enrolled_at, enrolled.revoked_at, enrolled.node_seen_at = now, 0.0, 0.0
             # Its agent announces them again.
             enrolled.base_model, enrolled.base_targets, enrolled.base_announced_at = "", "", 0.0
+            enrolled.orders = 0
             session.add(EventRow(at=now, kind="site-enrolled", site=site))
         if replaced and replaced != node_id:
             flower.unregister_node(replaced)
@@ -340,12 +341,12 @@ class Sites:
         with self._store.write() as session:
             session.get_one(SiteRow, site).node_seen_at = time.time() if online else 0.0
 
-    def announce(self, site: str, base: BaseModel) -> None:
-        """Keep the base model that the site says it has, in place of what it said before."""
+    def announce(self, site: str, base: BaseModel, orders: int = 0) -> None:
+        """Keep the base model that the site says it has, and the newest orders it reads, in place of what it said."""
         with self._store.write() as session:
             row = session.get_one(SiteRow, site)
             row.base_model, row.base_targets = base.digest, ",".join(base.targets)
-            row.base_announced_at = time.time()
+            row.base_announced_at, row.orders = time.time(), orders
 
     def all(self) -> list[SiteRow]:
         """Every site, by name."""

@@ -16,6 +16,7 @@ from fl_server.rounds.round import Interrupted, Round
 from fl_server.rounds.stragglers import Stragglers
 from fl_server.runs.commits import Commits
 from fl_server.runs.events import Events
+from fl_server.runs.orders import Orders
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConcordatError
 from fl_shared.identity.signing import SigningKey
@@ -34,7 +35,8 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     has been given up and does nothing more.
     """
     store = Store(home.database_url())
-    runs, commits, events, sites = Runs(store), Commits.of(home, store), Events(store), Sites(store)
+    runs, commits, events = Runs(store), Commits.of(home, store), Events(store)
+    orders, sites = Orders(store), Sites(store)
     late = Stragglers(commits, run, grid)
 
     def one_round() -> bool:
@@ -47,7 +49,7 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         events.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
         key = SigningKey.load(home.signing_key)  # read for every round: it may have been rotated
         current = Round(
-            runs, commits, events, sites, key, grid, spec,
+            runs, commits, events, orders, sites, key, grid, spec,
             attempt=attempt, number=number, base=adapter, late=late, scratch=home.scratch,
         )  # fmt: skip
         commits.commit(current.collect(lambda: runs.wanted(run, attempt)))

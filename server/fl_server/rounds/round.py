@@ -16,7 +16,6 @@ What comes later is kept as `late` (`fl_server.rounds.stragglers`), and is in no
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,10 +34,12 @@ from fl_server.rounds.replies import BadReply, Expected, parts
 from fl_server.rounds.stragglers import Straggler, Stragglers
 from fl_server.runs.commits import Commits
 from fl_server.runs.events import Events
+from fl_server.runs.orders import Issued, Orders
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest
 from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.order import BY_DIGEST
 from fl_shared.errors import DataError, RunError
 from fl_shared.identity.signing import SigningKey
 
@@ -66,7 +67,7 @@ class _Asked:
     site: str
     node: int
     expected: Expected
-    manifest: str
+    order: Issued
     message: str = ""
     earliest: float = 0.0
     reply: Reply | None = None
@@ -82,6 +83,7 @@ class Round:
         runs: Runs,
         commits: Commits,
         events: Events,
+        orders: Orders,
         sites: Sites,
         key: SigningKey,
         grid: Grid,
@@ -96,6 +98,7 @@ class Round:
         self._runs = runs
         self._commits = commits
         self._events = events
+        self._orders, self._key = orders, key
         self._sites = sites
         self._late = late
         self._attempt = attempt
@@ -103,31 +106,37 @@ class Round:
         self._inbox = Inbox(grid)
         self._spec = spec
         self._number = number
-        self._base_bytes = base
+        self._base_bytes, self._base_digest = base, digest(base)
         run = spec.run.name
         self._updates = RoundAggregate(spec, base, commits.server_state(run, number - 1, base), scratch)
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
-        self._asked = [self._ask(key, sites.get(site)) for site in spec.run.sites]
+        every = {row.site: row for row in sites.all()}
+        rows = [every[site] for site in spec.run.sites]
+        issued = self._issue(*rows)
+        self._asked = [
+            _Asked(each.site, int(each.node_id or 0), self._expected(each), issued[each.site]) for each in rows
+        ]
 
-    def _ask(self, key: SigningKey, row: SiteRow) -> _Asked:
+    def _issue(self, *rows: SiteRow) -> dict[str, Issued]:
         ttl = self._spec.run.round_timeout_s + EXPIRY_MARGIN_S
-        manifest, _ = self._runs.issue_manifest(
-            self._spec, self._number, row.site, digest(self._base_bytes), key, secrets.token_hex(16), ttl
-        )
-        return _Asked(row.site, int(row.node_id or 0), self._expected(row), manifest)
+        reads = {row.site: row.orders for row in rows}
+        return self._orders.issue(self._spec, self._number, reads, self._base_digest, self._key, ttl)
 
     def _expected(self, row: SiteRow) -> Expected:
-        run, number, site, adapter = self._spec.run.name, self._number, row.site, digest(self._base_bytes)
+        run, number, site, adapter = self._spec.run.name, self._number, row.site, self._base_digest
 
         def issued(found: str) -> bool:
-            return self._runs.issued(found, run, number, site, adapter)
+            return self._orders.issued(found, run, number, site, adapter)
 
         return Expected(self._spec, number, site, row.signing_key, issued)
 
     def _look_at_sites(self) -> None:
-        """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled again."""
+        """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled again.
+
+        One whose agent is of an older version than at the round's begin gets the order that it reads.
+        """
         rows = {row.site: row for row in self._sites.all()}
         for each in self._open():
             row = rows[each.site]
@@ -137,6 +146,8 @@ class Round:
                 self._note(each)
             elif node != each.node:
                 each.node, each.expected, each.message = node, self._expected(row), ""
+            if each.reply is None and not each.message and each.order.spec_json and row.orders < BY_DIGEST:
+                each.order = self._issue(row)[row.site]
 
     def _good(self) -> int:
         """How many right replies can be averaged with one another."""
@@ -238,7 +249,9 @@ class Round:
             content = RecordDict(
                 {
                     "arrays": ArrayRecord({"adapter": Array(np.frombuffer(self._base_bytes, dtype=np.uint8))}),
-                    "config": ConfigRecord({"manifest": each.manifest, "timeout-s": left}),
+                    "config": ConfigRecord(
+                        {"manifest": each.order.document, "spec": each.order.spec_json, "timeout-s": left}
+                    ),
                 }
             )
             message = Message(content, dst_node_id=each.node, message_type="train", ttl=left + 60.0)

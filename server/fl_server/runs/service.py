@@ -17,14 +17,13 @@ from dataclasses import replace
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fl_server.db.models import ENDED, GOING, ManifestRow, ReplyRow, RoundRow, RunRow, SiteRow
+from fl_server.db.models import ENDED, GOING, ReplyRow, RoundRow, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.bases import Fit
 from fl_server.runs.events import add_event
 from fl_server.runs.views import RunView
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import RunError
-from fl_shared.identity.signing import SigningKey, sign_document
 
 BY_ADMIN = "by-admin"
 GIVEN_UP = "given-up"
@@ -196,42 +195,3 @@ class Runs:
                 return
             row.state, row.reason, row.reason_code, row.updated_at = "failed", reason, code[:64], time.time()
             add_event(session, run, "failed", reason, code=code)
-
-    def issue_manifest(
-        self, spec: RunSpec, round: int, site: str, adapter_digest: str, key: SigningKey, nonce: str, ttl_s: float
-    ) -> tuple[str, str]:
-        """Sign and store one site's order for one round; (signed JSON text, digest)."""
-        now = time.time()
-        manifest = RoundManifest(
-            run=spec.run.name,
-            round=round,
-            site=site,
-            spec=spec,
-            adapter_digest=adapter_digest,
-            nonce=nonce,
-            issued_at=now,
-            expires_at=now + ttl_s,
-        )
-        document = json.dumps(sign_document(key, manifest.to_dict()), sort_keys=True)
-        with self._store.write() as session:
-            session.add(
-                ManifestRow(
-                    digest=manifest.digest,
-                    run=spec.run.name,
-                    round=round,
-                    site=site,
-                    adapter_digest=adapter_digest,
-                    document_json=document,
-                    issued_at=now,
-                    expires_at=manifest.expires_at,
-                )
-            )
-        return document, manifest.digest
-
-    def issued(self, manifest_digest: str, run: str, round: int, site: str, adapter_digest: str) -> bool:
-        """Whether this manifest was signed for exactly this run, round, site and adapter."""
-        with self._store.read() as session:
-            row = session.get(ManifestRow, manifest_digest)
-        return row is not None and (row.run, row.round, row.site, row.adapter_digest) == (
-            run, round, site, adapter_digest,
-        )  # fmt: skip

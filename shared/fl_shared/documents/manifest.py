@@ -7,6 +7,7 @@ All four are plain documents: the coordinator signs manifests, the site signs re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class TrainingSection:
     seed_adapter: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what is computed of it is kept
 class RunSpec:
     """One federated training, as an admin asks for it. `aggregation`: the aggregator's parameters, by name."""
 
@@ -188,10 +189,15 @@ class RunSpec:
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
         return plain | {"aggregation": dict(self.aggregation)}
 
-    @property
+    @functools.cached_property
+    def canonical(self) -> str:
+        """The canonical JSON: what the digest is of, and what travels beside an order."""
+        return canonical_bytes(self.to_dict()).decode()
+
+    @functools.cached_property
     def digest(self) -> str:
         """The digest of the canonical spec."""
-        return document_digest(self.to_dict())
+        return f"sha256:{sha256_hex(self.canonical.encode())}"
 
     def mechanism(self, steps: int | None = None) -> Mechanism:
         """The mechanism of one round as proposed, or of `steps` steps."""

@@ -35,6 +35,7 @@ def test_an_agent_announces_its_base_and_nothing_else(tmp_path: Path, gateway: G
         config = SiteConfig.load(site.home, SITE)
         base = BaseModel(base_digest(config), base_targets(config))
         assert gateway.announced == [base.to_dict()]
+        assert gateway.orders_read == ["2"]
         assert base.targets == ("attention", "shared_experts", "routed_experts")
         assert site.spends() == []
     finally:

@@ -122,7 +122,7 @@ def test_a_tampered_manifest_is_refused(site: Site) -> None:
 
     document = sign_document(site.coordinator, site.manifest().to_dict())
     document["body"]["round"] = 2
-    sealed = site.rounds.handle(json.dumps(document), b"")
+    sealed = site.rounds.handle(json.dumps(document), lambda: b"")
     assert body(sealed)["code"] == "bad-manifest"
     assert site.outcomes() == []
 
@@ -370,7 +370,7 @@ def test_the_choke_point_demands_an_entry_that_settled_these_bytes(site: Site) -
 def test_an_order_that_names_no_run_is_answered_with_an_error(site: Site, text: str) -> None:
     """There is nothing to sign a refusal about; nothing is reserved."""
     with pytest.raises(RunError):
-        site.rounds.handle(text, b"")
+        site.rounds.handle(text, lambda: b"")
     assert site.outcomes() == []
 
 

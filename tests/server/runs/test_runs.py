@@ -26,9 +26,8 @@ from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
-from fl_shared.identity.signing import SigningKey, open_document
 
 _numbers = itertools.count(1)
 
@@ -369,24 +368,6 @@ def test_a_round_that_ends_after_a_pause_is_done_again_after_the_resume(
     assert runs.begin_attempt("demo", "a2") == 0
     commits.commit(_done(1, attempt="a2"))
     assert runs.show("demo").row.state == "completed"
-
-
-def test_a_manifest_counts_for_its_own_round_site_and_adapter_only(runs: Runs) -> None:
-    """What was signed opens with the coordinator's key; `issued` knows it for nothing else."""
-    spec, key = _spec(), SigningKey.generate()
-    runs.launch(spec)
-    adapter = digest(b"")
-    text, manifest_digest = runs.issue_manifest(spec, 1, "h-1", adapter, key, "n" * 32, 60.0)
-    manifest = RoundManifest.from_dict(open_document(json.loads(text), key.public_hex))
-    assert (manifest.digest, manifest.site, manifest.round) == (manifest_digest, "h-1", 1)
-    assert manifest.expires_at - manifest.issued_at == pytest.approx(60.0)
-    assert runs.issued(manifest_digest, "demo", 1, "h-1", adapter)
-    assert not runs.issued(manifest_digest, "demo", 2, "h-1", adapter)
-    assert not runs.issued(manifest_digest, "demo", 1, "h-2", adapter)
-    assert not runs.issued(manifest_digest, "demo", 1, "h-1", digest(b"x"))
-    assert not runs.issued("sha256:" + "0" * 64, "demo", 1, "h-1", adapter)
-    _, again = runs.issue_manifest(spec, 1, "h-1", adapter, key, "m" * 32, 60.0)
-    assert again != manifest_digest
 
 
 def test_events_are_read_in_order_and_from_where_one_left_off(runs: Runs, events: Events) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66l_shared/wire/agent.proto\x12\x12\x63oncordat.agent.v1\"\x84\x01\n\x05\x43hunk\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.concordat.agent.v1.RoundHeaderH\x00\x12\x30\n\x05reply\x18\x02 \x01(\x0b\x32\x1f.concordat.agent.v1.ReplyHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"S\n\x0bRoundHeader\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\x12\x15\n\radapter_bytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\"c\n\x0bReplyHeader\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x15\n\rdocument_json\x18\x02 \x01(\t\x12\x15\n\radapter_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"\r\n\x0bInfoRequest\"K\n\tInfoReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x10\n\x08problems\x18\x04 \x03(\t2\x92\x01\n\x05\x41gent\x12\x41\n\x05Round\x12\x19.concordat.agent.v1.Chunk\x1a\x19.concordat.agent.v1.Chunk(\x01\x30\x01\x12\x46\n\x04Info\x12\x1f.concordat.agent.v1.InfoRequest\x1a\x1d.concordat.agent.v1.InfoReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66l_shared/wire/agent.proto\x12\x12\x63oncordat.agent.v1\"\x84\x01\n\x05\x43hunk\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.concordat.agent.v1.RoundHeaderH\x00\x12\x30\n\x05reply\x18\x02 \x01(\x0b\x32\x1f.concordat.agent.v1.ReplyHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04part\"f\n\x0bRoundHeader\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\x12\x15\n\radapter_bytes\x18\x02 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x11\n\tspec_json\x18\x04 \x01(\t\"c\n\x0bReplyHeader\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x15\n\rdocument_json\x18\x02 \x01(\t\x12\x15\n\radapter_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x04 \x01(\t\"\r\n\x0bInfoRequest\"K\n\tInfoReply\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x10\n\x08problems\x18\x04 \x03(\t2\x92\x01\n\x05\x41gent\x12\x41\n\x05Round\x12\x19.concordat.agent.v1.Chunk\x1a\x19.concordat.agent.v1.Chunk(\x01\x30\x01\x12\x46\n\x04Info\x12\x1f.concordat.agent.v1.InfoRequest\x1a\x1d.concordat.agent.v1.InfoReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHUNK']._serialized_start=51
   _globals['_CHUNK']._serialized_end=183
   _globals['_ROUNDHEADER']._serialized_start=185
-  _globals['_ROUNDHEADER']._serialized_end=268
-  _globals['_REPLYHEADER']._serialized_start=270
-  _globals['_REPLYHEADER']._serialized_end=369
-  _globals['_INFOREQUEST']._serialized_start=371
-  _globals['_INFOREQUEST']._serialized_end=384
-  _globals['_INFOREPLY']._serialized_start=386
-  _globals['_INFOREPLY']._serialized_end=461
-  _globals['_AGENT']._serialized_start=464
-  _globals['_AGENT']._serialized_end=610
+  _globals['_ROUNDHEADER']._serialized_end=287
+  _globals['_REPLYHEADER']._serialized_start=289
+  _globals['_REPLYHEADER']._serialized_end=388
+  _globals['_INFOREQUEST']._serialized_start=390
+  _globals['_INFOREQUEST']._serialized_end=403
+  _globals['_INFOREPLY']._serialized_start=405
+  _globals['_INFOREPLY']._serialized_end=480
+  _globals['_AGENT']._serialized_start=483
+  _globals['_AGENT']._serialized_end=629
 # @@protoc_insertion_point(module_scope)

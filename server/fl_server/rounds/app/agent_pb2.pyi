@@ -17,14 +17,16 @@ class Chunk(_message.Message):
     def __init__(self, header: _Optional[_Union[RoundHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class RoundHeader(_message.Message):
-    __slots__ = ("manifest_json", "adapter_bytes", "adapter_digest")
+    __slots__ = ("manifest_json", "adapter_bytes", "adapter_digest", "spec_json")
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     manifest_json: str
     adapter_bytes: int
     adapter_digest: str
-    def __init__(self, manifest_json: _Optional[str] = ..., adapter_bytes: _Optional[int] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
+    spec_json: str
+    def __init__(self, manifest_json: _Optional[str] = ..., adapter_bytes: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., spec_json: _Optional[str] = ...) -> None: ...
 
 class ReplyHeader(_message.Message):
     __slots__ = ("status", "document_json", "adapter_bytes", "adapter_digest")

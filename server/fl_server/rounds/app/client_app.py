@@ -23,10 +23,11 @@ def train(message: Message, context: Context) -> Message:
     """Forward the round and return what the agent answers."""
     manifest = str(message.content.config_records["config"]["manifest"])
     adapter = message.content.array_records["arrays"]["adapter"].numpy().tobytes()
+    spec = str(message.content.config_records["config"].get("spec", ""))
     timeout_s = float(str(message.content.config_records["config"].get("timeout-s", 3600.0)))
     socket = str(context.node_config["agent-socket"])
     try:
-        status, document, update = relay(socket, manifest, adapter, timeout_s)
+        status, document, update = relay(socket, manifest, adapter, timeout_s, spec)
     except RelayError as error:
         status, update = "failed", b""
         document = json.dumps({"code": "unreachable", "message": str(error)})

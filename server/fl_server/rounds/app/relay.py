@@ -26,8 +26,10 @@ class RelayError(Exception):
     """The agent is not there, speaks another protocol, or its answer is cut off."""
 
 
-def relay(socket: str, manifest: str, adapter: bytes, timeout_s: float) -> tuple[str, str, bytes]:
+def relay(socket: str, manifest: str, adapter: bytes, timeout_s: float, spec: str = "") -> tuple[str, str, bytes]:
     """Send one order and its adapter to the agent behind `socket`; (status, signed document, update bytes).
+
+    `spec`: the run's spec, for an order that names it by its digest.
 
     Raises:
         RelayError: the agent is not there, or its answer is not whole.
@@ -39,7 +41,7 @@ def relay(socket: str, manifest: str, adapter: bytes, timeout_s: float) -> tuple
                 f"/{PROTOCOL}.Agent/Round",
                 request_serializer=Chunk.SerializeToString,
                 response_deserializer=Chunk.FromString,
-            )(_order(manifest, adapter), timeout=timeout_s)
+            )(_order(manifest, adapter, spec), timeout=timeout_s)
             return _answer(answer)
         except grpc.FutureTimeoutError as error:
             raise RelayError("the site's agent is not there") from error
@@ -49,9 +51,10 @@ def relay(socket: str, manifest: str, adapter: bytes, timeout_s: float) -> tuple
             raise RelayError(f"the site's agent broke off: {error.code().name}") from error
 
 
-def _order(manifest: str, adapter: bytes) -> Iterator[Chunk]:
+def _order(manifest: str, adapter: bytes, spec: str) -> Iterator[Chunk]:
     digest = f"sha256:{hashlib.sha256(adapter).hexdigest()}"
-    yield Chunk(header=RoundHeader(manifest_json=manifest, adapter_bytes=len(adapter), adapter_digest=digest))
+    header = RoundHeader(manifest_json=manifest, adapter_bytes=len(adapter), adapter_digest=digest, spec_json=spec)
+    yield Chunk(header=header)
     view = memoryview(adapter)
     for start in range(0, len(view), CHUNK_BYTES):
         yield Chunk(data=bytes(view[start : start + CHUNK_BYTES]))
