@@ -67,7 +67,7 @@ def issue(folder: Path, spec: RunSpec, reads: int, sites: int) -> dict[str, Any]
     store.migrate()
     with store.write() as session:
         session.execute(sa.insert(SiteRow), [{"site": s, "state": "enrolled", "invited_at": 0} for s in spec.run.sites])
-    Runs(store, folder).launch(spec)
+    Runs(store).launch(spec)
     orders, key, seconds, sizes = Orders(store), SigningKey.generate(), [], []
     for number in range(ROUNDS + 1):
         began = time.perf_counter()

@@ -49,7 +49,7 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         events.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
         key = SigningKey.load(home.signing_key)  # read for every round: it may have been rotated
         current = Round(
-            runs, commits, events, orders, sites, key, grid, spec,
+            commits, events, orders, sites, key, grid, spec,
             attempt=attempt, number=number, base=adapter, late=late, scratch=home.scratch,
         )  # fmt: skip
         commits.commit(current.collect(lambda: runs.wanted(run, attempt)))

@@ -35,7 +35,6 @@ from fl_server.rounds.stragglers import Straggler, Stragglers
 from fl_server.runs.commits import Commits
 from fl_server.runs.events import Events
 from fl_server.runs.orders import Issued, Orders
-from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest
 from fl_shared.documents.manifest import RunSpec
@@ -80,7 +79,6 @@ class Round:
 
     def __init__(
         self,
-        runs: Runs,
         commits: Commits,
         events: Events,
         orders: Orders,
@@ -95,7 +93,6 @@ class Round:
         late: Stragglers,
         scratch: Path,
     ) -> None:
-        self._runs = runs
         self._commits = commits
         self._events = events
         self._orders, self._key = orders, key

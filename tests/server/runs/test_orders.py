@@ -16,9 +16,12 @@ from alembic.config import Config
 
 from fl_server.db.models import ManifestRow, RunRow, SiteRow
 from fl_server.db.store import Store
+from fl_server.home.layout import ServerHome
 from fl_server.identity.sites import Sites
 from fl_server.rounds.round import Round
 from fl_server.rounds.stragglers import Stragglers
+from fl_server.runs.commits import Commits
+from fl_server.runs.events import Events
 from fl_server.runs.orders import Issued, Orders
 from fl_server.runs.service import Runs
 from fl_shared.adapters.safetensors import digest
@@ -41,7 +44,7 @@ def orders(store: Store, tmp_path: Path) -> Orders:
     with store.write() as session:
         for site in SITES:
             session.add(SiteRow(site=site, state="enrolled", invited_at=1.0))
-    Runs(store, tmp_path).launch(SPEC)
+    Runs(store).launch(SPEC)
     return Orders(store)
 
 
@@ -154,13 +157,14 @@ def test_a_site_that_goes_back_a_version_before_it_is_asked_gets_the_order_that_
     store: Store, orders: Orders, tmp_path: Path
 ) -> None:
     """In the round that is under way; one that was asked already keeps its order, whose answer is on its way."""
-    sites, runs, key = Sites(store), Runs(store, tmp_path), SigningKey.generate()
+    sites, key = Sites(store), SigningKey.generate()
+    home = ServerHome(tmp_path)
+    commits = Commits.of(home, store)
     for site in SITES:
         sites.announce(site, BASE, BY_DIGEST)
     grid: Any = Nobody()
-    made = Round(
-        runs, orders, sites, key, grid, dataclasses.replace(SPEC), attempt="a", number=1, base=b"",
-        late=Stragglers(runs, "demo", grid),
+    made = Round( commits, Events(store), orders, sites, key, grid, dataclasses.replace(SPEC), attempt="a", number=1,
+        base=b"", late=Stragglers(commits, "demo", grid), scratch=home.scratch,
     )  # fmt: skip
     first, second, third = made._asked
     before = [each.order for each in made._asked]
