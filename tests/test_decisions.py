@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from helpers import index
@@ -68,3 +70,12 @@ def test_the_index_is_what_the_files_say() -> None:
 def test_other_forms_are_refused(line: str) -> None:
     """The form is one, so that a program can read it."""
     assert index.STATUS.fullmatch(line) is None
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.number)
+def test_every_test_that_a_record_names_exists(record: index.Decision) -> None:
+    """`tests/….py` or `tests/….py::name`."""
+    for target in re.findall(r"`(tests/[^`\s]+)`", record.path.read_text("utf-8")):
+        path, _, name = target.partition("::")
+        assert (index.ROOT / path).exists(), target
+        assert not name or f"\ndef {name}(" in (index.ROOT / path).read_text("utf-8"), target

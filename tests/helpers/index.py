@@ -101,6 +101,13 @@ def room_sentence(package: str, room: str) -> str:
     return "arrives later" if room.startswith("(") else "MISSING"
 
 
+def rooms_inside(package: str, room: str) -> list[tuple[str, str]]:
+    """The folders of code inside a room, each with its first sentence; schema migrations are none of a reader's."""
+    folder = ROOT / PACKAGES[package] / package
+    inner = sorted(path.parent.relative_to(folder) for path in (folder / room).glob("*/__init__.py"))
+    return [(str(name), room_sentence(package, str(name))) for name in inner if name.name != "migrations"]
+
+
 def rooms_on_disk(package: str) -> set[str]:
     """Folders and modules at a package's root that hold code."""
     folder = ROOT / PACKAGES[package] / package
@@ -113,12 +120,14 @@ def map_of_the_house(text: str) -> str:
     drawn = []
     for package, part in PACKAGES.items():
         layers = floors(package)
-        wide = max(len(room) for layer in layers for room in layer)
+        inside = {room: rooms_inside(package, room) for layer in layers for room in layer}
+        wide = max(len(name) for room, inner in inside.items() for name in (room, *(name for name, _ in inner)))
         drawn.append(f"{package}  ({part}/{package})\n")
         for height, layer in zip(range(len(layers) - 1, -1, -1), layers, strict=True):
             for place, room in enumerate(layer):
                 floor = f"{height:>3}" if place == 0 else "   "
                 drawn.append(f"{floor}  {room:<{wide}}  {room_sentence(package, room)}\n")
+                drawn.extend(f"     {name:<{wide}}  {sentence}\n" for name, sentence in inside[room])
         drawn.append("\n")
     return between(text, "map", "```\n" + "".join(drawn).rstrip() + "\n```\n")
 
