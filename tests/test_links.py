@@ -84,6 +84,13 @@ def test_the_paths_of_readers_give_each_documents_first_sentence() -> None:
     assert index.paths_of_readers(text) == text, "run `make index`"
 
 
+@pytest.mark.parametrize("document", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_documents_use_the_words_that_were_agreed_on(document: Path) -> None:
+    """Again or new, fix, activate: each in the place of a word that a reader has to guess."""
+    prose = CODE.sub("", document.read_text("utf-8"))
+    assert re.findall(r"\b(?:anew|mend(?:s|ed|ing)?|tak(?:e|es|en) up|taken leave)\b", prose) == []
+
+
 @pytest.mark.parametrize(
     "wrong", ["docs/nowhere.md", "docs/commands.md#no-such-heading", "../../etc/passwd", "http://a"]
 )
