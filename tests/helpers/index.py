@@ -78,7 +78,7 @@ def index_of_decisions(text: str) -> str:
 def first_sentence(docstring: str) -> str:
     """Up to the first full stop before white space or the end, on one line."""
     words = " ".join(docstring.strip().split("\n\n")[0].split())
-    found = re.match(r".*?[.!?](?=\s|$)", words)
+    found = re.match(r".*?(?<! al)(?<! e\.g)[.!?](?=\s|$)", words)
     return found[0] if found else words
 
 
