@@ -12,7 +12,7 @@ import pytest
 
 from helpers import index
 from helpers.names import resolve
-from helpers.parsers import COMMANDS, VERBS
+from helpers.parsers import COMMANDS, VERBS, typed
 
 ROOT = index.ROOT
 PAGE = ROOT / "docs" / "architecture.md"
@@ -121,6 +121,37 @@ def test_every_dotted_name_in_any_document_exists(document: Path) -> None:
         except AttributeError as error:
             wrong[name] = str(error)
     assert wrong == {}
+
+
+def lines_in_prose() -> list[str]:
+    """Every `fl-… verb …` in the prose of a document; those in blocks are held by tests/test_docs.py."""
+    found = {
+        span
+        for document in DOCUMENTS
+        for span in re.findall(r"`(fl-[a-z]+ [^`\n]+)`", BLOCKS.sub("", document.read_text("utf-8")))
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", lines_in_prose())
+def test_every_command_in_prose_exists(line: str) -> None:
+    """A verb or group of verbs, with options of its own; capitals and what follows an option stand for values."""
+    words = typed(line)
+    known = {path[:size] for path in VERBS for size in range(1, len(path) + 1)}
+    verb = max((path for path in known if tuple(words[: len(path)]) == path), key=len)
+    rest = words[len(verb) :]
+    assert not rest or verb in VERBS, f"{rest[0]} is no verb of {' '.join(verb)}"
+    options = {word for word in rest if word.startswith("-") and word != "-"}
+    assert options <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", VERBS[verb].format_help() if rest else ""))
+
+
+def test_every_test_that_is_named_without_its_file_exists() -> None:
+    """`test_…` in a document is a function of a test file."""
+    code = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    real = set(re.findall(r"^ *def (test_\w+)\(", code, flags=re.MULTILINE))
+    named = {name for document in DOCUMENTS for name in re.findall(r"`(test_\w+)`", document.read_text("utf-8"))}
+    assert named
+    assert named <= real
 
 
 def test_the_map_is_the_folders_and_the_contracts() -> None:
