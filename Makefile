@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dist demo test lint types bench proto lock clean
+.PHONY: help install dist demo test lint types index bench proto lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -32,13 +32,17 @@ demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minute
 test: $(STAMP) ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(STAMP) ## ruff (rules and format) and the import contracts
+lint: $(STAMP) ## ruff (rules and format), the import contracts and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
+
+index: $(STAMP) ## rewrite what documents repeat: index of decisions, map of the house, first sentences
+	$(BIN)/python tests/helpers/index.py
 
 bench: $(STAMP) ## the benchmarks, one JSON object each
 	@for b in $(filter-out %/test_benchmarks.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$b"; $(BIN)/python $$b --json || exit 1; done
