@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.node.supernode import free_port, listen_loopback
+from fl_client.node.supernode import listen_loopback
 from fl_client.node.tunnel import TunnelSettings, make_local_certificate
+from fl_shared.runtime.processes import free_port
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers import stand_in_agent  # noqa: E402 - made importable above

@@ -28,12 +28,12 @@ from fl_client.data.units import UnitData
 from fl_client.dp.mechanism.noise import discrete_gaussian, plan_grid
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.records.records import label_rows
-from fl_client.site.files import write_durably
 from fl_shared.adapters.safetensors import digest, require_finite, unpack
 from fl_shared.canonical import canonical_bytes
 from fl_shared.documents.base_model import absent_targets
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, LedgerError, PolicyRefusal, RunError
+from fl_shared.files import write_durably
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger

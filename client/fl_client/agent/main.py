@@ -20,19 +20,19 @@ from fl_client.identity.gateway import call
 from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
-from fl_client.node.admission import raise_file_limit
 from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
 from fl_client.node.sandbox import forbid_inspection
 from fl_client.node.supernode import Helpers, NodePlan, describe_confinement, listen_loopback, require_own
 from fl_client.node.tunnel import TunnelSettings, make_local_certificate
 from fl_client.node.walls import require_apart
 from fl_client.site.config import SiteConfig, SupernodeConfig
-from fl_client.site.files import write_durably
 from fl_client.site.home import SiteHome
 from fl_client.site.locks import sole
 from fl_shared.errors import ConfigError
+from fl_shared.files import write_durably
 from fl_shared.runtime.monitoring import serve_monitoring
 from fl_shared.runtime.private_files import close_to_others, open_to_others
+from fl_shared.runtime.processes import raise_file_limit
 from fl_shared.runtime.stopping import StopRequest
 
 log = logging.getLogger("fl_client.agent")

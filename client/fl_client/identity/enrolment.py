@@ -31,10 +31,10 @@ from cryptography.x509.oid import NameOID
 
 from fl_client.identity.gateway_client import PASSING, ask, read
 from fl_client.site.address import server_url
-from fl_client.site.files import sync_directory, write_durably
 from fl_client.site.home import SiteHome
 from fl_client.site.locks import sole
 from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
+from fl_shared.files import sync_directory, write_durably
 from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import SigningKey, ed25519_key
 from fl_shared.names import site_id

@@ -23,9 +23,9 @@ from cryptography.x509.oid import NameOID
 
 from fl_client.identity.enrolment import Coordinator, new_ec_key
 from fl_client.identity.gateway import call
-from fl_client.site.files import sync_directory, write_durably
 from fl_client.site.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.files import sync_directory, write_durably
 from fl_shared.runtime.threads import Loop
 
 log = logging.getLogger("fl_client.identity.renewal")

@@ -29,10 +29,10 @@ from fl_client.node.handover import mode_in
 from fl_client.node.reaping import MOST_TASKS
 from fl_client.node.sandbox import Confinement, Walls
 from fl_client.node.tunnel import NODE_LEFT, READY, TunnelSettings
-from fl_client.site.files import write_durably
 from fl_shared.errors import ConcordatError, ConfigError
-from fl_shared.files import socket_address
+from fl_shared.files import socket_address, write_durably
 from fl_shared.runtime.offline import OFFLINE
+from fl_shared.runtime.processes import free_port
 from fl_shared.runtime.threads import Loop
 
 log = logging.getLogger("fl_client.node.supernode")
@@ -71,7 +71,7 @@ class NodePlan:
         """Write the plan where `fl-client supernode` finds it."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
-        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=mode_in(self.directory))
+        write_durably(self.directory / PLAN_FILE, text.encode("utf-8"), mode=mode_in(self.directory), exact=True)
 
     @property
     def home(self) -> Path:
@@ -244,14 +244,6 @@ def describe_confinement(mode: str, user: str) -> str:
         return "NOT separated: same user and no wall in this kernel; use [supernode] user, or a newer kernel"
     lacks = "; ".join(walls.missing())
     return ", ".join([own, *kinds]) + (f"; WITHOUT {lacks}" if lacks else "")
-
-
-def free_port() -> int:
-    """Return a TCP port that is free on loopback just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def listen_loopback(port: int = 0) -> socket.socket:

@@ -45,9 +45,10 @@ from uvicorn.server import ServerState
 
 from fl_client.identity.enrolment import verified_context
 from fl_client.node.admission import admit
-from fl_client.node.sandbox import die_with_parent, forbid_inspection
+from fl_client.node.sandbox import forbid_inspection
 from fl_client.site.config import ANY_APP
-from fl_client.site.files import write_durably
+from fl_shared.files import write_durably
+from fl_shared.runtime.processes import die_with_parent
 from fl_shared.wire.hosts import by_proxy
 
 log = logging.getLogger("fl_client.node.tunnel")
@@ -142,7 +143,7 @@ def make_local_certificate(certificate: Path, key: Path, *, mode: int = 0o600) -
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ),
     )
-    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode)
+    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode, exact=True)
 
 
 def sole_app(answer: bytes) -> tuple[str, bytes]:

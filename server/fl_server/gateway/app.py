@@ -44,6 +44,7 @@ from fl_shared.identity.enrolment import PROVED
 from fl_shared.names import site_id
 from fl_shared.runtime.limits import Places, Rates, network
 from fl_shared.runtime.logs import set_up
+from fl_shared.runtime.processes import raise_file_limit
 
 log = logging.getLogger("fl_server.gateway.app")
 
@@ -469,7 +470,7 @@ def main() -> int:
     arguments = parser.parse_args()
     set_up("gateway")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before uvicorn takes it over, and when it gives it back
-    doorman.raise_file_limit()
+    raise_file_limit(doorman.FILES)
     asyncio.run(serve(ServerHome.open(arguments.home)))
     return 0
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fl_server.home.files import write_durably
 from fl_shared.errors import EnrolmentError
+from fl_shared.files import write_durably
 
 ROLES = ("site", "admin", "auditor")
 ORGANISATION = "concordat"

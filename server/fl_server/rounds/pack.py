@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from fl_server import __version__
-from fl_server.home.files import write_durably
+from fl_shared.files import write_durably
 
 FOLDER = "concordat_app"
 _PYPROJECT = f"""[build-system]
