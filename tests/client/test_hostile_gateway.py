@@ -17,9 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_client.identity import gateway_client as asking
+from fl_client.identity import gateway as asking
 from fl_client.identity.enrolment import Coordinator, enrol, fetch_ca
-from fl_client.identity.gateway import call
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import renew
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.site.home import SiteHome
@@ -94,7 +94,7 @@ def test_an_answer_that_is_no_document_is_a_typed_error(
     """For the agent's calls, for the question whether a key may sign orders, and for enrolment."""
     home, pinned = hostile(whole(NO_DOCUMENT[case]))
     with pytest.raises(TransportError, match="not JSON"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
     assert not PinnedKeys(home, pinned).accepts(pinned.coordinator_key)
     with pytest.raises(EnrolmentError, match="did not answer with a certificate"):
         fetch_ca(pinned.server, "0" * 64)
@@ -104,7 +104,7 @@ def test_nothing_is_inflated(hostile: Callable[[Said], tuple[SiteHome, Coordinat
     """400 KB that would become 400 MB stay 400 KB."""
     home, pinned = hostile(whole(gzip.compress(bytes(400 << 20), 9), "content-encoding: gzip"))
     with pytest.raises(TransportError, match="not JSON"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
     with pytest.raises(EnrolmentError, match="did not answer with a certificate"):
         fetch_ca(pinned.server, "0" * 64)
 
@@ -123,7 +123,7 @@ def test_an_answer_without_end_is_broken_off(
 
     home, pinned = hostile(endless)
     with pytest.raises(TransportError, match="too large"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
     with pytest.raises(TransportError, match="too large"):
         fetch_ca(pinned.server, "0" * 64)
     assert sent[0] < 128 << 20  # what lay in the buffers of two sockets
@@ -137,7 +137,7 @@ def test_an_answer_without_end_is_broken_off(
     monkeypatch.setattr(asking, "PATIENCE_S", 0.5)
     home, pinned = hostile(trickle)
     with pytest.raises(TransportError, match="too slowly"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
 
 
 def _nameless(gateway: Gateway, pem: str) -> str:

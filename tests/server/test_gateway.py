@@ -33,7 +33,7 @@ from fl_client.agent.check import _server
 from fl_client.identity import rotation as site_rotation
 from fl_client.identity.enrolment import Coordinator as Pinned
 from fl_client.identity.enrolment import enrol
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import renew
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.site.home import SiteHome
@@ -42,9 +42,10 @@ from fl_server.flower.superlink import Flower
 from fl_server.gateway.app import MAX_ENROL_BYTES, MAX_PER_SITE
 from fl_server.gateway.connections import MAX_FOR_AN_ADDRESS
 from fl_server.home.layout import ServerHome
-from fl_server.identity.authority import Authority, fingerprint
+from fl_server.identity.authority import Authority
 from fl_server.identity.sites import Invitation, Sites
 from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.identity.x509 import fingerprint
 from helpers.coordinators import Coordinator, Keys, until
 
 LIMIT = 2 << 20
@@ -256,7 +257,7 @@ def test_a_revoked_site_comes_back_with_a_new_token_and_its_old_ledger_key(one: 
     with pytest.raises(EnrolmentError, match="enrolled already"):
         enrol(home, site=site, server=one.url, token=token)
     pinned = enrol(home, site=site, server=one.url, token=token, force=True)
-    assert say_hello(home, pinned)["site"] == site
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == site
     after = sites_of(one).get(site)
     assert after.signing_key == before.signing_key
     assert after.certificate_fingerprint != before.certificate_fingerprint
@@ -280,7 +281,7 @@ def test_an_expired_certificate_is_refused_even_on_an_open_connection(
     until(lambda: time.time() > short.not_valid_after_utc.timestamp() + 0.5, "the certificate has expired")
     assert connection.ask() == (403, "expired")
     with pytest.raises(ConcordatError):
-        say_hello(home, pinned)
+        GatewayClient.of_site(home, pinned.server).hello()
 
 
 # --- Tokens
@@ -640,13 +641,13 @@ def test_a_site_renews_its_certificate_and_the_old_one_ends_with_the_first_use_o
     made = renew(home, pinned)
     assert made.serial_number != lost.serial_number
     assert connection.ask() == (200, "")
-    assert say_hello(home, pinned)["site"] == "hospital-renewing"
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == "hospital-renewing"
     assert connection.ask() == (403, "not-authorised")
     row = sites_of(one).get("hospital-renewing")
     assert (row.certificate_fingerprint, row.next_fingerprint) == (fingerprint(made), "")
     assert row.certificate_expires_at == made.not_valid_after_utc.timestamp()
     renew(home, pinned)
-    assert say_hello(home, pinned)["site"] == "hospital-renewing"
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == "hospital-renewing"
 
 
 def test_a_renewal_of_nonsense_or_in_anothers_name_is_refused(one: Coordinator) -> None:

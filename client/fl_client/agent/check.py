@@ -18,7 +18,7 @@ from fl_client.agent.site import base_targets, load_base
 from fl_client.data.load import label_report, load_unit_data, require_labels, row_report
 from fl_client.data.units import UnitData
 from fl_client.identity.enrolment import Coordinator
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
 from fl_client.node.handover import account, exposed
@@ -297,7 +297,7 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
 
 def _server(home: SiteHome, pinned: Coordinator) -> str:
     """The coordinator answers, accepts the certificate, and still has the pinned key."""
-    hello = say_hello(home, pinned)
+    hello = GatewayClient.of_site(home, pinned.server).hello()
     if hello.get("site") != pinned.site:
         raise EnrolmentError(f"the coordinator knows this certificate as {hello.get('site')!r}", fix="enrol again")
     followed = follow(pinned, hello.get("rotations", []), time.time())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from fl_client.agent.questions import Answerer
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
 from fl_client.identity.enrolment import Coordinator
-from fl_client.identity.gateway import call
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
@@ -118,7 +117,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         if config.supernode.user:
             os.chown(config.supernode.socket, account(config.supernode.user).pw_uid, -1, follow_symlinks=False)
         helpers.start_node()
-        gateway = functools.partial(call, home, coordinator)
+        gateway = GatewayClient.of_site(home, coordinator.server).call
         announcer = Announcer(gateway, site.facts.base)
         answerer = Answerer(gateway, site.facts, site.outgoing)
         loops += [announcer.loop, answerer.loop]

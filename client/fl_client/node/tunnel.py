@@ -43,7 +43,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from fl_client.identity.enrolment import verified_context
+from fl_client.identity.gateway import verified_context
 from fl_client.node.admission import admit
 from fl_client.node.sandbox import forbid_inspection
 from fl_client.site.config import ANY_APP

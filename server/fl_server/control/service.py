@@ -25,7 +25,6 @@ from cryptography.hazmat.primitives import serialization
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from fl_server import __version__
 from fl_server.access.log import AdminLog
 from fl_server.control.messages import plan_message, site_message
 from fl_server.db.models import ENDED, EventRow, PromotionRow, RoundRow
@@ -40,6 +39,7 @@ from fl_server.operations.supervisor import read_state
 from fl_server.registry.promotions import Releases
 from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs, RunView
+from fl_shared import __version__
 from fl_shared.canonical import sha256_hex
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError

@@ -30,12 +30,12 @@ from typing import IO, Any
 
 from sqlalchemy import select
 
-from fl_server import __version__
 from fl_server.db.copying import copy_sqlite, fill, snapshot
 from fl_server.db.models import ENDED, RoundRow, RunRow
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome, ServerSettings
 from fl_server.identity.authority import Authority
+from fl_shared import __version__
 from fl_shared.errors import ConfigError, RunError
 from fl_shared.files import sqlite_url, sync_directory
 from fl_shared.identity.signing import SigningKey

@@ -309,18 +309,22 @@ def _write_over(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
+def component_names(settings: ServerSettings) -> list[str]:
+    """The children of a coordinator, in the order of their start; the monitor only where `[metrics]` asks for it."""
+    return ["superlink", "gateway", "control", "launcher", *(["monitor"] if settings.metrics is not None else [])]
+
+
 def read_state(home: ServerHome) -> dict[str, Any]:
     """What `fl-server up` last said about itself; every component `stopped` when it does not run."""
-    names = ("superlink", "gateway", "control", "launcher")
-    none = {"pid": 0, "components": [{"name": n, "state": "stopped", "address": "", "pid": 0} for n in names]}
     try:
         state = json.loads(home.supervisor_state.read_text("utf-8"))
         os.kill(int(state["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        return none
-    if time.time() - float(state["at"]) > STALE_S or not isinstance(state, dict):
-        return none
-    return state
+        if time.time() - float(state["at"]) <= STALE_S:
+            return dict(state)
+    except (OSError, ValueError, KeyError, TypeError):  # no process, or no state of one
+        pass
+    stopped = {"state": "stopped", "address": "", "pid": 0}
+    return {"pid": 0, "components": [{"name": name, **stopped} for name in component_names(home.settings())]}
 
 
 def is_ready(state: dict[str, Any]) -> bool:
