@@ -202,7 +202,9 @@ def _prepare(home: SiteHome, node: SupernodeConfig) -> None:
     if node.directory == home.supernode:
         return
     try:
-        write_durably(node.directory / home.node_key.name, home.node_key.read_bytes(), mode=mode_in(node.directory))
+        write_durably(
+            node.directory / home.node_key.name, home.node_key.read_bytes(), mode=mode_in(node.directory), exact=True
+        )
     except OSError as error:
         raise ConfigError(
             f"[supernode] directory = {str(node.directory)!r}: {error.strerror}",

@@ -76,7 +76,7 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         facts = stack.enter_context(_targets(place, outside, user))
         facts |= {"files": {name: str(path) for name, path in files.items()}, "decoy": str(outside / "decoy")}
-        text = resources.files("fl_client").joinpath("probe.py").read_text("utf-8")
+        text = resources.files("fl_client.node").joinpath("probe.py").read_text("utf-8")
         confinement = Confinement(
             command=[sys.executable, "-I", "-c", text, json.dumps(facts)], environment=node_environment(home),
             directory=str(home), log=str(place / "probe.log"),
