@@ -58,7 +58,7 @@ def issued(pem: object, *, ca_pem: str, key: ec.EllipticCurvePublicKey, name: st
         certificate = x509.load_pem_x509_certificate(str(pem).encode("ascii"))
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca_pem.encode("ascii")))
         public_key = certificate.public_key()
-        names = [str(each.value) for each in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        names = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         expired = has_expired(certificate)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise EnrolmentError(

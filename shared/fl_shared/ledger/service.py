@@ -112,23 +112,23 @@ class Ledger(Registry):
     ) -> None:
         """Raise BudgetExhausted unless every budget that `mechanism` touches agrees."""
         touched = [dataset.name, *queries.overlapping(connection, dataset.name)]
-        found = [
+        ceilings = [
             budget
             for budget in queries.current_budgets(connection, touched)
             if budget.study is None or budget.study == study
         ]
-        own = [budget for budget in found if budget.dataset == dataset.name]
+        own = [budget for budget in ceilings if budget.dataset == dataset.name]
         if not own or (study is not None and not any(budget.study == study for budget in own)):
             wanted = f"for study {study!r}" if study else "overall"
             raise BudgetExhausted(
                 f"data set {dataset.name!r} has no budget {wanted}", fix="have the privacy officer set one"
             )
         stamp = chain.timestamp(moment)
-        for budget in found:
+        for budget in ceilings:
             label = f"the budget of {budget.dataset!r}" + (f", study {budget.study!r}" if budget.study else "")
             units = dataset if budget.dataset == dataset.name else self._known(connection, budget.dataset)
             check_delta_against(budget.delta, units)
-            if (budget.valid_from and stamp < budget.valid_from) or (budget.valid_to and stamp >= budget.valid_to):
+            if not budget.is_valid(stamp):
                 raise BudgetExhausted(
                     f"{label} is valid from {budget.valid_from or 'ever'} to {budget.valid_to or 'ever'}, "
                     f"and now is {stamp}",
@@ -181,8 +181,8 @@ class Ledger(Registry):
         for seq in seqs:
             self.charge_in_doubt(seq, "found open at start: its output may have left")
         with self._store.read() as connection:
-            found = [queries.find_spend(connection, seq) for seq in seqs]
-        return [spend for spend in found if spend is not None]
+            spends = [queries.find_spend(connection, seq) for seq in seqs]
+        return [spend for spend in spends if spend is not None]
 
     def _end(
         self,

@@ -47,8 +47,8 @@ class Suspensions:
     def all(self) -> dict[str, str]:
         """Every suspended run, and why."""
         self._look()
-        found = {run: f"{n} of its computations broke off" for run, n in self._broken.items() if n >= MAX_BROKEN_OFF}
-        return found | {run: f"a computation failed {FAILED_REASON}" for run, n in self._failed.items() if n}
+        reasons = {run: f"{n} of its computations broke off" for run, n in self._broken.items() if n >= MAX_BROKEN_OFF}
+        return reasons | {run: f"a computation failed {FAILED_REASON}" for run, n in self._failed.items() if n}
 
     def _look(self) -> None:
         doubts = (

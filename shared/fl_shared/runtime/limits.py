@@ -13,11 +13,11 @@ MAX_KEYS = 10_000
 def network(address: str) -> str:
     """Whose address this is: itself for IPv4, its /64 for IPv6, of which one customer has billions."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv6Address):
-        return str(found.ipv4_mapped or ipaddress.ip_network((found, 64), strict=False))
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
     return address
 
 
