@@ -1,6 +1,6 @@
 """A bundle for an outside auditor: the signed entries, the coordinator's receipts, public keys, and nothing else.
 
-A ZIP file with `entries.jsonl` (one signed entry a line, as it stands in the chain), `receipts.json`,
+A ZIP file with `entries.jsonl` (one signed entry a line, as the chain stores it), `receipts.json`,
 `bundle.json` and `README.txt`. It needs no signature of its own: every entry has one, and what was left out of it
 is missed by the chain, the receipts' checkpoints and the auditor's own copy of the site's key.
 

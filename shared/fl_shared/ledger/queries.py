@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fl_shared.ledger.models import (
+    VOIDED,
     budgets,
     datasets,
     entries,
@@ -252,7 +253,7 @@ def spend_of(row: sa.RowMapping) -> Spend:
     return Spend(
         reservation=held,
         outcome=outcome,
-        charged=None if outcome == "released" else mechanism(int(row["charged_steps"] if ended else row["steps"])),
+        charged=None if outcome == VOIDED else mechanism(int(row["charged_steps"] if ended else row["steps"])),
         release_digest=row["release_digest"],
         reason=row["reason"] or "",
         settled_seq=row["settled_seq"],

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from fl_shared.documents.manifest import Receipt
 from fl_shared.errors import ConcordatError
 from fl_shared.ledger import chain, merkle
-from fl_shared.ledger.models import entries
+from fl_shared.ledger.models import SETTLED, entries
 from fl_shared.ledger.reader import LedgerReader, entry_hash
 from fl_shared.ledger.receipts import Kept
 from fl_shared.ledger.records import Spend
@@ -69,7 +69,7 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
             )
             continue
         opened.append(receipt)
-    spends = {spend.settled_seq: spend for spend in ledger.spends() if spend.outcome == "settled"}
+    spends = {spend.settled_seq: spend for spend in ledger.spends() if spend.outcome == SETTLED}
     with_receipt: set[int] = set()
     epsilons = _epsilons(ledger, opened, spends)
     for index, receipt in sorted(enumerate(opened), key=lambda pair: pair[1].ledger_entries):

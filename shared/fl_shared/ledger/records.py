@@ -84,8 +84,8 @@ class Spend:
     """A reservation and how it ended.
 
     Attributes:
-        outcome: `open`, `settled`, `released` (nothing was computed) or `in-doubt` (charged in full).
-        charged: the mechanism that counts against the budgets; None after a release.
+        outcome: `open`, `settled`, `released` (voided: nothing private was read) or `in-doubt` (charged in full).
+        charged: the mechanism that counts against the budgets; None when it was voided.
         settled_seq: number of the entry that ended it; None while open.
     """
 
@@ -123,7 +123,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Entry:
-    """One link of the chain. `id` is its number as text, as it stands in receipts."""
+    """One link of the chain. `id` is its number as text, as receipts name it."""
 
     seq: int
     kind: str

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fl_shared.errors import ConcordatError
-from fl_shared.ledger.models import OUTCOMES
+from fl_shared.ledger.models import OUTCOMES, SETTLED, VOIDED
 from fl_shared.ledger.records import Problem, in_period, is_small
 from fl_shared.privacy.accounting.gate import Filter
 from fl_shared.privacy.accounting.merge import Key
@@ -209,10 +209,10 @@ class Replay:
             raise ValueError(f"reservation {reservation} is not open")
         total, reserved = opened
         self.settled[outcome] += 1
-        most, least = (0, 0) if outcome == "released" else (reserved, 1 if outcome == "settled" else reserved)
+        most, least = (0, 0) if outcome == VOIDED else (reserved, 1 if outcome == SETTLED else reserved)
         if not least <= steps <= most:
             self._say(seq, f"entry {seq}: {outcome} with {steps} of {reserved} reserved steps")
-        if (outcome == "settled") != bool(digest):
+        if (outcome == SETTLED) != bool(digest):
             self._say(seq, f"entry {seq}: {outcome} with release digest {digest!r}")
         total.held -= reserved
         total.spent += steps

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from fl_shared.errors import BudgetExhausted, ConfigError, LedgerError
 from fl_shared.ledger import chain, queries
 from fl_shared.ledger.faults import fault
-from fl_shared.ledger.models import OVERALL, reservations, settlements
+from fl_shared.ledger.models import IN_DOUBT, OVERALL, SETTLED, VOIDED, reservations, settlements
 from fl_shared.ledger.reader import filter_of, name_of
 from fl_shared.ledger.records import Dataset, Entry, Reservation, Spend
 from fl_shared.ledger.registry import Registry, check_delta_against
@@ -91,7 +91,7 @@ class Ledger(Registry):
         self, connection: sa.Connection, name: str, run: str, number: int, purpose: str, *, retry: bool
     ) -> int:
         earlier = queries.spends_of_round(connection, dataset=name, run=run, round=number, purpose=purpose)
-        allowed = {"released", "in-doubt"} if retry else {"released"}
+        allowed = {VOIDED, IN_DOUBT} if retry else {VOIDED}
         for spend in earlier:
             if spend.outcome not in allowed:
                 raise LedgerError(
@@ -158,22 +158,22 @@ class Ledger(Registry):
             raise LedgerError("a settlement needs the digest of what leaves", fix="hash the release first")
         if executed.steps < 1:
             raise LedgerError("nothing was executed", fix="use release_unused, with the proof")
-        return self._end(reservation, "settled", executed.steps, release_digest, "", executed)
+        return self._end(reservation, SETTLED, executed.steps, release_digest, "", executed)
 
     def release_unused(self, reservation: Reservation | int, reason: str) -> Entry:
-        """Give a reservation back, uncharged; only when recorded state proves that no private data was read.
+        """Void a reservation, uncharged; only when recorded state proves that no private data was read.
 
-        `reason` names that proof and stands in the ledger for good.
+        `reason` names that proof and is recorded in the ledger for good.
         """
         if not reason:
             raise LedgerError("a release needs its proof in words", fix="say what proves it")
-        return self._end(reservation, "released", 0, None, reason, None)
+        return self._end(reservation, VOIDED, 0, None, reason, None)
 
     def charge_in_doubt(self, reservation: Reservation | int, reason: str) -> Entry:
         """Charge a reservation in full without a release: its output may have left, or data was read."""
         if not reason:
             raise LedgerError("a charge in doubt needs its reason", fix="say what happened")
-        return self._end(reservation, "in-doubt", None, None, reason, None)
+        return self._end(reservation, IN_DOUBT, None, None, reason, None)
 
     def recover(self) -> list[Spend]:
         """Charge every open reservation in full; call once at start, before any work. Returns them."""
@@ -194,7 +194,7 @@ class Ledger(Registry):
         executed: Mechanism | None,
     ) -> Entry:
         seq = reservation if isinstance(reservation, int) else reservation.seq
-        point = {"settled": "settle", "released": "release", "in-doubt": "doubt"}[outcome]
+        point = {SETTLED: "settle", VOIDED: "release", IN_DOUBT: "doubt"}[outcome]
         with self._store.write() as connection:
             fault(f"{point}.begin")
             spend = queries.find_spend(connection, seq)

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import chain
-from fl_shared.ledger.models import entries, reservations, settlements
+from fl_shared.ledger.models import IN_DOUBT, entries, reservations, settlements
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.records import Entry, Reservation
 from fl_shared.ledger.service import Ledger
@@ -54,7 +54,7 @@ class Suspensions:
         doubts = (
             sa.select(settlements.c.seq, settlements.c.reason, reservations.c.run)
             .join(reservations, reservations.c.seq == settlements.c.reservation)
-            .where(settlements.c.seq > self._seen, settlements.c.outcome == "in-doubt")
+            .where(settlements.c.seq > self._seen, settlements.c.outcome == IN_DOUBT)
         )
         notes = sa.select(entries).where(entries.c.seq > self._seen, entries.c.kind == "witness")
         with self._ledger.reading() as connection:
