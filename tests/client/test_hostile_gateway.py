@@ -100,6 +100,36 @@ def test_an_answer_that_is_no_document_is_a_typed_error(
         fetch_ca(pinned.server, "0" * 64)
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "enrolled", "before"),
+    [
+        (403, b'{"error": "revoked", "fix": "rm -rf /"}', (EnrolmentError, "refuses this certificate: revoked"),
+         (EnrolmentError, "refused: revoked")),
+        (503, b'{"error": "not ready", "fix": "wait"}', (TransportError, "cannot answer just now: not ready"),
+         (TransportError, "cannot answer just now: not ready")),
+        (403, b"<html>a proxy's page</html>", (TransportError, "not JSON"), (EnrolmentError, "status 403")),
+        (500, b"[]", (EnrolmentError, "status 500"), (EnrolmentError, "status 500")),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_whether_it_may_pass(
+    status: int,
+    body: bytes,
+    enrolled: tuple[type[Exception], str],
+    before: tuple[type[Exception], str],
+    hostile: Callable[[Said], tuple[SiteHome, Coordinator]],
+) -> None:
+    """One reading of what the gateway refuses, with a certificate and before there is one; never is its advice for a
+    revoked certificate passed on.
+    """
+    head = f"HTTP/1.1 {status} No\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    home, pinned = hostile(lambda connection: connection.sendall(head + body))
+    with pytest.raises(enrolled[0], match=enrolled[1]) as caught:
+        GatewayClient.of_site(home, pinned.server).hello()
+    assert "rm -rf" not in str(getattr(caught.value, "fix", ""))
+    with pytest.raises(before[0], match=before[1]):
+        fetch_ca(pinned.server, "0" * 64)
+
+
 def test_nothing_is_inflated(hostile: Callable[[Said], tuple[SiteHome, Coordinator]]) -> None:
     """400 KB that would become 400 MB stay 400 KB."""
     home, pinned = hostile(whole(gzip.compress(bytes(400 << 20), 9), "content-encoding: gzip"))

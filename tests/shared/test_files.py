@@ -6,20 +6,11 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fl_shared.files import write_durably
-
-
-@pytest.fixture(autouse=True)
-def umask() -> Iterator[None]:
-    """Whatever a test sets is taken back."""
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
 
 
 def mode(path: Path) -> int:
