@@ -61,7 +61,7 @@ def test_the_wheel_says_what_it_is(dist: Path) -> None:
         about = archive.read(f"concordat_fl-{__version__}.dist-info/METADATA").decode()
         commands = archive.read(f"concordat_fl-{__version__}.dist-info/entry_points.txt").decode()
     told = email.parser.Parser().parsestr(about)
-    assert (told["Name"], told["Version"]) == ("concordat-fl", PROJECT["version"])
+    assert (told["Name"], told["Version"]) == ("concordat-fl", __version__)
     assert set(told.get_all("Provides-Extra", [])) == set(PROJECT["optional-dependencies"])
     assert set(re.findall(r"^(fl-[a-z]+) = ", commands, flags=re.MULTILINE)) == set(PROJECT["scripts"])
     tops = {name.split("/")[0] for name in names}

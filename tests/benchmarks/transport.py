@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fl_client.node.helpers import listen_loopback
-from fl_client.node.supernode import free_port
 from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
+from fl_shared.runtime.processes import free_port
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers import stand_in_agent  # noqa: E402 - made importable above

@@ -25,7 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from fl_shared.identity.signing import SigningKey, sign_document
 
-SECRET = "s3cret-s3cret-s3cret"
+SECRET = "s3cret-s3cret-s3cret-s3cret-s3cr"
 
 
 def _name(**parts: str) -> x509.Name:

@@ -11,7 +11,7 @@ import pytest
 from fl_client.site.address import server_url
 from fl_shared.errors import EnrolmentError
 
-TOKEN = f"ct1.hospital-001.{'x' * 20}.{'0' * 64}"
+TOKEN = f"ct1.hospital-001.{'x' * 32}.{'0' * 64}"
 
 
 @pytest.mark.parametrize(

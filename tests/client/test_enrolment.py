@@ -14,12 +14,13 @@ from client_gateway import Authority, Gateway
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fl_client.identity.enrolment import Coordinator, Token, enrol
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.enrolment import Coordinator, enrol
+from fl_client.identity.gateway import GatewayClient
 from fl_client.site.address import server_url
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 from fl_shared.identity.signing import SigningKey
+from fl_shared.identity.token import Token
 
 SITE = "hospital-001"
 
@@ -53,7 +54,7 @@ def test_a_wrong_secret_is_refused_and_the_retry_uses_the_same_keys(gateway: Gat
     """A refused token leaves no live file; the next attempt presents the same public keys and succeeds."""
     home = SiteHome(tmp_path / "home")
     with pytest.raises(EnrolmentError, match="token is not valid"):
-        enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE, secret="wrong-wrong-wrong-wrong"))
+        enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE, secret="wrong-wrong-wrong-wrong-wrong-wr"))
     assert files(home) == set()
     enrol(home, site=SITE, server=gateway.url, token=gateway.token(SITE))
     first, second = (asked for _, asked in gateway.requests)
@@ -145,7 +146,7 @@ def test_two_enrolments_at_once_in_one_home_leave_keys_that_fit(gateway: Gateway
     assert sorted(process.returncode for process in processes)[0] == 0
     assert {process.returncode for process in processes} <= {0, 2, 17}, said
     assert sum(process.returncode == 0 for process in processes) == 1, said
-    assert say_hello(home, Coordinator.load(home))["site"] == SITE
+    assert GatewayClient.of_site(home, Coordinator.load(home).server).hello()["site"] == SITE
     sent = {asked["signing_public_key"] for _, asked in gateway.requests}
     assert SigningKey.load(home.signing_key).public_hex in sent
     assert not (home.root / "pending").exists()
@@ -158,7 +159,7 @@ def test_no_answer_is_a_transport_error_with_the_address(tmp_path: Path) -> None
             SiteHome(tmp_path / "home"),
             site=SITE,
             server="https://127.0.0.1:9",
-            token=f"ct1.{SITE}.{'s' * 20}.{'0' * 64}",
+            token=f"ct1.{SITE}.{'s' * 32}.{'0' * 64}",
         )
 
 

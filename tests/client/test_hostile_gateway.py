@@ -17,9 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fl_client.identity import gateway_client as asking
+from fl_client.identity import gateway as asking
 from fl_client.identity.enrolment import Coordinator, enrol, fetch_ca
-from fl_client.identity.gateway import call
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import renew
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.site.home import SiteHome
@@ -94,9 +94,39 @@ def test_an_answer_that_is_no_document_is_a_typed_error(
     """For the agent's calls, for the question whether a key may sign orders, and for enrolment."""
     home, pinned = hostile(whole(NO_DOCUMENT[case]))
     with pytest.raises(TransportError, match="not JSON"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
     assert not PinnedKeys(home, pinned).accepts(pinned.coordinator_key)
     with pytest.raises(EnrolmentError, match="did not answer with a certificate"):
+        fetch_ca(pinned.server, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "enrolled", "before"),
+    [
+        (403, b'{"error": "revoked", "fix": "rm -rf /"}', (EnrolmentError, "refuses this certificate: revoked"),
+         (EnrolmentError, "refused: revoked")),
+        (503, b'{"error": "not ready", "fix": "wait"}', (TransportError, "cannot answer just now: not ready"),
+         (TransportError, "cannot answer just now: not ready")),
+        (403, b"<html>a proxy's page</html>", (TransportError, "not JSON"), (EnrolmentError, "status 403")),
+        (500, b"[]", (EnrolmentError, "status 500"), (EnrolmentError, "status 500")),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_whether_it_may_pass(
+    status: int,
+    body: bytes,
+    enrolled: tuple[type[Exception], str],
+    before: tuple[type[Exception], str],
+    hostile: Callable[[Said], tuple[SiteHome, Coordinator]],
+) -> None:
+    """One reading of what the gateway refuses, with a certificate and before there is one; never is its advice for a
+    revoked certificate passed on.
+    """
+    head = f"HTTP/1.1 {status} No\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    home, pinned = hostile(lambda connection: connection.sendall(head + body))
+    with pytest.raises(enrolled[0], match=enrolled[1]) as caught:
+        GatewayClient.of_site(home, pinned.server).hello()
+    assert "rm -rf" not in str(getattr(caught.value, "fix", ""))
+    with pytest.raises(before[0], match=before[1]):
         fetch_ca(pinned.server, "0" * 64)
 
 
@@ -104,7 +134,7 @@ def test_nothing_is_inflated(hostile: Callable[[Said], tuple[SiteHome, Coordinat
     """400 KB that would become 400 MB stay 400 KB."""
     home, pinned = hostile(whole(gzip.compress(bytes(400 << 20), 9), "content-encoding: gzip"))
     with pytest.raises(TransportError, match="not JSON"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
     with pytest.raises(EnrolmentError, match="did not answer with a certificate"):
         fetch_ca(pinned.server, "0" * 64)
 
@@ -123,7 +153,7 @@ def test_an_answer_without_end_is_broken_off(
 
     home, pinned = hostile(endless)
     with pytest.raises(TransportError, match="too large"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
     with pytest.raises(TransportError, match="too large"):
         fetch_ca(pinned.server, "0" * 64)
     assert sent[0] < 128 << 20  # what lay in the buffers of two sockets
@@ -137,7 +167,7 @@ def test_an_answer_without_end_is_broken_off(
     monkeypatch.setattr(asking, "PATIENCE_S", 0.5)
     home, pinned = hostile(trickle)
     with pytest.raises(TransportError, match="too slowly"):
-        call(home, pinned, "GET", "/v1/questions")
+        GatewayClient.of_site(home, pinned.server).call("GET", "/v1/questions")
 
 
 def _nameless(gateway: Gateway, pem: str) -> str:

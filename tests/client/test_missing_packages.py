@@ -78,7 +78,7 @@ NEEDED = {
     "fl-server status --home coordinator": ("server", ["httpx"]),
     "fl-server restore x.tar --home new --database postgresql://u@127.0.0.1:1/x": ("postgres", []),
     f"fl-client run {AT}": ("client", EXTRAS["client"]),
-    f"fl-client enroll {AT} --server https://127.0.0.1:1 --token ct1.hospital-001.{'x' * 20}.{'0' * 64}": (
+    f"fl-client enroll {AT} --server https://127.0.0.1:1 --token ct1.hospital-001.{'x' * 32}.{'0' * 64}": (
         "client", ["httpx"],
     ),
     f"fl-client check {AT}": ("client", ["uvicorn", "starlette"]),

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fl_client.identity import renewal
 from fl_client.identity.enrolment import Coordinator, enrol
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import Renewer, certificate, due, finish, renew
 from fl_client.site.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
@@ -66,7 +66,7 @@ def test_renewing_changes_key_and_certificate_and_the_new_pair_works(
     assert key_bytes(home) != old_key
     assert fits(home)
     assert home.client_key.stat().st_mode & 0o077 == 0
-    assert say_hello(home, pinned)["site"] == SITE
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == SITE
     assert (home.signing_key.read_bytes(), home.node_key.read_bytes()) == (signing, node)
     assert gateway.renewals == 1
 
@@ -95,7 +95,7 @@ def test_a_crash_between_certificate_and_key_is_completed_at_the_next_start(
     assert not fits(home)
     finish(home)
     assert fits(home)
-    assert say_hello(home, pinned)["site"] == SITE
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == SITE
     finish(home)
     assert fits(home)
 
@@ -117,7 +117,7 @@ def test_a_bad_answer_leaves_the_old_pair_in_use(home: SiteHome, pinned: Coordin
         with pytest.raises(EnrolmentError):
             renew(home, pinned)
         assert (key_bytes(home), certificate(home).serial_number) == before
-        assert say_hello(home, pinned)["site"] == SITE
+        assert GatewayClient.of_site(home, pinned.server).hello()["site"] == SITE
     gateway.change_answer = lambda answer: answer
     renew(home, pinned)
     assert fits(home)

@@ -12,6 +12,7 @@ from client_gateway import Gateway
 from fl_client.agent.check import run_checks
 from fl_client.identity import rotation
 from fl_client.identity.enrolment import Coordinator, enrol
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.rotation import PinnedKeys, follow
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
@@ -102,7 +103,7 @@ def test_strangers_cannot_make_the_site_call_home_in_a_loop(
         asked.append(1)
         return {}
 
-    monkeypatch.setattr(rotation, "say_hello", count)
+    monkeypatch.setattr(GatewayClient, "hello", count)
     keys = PinnedKeys(home, Coordinator.load(home))
     for _ in range(20):
         assert not keys.accepts(SigningKey.generate().public_hex)
@@ -121,19 +122,19 @@ def test_a_stolen_key_ends_at_a_site_that_is_kept_from_hearing_of_it(
     stolen = gateway.signing.public_hex
     assert keys.accepts(stolen)
     gateway.rotate(time.time())
-    served, asked = rotation.say_hello, []
+    served, asked = GatewayClient.hello, []
 
     def nothing(*_: object) -> dict[str, Any]:
         asked.append(uptime[0])
         raise TransportError("no answer")
 
-    monkeypatch.setattr(rotation, "say_hello", nothing)
+    monkeypatch.setattr(GatewayClient, "hello", nothing)
     for _ in range(2 * int(rotation.VOUCHED_S)):
         uptime[0] += 1.0
         assert keys.accepts(stolen) is (uptime[0] - 1e6 <= rotation.VOUCHED_S)
     assert len(asked) <= 2 * rotation.VOUCHED_S / rotation.ASK_AGAIN_S
     assert not PinnedKeys(home, Coordinator.load(home)).accepts(stolen)
-    monkeypatch.setattr(rotation, "say_hello", served)
+    monkeypatch.setattr(GatewayClient, "hello", served)
     uptime[0] += 60.0
     assert not keys.accepts(stolen)
     assert keys.accepts(gateway.signing.public_hex)

@@ -20,7 +20,7 @@ from flwr.proto.message_pb2 import Message, Metadata
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.identity.enrolment import Token, server_url
+from fl_client.site.address import server_url
 from fl_client.training.ranks import frames
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
@@ -31,6 +31,7 @@ from fl_server.identity.sites import Sites
 from fl_server.rounds.replies import parts
 from fl_shared.errors import ConcordatError
 from fl_shared.identity.signing import SigningKey, ed25519_key, verify
+from fl_shared.identity.token import Token
 from fl_shared.wire.chunks import join
 from helpers.coordinators import Keys
 

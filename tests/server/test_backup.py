@@ -19,13 +19,13 @@ from fl_server.artifacts.local import LocalArtifacts
 from fl_server.cli.server import main
 from fl_server.db.models import EventRow, RoundRow, RunRow
 from fl_server.db.store import Store
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome
 from fl_server.identity.authority import Authority, Identity
 from fl_server.operations.backup import MANIFEST, BadBackup, backup, restore
 from fl_server.operations.setup import initialise
 from fl_shared.adapters.safetensors import digest
 from fl_shared.errors import ConfigError
+from fl_shared.files import write_durably
 from fl_shared.identity.signing import SigningKey
 
 WHO = Identity("admin", "anna", "f" * 64, 2e9)

@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fl_server.identity.authority import Authority, fingerprint, identity
+from fl_server.identity.authority import Authority, identity
 from fl_shared.errors import EnrolmentError
+from fl_shared.identity.x509 import fingerprint
 
 
 @pytest.fixture

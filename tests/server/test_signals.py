@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome
 from fl_server.operations.setup import initialise
+from fl_shared.files import write_durably
 from helpers.coordinators import environment, until
 from helpers.ports import free_port
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from fl_client.agent.site import OpenSite
-from fl_client.site.files import write_durably
 from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import require_usable
 from fl_shared.adapters.safetensors import digest, pack, unpack
@@ -27,6 +26,7 @@ from fl_shared.documents.aggregators import ROBUST
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.order import RoundOrder
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
+from fl_shared.files import write_durably
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.suspension import resume_command
 from fl_shared.names import ALONE

@@ -18,7 +18,7 @@ from fl_client.agent.site import base_targets, load_base
 from fl_client.data.load import load_unit_data, row_report
 from fl_client.data.units import UnitData
 from fl_client.identity.enrolment import Coordinator
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
 from fl_client.node.confinement import describe_confinement
@@ -34,6 +34,7 @@ from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.identity.fingerprints import spoken_key
 from fl_shared.identity.signing import SigningKey
+from fl_shared.ledger.records import is_small
 from fl_shared.ledger.service import Ledger
 from fl_shared.runtime.private_files import open_to_others
 
@@ -239,7 +240,7 @@ def _policy(config: SiteConfig) -> str:
 def _budget(home: SiteHome, config: SiteConfig, data: UnitData | None) -> str:
     """The ledger opens and its head fits; delta suits the data; something is left."""
     budget = config.budget
-    if data is not None and budget.delta * data.units >= 1.0:
+    if data is not None and not is_small(budget.delta, data.units):
         raise ConfigError(
             f"{config.source} [budget]: delta {budget.delta:g} is not below 1/{data.units}, "
             "one over the number of units",
@@ -302,7 +303,7 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
 
 def _server(home: SiteHome, pinned: Coordinator) -> str:
     """The coordinator answers, accepts the certificate, and still has the pinned key."""
-    hello = say_hello(home, pinned)
+    hello = GatewayClient.of_site(home, pinned.server).hello()
     if hello.get("site") != pinned.site:
         raise EnrolmentError(f"the coordinator knows this certificate as {hello.get('site')!r}", fix="enrol again")
     followed = follow(pinned, hello.get("rotations", []), time.time())

@@ -26,7 +26,6 @@ from fl_client.agent.site import OpenSite
 from fl_client.data.units import UnitData
 from fl_client.dp.mechanism.noise import choose_grid, discrete_gaussian
 from fl_client.dp.mechanism.secure_random import SecureStream
-from fl_client.site.files import write_durably
 from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import Task, require_usable, usable
 from fl_shared.adapters.safetensors import digest, require_finite, unpack
@@ -34,6 +33,7 @@ from fl_shared.canonical import canonical_bytes
 from fl_shared.documents.base_model import absent_targets
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError, LedgerError, PolicyRefusal, RunError
+from fl_shared.files import write_durably
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from fl_client.agent.outgoing import EVALUATION, TRAINING
 from fl_client.agent.releases import ReleaseStore
-from fl_client.site.files import write_durably
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import parse_json
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.fields import Fields
+from fl_shared.files import write_durably
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.service import Ledger
 from fl_shared.privacy.mechanism import Mechanism

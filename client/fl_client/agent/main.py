@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
@@ -16,11 +15,10 @@ from fl_client.agent.questions import PlanResponder
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
 from fl_client.identity.enrolment import Coordinator
-from fl_client.identity.gateway import call
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
-from fl_client.node.admission import raise_file_limit
 from fl_client.node.confinement import describe_confinement
 from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
 from fl_client.node.helpers import Helpers, listen_loopback
@@ -29,12 +27,13 @@ from fl_client.node.spec import NodeSpec, require_own
 from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.node.walls import require_apart
 from fl_client.site.config import SiteConfig, SupernodeConfig
-from fl_client.site.files import write_durably
 from fl_client.site.home import SiteHome
 from fl_client.site.locks import sole
 from fl_shared.errors import ConfigError
+from fl_shared.files import write_durably
 from fl_shared.runtime.monitoring import serve_monitoring
 from fl_shared.runtime.private_files import close_to_others, open_to_others
+from fl_shared.runtime.processes import raise_file_limit
 from fl_shared.runtime.stopping import StopRequest
 
 log = logging.getLogger("fl_client.agent")
@@ -120,7 +119,7 @@ def _serve(home: SiteHome, config: SiteConfig, coordinator: Coordinator, ending:
         if config.supernode.user:
             os.chown(config.supernode.socket, account(config.supernode.user).pw_uid, -1, follow_symlinks=False)
         helpers.start_node()
-        gateway = functools.partial(call, home, coordinator)
+        gateway = GatewayClient.of_site(home, coordinator.server).call
         announcer = Announcer(gateway, site.facts.base)
         responder = PlanResponder(gateway, site.facts, site.outgoing)
         loops += [announcer.loop, responder.loop]
@@ -205,7 +204,9 @@ def _prepare(home: SiteHome, node: SupernodeConfig) -> None:
     if node.directory == home.supernode:
         return
     try:
-        write_durably(node.directory / home.node_key.name, home.node_key.read_bytes(), mode=mode_in(node.directory))
+        write_durably(
+            node.directory / home.node_key.name, home.node_key.read_bytes(), mode=mode_in(node.directory), exact=True
+        )
     except OSError as error:
         raise ConfigError(
             f"[supernode] directory = {str(node.directory)!r}: {error.strerror}",

@@ -31,7 +31,7 @@ REMEMBERED = 1000
 
 
 class Call(Protocol):
-    """One call of the gateway; TransportError or EnrolmentError without an answer (`identity.gateway.call`)."""
+    """One call of the gateway; TransportError or EnrolmentError without an answer (`GatewayClient.call`)."""
 
     def __call__(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]: ...
 

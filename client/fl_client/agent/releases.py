@@ -15,11 +15,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fl_client.site.files import write_durably
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import parse_json
 from fl_shared.errors import ConcordatError, DataError
 from fl_shared.fields import Fields
+from fl_shared.files import write_durably
 from fl_shared.names import ALONE, run_id
 from fl_shared.privacy.mechanism import Mechanism
 

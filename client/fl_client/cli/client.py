@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from fl_client.site.address import server_url
 from fl_client.site.config import SiteConfig, template
-from fl_client.site.files import write_durably
 from fl_client.site.home import SiteHome
 from fl_shared.cli.completion import complete, completed_by, known_sites
 from fl_shared.cli.console import command, working
@@ -22,7 +21,7 @@ from fl_shared.cli.entry import cli_main
 from fl_shared.cli.extras import require
 from fl_shared.cli.parsers import add_quiet, add_version, describe, path
 from fl_shared.errors import ConfigError
-from fl_shared.files import check_grpc_socket
+from fl_shared.files import check_grpc_socket, write_durably
 from fl_shared.identity.fingerprints import spoken, spoken_key
 from fl_shared.runtime.logs import FORMATS, default_format, set_up
 from fl_shared.runtime.offline import stay_offline

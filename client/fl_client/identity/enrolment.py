@@ -10,57 +10,31 @@ without verification, compared with the hash, and from then on every connection 
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import re
 import secrets
 import shutil
-import ssl
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-from fl_client.identity.gateway_client import PASSING, ask, read
+from fl_client.identity.gateway import GatewayClient, unverified_context, verified_context
 from fl_client.site.address import server_url
-from fl_client.site.files import sync_directory, write_durably
 from fl_client.site.home import SiteHome
 from fl_client.site.locks import sole
-from fl_shared.errors import ConcordatError, EnrolmentError, SignatureError, TransportError
+from fl_shared.errors import EnrolmentError, SignatureError
+from fl_shared.files import sync_directory, write_durably
 from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import SigningKey, ed25519_key
+from fl_shared.identity.token import Token
+from fl_shared.identity.x509 import fingerprint, issued, signing_request
 from fl_shared.names import site_id
-
-TOKEN_PATTERN = re.compile(r"ct1\.([a-z0-9-]+)\.([A-Za-z0-9_-]{16,})\.([0-9a-f]{64})")
-TIMEOUT = httpx.Timeout(30.0, connect=10.0)
-
-
-@dataclass(frozen=True)
-class Token:
-    """A parsed enrolment token: whose it is, the whole text, and the CA's SHA-256 (hex)."""
-
-    site: str
-    text: str
-    ca_sha256: str
-
-    @classmethod
-    def parse(cls, text: str) -> Token:
-        """Read `ct1.<site>.<secret>.<hash>`; EnrolmentError when the form is wrong."""
-        match = TOKEN_PATTERN.fullmatch(text.strip())
-        if match is None:
-            raise EnrolmentError(
-                "the enrolment token is not of the form ct1.<site>.<secret>.<hash>",
-                fix="copy the whole token that `fl-admin sites invite` printed, in quotes",
-            )
-        return cls(site=match.group(1), text=text.strip(), ca_sha256=match.group(3))
 
 
 @dataclass(frozen=True)
@@ -117,26 +91,12 @@ _COORDINATOR_FIELDS: dict[str, type] = {
 }
 
 
-def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
-    """Return a TLS 1.3 client context that trusts `ca_pem` alone, with the client certificate if given."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=ca_pem)
-    if certificate is not None:
-        context.load_cert_chain(certificate, key)
-    return context
-
-
 def fetch_ca(server: str, expected_sha256: str) -> str:
     """Fetch the CA certificate (PEM) and accept it only if its DER hashes to `expected_sha256`.
 
     The connection is not verified; the hash is what makes the answer trustworthy.
     """
-    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    unverified.minimum_version = ssl.TLSVersion.TLSv1_3
-    unverified.check_hostname = False
-    unverified.verify_mode = ssl.CERT_NONE
-    answer = _request("GET", f"{server}/v1/ca", unverified)
+    answer = GatewayClient.before_enrolment(server, unverified_context()).fetch("GET", "/v1/ca")
     try:
         certificate = x509.load_pem_x509_certificate(answer)
     except (ValueError, x509.InvalidVersion):
@@ -144,8 +104,7 @@ def fetch_ca(server: str, expected_sha256: str) -> str:
             f"{server}/v1/ca did not answer with a certificate",
             fix="check that --server names the coordinator's gateway and its port",
         ) from None
-    der = certificate.public_bytes(serialization.Encoding.DER)
-    if not hmac.compare_digest(hashlib.sha256(der).hexdigest(), expected_sha256):
+    if not hmac.compare_digest(fingerprint(certificate), expected_sha256):
         raise EnrolmentError(
             f"the CA certificate at {server} is not the one that the token names",
             fix="check the address; if it is right, someone may stand in between: ask for a new token",
@@ -163,7 +122,7 @@ def enrol(home: SiteHome, *, site: str, server: str, token: str, force: bool = F
     TransportError.
     """
     site_id(site)
-    parsed = Token.parse(token)
+    parsed = Token.parse(token.strip())
     if parsed.site != site:
         raise EnrolmentError(
             f"the token is for site {parsed.site!r}, not for {site!r}",
@@ -242,40 +201,9 @@ def new_ec_key() -> bytes:
     )
 
 
-def _request(method: str, url: str, context: ssl.SSLContext, body: dict[str, Any] | None = None) -> bytes:
-    """The body that answers one HTTPS request; TransportError when none came, EnrolmentError for a refusal."""
-    status, answer = ask(method, url, context, body, timeout=TIMEOUT)
-    if status != 200:
-        raise _refusal(url, status, answer)
-    return answer
-
-
-def _refusal(url: str, status: int, answer: bytes) -> ConcordatError:
-    """Turn the gateway's `{error, code, fix}` into an EnrolmentError, or a TransportError when it may pass."""
-    try:
-        body = read(url, answer)
-    except TransportError:
-        body = {}
-    if not isinstance(body, dict):
-        body = {}
-    message = str(body.get("error", f"{url} answered with status {status}"))[:500]
-    fix = str(body.get("fix", "ask the coordinator's administrator for a new token"))[:500]
-    if status in PASSING:
-        return TransportError(f"the coordinator cannot answer just now: {message}", fix=fix)
-    return EnrolmentError(f"the coordinator refused: {message}", fix=fix)
-
-
 def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -> dict[str, Any]:
     """Send the signing request and return the coordinator's answer."""
-    subject = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "concordat"),
-            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "site"),
-            x509.NameAttribute(NameOID.COMMON_NAME, site),
-        ]
-    )
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(pending.tls_key, hashes.SHA384())
-    csr_pem = request.public_bytes(serialization.Encoding.PEM).decode("ascii")
+    csr_pem = signing_request(pending.tls_key, site, "site")
     signing_key, node_key = pending.signing.public_hex, _ssh_public(pending.node_key).decode("ascii")
     proof = statement(token=token.text, csr_pem=csr_pem, signing_key=signing_key, node_key=node_key)
     body = {
@@ -289,11 +217,7 @@ def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -
             "node": pending.node_key.sign(proof, ec.ECDSA(hashes.SHA384())).hex(),
         },
     }
-    url = f"{server}/v1/enroll"
-    answer = read(url, _request("POST", url, verified_context(ca_pem), body))
-    if not isinstance(answer, dict):
-        raise EnrolmentError("the coordinator's answer is not a JSON object", fix="check --server")
-    return answer
+    return GatewayClient.before_enrolment(server, verified_context(ca_pem)).call("POST", "/v1/enroll", body)
 
 
 def _ssh_public(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -304,28 +228,16 @@ def _checked(
     answer: dict[str, Any], *, site: str, server: str, ca_pem: str, token: Token, pending: _Pending
 ) -> Coordinator:
     """Check the coordinator's answer against what was asked; EnrolmentError names what is wrong."""
-    wrong = EnrolmentError
     fix = "report this to the coordinator's administrator; nothing was changed here"
-    try:
-        certificate = x509.load_pem_x509_certificate(str(answer["certificate_pem"]).encode("ascii"))
-        ca = x509.load_pem_x509_certificate(ca_pem.encode("ascii"))
-        certificate.verify_directly_issued_by(ca)
-        public_key = certificate.public_key()
-        names = [str(a.value) for a in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    except (ValueError, TypeError, KeyError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        raise wrong(f"the certificate that came back is not valid: {error}", fix=fix) from None
-    if public_key != pending.tls_key.public_key():
-        raise wrong("the certificate that came back is for another key", fix=fix)
-    if names != [site]:
-        raise wrong(f"the certificate that came back names {names}, not {site}", fix=fix)
+    issued(answer.get("certificate_pem"), ca_pem=ca_pem, key=pending.tls_key.public_key(), name=site, fix=fix)
     key = str(answer.get("coordinator_key", ""))
     try:
         ed25519_key(key)
     except SignatureError as error:
-        raise wrong(f"the coordinator sent no valid signing key: {error.message}", fix=fix) from None
+        raise EnrolmentError(f"the coordinator sent no valid signing key: {error.message}", fix=fix) from None
     fleet_path = str(answer.get("fleet_path", ""))
     if not re.fullmatch(r"/[A-Za-z0-9/_-]{1,100}", fleet_path):
-        raise wrong(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)
+        raise EnrolmentError(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)
     return Coordinator(site, server, fleet_path, key, token.ca_sha256, int(time.time()))
 
 
@@ -365,5 +277,4 @@ class OwnFingerprints:
 def own_fingerprints(home: SiteHome) -> OwnFingerprints:
     """The site's public signing key (hex) and its certificate's SHA-256 (hex), as they lie in its home."""
     certificate = x509.load_pem_x509_certificate(home.client_certificate.read_bytes())
-    der = certificate.public_bytes(serialization.Encoding.DER)
-    return OwnFingerprints(SigningKey.load(home.signing_key).public_hex, hashlib.sha256(der).hexdigest())
+    return OwnFingerprints(SigningKey.load(home.signing_key).public_hex, fingerprint(certificate))

@@ -16,16 +16,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from fl_client.identity.enrolment import Coordinator, new_ec_key
-from fl_client.identity.gateway import call
-from fl_client.site.files import sync_directory, write_durably
+from fl_client.identity.gateway import GatewayClient
 from fl_client.site.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.files import sync_directory, write_durably
+from fl_shared.identity.x509 import issued, signing_request
 from fl_shared.runtime.threads import Loop
 
 log = logging.getLogger("fl_client.identity.renewal")
@@ -63,28 +62,11 @@ def renew(home: SiteHome, pinned: Coordinator) -> x509.Certificate:
     if not next_key.exists():
         write_durably(next_key, new_ec_key())
     key = _load(next_key)
-    names = [("ORGANIZATION_NAME", "concordat"), ("ORGANIZATIONAL_UNIT_NAME", "site"), ("COMMON_NAME", pinned.site)]
-    subject = x509.Name([x509.NameAttribute(getattr(NameOID, kind), text) for kind, text in names])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA384())
-    body = {"csr_pem": request.public_bytes(serialization.Encoding.PEM).decode("ascii")}
-    answer = call(home, pinned, "POST", "/v1/renew", body)
-    try:
-        text = str(answer["certificate_pem"])
-        made = x509.load_pem_x509_certificate(text.encode("ascii"))
-        made.verify_directly_issued_by(x509.load_pem_x509_certificate(home.ca.read_bytes()))
-        public_key = made.public_key()
-        found = [str(a.value) for a in made.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-        valid = datetime.now(UTC) < made.not_valid_after_utc
-    except (KeyError, ValueError, TypeError, OSError, InvalidSignature, UnsupportedAlgorithm) as error:
-        raise EnrolmentError(
-            f"the renewed certificate is not valid ({type(error).__name__})",
-            fix="report this to the coordinator's administrator; the old certificate stays in use",
-        ) from None
-    if public_key != key.public_key() or found != [pinned.site] or not valid:
-        raise EnrolmentError(
-            "the renewed certificate is for another key, site or time",
-            fix="report this to the coordinator's administrator; the old certificate stays in use",
-        )
+    body = {"csr_pem": signing_request(key, pinned.site, "site")}
+    answer = GatewayClient.of_site(home, pinned.server).call("POST", "/v1/renew", body)
+    text = str(answer.get("certificate_pem"))
+    fix = "report this to the coordinator's administrator; the old certificate stays in use"
+    made = issued(text, ca_pem=home.ca.read_text("ascii"), key=key.public_key(), name=pinned.site, fix=fix)
     write_durably(home.client_certificate, text.encode("ascii"))
     finish(home)
     return made

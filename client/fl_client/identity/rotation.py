@@ -23,7 +23,7 @@ import time
 from typing import Any
 
 from fl_client.identity.enrolment import Coordinator
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_client.site.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
 from fl_shared.fields import Fields
@@ -109,7 +109,7 @@ class PinnedKeys:
 
     def _refresh(self) -> None:
         try:
-            said = say_hello(self._home, self._pinned)
+            said = GatewayClient.of_site(self._home, self._pinned.server).hello()
             changed = follow(self._pinned, said.get("rotations", []), time.time())
         except ConcordatError as error:
             log.warning("cannot ask for the coordinator's keys: %s", error.message)

@@ -25,8 +25,9 @@ from fl_client.model.layout import (
 )
 from fl_client.model.load import read_features
 from fl_client.model.quantised.tensor import GROUP, quantise_tensor
-from fl_client.site.files import filled_or_gone, require_empty, write_durably
+from fl_client.site.files import filled_or_gone, require_empty
 from fl_shared.errors import ModelError
+from fl_shared.files import write_durably
 
 SHARD_BYTES = 1 << 30
 _COPIED = (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json", "features.safetensors", "report.json",

@@ -11,7 +11,7 @@ _PAUSE_S = 0.5
 
 
 def raise_file_limit() -> None:
-    """Let this process have as many descriptors as the system allows it; the soft limit is often 1024."""
+    """Let the keeper have as many descriptors as the system allows it; it imports nothing of `fl_shared`."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

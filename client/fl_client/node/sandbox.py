@@ -92,7 +92,10 @@ def forbid_inspection() -> None:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask the kernel to kill this process (or send it another signal) when its parent dies."""
+    """Ask the kernel to kill this process (or send it another signal) when its parent dies.
+
+    The keeper's own: what guards the untrusted half imports nothing of `fl_shared`.
+    """
     _libc().prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 

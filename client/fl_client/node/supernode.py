@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from fl_client.node.reaping import MOST_TASKS
 from fl_client.node.sandbox import Confinement
 from fl_client.node.spec import SPEC_FILE, NodeSpec, make_home
 from fl_shared.files import socket_address
+from fl_shared.runtime.processes import free_port
 
 log = logging.getLogger("fl_client.node.supernode")
 
@@ -57,14 +57,6 @@ def node_confinement(spec: NodeSpec, runtime_port: int) -> Confinement:
         tasks=MOST_TASKS,
         agent=str(spec.socket),
     )
-
-
-def free_port() -> int:
-    """Return a TCP port that is free on loopback just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start_node(spec: NodeSpec, *, says: int | None = None) -> subprocess.Popen[bytes]:

@@ -34,13 +34,14 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from fl_client.identity.enrolment import verified_context
+from fl_client.identity.gateway import verified_context
 from fl_client.node.admission import admit
 from fl_client.node.fleet import FLEET_CALLS, PendingReplies, activated_node, deactivation, sole_app
-from fl_client.node.sandbox import die_with_parent, forbid_inspection
+from fl_client.node.sandbox import forbid_inspection
 from fl_client.node.tunnel_settings import NODE_LEFT, READY, TunnelSettings
 from fl_client.site.config import ANY_APP
-from fl_client.site.files import write_durably
+from fl_shared.files import write_durably
+from fl_shared.runtime.processes import die_with_parent
 from fl_shared.wire.hosts import by_proxy
 
 log = logging.getLogger("fl_client.node.tunnel")

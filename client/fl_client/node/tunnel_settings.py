@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fl_client.site.files import write_durably
+from fl_shared.files import write_durably
 
 READY = "tunnel ready"
 NODE_LEFT = "the SuperNode has left, or is out of step"
@@ -65,4 +65,4 @@ def make_local_certificate(certificate: Path, key: Path, *, mode: int = 0o600) -
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ),
     )
-    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode)
+    write_durably(certificate, built.public_bytes(serialization.Encoding.PEM), mode=mode, exact=True)

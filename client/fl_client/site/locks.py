@@ -1,14 +1,14 @@
-"""One process at a time works for a site: the agent, or `train-alone`."""
+"""One process at a time works for a site: the agent, or a command that uses its ledger or its keys."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fl_shared.errors import ConfigError
+from fl_shared.runtime.locks import LockHeld, locked
 
 
 @contextlib.contextmanager
@@ -17,17 +17,12 @@ def sole(path: Path, what: str) -> Iterator[None]:
 
     The kernel releases the lock when the process ends, however it ends.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace") or "another process"
+            held.enter_context(locked(path, note=f"{what} (process {os.getpid()})"))
+        except LockHeld as error:
             raise ConfigError(
-                f"{holder} works for this site already", fix="stop it first, or wait until it has ended"
+                f"{error.note or 'another process'} works for this site already",
+                fix="stop it first, or wait until it has ended",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{what} (process {os.getpid()})".encode(), 0)
         yield
-    finally:
-        os.close(descriptor)

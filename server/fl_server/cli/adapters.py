@@ -10,11 +10,11 @@ from typing import Any
 from fl_server.cli import complete
 from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
-from fl_server.home.files import write_durably
 from fl_shared.adapters.safetensors import digest
 from fl_shared.cli.console import table, working
 from fl_shared.cli.parsers import add_quiet, path
 from fl_shared.errors import ConfigError, TransportError
+from fl_shared.files import write_durably
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 

@@ -10,9 +10,9 @@ from typing import Any
 from fl_server.cli import complete
 from fl_server.cli.show import print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
-from fl_server.home.files import write_durably
 from fl_shared.cli.parsers import path
 from fl_shared.errors import ConfigError
+from fl_shared.files import write_durably
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 

@@ -12,9 +12,9 @@ from fl_server.cli import complete
 from fl_server.cli.connection import Profile
 from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_group, add_verb, argument
-from fl_server.identity.authority import fingerprint
 from fl_shared.cli.console import table
 from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.identity.x509 import fingerprint
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 

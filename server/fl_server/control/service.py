@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import grpc
 
-from fl_server import __version__
 from fl_server.access.log import AdminLog
 from fl_server.control.calls import caller
 from fl_server.control.messages import (
@@ -37,6 +36,7 @@ from fl_server.runs.commits import Commits
 from fl_server.runs.events import Events
 from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs
+from fl_shared import __version__
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.identity.signing import SigningKey

@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome
 from fl_shared.errors import ConcordatError, RunError, TransportError
-from fl_shared.files import sqlite_url
+from fl_shared.files import sqlite_url, write_durably
 from fl_shared.runtime.offline import OFFLINE
 from fl_shared.wire.hosts import is_proxy_variable
 

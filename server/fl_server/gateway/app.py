@@ -44,6 +44,7 @@ from fl_shared.identity.enrolment import PROVED
 from fl_shared.names import site_id
 from fl_shared.runtime.limits import ConcurrencyLimit, TokenBucket, network
 from fl_shared.runtime.logs import set_up
+from fl_shared.runtime.processes import raise_file_limit
 
 log = logging.getLogger("fl_server.gateway.app")
 
@@ -390,7 +391,7 @@ def main() -> int:
     arguments = parser.parse_args()
     set_up("gateway")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before uvicorn takes it over, and when it gives it back
-    connections.raise_file_limit()
+    raise_file_limit(connections.FILES)
     asyncio.run(serve(ServerHome.open(arguments.home)))
     return 0
 

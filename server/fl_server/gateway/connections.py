@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import resource
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ HANDSHAKE_S = 10.0
 HEAD_S = 15.0
 CLOSING_S = 5.0
 MAX_CONNECTIONS = 4096
+FILES = 2 * MAX_CONNECTIONS + 256
+"""Descriptors that the gateway needs with all of its connections open."""
 MAX_FOR_AN_ADDRESS = 32
 MAX_FOR_A_SITE = 64
 # Control characters, a line feed or carriage return alone, a folded line.
@@ -177,15 +178,6 @@ def listener(host: str, port: int) -> socket.socket:
         ) from error
     listening.setblocking(False)
     return listening
-
-
-def raise_file_limit() -> None:
-    """Let this process have as many connections as the system allows it; the soft limit is often 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_CONNECTIONS + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def serve(server: uvicorn.Server, tls: ssl.SSLContext, listening: socket.socket) -> None:

@@ -7,7 +7,6 @@ but for its public key: the coordinator writes subject, validity and usages itse
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fl_server.home.files import write_durably
 from fl_shared.errors import EnrolmentError
+from fl_shared.files import write_durably
+from fl_shared.identity.x509 import ORGANISATION, ROLES, fingerprint, subject
 
-ROLES = ("site", "admin", "auditor")
-ORGANISATION = "concordat"
 MAX_CSR_BYTES = 16 << 10
 _CA_DAYS = 3650
 _BACKDATE = dt.timedelta(minutes=5)  # clocks of institutions differ a little
@@ -36,22 +34,6 @@ class Identity:
     name: str
     fingerprint: str
     expires_at: float
-
-
-def subject(role: str, name: str) -> x509.Name:
-    """`O=concordat, OU=<role>, CN=<name>`."""
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, ORGANISATION),
-            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
-            x509.NameAttribute(NameOID.COMMON_NAME, name),
-        ]
-    )
-
-
-def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of the certificate's DER form, 64 hex digits."""
-    return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
 
 
 def identity(der: bytes) -> Identity:
@@ -99,12 +81,7 @@ class Authority:
     def create(cls, key_file: Path, certificate_file: Path) -> Authority:
         """Make a new CA (EC P-384, ten years) and write both files."""
         key = ec.generate_private_key(ec.SECP384R1())
-        name = x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, ORGANISATION),
-                x509.NameAttribute(NameOID.COMMON_NAME, "concordat coordinator CA"),
-            ]
-        )
+        name = subject("concordat coordinator CA")
         now = dt.datetime.now(dt.UTC)
         certificate = (
             x509.CertificateBuilder()
@@ -181,12 +158,7 @@ class Authority:
         """Make a server key and a certificate for `host`, localhost and 127.0.0.1."""
         key = ec.generate_private_key(ec.SECP256R1())
         hosts = tuple(dict.fromkeys([host, "localhost", "127.0.0.1"]))
-        name = x509.Name(
-            [
-                x509.NameAttribute(NameOID.ORGANIZATION_NAME, ORGANISATION),
-                x509.NameAttribute(NameOID.COMMON_NAME, host[:64]),
-            ]
-        )
+        name = subject(host[:64])
         certificate = self._issue(key.public_key(), name, days, usage=ExtendedKeyUsageOID.SERVER_AUTH, hosts=hosts)
         write_durably(key_file, _pem_key(key))
         write_durably(certificate_file, _pem(certificate), mode=0o644)
@@ -196,7 +168,7 @@ class Authority:
     ) -> x509.Certificate:
         """Make a key and a client certificate here (admins, auditors; sites make their keys themselves)."""
         key = ec.generate_private_key(ec.SECP384R1())
-        certificate = self._issue(key.public_key(), subject(role, name), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH)
+        certificate = self._issue(key.public_key(), subject(name, role), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH)
         write_durably(key_file, _pem_key(key))
         write_durably(certificate_file, _pem(certificate), mode=0o644)
         return certificate
@@ -222,7 +194,7 @@ class Authority:
             raise EnrolmentError("the certificate request's key is not EC P-256 or P-384", fix=fix, code="bad-csr")
         if not proven:
             raise EnrolmentError("the certificate request is not signed by its own key", fix=fix, code="bad-csr")
-        return self._issue(key, subject(role, name), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH)
+        return self._issue(key, subject(name, role), days, usage=ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def _general_name(host: str) -> x509.GeneralName:

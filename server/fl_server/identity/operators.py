@@ -19,10 +19,10 @@ from sqlalchemy import select
 
 from fl_server.db.models import EventRow, OperatorRow
 from fl_server.db.store import Store
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome, ServerSettings, reachable
 from fl_server.identity.authority import Authority, Identity, identity
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
+from fl_shared.files import write_durably
 from fl_shared.names import operator_name
 from fl_shared.runtime.limits import ConcurrencyLimit
 from fl_shared.wire.hosts import host_and_port

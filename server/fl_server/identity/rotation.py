@@ -11,16 +11,16 @@ key until `old_until`, so that orders which were signed before the change are st
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import os
 import time
 from typing import Any
 
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome
 from fl_shared.errors import ConfigError
+from fl_shared.files import sync_directory, write_durably
 from fl_shared.identity.signing import SigningKey, sign_document
+from fl_shared.runtime.locks import LockHeld, locked
 
 DAY_S = 86_400.0
 GRACE_S = 14 * DAY_S
@@ -61,15 +61,12 @@ def rotate(home: ServerHome, grace_s: float = GRACE_S) -> dict[str, Any]:
         raise ConfigError(
             f"a grace of {grace_s / DAY_S:g} days is refused", fix=f"choose 0 to {MAX_GRACE_S / DAY_S:.0f} days"
         )
-    lock = os.open(home.signing_key.parent / "rotation.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            held.enter_context(locked(home.signing_key.parent / "rotation.lock"))
+        except LockHeld as error:
             raise ConfigError("another rotation is under way", fix="wait for its end") from error
         return _rotate(home, grace_s)
-    finally:
-        os.close(lock)
 
 
 def _rotate(home: ServerHome, grace_s: float) -> dict[str, Any]:
@@ -87,9 +84,5 @@ def _rotate(home: ServerHome, grace_s: float) -> dict[str, Any]:
     )
     write_durably(home.rotations, json.dumps([*done, change]).encode("utf-8"), mode=0o644)
     home.next_signing_key.replace(home.signing_key)
-    folder = os.open(home.signing_key.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_directory(home.signing_key.parent)
     return change

@@ -1,7 +1,7 @@
 """Who may speak: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
 
-A token is `ct1.<site>.<secret>.<sha256 of the CA certificate>`; the secret is kept as its SHA-256 only,
-is valid once and until it expires.
+Of an invitation's token (`fl_shared.identity.token`) the secret's SHA-256 alone is kept; it is valid once, and until
+it expires.
 
 A renewed certificate is valid beside the one that asked for it until it is used for the first time; from then on
 it is the only one. So an answer that is lost on the way costs a site nothing.
@@ -12,8 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import re
-import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,17 +26,17 @@ from sqlalchemy.orm import Session
 from fl_server.db.models import EventRow, InvitationRow, SiteKeyRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.flower.superlink import Flower
-from fl_server.identity.authority import Authority, Identity, fingerprint
+from fl_server.identity.authority import Authority, Identity
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.errors import ConfigError, EnrolmentError, SignatureError
 from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import ed25519_key, verify
+from fl_shared.identity.token import Token
+from fl_shared.identity.x509 import fingerprint
 from fl_shared.names import site_id
 
 TTL_S = 7 * 86_400.0
 MAX_TTL_S = 90 * 86_400.0
-SECRET_BYTES = 24
-_TOKEN = re.compile(r"ct1\.([a-z0-9-]{1,63})\.([A-Za-z0-9_-]{32})\.([0-9a-f]{64})")
 _NEW_INVITATION = "ask the coordinator's administrator for a new token (`fl-admin sites invite`)"
 
 
@@ -125,7 +123,7 @@ class Sites:
         ttl_s = ttl_s or TTL_S
         if not 1.0 <= ttl_s <= MAX_TTL_S:
             raise ConfigError(f"a validity of {ttl_s:g} s is refused", fix=f"choose 1 to {MAX_TTL_S:.0f} s")
-        secret = base64.urlsafe_b64encode(secrets.token_bytes(SECRET_BYTES)).decode("ascii")
+        token = Token.new(site, ca_sha256)
         now = time.time()
         with self._store.write() as session:
             row = session.get(SiteRow, site)
@@ -140,26 +138,29 @@ class Sites:
                     session.delete(earlier)
             session.add(
                 InvitationRow(
-                    secret_hash=hashlib.sha256(secret.encode()).digest(),
+                    secret_hash=token.secret_sha256,
                     site=site,
                     created_at=now,
                     expires_at=now + ttl_s,
                 )
             )
             session.add(EventRow(at=now, kind="site-invited", site=site))
-        return Invitation(site, f"ct1.{site}.{secret}.{ca_sha256}", now + ttl_s)
+        return Invitation(site, token.text, now + ttl_s)
 
     def _invitation(self, session: Session, site: str, token: str, ca_sha256: str) -> InvitationRow:
-        match = _TOKEN.fullmatch(token)
-        if match is None or match.group(1) != site or not hmac.compare_digest(match.group(3), ca_sha256):
-            raise EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
-        digest = hashlib.sha256(match.group(2).encode()).digest()
+        bad = EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
+        try:
+            named = Token.parse(token)
+        except EnrolmentError:
+            raise bad from None
+        if named.site != site or not hmac.compare_digest(named.ca_sha256, ca_sha256):
+            raise bad
         invitation = None
         for row in session.scalars(select(InvitationRow).where(InvitationRow.site == site)):
-            if hmac.compare_digest(row.secret_hash, digest):
+            if hmac.compare_digest(row.secret_hash, named.secret_sha256):
                 invitation = row
         if invitation is None:
-            raise EnrolmentError("the token is not valid for this site", fix=_NEW_INVITATION, code="bad-token")
+            raise bad
         if invitation.used_at:
             raise EnrolmentError("the token was used already", fix=_NEW_INVITATION, code="used-token")
         if invitation.expires_at < time.time():

@@ -31,15 +31,15 @@ from typing import IO, Any
 
 from sqlalchemy import select
 
-from fl_server import __version__
 from fl_server.artifacts.local import LocalArtifacts
 from fl_server.db.copying import copy_sqlite, fill, snapshot
 from fl_server.db.models import ENDED, RoundRow, RunRow
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome, ServerSettings
 from fl_server.identity.authority import Authority
+from fl_shared import __version__
 from fl_shared.errors import ConfigError, RunError
-from fl_shared.files import sqlite_url
+from fl_shared.files import sqlite_url, sync_directory
 from fl_shared.identity.signing import SigningKey
 
 MANIFEST = "MANIFEST.json"
@@ -159,6 +159,7 @@ def _target(out: Path | None) -> Iterator[IO[bytes]]:
             sink.flush()
             os.fsync(sink.fileno())
         os.link(beside, out)  # fails when somebody else has made it meanwhile
+        sync_directory(out.parent)
     finally:
         beside.unlink(missing_ok=True)
 

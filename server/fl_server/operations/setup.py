@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 
 from fl_server.db.store import Store
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome, ServerSettings
 from fl_server.identity.authority import Authority
 from fl_server.identity.operators import write_credentials
 from fl_shared.errors import ConfigError
-from fl_shared.files import sqlite_url
+from fl_shared.files import sqlite_url, write_durably
 from fl_shared.identity.signing import SigningKey
 from fl_shared.names import operator_name
 from fl_shared.wire.hosts import host_name, is_loopback

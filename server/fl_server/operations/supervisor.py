@@ -8,7 +8,6 @@ process. Every child has its own process group and is killed by the kernel when 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -29,11 +28,12 @@ import httpx
 
 from fl_server.db.store import DatabaseAway, Store
 from fl_server.flower.superlink import Flower, environment
-from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome, ServerSettings, reachable
-from fl_server.operations.process import end_group, spawn
 from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.files import write_durably
+from fl_shared.runtime.locks import LockHeld, acquire
 from fl_shared.runtime.private_files import close_to_others
+from fl_shared.runtime.processes import end_group, free_port, spawn
 from fl_shared.runtime.threads import reason
 from fl_shared.wire.hosts import host_and_port
 
@@ -45,14 +45,6 @@ STOP_S = 8.0
 STALE_S = 15.0
 FIRST_PAUSE_S, MOST_PAUSE_S, CALM_S = 0.5, 30.0, 10.0
 SUPERLINK_TRIES = 3  # starts in a row that do not come to listening; then its database is made again
-
-
-def free_port() -> int:
-    """A TCP port that is free on loopback just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _listens(host: str, port: int) -> bool:
@@ -209,10 +201,9 @@ class Supervisor:
         store.close()
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self._home.root / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock = acquire(self._home.root / "supervisor.lock")
+        except LockHeld as error:
             raise ConfigError(
                 f"a coordinator already runs at {self._home.root}",
                 fix=f"stop it first, or look at it with `fl-server status --home {shlex.quote(str(self._home.root))}`",
@@ -321,18 +312,22 @@ def _write_over(path: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
+def component_names(settings: ServerSettings) -> list[str]:
+    """The children of a coordinator, in the order of their start; the monitor only where `[metrics]` asks for it."""
+    return ["superlink", "gateway", "control", "launcher", *(["monitor"] if settings.metrics is not None else [])]
+
+
 def read_state(home: ServerHome) -> dict[str, Any]:
     """What `fl-server up` last said about itself; every component `stopped` when it does not run."""
-    names = ("superlink", "gateway", "control", "launcher")
-    none = {"pid": 0, "components": [{"name": n, "state": "stopped", "address": "", "pid": 0} for n in names]}
     try:
         state = json.loads(home.supervisor_state.read_text("utf-8"))
         os.kill(int(state["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        return none
-    if time.time() - float(state["at"]) > STALE_S or not isinstance(state, dict):
-        return none
-    return state
+        if time.time() - float(state["at"]) <= STALE_S:
+            return dict(state)
+    except (OSError, ValueError, KeyError, TypeError):  # no process, or no state of one
+        pass
+    stopped = {"state": "stopped", "address": "", "pid": 0}
+    return {"pid": 0, "components": [{"name": name, **stopped} for name in component_names(home.settings())]}
 
 
 def is_ready(state: dict[str, Any]) -> bool:

@@ -6,10 +6,11 @@ A heartbeat says the same only after many missed beats; the lock says it within 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from fl_shared.runtime.locks import locked, look
 
 UNKNOWN, ALIVE, DEAD = "unknown", "alive", "dead"
 
@@ -22,30 +23,19 @@ def _path(folder: Path, attempt: str) -> Path:
 def carrying(folder: Path, attempt: str) -> Iterator[None]:
     """Hold the lock of an attempt while the block runs; afterwards the attempt has ended."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(_path(folder, attempt), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.write(descriptor, str(os.getpid()).encode("ascii"))
+    with locked(_path(folder, attempt), note=str(os.getpid()), wait=True):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def liveness(folder: Path, attempt: str) -> str:
     """`alive` or `dead`; `unknown` while the attempt's process has not come so far as to take its lock."""
     try:
-        descriptor = os.open(_path(folder, attempt), os.O_RDWR | os.O_CLOEXEC)
+        pid, held = look(_path(folder, attempt))
     except OSError:
         return UNKNOWN
-    try:
-        if not os.read(descriptor, 16):
-            return UNKNOWN  # made, but not locked yet
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return ALIVE
-    finally:
-        os.close(descriptor)
-    return DEAD
+    if not pid:
+        return UNKNOWN  # made, but not locked yet
+    return ALIVE if held else DEAD
 
 
 def carrier_pid(folder: Path, attempt: str) -> int:

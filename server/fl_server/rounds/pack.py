@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from fl_server import __version__
-from fl_server.home.files import write_durably
+from fl_shared import __version__
+from fl_shared.files import write_durably
 
 FOLDER = "concordat_app"
 _PYPROJECT = f"""[build-system]

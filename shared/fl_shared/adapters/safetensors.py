@@ -74,7 +74,7 @@ def pack(
                 fix=f"adapters are float32 with at most {MAX_NDIM} axes",
             )
         stored += _encoded(name, value, wire)
-    stored.sort(key=lambda each: (each[1] == "I8", each[0]))  # scales first, so that every tensor is aligned
+    stored.sort(key=lambda tensor: (tensor[1] == "I8", tensor[0]))  # scales first, so that every tensor is aligned
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     parts: list[bytes | memoryview] = []
     end = 0
@@ -129,10 +129,10 @@ def _header(data: Buffer) -> tuple[dict[str, Any], int]:
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    found = header.pop("__metadata__", {})
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DataError("the adapter's metadata is no table of texts", fix="send safetensors")
-    return found
+    return metadata
 
 
 def metadata(data: Buffer) -> dict[str, str]:
@@ -144,33 +144,34 @@ def _entries(header: dict[str, Any], room: int, allowed: tuple[str, ...]) -> dic
     """The tensors that the header describes: they fill `room` bytes without gap or overlap."""
     if len(header) > MAX_TENSORS * len(allowed):
         raise DataError(f"the adapter has {len(header)} tensors", fix=f"the limit is {MAX_TENSORS}")
-    found: dict[str, _Entry] = {}
+    entries: dict[str, _Entry] = {}
     for name, entry in header.items():
         _check_name(name, MAX_NAME + len(SCALE) * ("I8" in allowed))
         if not isinstance(entry, dict) or entry.get("dtype") not in allowed:
             raise DataError(f"adapter tensor {name} is not {' or '.join(allowed)}", fix="send the spec's wire format")
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
         # Extents beside a zero hold no bytes, and numpy takes no array whose other ones are beyond all bounds.
-        if not _whole_numbers(shape) or len(shape) > MAX_NDIM or math.prod(each or 1 for each in shape) > MAX_BYTES:
+        if not _whole_numbers(shape) or len(shape) > MAX_NDIM or math.prod(length or 1 for length in shape) > MAX_BYTES:
             raise DataError(f"adapter tensor {name} has shape {shown(shape)}", fix=f"at most {MAX_NDIM} axes")
         if not _whole_numbers(offsets) or len(offsets) != 2 or len(entry) != 3:
             raise DataError(f"adapter tensor {name} has offsets {shown(offsets)}", fix="send safetensors")
-        found[name] = _Entry(name, entry["dtype"], tuple(shape), offsets[0], offsets[1])
+        entries[name] = _Entry(name, entry["dtype"], tuple(shape), offsets[0], offsets[1])
     end = 0
-    for each in sorted(found.values(), key=lambda each: (each.start, each.end)):
-        if each.start != end or each.end - each.start != math.prod(each.shape) * _STORED[each.dtype].itemsize:
+    for tensor in sorted(entries.values(), key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != end or tensor.end - tensor.start != math.prod(tensor.shape) * _STORED[tensor.dtype].itemsize:
             raise DataError(
-                f"adapter tensor {each.name} of shape {shown(list(each.shape))} lies at {each.start} to {each.end}",
+                f"adapter tensor {tensor.name} of shape {shown(list(tensor.shape))} lies at "
+                f"{tensor.start} to {tensor.end}",
                 fix="send whole safetensors, without gaps",
             )
-        end = each.end
+        end = tensor.end
     if end != room:
         raise DataError(f"the adapter has {room} bytes of tensors, its header {end}", fix="send it again, whole")
-    return found
+    return entries
 
 
 def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def read_adapter(path: Path) -> bytes:
@@ -215,7 +216,7 @@ def _array(data: Buffer, begin: int, entry: _Entry) -> NDArray[Any]:
 
 
 def _from_int8(entries: Mapping[str, _Entry], stored: Mapping[str, NDArray[Any]]) -> Tensors:
-    found: Tensors = {}
+    tensors: Tensors = {}
     for name, entry in entries.items():
         if entry.dtype != "I8":
             of = entries.get(name.removesuffix(SCALE))
@@ -227,8 +228,8 @@ def _from_int8(entries: Mapping[str, _Entry], stored: Mapping[str, NDArray[Any]]
             raise DataError(f"adapter tensor {name} has not one scale per block", fix="send the spec's wire format")
         if not (np.isfinite(scales).all() and (scales >= 0).all()):
             raise DataError(f"adapter tensor {name} has a scale that is no size", fix="the sender must not release it")
-        found[name] = from_int8(stored[name].reshape(-1), scales).reshape(entry.shape)
-    return found
+        tensors[name] = from_int8(stored[name].reshape(-1), scales).reshape(entry.shape)
+    return tensors
 
 
 def digest(data: Buffer) -> str:

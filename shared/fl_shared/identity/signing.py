@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fl_shared.canonical import canonical_bytes
 from fl_shared.errors import ConfigError, SignatureError
+from fl_shared.files import sync_directory
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[0-9a-f]{128}")
@@ -83,11 +84,7 @@ class SigningKey:
             os.link(fresh, path)  # unlike a rename, this fails when the name is taken
         finally:
             fresh.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_directory(path.parent)
 
     @property
     def public_hex(self) -> str:

@@ -1,6 +1,6 @@
 """A bundle for an outside auditor: the signed entries, the coordinator's receipts, public keys, and nothing else.
 
-A ZIP file with `entries.jsonl` (one signed entry a line, as it stands in the chain), `receipts.json`,
+A ZIP file with `entries.jsonl` (one signed entry a line, as the chain stores it), `receipts.json`,
 `bundle.json` and `README.txt`. It needs no signature of its own: every entry has one, and what was left out of it
 is missed by the chain, the receipts' checkpoints and the auditor's own copy of the site's key.
 
@@ -30,8 +30,8 @@ from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.receipts import UNREADABLE_ZIP, Kept, damaged_file, zip_member
 from fl_shared.ledger.reconcile import site_keys
 from fl_shared.ledger.replay import Replay, Total
-from fl_shared.ledger.shard import EVENT_FIELDS
 from fl_shared.ledger.store import Store
+from fl_shared.ledger.stretch import EVENT_FIELDS
 from fl_shared.names import site_id
 
 FORMAT = "concordat-bundle/1"
@@ -98,11 +98,11 @@ def is_bundle(path: Path) -> bool:
 def about(path: Path) -> dict[str, Any]:
     """Return `bundle.json`; raises LedgerError when the file is no bundle or damaged."""
     try:
-        found = parse_json(zip_member(path, "bundle.json"), "bundle.json")
+        document = parse_json(zip_member(path, "bundle.json"), "bundle.json")
     except ConfigError as error:
         raise damaged_file(path, error.message) from error
     wanted = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
-    table: dict[str, Any] = found if isinstance(found, dict) else {}
+    table: dict[str, Any] = document if isinstance(document, dict) else {}
     if table.get("format") != FORMAT or not all(type(table.get(name)) is kind for name, kind in wanted.items()):
         raise damaged_file(path, f"bundle.json is not of the form {FORMAT}")
     try:
@@ -160,13 +160,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             number = 0
             while line := source.readline(_LONGEST_LINE):
                 number += 1
-                found = parse_json(line, f"line {number}")
-                if not isinstance(found, dict) or set(found) != set(_COLUMNS):
+                row = parse_json(line, f"line {number}")
+                if not isinstance(row, dict) or set(row) != set(_COLUMNS):
                     raise LedgerError(f"line {number} of entries.jsonl is no entry")
-                for name, value in found.items():
+                for name, value in row.items():
                     if type(value) is not (int if name == "seq" else str) or not _storable(value):
                         raise LedgerError(f"line {number} of entries.jsonl: {name} is {shown(value)}")
-                yield number, found
+                yield number, row
     except (*UNREADABLE_ZIP, ConfigError) as error:
         raise LedgerError(f"entries.jsonl cannot be read: {error}") from error
 
@@ -175,7 +175,7 @@ def _storable(value: Any) -> bool:
     """Whether SQLite can hold the value: a number of 64 bits, or text that is Unicode."""
     if isinstance(value, int):
         return -(1 << 63) <= value < 1 << 63
-    return not any("\ud800" <= each <= "\udfff" for each in value)
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _fill(connection: sa.Connection, path: Path) -> None:

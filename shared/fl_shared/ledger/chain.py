@@ -133,7 +133,7 @@ def append(
 ) -> Entry:
     """Sign and write the next entry, inside the caller's write transaction.
 
-    `point` names the fault points around the statement. Raises LedgerError when the clock stands before the
+    `point` names the fault points around the statement. Raises LedgerError when the clock is before the
     last entry by more than five minutes; a smaller step back takes the last entry's time.
     """
     last = last_entry(connection, table)

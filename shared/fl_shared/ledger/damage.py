@@ -30,11 +30,11 @@ def misfits(store: Store) -> list[Problem]:
 
     What cannot be read at all is left out: the caller knows that already.
     """
-    found: list[Problem] = []
+    problems: list[Problem] = []
     with contextlib.suppress(LedgerError), store.read() as connection:
         for table in metadata.sorted_tables:
             with contextlib.suppress(sa.exc.DBAPIError):
-                found += _wrong_types(connection, table) if store.sqlite else _nothing(connection, table)
+                problems += _wrong_types(connection, table) if store.sqlite else _nothing(connection, table)
     if store.sqlite:
         with contextlib.suppress(LedgerError), store.read() as connection:
             driver: Any = connection.connection.driver_connection
@@ -42,10 +42,10 @@ def misfits(store: Store) -> list[Problem]:
             try:
                 for table in metadata.sorted_tables:
                     with contextlib.suppress(store.driver_error):
-                        found += _no_text(driver, table)
+                        problems += _no_text(driver, table)
             finally:
                 driver.text_factory = str
-    return found
+    return problems
 
 
 def _wanted(column: sa.Column[Any]) -> tuple[str, str]:
@@ -94,7 +94,7 @@ def _no_text(driver: Any, table: sa.Table) -> list[Problem]:
     first = next(iter(table.columns)).name
     names = ", ".join(f'"{name}"' for name in texts)
     query = f'SELECT "{first}", rowid, {names} FROM "{table.name}"'  # noqa: S608  # our own names
-    found = []
+    problems = []
     for number, rowid, *values in driver.execute(query):
         seq = number if isinstance(number, int) else rowid
         for name, value in zip(texts, values, strict=True):
@@ -102,7 +102,7 @@ def _no_text(driver: Any, table: sa.Table) -> list[Problem]:
                 value.decode() if isinstance(value, bytes) else None
             except UnicodeDecodeError:
                 text = shown(value.decode("utf-8", "replace"))
-                found.append(Problem(f"{table.name}.{name} of row {seq} is no text in UTF-8: {text}", seq))
-        if len(found) >= MOST:
+                problems.append(Problem(f"{table.name}.{name} of row {seq} is no text in UTF-8: {text}", seq))
+        if len(problems) >= MOST:
             break
-    return found
+    return problems

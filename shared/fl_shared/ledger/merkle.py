@@ -86,12 +86,12 @@ def fold(peaks: Iterable[bytes]) -> str:
 
 def peaks_of(size: int) -> list[tuple[int, int]]:
     """Return (level, position) of the complete subtrees of a tree with `size` leaves, largest first."""
-    found, offset = [], 0
+    peaks, offset = [], 0
     for level in range(size.bit_length() - 1, -1, -1):
         if size >> level & 1:
-            found.append((level, offset >> level))
+            peaks.append((level, offset >> level))
             offset += 1 << level
-    return found
+    return peaks
 
 
 def completed_nodes(

@@ -3,7 +3,7 @@
 `entries` is the chain: each row holds canonical JSON, the hash of the row before, its own hash and a
 signature. The typed tables repeat an entry's body as columns (their key is the entry's `seq`), so that the
 database itself can hold the invariants; `verify` compares each typed row with its entry. Nothing is ever
-updated or deleted: a change of state is a new row. The tables as they are made, with their triggers, stand in
+updated or deleted: a change of state is a new row. The tables as they are made, with their triggers, are in
 `migrations/`; a test holds the two against each other.
 """
 
@@ -25,7 +25,9 @@ from sqlalchemy import (
 )
 
 ENTRY_KINDS = ("genesis", "dataset", "overlap", "budget", "reservation", "settlement", "witness", "key")
-OUTCOMES = ("settled", "released", "in-doubt")
+OUTCOMES = SETTLED, VOIDED, IN_DOUBT = ("settled", "released", "in-doubt")
+"""How a reservation ends. Voided: nothing private was read and nothing left, so nothing is charged; `released` is what
+such a row has always said."""
 OVERALL = ""  # the study of a budget that holds for every study
 
 metadata = MetaData()
@@ -178,8 +180,8 @@ tallies = Table(
     CheckConstraint("held >= 0 AND spent >= 0", name="tallies_positive"),
 )
 
-# Inner nodes of the Merkle tree over entry hashes, written when both children are complete; leaves stand in
-# `entries`. Also a cache: `verify` hashes the whole tree anew.
+# Inner nodes of the Merkle tree over entry hashes, written when both children are complete; leaves are stored in
+# `entries`. Also a cache: `verify` hashes the whole tree again.
 merkle_nodes = Table(
     "merkle_nodes",
     metadata,

@@ -9,6 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fl_shared.ledger.models import (
+    VOIDED,
     budgets,
     datasets,
     entries,
@@ -71,8 +72,8 @@ def all_datasets(connection: sa.Connection) -> list[Dataset]:
 
 def overlapping(connection: sa.Connection, name: str) -> list[str]:
     """Return the data sets declared to share units with `name`, sorted."""
-    found = connection.execute(_OVERLAPS, {"name": name})
-    return sorted(second if first == name else first for first, second in found)
+    pairs = connection.execute(_OVERLAPS, {"name": name})
+    return sorted(second if first == name else first for first, second in pairs)
 
 
 def budget_of(row: Mapping[str, Any] | sa.RowMapping) -> BudgetRecord:
@@ -111,12 +112,12 @@ _CURRENT_BUDGETS_OF = _CURRENT_BUDGETS.where(budgets.c.dataset.in_(sa.bindparam(
 
 def current_budgets(connection: sa.Connection, names: Collection[str] | None = None) -> list[BudgetRecord]:
     """Return the newest version of each budget (of the named data sets), overall before studies."""
-    found = (
+    rows = (
         connection.execute(_CURRENT_BUDGETS)
         if names is None
         else connection.execute(_CURRENT_BUDGETS_OF, {"names": list(names)})
     )
-    return [budget_of(row) for row in found.mappings()]
+    return [budget_of(row) for row in rows.mappings()]
 
 
 _inner_tallies = tallies.alias("inner_tallies")
@@ -184,8 +185,8 @@ _SPENDS_OF_ROUND = _SPEND.where(*(reservations.c[name] == sa.bindparam(name) for
 def spends_of_round(connection: sa.Connection, *, dataset: str, run: str, round: int, purpose: str) -> list[Spend]:
     """Return the attempts at one round, oldest first."""
     place = {"dataset": dataset, "run": run, "round": round, "purpose": purpose}
-    found = [spend_of(row) for row in connection.execute(_SPENDS_OF_ROUND, place).mappings()]
-    return sorted(found, key=lambda spend: spend.reservation.seq)
+    of_round = [spend_of(row) for row in connection.execute(_SPENDS_OF_ROUND, place).mappings()]
+    return sorted(of_round, key=lambda spend: spend.reservation.seq)
 
 
 def spends(
@@ -252,7 +253,7 @@ def spend_of(row: sa.RowMapping) -> Spend:
     return Spend(
         reservation=held,
         outcome=outcome,
-        charged=None if outcome == "released" else mechanism(int(row["charged_steps"] if ended else row["steps"])),
+        charged=None if outcome == VOIDED else mechanism(int(row["charged_steps"] if ended else row["steps"])),
         release_digest=row["release_digest"],
         reason=row["reason"] or "",
         settled_seq=row["settled_seq"],

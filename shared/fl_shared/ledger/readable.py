@@ -110,8 +110,8 @@ def _size(path: Path) -> int:
 
 
 def _stamp(path: Path) -> _Stamp:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _address(path: Path, *, immutable: bool = False) -> URL:
@@ -130,15 +130,15 @@ def _unreadable(path: Path) -> LedgerError:
 
 def _opened(path: Path) -> sqlite3.Connection | None:
     """Return a connection that can read, to be held so that the log stays; None when SQLite cannot read it here."""
-    made = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=10, check_same_thread=False)
+    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=10, check_same_thread=False)
     try:
-        made.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:
-        made.close()
+        connection.close()
         return None
     except (sqlite3.DatabaseError, UnicodeDecodeError):
         pass  # damaged: whoever reads next says so
-    return made
+    return connection
 
 
 def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
@@ -149,8 +149,8 @@ def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
     """
     wal = _beside(path, "-wal")
     for _ in range(_ATTEMPTS):
-        made = tempfile.TemporaryDirectory(prefix="concordat-ledger-")
-        target = Path(made.name) / "ledger.sqlite"
+        folder = tempfile.TemporaryDirectory(prefix="concordat-ledger-")
+        target = Path(folder.name) / "ledger.sqlite"
         try:
             before, stamp = _header(wal), _stamp(path)
             shutil.copyfile(path, target)
@@ -158,13 +158,13 @@ def _copied(path: Path) -> tempfile.TemporaryDirectory[str]:
                 shutil.copyfile(wal, _beside(target, "-wal"))
             same = before == _header(_beside(target, "-wal")) == _header(wal)
             if same and (before or stamp == _stamp(path)):
-                return made
+                return folder
         except FileNotFoundError:
             pass  # the log went away: look again
         except BaseException:
-            made.cleanup()
+            folder.cleanup()
             raise
-        made.cleanup()
+        folder.cleanup()
     raise LedgerError(
         f"the ledger {path} is written to faster than it can be copied",
         fix="try again while no round runs, or have the site make a bundle: fl-audit export",

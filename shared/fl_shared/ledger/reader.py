@@ -99,8 +99,8 @@ class LedgerReader:
     ) -> str | None:
         """Return the digest settled for (run, round), so that a repeat can be answered from store."""
         with self._store.read() as connection:
-            found = queries.spends(connection, dataset=dataset, run=run, round=round, purpose=purpose)
-            return next((spend.release_digest for spend in found if spend.release_digest), None)
+            spends = queries.spends(connection, dataset=dataset, run=run, round=round, purpose=purpose)
+            return next((spend.release_digest for spend in spends if spend.release_digest), None)
 
     def charges(self, dataset: Dataset | str, study: str | None = None) -> queries.Charges:
         """Return what counts against the data set's budgets: its own and its overlaps' mechanisms, merged."""
@@ -116,8 +116,8 @@ class LedgerReader:
         with self._store.read() as connection:
             if budget is None:
                 budget = self._main_budget(connection, name)
-            found = self._charges(connection, budget.dataset, budget.study)
-        return position_of(budget, found)
+            charges = self._charges(connection, budget.dataset, budget.study)
+        return position_of(budget, charges)
 
     def head(self) -> Head:
         """Return the chain's head."""
@@ -148,19 +148,19 @@ class LedgerReader:
             return current_key(connection)
 
     def _known(self, connection: sa.Connection, name: str) -> Dataset:
-        found = queries.latest_dataset(connection, name)
-        if found is None:
+        dataset = queries.latest_dataset(connection, name)
+        if dataset is None:
             raise LedgerError(f"data set {name!r} is not registered", fix="register it before it is used")
-        return found
+        return dataset
 
     def _charges(self, connection: sa.Connection, name: str, study: str | None) -> queries.Charges:
         return queries.charges(connection, [name, *queries.overlapping(connection, name)], study)
 
     def _main_budget(self, connection: sa.Connection, name: str) -> BudgetRecord:
-        found = queries.current_budgets(connection, [name])
-        overall = [budget for budget in found if budget.study is None] or (found if len(found) == 1 else [])
+        current = queries.current_budgets(connection, [name])
+        overall = [budget for budget in current if budget.study is None] or (current if len(current) == 1 else [])
         if not overall:
-            raise LedgerError(f"data set {name!r} has {len(found)} budgets and none overall", fix="name the budget")
+            raise LedgerError(f"data set {name!r} has {len(current)} budgets and none overall", fix="name the budget")
         return overall[0]
 
 
@@ -169,18 +169,18 @@ def name_of(dataset: Dataset | str) -> str:
     return dataset if isinstance(dataset, str) else dataset.name
 
 
-def position_of(budget: BudgetRecord, found: queries.Charges) -> Position:
+def position_of(budget: BudgetRecord, charges: queries.Charges) -> Position:
     """Return the position of merged charges against `budget`."""
-    spent = curve_epsilon(found.spent, budget.delta)
-    together = curve_epsilon(found.together, budget.delta)
+    spent = curve_epsilon(charges.spent, budget.delta)
+    together = curve_epsilon(charges.together, budget.delta)
     return Position(
         spent=spent,
         reserved=together - spent,
         left=max(0.0, budget.epsilon - together),
         epsilon=budget.epsilon,
         delta=budget.delta,
-        used=filter_of(budget).used(found.together),
-        steps=sum(found.spent.values()),
+        used=filter_of(budget).used(charges.together),
+        steps=sum(charges.spent.values()),
         accountant=ACCOUNTANT,
     )
 

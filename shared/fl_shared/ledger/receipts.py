@@ -106,8 +106,8 @@ def damaged_file(what: Path | str, how: str) -> LedgerError:
 
 def parse(data: bytes, what: str) -> list[Kept]:
     """Return the receipts in the bytes of a `receipts.json`; LedgerError names what is wrong with it."""
-    found = _json(data, what, limit=_LARGEST_FILE)
-    rows = found.get("receipts") if isinstance(found, dict) else found
+    content = _json(data, what, limit=_LARGEST_FILE)
+    rows = content.get("receipts") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise damaged_file(what, 'it holds no receipts, {"receipts": [...]}')
     kept = []

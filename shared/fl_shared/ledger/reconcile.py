@@ -17,12 +17,12 @@ import sqlalchemy as sa
 from fl_shared.documents.manifest import Receipt
 from fl_shared.errors import ConcordatError
 from fl_shared.ledger import chain, merkle
-from fl_shared.ledger.models import entries
+from fl_shared.ledger.models import SETTLED, entries
 from fl_shared.ledger.reader import LedgerReader, entry_hash
 from fl_shared.ledger.receipts import Kept
 from fl_shared.ledger.records import Spend
 from fl_shared.ledger.replay import Replay
-from fl_shared.ledger.shard import EVENT_FIELDS
+from fl_shared.ledger.stretch import EVENT_FIELDS
 from fl_shared.names import ALONE
 from fl_shared.privacy.accounting.renyi import curve_epsilon
 
@@ -49,7 +49,7 @@ class Divergence:
 def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
     """Return every divergence between the ledger and the receipts, in the order of the ledger."""
     keys = site_keys(ledger)
-    found: list[Divergence] = []
+    divergences: list[Divergence] = []
     opened: list[Receipt] = []
     for one in kept:
         try:
@@ -57,7 +57,7 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
         except ConcordatError as error:
             claims = one.claims
             number = claims.get("round")
-            found.append(
+            divergences.append(
                 Divergence(
                     "unsigned",
                     f"the coordinator's receipt for run {claims.get('run')}, round {number} is not this site's: "
@@ -69,16 +69,16 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
             )
             continue
         opened.append(receipt)
-    spends = {spend.settled_seq: spend for spend in ledger.spends() if spend.outcome == "settled"}
+    spends = {spend.settled_seq: spend for spend in ledger.spends() if spend.outcome == SETTLED}
     with_receipt: set[int] = set()
     epsilons = _epsilons(ledger, opened, spends)
     for index, receipt in sorted(enumerate(opened), key=lambda pair: pair[1].ledger_entries):
         spend = spends.get(_entry_number(receipt))
         if spend is None or spend.settled_seq is None:
-            found.append(_named(receipt, "extra", "the ledger has no such settled entry"))
+            divergences.append(_named(receipt, "extra", "the ledger has no such settled entry"))
             continue
         with_receipt.add(spend.settled_seq)
-        found += [
+        divergences += [
             _named(receipt, "different", f"its {name} is {is_!r}, the ledger says {should!r}")
             for name, (is_, should) in _fields(ledger, receipt, spend, epsilons.get(index)).items()
             if not _same(is_, should)
@@ -87,7 +87,7 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
         held = spend.reservation
         alone = held.run.startswith(ALONE)  # never leaves the site, and has no receipt
         if seq not in with_receipt and held.purpose == "training" and not alone:
-            found.append(
+            divergences.append(
                 Divergence(
                     "missing",
                     f"entry {seq} released run {held.run}, round {held.round}; the coordinator has no receipt for it",
@@ -96,7 +96,7 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
                     str(seq),
                 )
             )
-    return found
+    return divergences
 
 
 def site_keys(ledger: LedgerReader) -> list[str]:
@@ -134,7 +134,7 @@ def _fields(
         head = entry_hash(connection, size) if within else "fewer entries than that"
         root = merkle.stored_root(connection, size, lambda at: entry_hash(connection, at + 1)) if within else ""
         digest = entry_hash(connection, int(seq or 0))
-    found: dict[str, tuple[Any, Any]] = {
+    compared: dict[str, tuple[Any, Any]] = {
         "entry_id": (receipt.entry_id, f"{seq}:{digest}"),
         "run": (receipt.run, held.run),
         "round": (receipt.round, held.round),
@@ -144,10 +144,10 @@ def _fields(
         "ledger_head": (receipt.ledger_head, head),
     }
     if within:
-        found["merkle_root"] = (receipt.merkle_root, root)
+        compared["merkle_root"] = (receipt.merkle_root, root)
     if epsilon is not None:
-        found["epsilon_spent_total"] = (receipt.epsilon_spent_total, epsilon)
-    return found
+        compared["epsilon_spent_total"] = (receipt.epsilon_spent_total, epsilon)
+    return compared
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -161,7 +161,7 @@ def _epsilons(ledger: LedgerReader, opened: list[Receipt], spends: Mapping[int |
     wanted: dict[int, list[int]] = {}
     for index, receipt in enumerate(opened):
         wanted.setdefault(receipt.ledger_entries, []).append(index)
-    found: dict[int, float] = {}
+    expected: dict[int, float] = {}
     state = Replay()
     with ledger.reading() as connection:
         query = sa.select(entries).order_by(entries.c.seq).execution_options(yield_per=1000)
@@ -175,5 +175,5 @@ def _epsilons(ledger: LedgerReader, opened: list[Receipt], spends: Mapping[int |
                 spend = spends.get(_entry_number(receipt))
                 if spend is not None and 0.0 < receipt.delta < 1.0:
                     spent, _held = state.charges((spend.reservation.dataset, ""))
-                    found[index] = curve_epsilon(spent, receipt.delta)
-    return found
+                    expected[index] = curve_epsilon(spent, receipt.delta)
+    return expected

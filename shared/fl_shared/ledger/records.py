@@ -8,6 +8,16 @@ from typing import Any
 from fl_shared.privacy.mechanism import Mechanism
 
 
+def in_period(at: str, valid_from: str | None, valid_to: str | None) -> bool:
+    """Whether a time lies in a budget's period: from its first moment until just before its last; None has no end."""
+    return not ((valid_from and at < valid_from) or (valid_to and at >= valid_to))
+
+
+def is_small(delta: float, units: int) -> bool:
+    """Whether delta is below 1/units: a greater one would allow to publish one unit outright."""
+    return delta * units < 1.0
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One version of a registered data set.
@@ -48,6 +58,10 @@ class BudgetRecord:
     valid_to: str | None
     approver: str
 
+    def is_valid(self, at: str) -> bool:
+        """Whether grants may be made at this time (as the ledger writes it)."""
+        return in_period(at, self.valid_from, self.valid_to)
+
 
 @dataclass(frozen=True)
 class Reservation:
@@ -70,8 +84,8 @@ class Spend:
     """A reservation and how it ended.
 
     Attributes:
-        outcome: `open`, `settled`, `released` (nothing was computed) or `in-doubt` (charged in full).
-        charged: the mechanism that counts against the budgets; None after a release.
+        outcome: `open`, `settled`, `released` (voided: nothing private was read) or `in-doubt` (charged in full).
+        charged: the mechanism that counts against the budgets; None when it was voided.
         settled_seq: number of the entry that ended it; None while open.
     """
 
@@ -109,7 +123,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Entry:
-    """One link of the chain. `id` is its number as text, as it stands in receipts."""
+    """One link of the chain. `id` is its number as text, as receipts name it."""
 
     seq: int
     kind: str

@@ -15,7 +15,7 @@ from fl_shared.ledger import chain, queries
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import OVERALL, budgets, datasets, keys, overlaps
 from fl_shared.ledger.reader import name_of
-from fl_shared.ledger.records import BudgetRecord, Dataset, Entry
+from fl_shared.ledger.records import BudgetRecord, Dataset, Entry, is_small
 from fl_shared.ledger.writer import LedgerWriter
 from fl_shared.privacy.accounting.gate import Filter, default_order
 from fl_shared.privacy.accounting.merge import key_of
@@ -88,7 +88,7 @@ class Registry(LedgerWriter):
     ) -> list[str]:
         """Return the data sets of which it must still be recorded that they overlap with `name`."""
         known = queries.all_datasets(connection)
-        units = {each.name: each.privacy_unit for each in known if each.name != name}
+        units = {registered.name: registered.privacy_unit for registered in known if registered.name != name}
         for other in shares_with:
             if other not in units:
                 raise ConfigError(
@@ -101,12 +101,16 @@ class Registry(LedgerWriter):
                     fix=f"keep {name!r} per {units[other]}, too: one budget cannot be charged in two units",
                 )
         already = {name, *queries.overlapping(connection, name)}
-        for each in known:
-            if each.fingerprint == fingerprint and each.name not in already and each.name not in shares_with:
+        for registered in known:
+            if (
+                registered.fingerprint == fingerprint
+                and registered.name not in already
+                and registered.name not in shares_with
+            ):
                 raise ConfigError(
-                    f"data set {name!r} has the very records that are registered as {each.name!r}: "
+                    f"data set {name!r} has the very records that are registered as {registered.name!r}: "
                     "under another name they would get a second budget",
-                    fix=f'set [data] name = "{each.name}", or shares_units_with = ["{each.name}"], '
+                    fix=f'set [data] name = "{registered.name}", or shares_units_with = ["{registered.name}"], '
                     "so that what one spends counts against both",
                 )
         return sorted(set(shares_with) - already)
@@ -237,7 +241,7 @@ class Registry(LedgerWriter):
 
 def check_delta_against(delta: float, dataset: Dataset) -> None:
     """Refuse a delta of 1/units or more: it would allow to publish one unit outright."""
-    if not delta * dataset.units < 1.0 or not math.isfinite(delta):
+    if not is_small(delta, dataset.units) or not math.isfinite(delta):
         raise ConfigError(
             f"delta {delta:g} is not below 1/{dataset.units}, the number of units of {dataset.name!r}",
             fix=f"use a delta below {1 / dataset.units:.2g}",

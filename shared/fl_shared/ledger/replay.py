@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fl_shared.errors import ConcordatError
-from fl_shared.ledger.models import OUTCOMES
-from fl_shared.ledger.records import Problem
+from fl_shared.ledger.models import OUTCOMES, SETTLED, VOIDED
+from fl_shared.ledger.records import Problem, in_period, is_small
 from fl_shared.privacy.accounting.gate import Filter
 from fl_shared.privacy.accounting.merge import Key
 from fl_shared.privacy.accounting.renyi import step_curve
@@ -145,7 +145,7 @@ class Replay:
 
     def _compare_delta(self, ceiling: _Ceiling) -> None:
         dataset = self.datasets.get(ceiling.place[0])
-        ceiling.small = dataset is not None and ceiling.body["delta"] * dataset["units"] < 1
+        ceiling.small = dataset is not None and is_small(ceiling.body["delta"], dataset["units"])
 
     def _recount(self) -> None:
         for total in self._totals.values():
@@ -158,10 +158,10 @@ class Replay:
         """Return what one step costs each budget that it touches, and set whether one allows grants here."""
         dataset, study = place = total.place
         names = {dataset, *self.neighbours.get(dataset, ())}
-        touched = [each for at, each in self._ceilings.items() if at[0] in names and at[1] in {"", study}]
-        places = [each.place for each in touched]
+        touched = [ceiling for at, ceiling in self._ceilings.items() if at[0] in names and at[1] in {"", study}]
+        places = [ceiling.place for ceiling in touched]
         total.granted = any(name == dataset for name, _study in places) and (not study or place in places)
-        total.prices = [(each, step_curve(total.key, (each.gate.order,))[0]) for each in touched]
+        total.prices = [(ceiling, step_curve(total.key, (ceiling.gate.order,))[0]) for ceiling in touched]
         return total.prices
 
     def _reservation(self, seq: int, body: tuple[Any, ...], at: str) -> Total:
@@ -197,22 +197,22 @@ class Replay:
                 f"entry {seq}: granted beyond the ceiling of {name!r} {study}".rstrip()
                 + f" ({ceiling.cost / ceiling.bound:.2%} of the bound)",
             )
-        if (body["valid_from"] and at < body["valid_from"]) or (body["valid_to"] and at >= body["valid_to"]):
+        if not in_period(at, body["valid_from"], body["valid_to"]):
             self._say(seq, f"entry {seq}: granted outside the budget's period")
-        if not body["delta"] * self.datasets[name]["units"] < 1:
+        if not is_small(body["delta"], self.datasets[name]["units"]):
             self._say(seq, f"entry {seq}: granted at a delta of 1/units or more")
 
     def _settlement(self, seq: int, body: tuple[Any, ...], _at: str) -> Total:
         reservation, steps, outcome, digest = body
-        found = self.open.pop(reservation, None)
-        if found is None:
+        opened = self.open.pop(reservation, None)
+        if opened is None:
             raise ValueError(f"reservation {reservation} is not open")
-        total, reserved = found
+        total, reserved = opened
         self.settled[outcome] += 1
-        most, least = (0, 0) if outcome == "released" else (reserved, 1 if outcome == "settled" else reserved)
+        most, least = (0, 0) if outcome == VOIDED else (reserved, 1 if outcome == SETTLED else reserved)
         if not least <= steps <= most:
             self._say(seq, f"entry {seq}: {outcome} with {steps} of {reserved} reserved steps")
-        if (outcome == "settled") != bool(digest):
+        if (outcome == SETTLED) != bool(digest):
             self._say(seq, f"entry {seq}: {outcome} with release digest {digest!r}")
         total.held -= reserved
         total.spent += steps

@@ -23,7 +23,7 @@ def grant_statements(*, schema: str, writer: str | None = None, auditor: str | N
     The roles must exist. Raises ConfigError for a name that would need quoting.
     """
     tables = ", ".join(f"{schema}.{name}" for name in (*APPEND_ONLY, "alembic_version"))
-    found: list[str] = []
+    statements: list[str] = []
     for role, rights in ((writer, "SELECT, INSERT"), (auditor, "SELECT")):
         if role is None:
             continue
@@ -31,17 +31,17 @@ def grant_statements(*, schema: str, writer: str | None = None, auditor: str | N
             raise ConfigError(
                 f"{role!r} in schema {schema!r} is not usable", fix="use lower-case letters, digits and underscores"
             )
-        found += [
+        statements += [
             f"REVOKE ALL ON {tables} FROM {role}",
             f"REVOKE ALL ON SCHEMA {schema} FROM {role}",
             f"GRANT USAGE ON SCHEMA {schema} TO {role}",
             f"GRANT {rights} ON {tables} TO {role}",
         ]
         if rights != "SELECT":
-            found.append(f"REVOKE INSERT ON {schema}.alembic_version FROM {role}")
-    if found:
-        found.insert(0, f"REVOKE ALL ON {tables} FROM PUBLIC")
-    return found
+            statements.append(f"REVOKE INSERT ON {schema}.alembic_version FROM {role}")
+    if statements:
+        statements.insert(0, f"REVOKE ALL ON {tables} FROM PUBLIC")
+    return statements
 
 
 def grant(url: str, *, writer: str | None = None, auditor: str | None = None) -> list[str]:

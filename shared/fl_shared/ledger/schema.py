@@ -16,13 +16,13 @@ from fl_shared.ledger.store import Store, migrations, upgrade
 
 def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:
     """Name each table, index, constraint or trigger that differs from what the migrations make."""
-    found, wanted = (_sqlite(connection), _fresh_sqlite()) if store.sqlite else (_postgresql(connection), _expected())
+    actual, wanted = (_sqlite(connection), _fresh_sqlite()) if store.sqlite else (_postgresql(connection), _expected())
     problems = [
-        Problem(f"schema: {what} was {'changed' if what in found else 'removed'}")
+        Problem(f"schema: {what} was {'changed' if what in actual else 'removed'}")
         for what, text in sorted(wanted.items())
-        if found.get(what) != text
+        if actual.get(what) != text
     ]
-    return problems + [Problem(f"schema: {what} does not belong there") for what in sorted(set(found) - set(wanted))]
+    return problems + [Problem(f"schema: {what} does not belong there") for what in sorted(set(actual) - set(wanted))]
 
 
 def _sqlite(connection: sa.Connection) -> dict[str, str]:
@@ -54,17 +54,17 @@ def _postgresql(connection: sa.Connection) -> dict[str, str]:
         "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
     )
     tables = list(APPEND_ONLY)
-    found = {
+    actual = {
         f"trigger {name} on {table}": "on" if enabled in {"O", "A"} else "off"
         for table, name, enabled in connection.execute(triggers, {"tables": tables})
     }
     for table, name, validated in connection.execute(checks, {"tables": tables}):
-        found[f"constraint {name} on {table}"] = "on" if validated else "off"
+        actual[f"constraint {name} on {table}"] = "on" if validated else "off"
     functions = sa.text(
         "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = "
         "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
     )
-    return found | {f"function {name}": source for name, source in connection.execute(functions)}
+    return actual | {f"function {name}": source for name, source in connection.execute(functions)}
 
 
 def _expected() -> dict[str, str]:

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from fl_shared.errors import BudgetExhausted, ConfigError, LedgerError
 from fl_shared.ledger import chain, queries
 from fl_shared.ledger.faults import fault
-from fl_shared.ledger.models import OVERALL, reservations, settlements
+from fl_shared.ledger.models import IN_DOUBT, OVERALL, SETTLED, VOIDED, reservations, settlements
 from fl_shared.ledger.reader import filter_of, name_of
 from fl_shared.ledger.records import Dataset, Entry, Reservation, Spend
 from fl_shared.ledger.registry import Registry, check_delta_against
@@ -91,7 +91,7 @@ class Ledger(Registry):
         self, connection: sa.Connection, name: str, run: str, number: int, purpose: str, *, retry: bool
     ) -> int:
         earlier = queries.spends_of_round(connection, dataset=name, run=run, round=number, purpose=purpose)
-        allowed = {"released", "in-doubt"} if retry else {"released"}
+        allowed = {VOIDED, IN_DOUBT} if retry else {VOIDED}
         for spend in earlier:
             if spend.outcome not in allowed:
                 raise LedgerError(
@@ -112,23 +112,23 @@ class Ledger(Registry):
     ) -> None:
         """Raise BudgetExhausted unless every budget that `mechanism` touches agrees."""
         touched = [dataset.name, *queries.overlapping(connection, dataset.name)]
-        found = [
+        ceilings = [
             budget
             for budget in queries.current_budgets(connection, touched)
             if budget.study is None or budget.study == study
         ]
-        own = [budget for budget in found if budget.dataset == dataset.name]
+        own = [budget for budget in ceilings if budget.dataset == dataset.name]
         if not own or (study is not None and not any(budget.study == study for budget in own)):
             wanted = f"for study {study!r}" if study else "overall"
             raise BudgetExhausted(
                 f"data set {dataset.name!r} has no budget {wanted}", fix="have the privacy officer set one"
             )
         stamp = chain.timestamp(moment)
-        for budget in found:
+        for budget in ceilings:
             label = f"the budget of {budget.dataset!r}" + (f", study {budget.study!r}" if budget.study else "")
             units = dataset if budget.dataset == dataset.name else self._known(connection, budget.dataset)
             check_delta_against(budget.delta, units)
-            if (budget.valid_from and stamp < budget.valid_from) or (budget.valid_to and stamp >= budget.valid_to):
+            if not budget.is_valid(stamp):
                 raise BudgetExhausted(
                     f"{label} is valid from {budget.valid_from or 'ever'} to {budget.valid_to or 'ever'}, "
                     f"and now is {stamp}",
@@ -158,22 +158,22 @@ class Ledger(Registry):
             raise LedgerError("a settlement needs the digest of what leaves", fix="hash the release first")
         if executed.steps < 1:
             raise LedgerError("nothing was executed", fix="use release_unused, with the proof")
-        return self._end(reservation, "settled", executed.steps, release_digest, "", executed)
+        return self._end(reservation, SETTLED, executed.steps, release_digest, "", executed)
 
     def release_unused(self, reservation: Reservation | int, reason: str) -> Entry:
-        """Give a reservation back, uncharged; only when recorded state proves that no private data was read.
+        """Void a reservation, uncharged; only when recorded state proves that no private data was read.
 
-        `reason` names that proof and stands in the ledger for good.
+        `reason` names that proof and is recorded in the ledger for good.
         """
         if not reason:
             raise LedgerError("a release needs its proof in words", fix="say what proves it")
-        return self._end(reservation, "released", 0, None, reason, None)
+        return self._end(reservation, VOIDED, 0, None, reason, None)
 
     def charge_in_doubt(self, reservation: Reservation | int, reason: str) -> Entry:
         """Charge a reservation in full without a release: its output may have left, or data was read."""
         if not reason:
             raise LedgerError("a charge in doubt needs its reason", fix="say what happened")
-        return self._end(reservation, "in-doubt", None, None, reason, None)
+        return self._end(reservation, IN_DOUBT, None, None, reason, None)
 
     def recover(self) -> list[Spend]:
         """Charge every open reservation in full; call once at start, before any work. Returns them."""
@@ -181,8 +181,8 @@ class Ledger(Registry):
         for seq in seqs:
             self.charge_in_doubt(seq, "found open at start: its output may have left")
         with self._store.read() as connection:
-            found = [queries.find_spend(connection, seq) for seq in seqs]
-        return [spend for spend in found if spend is not None]
+            spends = [queries.find_spend(connection, seq) for seq in seqs]
+        return [spend for spend in spends if spend is not None]
 
     def _end(
         self,
@@ -194,7 +194,7 @@ class Ledger(Registry):
         executed: Mechanism | None,
     ) -> Entry:
         seq = reservation if isinstance(reservation, int) else reservation.seq
-        point = {"settled": "settle", "released": "release", "in-doubt": "doubt"}[outcome]
+        point = {SETTLED: "settle", VOIDED: "release", IN_DOUBT: "doubt"}[outcome]
         with self._store.write() as connection:
             fault(f"{point}.begin")
             spend = queries.find_spend(connection, seq)

@@ -140,21 +140,21 @@ class Store:
     def migrate(self) -> None:
         """Bring the schema up to date; many processes may do so at once."""
         with self.read() as connection:
-            found = _schema_version(connection)
-        if found == HEAD:
+            revision = _schema_version(connection)
+        if revision == HEAD:
             return
         if self.read_only:
             raise LedgerError(
-                f"the ledger has schema {found or 'none'}, this program reads {HEAD}",
+                f"the ledger has schema {revision or 'none'}, this program reads {HEAD}",
                 fix="open it once with the site's agent, or use the program version that wrote it",
             )
         with _migrating, self.write() as connection:
-            found = _schema_version(connection)
-            if found == HEAD:
+            revision = _schema_version(connection)
+            if revision == HEAD:
                 return
-            if found is not None and found not in known_revisions():
+            if revision is not None and revision not in known_revisions():
                 raise LedgerError(
-                    f"the ledger has schema {found}, which this program ({HEAD}) does not know",
+                    f"the ledger has schema {revision}, which this program ({HEAD}) does not know",
                     fix="use the program version that wrote it, or a later one",
                 )
             upgrade(connection)

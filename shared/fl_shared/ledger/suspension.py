@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import chain
-from fl_shared.ledger.models import entries, reservations, settlements
+from fl_shared.ledger.models import IN_DOUBT, entries, reservations, settlements
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.records import Entry, Reservation
 from fl_shared.ledger.service import Ledger
@@ -47,14 +47,14 @@ class Suspensions:
     def all(self) -> dict[str, str]:
         """Every suspended run, and why."""
         self._look()
-        found = {run: f"{n} of its computations broke off" for run, n in self._broken.items() if n >= MAX_BROKEN_OFF}
-        return found | {run: f"a computation failed {FAILED_REASON}" for run, n in self._failed.items() if n}
+        reasons = {run: f"{n} of its computations broke off" for run, n in self._broken.items() if n >= MAX_BROKEN_OFF}
+        return reasons | {run: f"a computation failed {FAILED_REASON}" for run, n in self._failed.items() if n}
 
     def _look(self) -> None:
         doubts = (
             sa.select(settlements.c.seq, settlements.c.reason, reservations.c.run)
             .join(reservations, reservations.c.seq == settlements.c.reservation)
-            .where(settlements.c.seq > self._seen, settlements.c.outcome == "in-doubt")
+            .where(settlements.c.seq > self._seen, settlements.c.outcome == IN_DOUBT)
         )
         notes = sa.select(entries).where(entries.c.seq > self._seen, entries.c.kind == "witness")
         with self._ledger.reading() as connection:

@@ -1,6 +1,6 @@
 """Check a whole ledger without trusting it, with every core of the machine.
 
-Stretches of the chain are checked in worker processes (`shard`), then replayed in order (`replay`): chain,
+Stretches of the chain are checked in worker processes (`stretch`), then replayed in order (`replay`): chain,
 signatures, typed rows, state machine, every grant, the caches, the schema with its triggers, and epsilon by
 two accountants. Memory does not grow with the ledger. A truncated ledger or a restored backup is intact in
 itself: only a checkpoint or a receipt kept elsewhere shows it, so give what you have.
@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from fl_shared.canonical import sha256_hex
 from fl_shared.errors import LedgerError, SignatureError, shown
 from fl_shared.identity.signing import ed25519_key, verify
-from fl_shared.ledger import chain, merkle, shard
+from fl_shared.ledger import chain, merkle, stretch
 from fl_shared.ledger.damage import misfits
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.records import Entry, Problem
@@ -135,7 +135,7 @@ def _check(
     keys = _keys(connection, report.site, public_key, report)
     report.problems += schema_problems(connection, store)
     with _no_collection(), _pool(processes, report.entries) as pool:
-        file = pool.submit(shard.check_file, store.reading_url)  # at the same time: it takes one core a while
+        file = pool.submit(stretch.check_file, store.reading_url)  # at the same time: it takes one core a while
         before = len(report.problems)
         try:
             if not report.entries:
@@ -165,7 +165,7 @@ class _Here(Executor):
 
 def _pool(processes: int, total: int) -> Executor:
     """Workers, when there is more than one stretch to share out."""
-    if processes == 1 or total <= shard.SIZE:
+    if processes == 1 or total <= stretch.SIZE:
         return _Here()
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     return ProcessPoolExecutor(processes, mp_context=context)
@@ -197,7 +197,7 @@ def _size(connection: sa.Connection, report: Report) -> int:
 def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Report) -> tuple[tuple[int, str], ...]:
     """Return (first entry, public key) of each key, after checking that each names the next."""
     query = sa.select(entries).where(entries.c.kind.in_(("genesis", "key"))).order_by(entries.c.seq)
-    found: list[tuple[int, str]] = []
+    signers: list[tuple[int, str]] = []
     for row in connection.execute(query).mappings():
         try:
             entry = chain.entry_of(row)
@@ -208,16 +208,16 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
             else:
                 statement = f"concordat key for {site} after {entry.prev_hash}".encode()
                 verify(key, statement, str(entry.body["proof"]))
-                if not found or entry.body["replaces"] != found[-1][1]:
+                if not signers or entry.body["replaces"] != signers[-1][1]:
                     report.problems.append(Problem(f"entry {entry.seq}: replaces another key", entry.seq))
         except (KeyError, TypeError, ValueError, LedgerError, SignatureError) as error:
             report.problems.append(Problem(f"entry {row['seq']}: this key cannot be used ({error})", row["seq"]))
             continue
-        if (entry.kind == "genesis") == (not found):
-            found.append((entry.seq if entry.kind == "genesis" else entry.seq + 1, key))
-    if found and found[0][0] == 1 and len(found[0][1]) == 64:
-        report.key, report.pinned = found[0][1], pinned is not None
-        return tuple(found)
+        if (entry.kind == "genesis") == (not signers):
+            signers.append((entry.seq if entry.kind == "genesis" else entry.seq + 1, key))
+    if signers and signers[0][0] == 1 and len(signers[0][1]) == 64:
+        report.key, report.pinned = signers[0][1], pinned is not None
+        return tuple(signers)
     return ()
 
 
@@ -247,11 +247,11 @@ def _whose(entry: Entry) -> str:
     return site if sha256_hex(message) == entry.hash else ""
 
 
-def _results(jobs: Iterator[shard.Job], pool: Executor, most: int) -> Iterator[shard.Result]:
+def _results(jobs: Iterator[stretch.Job], pool: Executor, most: int) -> Iterator[stretch.Result]:
     """Yield results in order, with `most` stretches in flight."""
-    flying: deque[Future[shard.Result]] = deque()
+    flying: deque[Future[stretch.Result]] = deque()
     for job in jobs:
-        flying.append(pool.submit(shard.check, job))
+        flying.append(pool.submit(stretch.check, job))
         if len(flying) > most:
             yield flying.popleft().result()
     while flying:
@@ -268,8 +268,8 @@ def _walk(
 ) -> None:
     url = store.reading_url
     jobs = (
-        shard.Job(url, report.site, keys, first, min(first + shard.SIZE - 1, report.entries))
-        for first in range(1, report.entries + 1, shard.SIZE)
+        stretch.Job(url, report.site, keys, first, min(first + stretch.SIZE - 1, report.entries))
+        for first in range(1, report.entries + 1, stretch.SIZE)
     )
     state, tree = Replay(), merkle.Tree()
     sums = _Sums(connection, report)
@@ -320,7 +320,7 @@ def _budget(state: Replay, place: Place) -> dict[str, Any]:
 
 def _check_node(connection: sa.Connection, report: Report, level: int, position: int, digest: str) -> None:
     where = (merkle_nodes.c.level == level) & (merkle_nodes.c.position == position)
-    if level <= shard.LEVEL:
+    if level <= stretch.LEVEL:
         return  # the stretch has checked it
     stored = connection.execute(sa.select(merkle_nodes.c.hash).where(where)).scalar()
     if stored != digest:
@@ -405,8 +405,8 @@ def _check_checkpoint(connection: sa.Connection, report: Report, known: Checkpoi
         )
         return
     query = sa.select(entries.c.hash).where(entries.c.seq == known.entries)
-    found = connection.execute(query).scalar() if known.entries else chain.GENESIS_HASH
-    if found != known.head:
+    head = connection.execute(query).scalar() if known.entries else chain.GENESIS_HASH
+    if head != known.head:
         report.problems.append(
             Problem(
                 f"{known.source}: entry {known.entries} is not the one that it pins: the past was rewritten",

@@ -29,7 +29,7 @@ _INSERT_TALLY = tallies.insert()
 
 
 class LedgerWriter(LedgerReader):
-    """A ledger that can be appended to; the public verbs stand in the classes above it."""
+    """A ledger that can be appended to; the public verbs are in the classes above it."""
 
     def __init__(self, store: Store, site: str, key: SigningKey | None, clock: Callable[[], datetime]) -> None:
         super().__init__(store, site)

@@ -1,1 +1,1 @@
-"""What every process of ours needs to run: logs, threads, signals, metrics, limits, offline settings, private files."""
+"""What every process of ours needs to run: logs, threads, children, locks, signals, metrics, limits, private files."""

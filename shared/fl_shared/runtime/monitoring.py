@@ -114,7 +114,7 @@ def serve_monitoring(
                 lacking = missing()
                 if not lacking:
                     return answer(start, "200 OK", "ready\n")
-                return answer(start, "503 Service Unavailable", "".join(f"not ready: {each}\n" for each in lacking))
+                return answer(start, "503 Service Unavailable", "".join(f"not ready: {line}\n" for line in lacking))
         except ConcordatError as error:
             return answer(start, "503 Service Unavailable", f"{error.code}\n")
         return answer(start, "404 Not Found", "there is nothing here\n")

@@ -36,7 +36,7 @@ def host_name(value: object, *, to_listen: bool = False) -> str:
         return str(address)
     name = text.lower()
     labels = name.split(".")
-    if len(name) <= 253 and all(_LABEL.fullmatch(each) for each in labels) and not labels[-1].isdigit():
+    if len(name) <= 253 and all(_LABEL.fullmatch(label) for label in labels) and not labels[-1].isdigit():
         return name
     raise ConfigError(f"host {shown(value)} is neither a name nor an address", fix=_what_to_write(text))
 

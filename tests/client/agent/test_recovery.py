@@ -24,7 +24,7 @@ from client_gateway import Gateway
 from client_users import as_user, barrier
 
 from fl_client.agent.status import agent_problems, agent_state
-from fl_client.node.supernode import free_port
+from fl_shared.runtime.processes import free_port
 
 pytestmark = [pytest.mark.timeout(400)]
 

@@ -12,10 +12,10 @@ import pytest
 from fl_client.agent.check import _server
 from fl_client.identity import rotation as site_rotation
 from fl_client.identity.enrolment import Coordinator as Pinned
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import renew
 from fl_client.identity.rotation import PinnedKeys
-from fl_server.identity.authority import fingerprint
+from fl_shared.identity.x509 import fingerprint
 from helpers.coordinators import Coordinator, Keys
 from helpers.gateways import A, B, OneConnection, fresh_site, invitation, sites_of
 
@@ -41,13 +41,13 @@ def test_a_site_renews_its_certificate_and_the_old_one_ends_with_the_first_use_o
     made = renew(home, pinned)
     assert made.serial_number != lost.serial_number
     assert connection.ask() == (200, "")
-    assert say_hello(home, pinned)["site"] == "hospital-renewing"
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == "hospital-renewing"
     assert connection.ask() == (403, "not-authorised")
     row = sites_of(one).get("hospital-renewing")
     assert (row.certificate_fingerprint, row.next_fingerprint) == (fingerprint(made), "")
     assert row.certificate_expires_at == made.not_valid_after_utc.timestamp()
     renew(home, pinned)
-    assert say_hello(home, pinned)["site"] == "hospital-renewing"
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == "hospital-renewing"
 
 
 def test_a_renewal_of_nonsense_or_in_anothers_name_is_refused(one: Coordinator) -> None:

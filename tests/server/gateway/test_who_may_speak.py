@@ -19,11 +19,12 @@ from flwr.proto.message_pb2 import Message, Metadata, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 
 from fl_client.identity.enrolment import enrol
-from fl_client.identity.gateway import say_hello
+from fl_client.identity.gateway import GatewayClient
 from fl_server.flower.superlink import Flower
 from fl_server.home.layout import ServerHome
-from fl_server.identity.authority import Authority, fingerprint
+from fl_server.identity.authority import Authority
 from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.identity.x509 import fingerprint
 from helpers.coordinators import Coordinator, Keys, until
 from helpers.gateways import (
     PROTOBUF,
@@ -144,7 +145,7 @@ def test_a_revoked_site_comes_back_with_a_new_token_and_its_old_ledger_key(one: 
     with pytest.raises(EnrolmentError, match="enrolled already"):
         enrol(home, site=site, server=one.url, token=token)
     pinned = enrol(home, site=site, server=one.url, token=token, force=True)
-    assert say_hello(home, pinned)["site"] == site
+    assert GatewayClient.of_site(home, pinned.server).hello()["site"] == site
     after = sites_of(one).get(site)
     assert after.signing_key == before.signing_key
     assert after.certificate_fingerprint != before.certificate_fingerprint
@@ -168,7 +169,7 @@ def test_an_expired_certificate_is_refused_even_on_an_open_connection(
     until(lambda: time.time() > short.not_valid_after_utc.timestamp() + 0.5, "the certificate has expired")
     assert connection.ask() == (403, "expired")
     with pytest.raises(ConcordatError):
-        say_hello(home, pinned)
+        GatewayClient.of_site(home, pinned.server).hello()
 
 
 # --- Tokens

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fl_shared.canonical import canonical_bytes
-from fl_shared.ledger.shard import _COLUMNS, EVENT_FIELDS, _Frequent
+from fl_shared.ledger.stretch import _COLUMNS, EVENT_FIELDS, _Frequent
 
 TEXTS = {"dataset", "study", "kind", "neighbouring", "run", "purpose", "outcome", "reason", "release_digest"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from fl_shared.errors import ConcordatError, LedgerError
 from fl_shared.identity.signing import SigningKey
-from fl_shared.ledger import shard
+from fl_shared.ledger import stretch
 from fl_shared.ledger.models import metadata
 from fl_shared.ledger.verify import Checkpoint, Report, verify_ledger
 from helpers.ledgers import ROUND, SITE, opened, story
@@ -228,8 +228,8 @@ def test_many_stretches_and_processes_agree_with_one(tmp_path: Path, monkeypatch
             ledger.release_unused(ledger.reserve("notes", ROUND, run="many", round=number), "never read")
     url = f"sqlite:///{path}"
     whole = verify_ledger(url, SITE, processes=1)
-    monkeypatch.setattr(shard, "LEVEL", 3)
-    monkeypatch.setattr(shard, "SIZE", 8)
+    monkeypatch.setattr(stretch, "LEVEL", 3)
+    monkeypatch.setattr(stretch, "SIZE", 8)
     pieces = verify_ledger(url, SITE, processes=2)
     assert pieces == whole
     assert pieces.problems == []

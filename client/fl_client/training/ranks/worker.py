@@ -23,7 +23,7 @@ from torch import distributed as dist
 from fl_client.data.units import UnitData
 from fl_client.dp.shard import Shard
 from fl_client.model.load import choose_device, load_model
-from fl_client.node.sandbox import die_with_parent, forbid_inspection
+from fl_client.node.sandbox import forbid_inspection
 from fl_client.tasks.kept import KeptRecords
 from fl_client.training.device import try_device
 from fl_client.training.ranks.frames import receive, send
@@ -33,6 +33,7 @@ from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.privacy.mechanism import Mechanism
 from fl_shared.runtime.logs import adopt_libraries, set_up
+from fl_shared.runtime.processes import die_with_parent
 
 if TYPE_CHECKING:
     from fl_client.model.load import LoadedModel

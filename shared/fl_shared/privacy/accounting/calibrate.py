@@ -60,11 +60,11 @@ def noise_that_fits(ceiling: Filter, spent: Mapping[Key, int], sampling_probabil
 
 def steps_that_fit(ceiling: Filter, spent: Mapping[Key, int], mechanism: Mechanism) -> int:
     """Return how many more steps of `mechanism` the gate would grant after `spent`, at most `MOST_STEPS`."""
-    each = ceiling.cost({key_of(mechanism): 1})
+    step_cost = ceiling.cost({key_of(mechanism): 1})
     room = ceiling.bound - ceiling.cost(spent)
     if not room > 0.0:
         return 0
-    guess = math.floor(room / each) + 1 if room < each * MOST_STEPS else MOST_STEPS
+    guess = math.floor(room / step_cost) + 1 if room < step_cost * MOST_STEPS else MOST_STEPS
     while guess > 0:
         together = dict(spent)
         together[key_of(mechanism)] = together.get(key_of(mechanism), 0) + guess
@@ -90,7 +90,7 @@ def _smallest(excess: Callable[[float], float], wanted: str) -> float:
         else:
             high /= 2.0
     # An infinite excess would break the interpolation.
-    found = float(brentq(lambda sigma: min(excess(sigma), 1e6), low, high, xtol=_PRECISION / 4.0))
-    while excess(found) > 0.0:
-        found += _PRECISION / 4.0
-    return found
+    smallest = float(brentq(lambda sigma: min(excess(sigma), 1e6), low, high, xtol=_PRECISION / 4.0))
+    while excess(smallest) > 0.0:
+        smallest += _PRECISION / 4.0
+    return smallest

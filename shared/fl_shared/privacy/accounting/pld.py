@@ -47,10 +47,10 @@ def _epsilons(steps: tuple[tuple[Key, int], ...], deltas: tuple[float, ...]) -> 
     accountant = pld.PLDAccountant()
     for key, count in steps:
         accountant.compose(dp_accounting.SelfComposedDpEvent(event_of(key), count))
-    found = tuple(float(accountant.get_epsilon(delta)) for delta in deltas)
-    if not all(value >= 0.0 for value in found):
+    epsilons = tuple(float(accountant.get_epsilon(delta)) for delta in deltas)
+    if not all(value >= 0.0 for value in epsilons):
         raise EngineError(
-            f"privacy loss distribution gave {found} at delta {deltas}",
+            f"privacy loss distribution gave {epsilons} at delta {deltas}",
             fix="report the mechanisms; the Rényi figure stays valid",
         )
-    return found
+    return epsilons

@@ -1,11 +1,17 @@
-"""Child processes that end with their parent, each in its own process group."""
+"""Child processes that end with their parent, each in its own process group; and what a process asks of its system.
+
+A site's keeper (`fl_client.node.sandbox`) has its own `die_with_parent` and `raise_file_limit`: it imports nothing
+but the standard library and its own room.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,18 +22,18 @@ from fl_shared.runtime.private_files import create_file
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGKILL when the process `parent` ends (Linux; does nothing elsewhere).
+def die_with_parent(parent: int = 0) -> None:
+    """Ask the kernel for SIGKILL when this process's parent ends (Linux; does nothing elsewhere).
 
     The wish outlives execve. The kernel ties it to the thread that started the child, so children are
-    started by main threads.
+    started by main threads. When `parent`, the id of the process that started this one, has ended before the kernel
+    knew of the wish, this process ends at once.
     """
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        # The parent ended before the kernel knew of the wish.
+    if parent and os.getppid() != parent:
         os._exit(1)
 
 
@@ -39,7 +45,7 @@ def spawn(command: list[str], environment: dict[str, str], log: Path | None) -> 
     with log.open("ab") if log is not None else contextlib.nullcontext() as sink:
         return subprocess.Popen(
             # The shim sets the parent-death signal in the child itself: a preexec_fn is not safe with threads.
-            [sys.executable, "-m", "fl_server.operations.process", str(os.getpid()), *command],
+            [sys.executable, "-m", "fl_shared.runtime.processes", str(os.getpid()), *command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=sink,
@@ -58,6 +64,25 @@ def end_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def free_port() -> int:
+    """A TCP port that is free on loopback just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def raise_file_limit(wanted: int = resource.RLIM_INFINITY) -> None:
+    """Let this process have `wanted` descriptors, or as many as the system allows it; the soft limit is often 1024.
+
+    A limit that is high enough already, and the hard one, stay as they are.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard if wanted == resource.RLIM_INFINITY else wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and (most == resource.RLIM_INFINITY or soft < most):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 if __name__ == "__main__":

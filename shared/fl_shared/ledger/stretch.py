@@ -251,9 +251,9 @@ def _signer(signers: list[tuple[int, Ed25519PublicKey]], seq: int) -> tuple[Ed25
     return signers[current][1], signers[current + 1][0] if current + 1 < len(signers) else math.inf
 
 
-def _by_seq(result: Result, kind: str, found: list[Sequence[Any]]) -> dict[int, Sequence[Any]]:
+def _by_seq(result: Result, kind: str, fetched: list[Sequence[Any]]) -> dict[int, Sequence[Any]]:
     rows: dict[int, Sequence[Any]] = {}
-    for row in found:
+    for row in fetched:
         if row[0] in rows:
             result.problems.append(Problem(f"{TYPED[kind].name}: row {row[0]} stands there twice", row[0]))
         rows[row[0]] = row[1:]
