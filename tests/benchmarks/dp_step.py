@@ -32,7 +32,7 @@ from fl_client.dp.audit.canaries import worst_case_adapter
 from fl_client.dp.engine import DPEngine, per_record_loss, precision_of
 from fl_client.dp.records.records import Records, micro_batches, tokenise
 from fl_client.model.load import load_model
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.privacy.mechanism import Mechanism
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]

@@ -18,7 +18,8 @@ from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import LORA_TARGETS, RoundManifest, RunSpec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.service import Ledger
 from fl_shared.privacy.mechanism import Mechanism

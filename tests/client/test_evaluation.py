@@ -24,7 +24,7 @@ from fl_client.agent.evaluation import (
 from fl_client.data.load import split_holdout
 from fl_client.data.units import UnitData
 from fl_client.dp.mechanism.secure_random import SecureStream
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, LedgerError, RunError
 from fl_shared.identity.signing import open_document
 

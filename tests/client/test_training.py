@@ -18,7 +18,7 @@ from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training.round import evaluate, initial_adapter, predict, train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

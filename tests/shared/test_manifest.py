@@ -13,17 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_shared.adapters.safetensors import WIRES
-from fl_shared.canonical import canonical_bytes, parse_json
+from fl_shared.canonical import canonical_bytes, document_digest, parse_json
 from fl_shared.documents.aggregators import AGGREGATIONS, ROBUST
-from fl_shared.documents.manifest import (
-    LORA_TARGETS,
-    REFUSAL_CODES,
-    Receipt,
-    Refusal,
-    RoundManifest,
-    RunSpec,
-    document_digest,
-)
+from fl_shared.documents.round import REFUSAL_CODES, Receipt, Refusal, RoundManifest
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError
 from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Budget, Mechanism
 

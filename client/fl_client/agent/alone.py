@@ -22,7 +22,8 @@ from fl_client.data.load import require_labels
 from fl_client.site.files import write_durably
 from fl_shared.adapters.safetensors import digest, pack, unpack
 from fl_shared.documents.aggregators import ROBUST
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.suspension import resume_command

@@ -41,8 +41,10 @@ from fl_client.agent.progress import Progress
 from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack, require_finite, unpack
+from fl_shared.canonical import document_digest
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import LORA_TARGETS, Receipt, Refusal, RoundManifest, RunSpec, document_digest
+from fl_shared.documents.round import Receipt, Refusal, RoundManifest
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError, SignatureError
 from fl_shared.identity.signing import open_document
 from fl_shared.ledger.faults import fault

@@ -234,7 +234,7 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _check(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.check import run_checks
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
 
     spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
@@ -312,7 +312,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.site import open_site
     from fl_client.data.load import label_report
     from fl_client.site.locks import sole
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
     from fl_shared.identity.signing import SigningKey
     from fl_shared.names import ALONE
 
@@ -356,7 +356,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.data.load import label_report
     from fl_client.site.locks import sole
     from fl_shared.adapters.safetensors import read_adapter
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)

@@ -12,7 +12,7 @@ from fl_client.dp.adapt import AdaptedModel, adapt
 from fl_client.dp.initial import initial_tensors
 from fl_client.model.load import LoadedModel
 from fl_shared.adapters.safetensors import Tensors
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 
 

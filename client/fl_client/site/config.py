@@ -15,7 +15,8 @@ from pathlib import Path
 from fl_client.site.address import server_url
 from fl_client.site.home import SiteHome
 from fl_shared.audit.report.stated import read_stated
-from fl_shared.documents.manifest import LORA_TARGETS, check_digest
+from fl_shared.canonical import check_digest
+from fl_shared.documents.spec import LORA_TARGETS
 from fl_shared.errors import ConfigError, EnrolmentError, shown
 from fl_shared.fields import Fields, load_toml
 from fl_shared.files import check_grpc_socket, check_socket, sqlite_url

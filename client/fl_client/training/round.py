@@ -32,7 +32,7 @@ from fl_client.model.load import LoadedModel
 from fl_client.model.tokens import token_ids
 from fl_client.training.public import train_public
 from fl_shared.adapters.safetensors import Tensors
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

@@ -8,7 +8,7 @@ from fl_server.db.models import SiteRow
 from fl_server.identity.sites import ONLINE_S
 from fl_server.runs.bases import announced
 from fl_server.runs.plans import SiteView
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.wire import control_pb2 as pb
 
 

@@ -41,7 +41,7 @@ from fl_server.registry.promotions import Releases
 from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs, RunView
 from fl_shared.canonical import sha256_hex
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.identity.signing import SigningKey
 from fl_shared.runtime.logs import set_up

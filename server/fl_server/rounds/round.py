@@ -34,7 +34,7 @@ from fl_server.rounds.replies import BadReply, Expected, parts
 from fl_server.rounds.stragglers import Straggler, Stragglers
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_shared.adapters.safetensors import digest
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError, RunError
 from fl_shared.identity.signing import SigningKey
 

@@ -25,7 +25,8 @@ from fl_server.db.store import Store
 from fl_server.home.files import write_durably
 from fl_server.runs.bases import Fit
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, RunError
 from fl_shared.identity.signing import SigningKey, sign_document
 

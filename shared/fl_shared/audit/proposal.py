@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fl_shared.cli.parsers import path
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import BudgetRecord, LedgerReader
 from fl_shared.ledger.reader import filter_of

@@ -24,7 +24,7 @@ from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.load import TINY, load_model
 from fl_client.training.round import initial_adapter, predict
 from fl_shared.adapters.safetensors import pack
-from fl_shared.documents.manifest import LoraSection, RunSpec
+from fl_shared.documents.spec import LoraSection, RunSpec
 from fl_shared.errors import ModelError
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
 

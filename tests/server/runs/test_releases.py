@@ -12,7 +12,7 @@ from fl_server.db.store import Store
 from fl_server.registry.promotions import Releases
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, RunError
 from helpers.coordinators import spec_toml
 

@@ -21,7 +21,8 @@ from fl_server.db.models import RUN_STATES, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
 from fl_shared.identity.signing import SigningKey, open_document
 

@@ -14,7 +14,7 @@ from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_shared.adapters.safetensors import Tensors
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 
 SITES = ("h-1", "h-2", "h-3")

@@ -28,7 +28,7 @@ from fl_client.site.config import ModelConfig
 from fl_client.training.ranks.frames import receive, send
 from fl_shared import errors
 from fl_shared.adapters.safetensors import pack, unpack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError, ModelError
 from fl_shared.privacy.mechanism import Mechanism
 

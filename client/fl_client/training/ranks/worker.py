@@ -28,7 +28,7 @@ from fl_client.training.device import try_device
 from fl_client.training.ranks.frames import receive, send
 from fl_client.training.round import prepare_round, train_round
 from fl_shared.adapters.safetensors import pack, unpack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.privacy.mechanism import Mechanism
 from fl_shared.runtime.logs import adopt_libraries, set_up
