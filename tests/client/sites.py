@@ -36,6 +36,7 @@ POLICY = PolicyConfig(
     targets=LORA_TARGETS,
     allow_non_private=False,
     apps=("any",),
+    reply_every_s=0.0,
 )
 
 

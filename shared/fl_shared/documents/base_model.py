@@ -16,9 +16,9 @@ class BaseModel(Document):
 
     WHERE: ClassVar = "base model"
 
+    kind: Annotated[str, Choice(["base-model"])] = field(default="base-model", kw_only=True)
     digest: Digest
     targets: Annotated[tuple[str, ...], Texts(1, len(LORA_TARGETS), options=LORA_TARGETS)]
-    kind: Annotated[str, Choice(["base-model"])] = field(default="base-model", kw_only=True)
 
     def objection(self, spec: RunSpec) -> Objection | None:
         """Why no round of `spec` can run on this base model; None when it fits."""

@@ -41,12 +41,12 @@ class PlanQuestion(Digested):
 
     WHERE: ClassVar = "question"
 
+    kind: Annotated[str, Choice(["plan-question"])] = field(default="plan-question", kw_only=True)
     question: QuestionName
     site: SiteName
     spec: RunSpec
     issued_at: Time
     expires_at: Time
-    kind: Annotated[str, Choice(["plan-question"])] = field(default="plan-question", kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,7 @@ class PlanAnswer(Document):
 
     WHERE: ClassVar = "answer"
 
+    kind: Annotated[str, Choice(["plan-answer"])] = field(default="plan-answer", kw_only=True)
     question: QuestionName
     question_digest: Digest
     site: SiteName
@@ -88,7 +89,6 @@ class PlanAnswer(Document):
     noise_that_fits: Annotated[float, Between(0, 1e6)]
     objections: Annotated[tuple[Objection, ...], Texts(0, MAX_OBJECTIONS, check=Objection.parse)]
     created_at: Time
-    kind: Annotated[str, Choice(["plan-answer"])] = field(default="plan-answer", kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -47,6 +47,7 @@ class RoundManifest(Digested):
 
     WHERE: ClassVar = "manifest"
 
+    kind: Annotated[str, Choice(["round-manifest"])] = field(default="round-manifest", kw_only=True)
     run: RunId
     round: Round
     site: SiteName
@@ -55,7 +56,6 @@ class RoundManifest(Digested):
     nonce: Text
     issued_at: Time
     expires_at: Time
-    kind: Annotated[str, Choice(["round-manifest"])] = field(default="round-manifest", kw_only=True)
 
     @property
     def spec_digest(self) -> str:
@@ -94,6 +94,7 @@ class Receipt(Document):
 
     WHERE: ClassVar = "receipt"
 
+    kind: Annotated[str, Choice(["receipt"])] = field(default="receipt", kw_only=True)
     run: RunId
     round: Round
     site: SiteName
@@ -111,7 +112,6 @@ class Receipt(Document):
     merkle_root: Hash
     entry_id: Text
     created_at: Time
-    kind: Annotated[str, Choice(["receipt"])] = field(default="receipt", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Refusal(Document):
 
     WHERE: ClassVar = "refusal"
 
+    kind: Annotated[str, Choice(["refusal"])] = field(default="refusal", kw_only=True)
     run: RunId
     round: Round
     site: SiteName
@@ -127,7 +128,6 @@ class Refusal(Document):
     code: Annotated[str, Choice(REFUSAL_CODES)]
     message: Text
     created_at: Time
-    kind: Annotated[str, Choice(["refusal"])] = field(default="refusal", kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the message is cut to 2000 characters, without control characters."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -11,21 +10,10 @@ from typing import Annotated, Any, ClassVar, Self
 from fl_shared.adapters.safetensors import WIRES
 from fl_shared.documents.aggregators import AGGREGATIONS, AGGREGATORS, Parameters, check_quorum, read_parameters
 from fl_shared.errors import ConfigError
-from fl_shared.fields import (
-    Between,
-    Choice,
-    Digest,
-    Digested,
-    Document,
-    FieldError,
-    RunName,
-    Texts,
-    Whole,
-    load_toml,
-    parse_toml,
-)
+from fl_shared.fields import Between, Choice, Digest, Digested, Document, FieldError, OneOf, RunName, Texts, Whole
 from fl_shared.names import NAME, site_id
 from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, LEAST_NOISE, LEAST_SAMPLING, MOST_NOISE, Mechanism
+from fl_shared.toml import load_toml, parse_toml
 
 LORA_TARGETS = ("attention", "shared_experts", "routed_experts")
 MOST_ROUNDS = 100_000
@@ -113,24 +101,6 @@ class TrainingSection(Document):
 
 
 @dataclass(frozen=True)
-class _Table:
-    """[aggregation] as it is written: what may be in it depends on `[run] aggregation`."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:  # pydantic's signature
-        from pydantic_core import core_schema
-
-        def items(value: Any) -> Parameters:
-            if not isinstance(value, Mapping):
-                raise ValueError("no table")
-            return tuple(value.items())
-
-        kinds = [handler.generate_schema(kind) for kind in dict.fromkeys(AGGREGATORS.values())]
-        return core_schema.no_info_plain_validator_function(
-            items, json_schema_input_schema=core_schema.union_schema(kinds)
-        )
-
-
-@dataclass(frozen=True)
 class RunSpec(Digested):
     """One federated training, as an admin asks for it. `aggregation`: the aggregator's parameters, by name."""
 
@@ -141,7 +111,8 @@ class RunSpec(Digested):
     task: TaskSection
     lora: LoraSection
     training: TrainingSection
-    aggregation: Annotated[Parameters, _Table()] = ()
+    aggregation: Annotated[Parameters, OneOf(tuple(AGGREGATORS.values()))] = ()
+    """Parameters of the aggregator that `[run] aggregation` names."""
 
     @classmethod
     def from_toml(cls, path: Path) -> RunSpec:
@@ -186,7 +157,7 @@ class RunSpec(Digested):
         made = super().__get_pydantic_json_schema__(core_schema, handler)
         table = handler.resolve_ref_schema(made)
         kinds = table["properties"]["aggregation"].pop("anyOf")
-        table["properties"]["aggregation"] |= {"type": "object", "description": "Parameters of the aggregator."}
+        table["properties"]["aggregation"]["type"] = "object"
         of_kind = dict(zip(dict.fromkeys(AGGREGATORS.values()), kinds, strict=True))
         table["allOf"] = [
             {
