@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 from collections import Counter
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 else:
     from functools import cache
 
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TOO_LARGE = 1 << 64
 _KNOWN = "concordat"  # the type of the errors that validators of ours raise inside pydantic
 
@@ -78,7 +80,7 @@ def _is_text(value: Any) -> TypeGuard[str]:
 
 @dataclass(frozen=True)
 class TextRule:
-    """Text without control byte 0 or half surrogates, of `low` to `high` characters; `pattern` is matched at its start.
+    """Text without control byte 0 or half surrogates, of `low` to `high` characters; it matches `pattern`, if any.
 
     `fix` says what to write when the pattern does not match.
     """
@@ -94,12 +96,12 @@ class TextRule:
         def check(value: str) -> str:
             if not _is_text(value):
                 raise ValueError("no text")
-            if not re.match(self.pattern, value):
+            if self.pattern and re.fullmatch(self.pattern, value, re.DOTALL) is None:
                 raise _refused(f"is {shown(value)}", self.fix)
             return value
 
         inner = core_schema.str_schema(min_length=self.low, max_length=self.high, strict=True)
-        more = {"pydantic_js_updates": {"pattern": f"^{self.pattern}"}} if self.pattern else {}
+        more = {"pydantic_js_updates": {"pattern": f"^{self.pattern}$"}} if self.pattern else {}
         return core_schema.no_info_after_validator_function(check, inner, metadata=more)
 
 
@@ -158,6 +160,7 @@ class Named:
 
     check: Callable[[object], Any]
     pattern: str = ""
+    what: str = "a name"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:  # pydantic's signature
         from pydantic_core import core_schema
@@ -326,13 +329,14 @@ class Document:
         table = handler.resolve_ref_schema(made)
         table |= cls.SCHEMA
         if stated := [name for name in cls.STATED if name in table["properties"]]:
-            table["required"] = [*table.get("required", ()), *stated]
+            table["required"] = list(dict.fromkeys([*table.get("required", ()), *stated]))
             for name in stated:
                 table["properties"][name].pop("default", None)
         for field in table["properties"].values():
             if {"type": "null"} in field.get("anyOf", ()):  # TOML has no null
                 (only,) = (each for each in field.pop("anyOf") if each != {"type": "null"})
                 field |= only
+            if field.get("default", "") in (None, "", [], field.get("exclusiveMinimum")):  # stands for "left out"
                 field.pop("default", None)
         return made
 
@@ -416,8 +420,12 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 @cache
 def json_schema(cls: type[Document]) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a document, made of its declaration."""
-    made = _adapter(cls).json_schema(mode="validation")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+    return {"$schema": SCHEMA_DIALECT, **_adapter(cls).json_schema(mode="validation")}
+
+
+def shipped_schema(cls: type[Document]) -> str:
+    """The text of the JSON Schema that ships with a file's declaration; `make schemas` writes it."""
+    return f"{json.dumps(json_schema(cls), indent=2)}\n"
 
 
 def require_fields(document: Document) -> None:
@@ -494,7 +502,7 @@ def _shape(cls: type[Document], name: str) -> str:
         case "array":
             return f"a list of {schema.get('minItems', 0)} to {schema['maxItems']} texts"
         case "string":
-            named = "a name" if "pattern" in schema else "a text in quotes"
-            return "a path in quotes" if schema.get("format") == "path" else named
+            named = [rule.what for rule in get_args(_rules(cls)[name])[1:] if isinstance(rule, Named)]
+            return "a path in quotes" if schema.get("format") == "path" else "".join(named) or "a text in quotes"
         case _:
             return "a table"

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from fl_client.cli import schema
 from fl_client.site.address import server_url
 from fl_client.site.config import SiteConfig, template
 from fl_client.site.files import write_durably
@@ -139,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--force", action="store_true", help="be charged even where the noise is likely to hide the figures"
     )
+    schema.add(verbs)
     node = verbs.add_parser("supernode", help="run only the untrusted half, as another user (see deploy/)")
     describe(
         node, "run only the untrusted half, as another user",
@@ -164,6 +166,8 @@ def run(argv: Sequence[str] | None) -> int:
         from fl_client.node.supernode import run_alone
 
         return run_alone(options.directory)
+    if options.verb == "schema":
+        return schema.show(options.document)
     if not options.site:
         raise ConfigError("no site was named", fix="add --site ID, or set FL_SITE")
     home = SiteHome.locate(options.site, options.home)

@@ -46,7 +46,7 @@ ENGINES = ("book", "hooks")
 UTF_8 = "utf-8"
 MODES = ("auto", "require", "off")
 """[supernode] confine."""
-_DATA_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
+_DATA_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _DATA_NAME_FIX = "use 1 to 63 letters, digits, dots, hyphens and underscores"
 _LEDGER_FIX = "write sqlite:////path/ledger.sqlite or postgresql://user@host/db"
 
@@ -69,7 +69,7 @@ def _server_url(value: object) -> str:
 class ServerSection(Document):
     """[server]: the coordinator."""
 
-    url: Annotated[str, Named(_server_url, "^[Hh][Tt][Tt][Pp][Ss]://")]
+    url: Annotated[str, Named(_server_url, "^[Hh][Tt][Tt][Pp][Ss]://", "an address in quotes")]
     """The coordinator's gateway, https://HOST:PORT."""
 
 
@@ -234,7 +234,7 @@ class BudgetConfig(Document):
 class LedgerSection(Document):
     """[ledger]: where the privacy ledger lies; in the home, when left out."""
 
-    url: Annotated[str, TextRule(pattern=r"(sqlite|postgresql(\+psycopg)?)://", fix=_LEDGER_FIX)] = ""
+    url: Annotated[str, TextRule(pattern=r"(sqlite|postgresql(\+psycopg)?)://.*", fix=_LEDGER_FIX)] = ""
     """sqlite:////path/ledger.sqlite or postgresql://user@host/database."""
 
 

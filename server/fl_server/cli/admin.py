@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fl_server.cli import adapters, audit, receipts, runs, sites, status
+from fl_server.cli import adapters, audit, receipts, runs, schema, sites, status
 from fl_server.cli.connection import Profile, control
 from fl_server.cli.verbs import Handler
 from fl_shared.cli.completion import complete
@@ -40,8 +40,10 @@ def parser() -> argparse.ArgumentParser:
         prog="fl-admin", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_version(made)
-    groups = made.add_subparsers(dest="group", required=True, metavar="status|sites|runs|adapters|receipts|audit")
-    for each in (status, sites, runs, adapters, receipts, audit):
+    groups = made.add_subparsers(
+        dest="group", required=True, metavar="status|sites|runs|adapters|receipts|audit|schema"
+    )
+    for each in (status, sites, runs, adapters, receipts, audit, schema):
         each.add(groups)
     return made
 
@@ -50,6 +52,9 @@ def _run(argv: Sequence[str] | None) -> int:
     made = parser()
     complete(made)
     arguments = made.parse_args(argv)
+    if hasattr(arguments, "offline"):  # a verb that asks no coordinator
+        done: int = arguments.offline(arguments)
+        return done
     handler: Handler = arguments.handler
     with control(Profile.find(arguments.profile)) as stub:
         return handler(stub, arguments)
