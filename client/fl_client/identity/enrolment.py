@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fl_client.identity.gateway_client import PASSING, ask, read
+from fl_client.identity.gateway_client import PASSING, ask, read, refusal
 from fl_client.site.address import server_url
 from fl_client.site.files import sync_directory, write_durably
 from fl_client.site.home import SiteHome
@@ -251,18 +251,16 @@ def _request(method: str, url: str, context: ssl.SSLContext, body: dict[str, Any
 
 
 def _refusal(url: str, status: int, answer: bytes) -> ConcordatError:
-    """Turn the gateway's `{error, code, fix}` into an EnrolmentError, or a TransportError when it may pass."""
+    """An EnrolmentError with the gateway's words and code, or a TransportError when it may pass."""
     try:
         body = read(url, answer)
     except TransportError:
-        body = {}
-    if not isinstance(body, dict):
-        body = {}
-    message = str(body.get("error", f"{url} answered with status {status}"))[:500]
-    fix = str(body.get("fix", "ask the coordinator's administrator for a new token"))[:500]
+        body = None
+    said = refusal(url, status, body, fix="ask the coordinator's administrator for a new token")
+    message, fix = said.message[:500], said.fix[:500]
     if status in PASSING:
-        return TransportError(f"the coordinator cannot answer just now: {message}", fix=fix)
-    return EnrolmentError(f"the coordinator refused: {message}", fix=fix)
+        return TransportError(f"the coordinator cannot answer just now: {message}", fix=fix, code=said.code)
+    return EnrolmentError(f"the coordinator refused: {message}", fix=fix, code=said.code)
 
 
 def _ask(server: str, ca_pem: str, site: str, token: Token, pending: _Pending) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import httpx
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fl_client.identity.enrolment import Coordinator, verified_context
-from fl_client.identity.gateway_client import PASSING, ask, read
+from fl_client.identity.gateway_client import PASSING, ask, read, refusal
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 
@@ -38,11 +38,14 @@ def call(
     status, raw = ask(method, url, context, body, timeout=TIMEOUT)
     found = read(url, raw)
     if status != 200 or not isinstance(found, dict):
-        said = str(found.get("error", "")) if isinstance(found, dict) else ""
+        said = refusal(url, status, found, fix="")
+        message, code = said.message[:300], said.code
         if status in PASSING:
-            raise TransportError(f"the coordinator cannot answer just now: {said[:300]}", fix="try again in a minute")
+            fix = "try again in a minute"
+            raise TransportError(f"the coordinator cannot answer just now: {message}", fix=fix, code=code)
         raise EnrolmentError(
-            f"the coordinator refuses this certificate: {said[:300] or status}",
+            f"the coordinator refuses this certificate: {message}",
             fix="ask the coordinator's administrator whether the site was revoked; enrol again with --force",
+            code=code,
         )
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from fl_shared.canonical import parse_json
-from fl_shared.errors import ConfigError, TransportError
+from fl_shared.errors import ConcordatError, ConfigError, TransportError
 from fl_shared.wire.hosts import by_proxy
 
 MAX_ANSWER_BYTES = 1 << 20
@@ -50,6 +50,14 @@ def ask(
             f"no answer from {url}: {error or type(error).__name__}",
             fix="check the address, the network and that the coordinator runs (`fl-server status`)",
         ) from None
+
+
+def refusal(url: str, status: int, body: Any, *, fix: str) -> ConcordatError:
+    """What the gateway refused with, of the class that it was there; `fix` stands where it gives none."""
+    try:
+        return ConcordatError.from_dict(body)
+    except ValueError:
+        return ConcordatError(f"{url} answered with status {status}", fix=fix)
 
 
 def read(url: str, body: bytes) -> Any:

@@ -14,21 +14,12 @@ import grpc
 
 from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome, default_home
-from fl_shared import errors
 from fl_shared.cli.console import command
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
 from fl_shared.fields import Document, PathField, Text
 from fl_shared.toml import load_toml
 from fl_shared.wire.control_pb2_grpc import ControlStub
 from fl_shared.wire.hosts import by_proxy
-
-_BY_EXIT_CODE: dict[int, type[ConcordatError]] = {
-    kind.exit_code: kind
-    for kind in (
-        ConfigError, errors.RunError, TransportError, errors.EnrolmentError, errors.SignatureError, errors.DataError,
-        errors.LedgerError,
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,10 +125,8 @@ def control(profile: Profile) -> Iterator[ControlStub]:
 def _translated(error: grpc.RpcError, profile: Profile) -> ConcordatError:
     details = error.details() or ""
     try:
-        body = json.loads(details)
-        kind = _BY_EXIT_CODE.get(int(body["exit_code"]), ConcordatError)
-        return kind(str(body["message"]), fix=str(body["fix"]), code=str(body["code"]))
-    except (ValueError, KeyError, TypeError):
+        return ConcordatError.from_dict(json.loads(details))
+    except ValueError:
         pass
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return TransportError(

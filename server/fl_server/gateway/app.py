@@ -74,13 +74,11 @@ class Refused(Exception):
 
 def _refusal(error: ConcordatError, status: int) -> JSONResponse:
     headers = {"retry-after": "1"} if status in (429, 503) else None
-    return JSONResponse(
-        {"error": error.message, "code": error.code, "fix": error.fix}, status_code=status, headers=headers
-    )
+    return JSONResponse(error.to_dict(), status_code=status, headers=headers)
 
 
 def _not_found() -> JSONResponse:
-    return JSONResponse({"error": "there is nothing here", "code": "not-found", "fix": ""}, status_code=404)
+    return _refusal(ConcordatError("there is nothing here", code="not-found"), 404)
 
 
 def _too_many() -> TransportError:
