@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fl_shared.errors import ConfigError
@@ -40,6 +41,7 @@ READERS: dict[str, Any] = {
     "section": declared(),
     "named": SiteName,
 }
+DOCUMENTS = {kind: declared(field=rule) for kind, rule in READERS.items()}
 NOTHING = object()
 # What a JSON or TOML parser can hand over, as far as it can go wrong.
 WRONG: dict[str, Any] = {
@@ -65,7 +67,7 @@ ACCEPTED = {("unbounded number", "negative")}
 def test_a_wrong_value_names_field_and_fix(kind: str, value: str) -> None:
     """Each reader refuses each wrong value with the place, the field and a fix, and never otherwise."""
     table = {} if value == "missing" else {"field": WRONG[value]}
-    document = declared(field=READERS[kind])
+    document = DOCUMENTS[kind]
     if (kind, value) in ACCEPTED:
         document.from_dict(table, where="site.toml [policy]")
         return
@@ -88,7 +90,62 @@ VALUES = st.recursive(
 def test_any_value_is_read_or_refused(kind: str, value: Any) -> None:
     """Whatever a parser hands over, a reader returns it or raises ConfigError."""
     with contextlib.suppress(ConfigError):
-        declared(field=READERS[kind]).from_dict({"field": value})
+        DOCUMENTS[kind].from_dict({"field": value})
+
+
+def as_before(kind: str, value: Any) -> bool:
+    """What the rules say, written once more without pydantic."""
+    text = isinstance(value, str) and "\0" not in value and not any("\ud800" <= each <= "\udfff" for each in value)
+    match kind:
+        case "text":
+            return text and 0 < len(value) <= 4096
+        case "boolean":
+            return value is True or value is False
+        case "integer":
+            return type(value) is int and 1 <= value <= 9
+        case "number":
+            return type(value) in (int, float) and 0 < value <= 1
+        case "unbounded number":
+            return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) <= 1 << 64)
+        case "choice":
+            return value in ("fedavg", "ffa") and isinstance(value, str)
+        case "texts":
+            words = isinstance(value, list | tuple) and all(
+                as_before("text", each) and len(each) <= 512 for each in value
+            )
+            return words and 1 <= len(value) <= 3 and len(set(value)) == len(value)
+        case "path":
+            return text and bool(value) and not value.startswith("~")
+        case "table":
+            return isinstance(value, dict)
+        case "section":
+            return isinstance(value, dict) and not value
+        case _:
+            return isinstance(value, str) and re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value) is not None
+
+
+NEAR = st.sampled_from([
+    0, 1, 9, 10, 1.0, 0.0, -0.0, 5e-324, 1.0000000000000002,
+    1 << 64, (1 << 64) + 1, -(1 << 64) - 1, 10**400, True, "ffa",
+    "FFA", "a" * 63, "a" * 64, "a" * 4096, "a" * 4097,
+    ["a"], ("a", "b"), ["a", "a"], ["a" * 512], ["a" * 513], {"a"}, "a\n",
+    float("nan"), float("inf"), {}, [], "\udfff", "\0", b"a", frozenset("a"), bytearray(b"a"),
+])  # fmt: skip
+
+
+@given(st.sampled_from(sorted(READERS)), VALUES | NEAR)
+def test_a_value_is_accepted_exactly_by_the_rules(kind: str, value: Any) -> None:
+    """Nothing more and nothing less than the hand-written reader took; what is read is what was written."""
+    assume(kind != "path" or not str(value).startswith("~"))  # whether there is such a user
+    document = DOCUMENTS[kind]
+    if not as_before(kind, value):
+        with pytest.raises(ConfigError) as caught:
+            document.from_dict({"field": value})
+        assert caught.value.fix
+        return
+    made: Any = document.from_dict({"field": value})
+    if kind not in ("path", "section", "table"):
+        assert made.field == (tuple(value) if kind == "texts" else value)
 
 
 def between(low: float, high: float, **ends: bool) -> Any:

@@ -34,6 +34,7 @@ from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.identity.fingerprints import spoken_key
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.service import Ledger
+from fl_shared.privacy.mechanism import protects_each_unit
 from fl_shared.runtime.private_files import open_to_others
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def _policy(config: SiteConfig) -> str:
 def _budget(home: SiteHome, config: SiteConfig, data: UnitData | None) -> str:
     """The ledger opens and its head fits; delta suits the data; something is left."""
     budget = config.budget
-    if data is not None and budget.delta * data.units >= 1.0:
+    if data is not None and not protects_each_unit(budget.delta, data.units):
         raise ConfigError(
             f"{config.source} [budget]: delta {budget.delta:g} is not below 1/{data.units}, "
             "one over the number of units",

@@ -15,7 +15,7 @@ from fl_shared.ledger.reader import filter_of
 from fl_shared.privacy.accounting.calibrate import noise_that_fits, steps_that_fit
 from fl_shared.privacy.accounting.gate import Filter
 from fl_shared.privacy.accounting.merge import Key, key_of
-from fl_shared.privacy.mechanism import Mechanism
+from fl_shared.privacy.mechanism import Mechanism, in_period
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ class Standing:
 
     def is_valid(self, stamp: str) -> bool:
         """Whether grants may be made at this time (as the ledger writes it)."""
-        valid_from, valid_to = self.budget.valid_from, self.budget.valid_to
-        return not ((valid_from and stamp < valid_from) or (valid_to and stamp >= valid_to))
+        return in_period(stamp, self.budget.valid_from, self.budget.valid_to)
 
 
 def dataset_name(arguments: argparse.Namespace, ledger: LedgerReader) -> str:

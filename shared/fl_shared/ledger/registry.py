@@ -19,7 +19,7 @@ from fl_shared.ledger.records import BudgetRecord, Dataset, Entry
 from fl_shared.ledger.writer import LedgerWriter
 from fl_shared.privacy.accounting.gate import Filter, default_order
 from fl_shared.privacy.accounting.merge import key_of
-from fl_shared.privacy.mechanism import Mechanism
+from fl_shared.privacy.mechanism import Mechanism, protects_each_unit
 
 _SAID = "the site's configuration says that they share units ([data] shares_units_with)"
 
@@ -237,7 +237,7 @@ class Registry(LedgerWriter):
 
 def check_delta_against(delta: float, dataset: Dataset) -> None:
     """Refuse a delta of 1/units or more: it would allow to publish one unit outright."""
-    if not delta * dataset.units < 1.0 or not math.isfinite(delta):
+    if not protects_each_unit(delta, dataset.units) or not math.isfinite(delta):
         raise ConfigError(
             f"delta {delta:g} is not below 1/{dataset.units}, the number of units of {dataset.name!r}",
             fix=f"use a delta below {1 / dataset.units:.2g}",

@@ -16,6 +16,7 @@ from fl_shared.ledger.records import Problem
 from fl_shared.privacy.accounting.gate import Filter
 from fl_shared.privacy.accounting.merge import Key
 from fl_shared.privacy.accounting.renyi import step_curve
+from fl_shared.privacy.mechanism import in_period, protects_each_unit
 
 # The replay adds millions of doubles one by one; the gate itself sums exactly.
 _TOLERANCE = 1e-6
@@ -145,7 +146,7 @@ class Replay:
 
     def _compare_delta(self, ceiling: _Ceiling) -> None:
         dataset = self.datasets.get(ceiling.place[0])
-        ceiling.small = dataset is not None and ceiling.body["delta"] * dataset["units"] < 1
+        ceiling.small = dataset is not None and protects_each_unit(ceiling.body["delta"], dataset["units"])
 
     def _recount(self) -> None:
         for total in self._totals.values():
@@ -197,9 +198,9 @@ class Replay:
                 f"entry {seq}: granted beyond the ceiling of {name!r} {study}".rstrip()
                 + f" ({ceiling.cost / ceiling.bound:.2%} of the bound)",
             )
-        if (body["valid_from"] and at < body["valid_from"]) or (body["valid_to"] and at >= body["valid_to"]):
+        if not in_period(at, body["valid_from"], body["valid_to"]):
             self._say(seq, f"entry {seq}: granted outside the budget's period")
-        if not body["delta"] * self.datasets[name]["units"] < 1:
+        if not protects_each_unit(body["delta"], self.datasets[name]["units"]):
             self._say(seq, f"entry {seq}: granted at a delta of 1/units or more")
 
     def _settlement(self, seq: int, body: tuple[Any, ...], _at: str) -> Total:

@@ -19,7 +19,7 @@ from fl_shared.ledger.reader import filter_of, name_of
 from fl_shared.ledger.records import Dataset, Entry, Reservation, Spend
 from fl_shared.ledger.registry import Registry, check_delta_against
 from fl_shared.privacy.accounting.merge import key_of
-from fl_shared.privacy.mechanism import Mechanism
+from fl_shared.privacy.mechanism import Mechanism, in_period
 
 _INSERT_RESERVATION = reservations.insert()
 _INSERT_SETTLEMENT = settlements.insert()
@@ -128,7 +128,7 @@ class Ledger(Registry):
             label = f"the budget of {budget.dataset!r}" + (f", study {budget.study!r}" if budget.study else "")
             units = dataset if budget.dataset == dataset.name else self._known(connection, budget.dataset)
             check_delta_against(budget.delta, units)
-            if (budget.valid_from and stamp < budget.valid_from) or (budget.valid_to and stamp >= budget.valid_to):
+            if not in_period(stamp, budget.valid_from, budget.valid_to):
                 raise BudgetExhausted(
                     f"{label} is valid from {budget.valid_from or 'ever'} to {budget.valid_to or 'ever'}, "
                     f"and now is {stamp}",

@@ -43,6 +43,16 @@ class Mechanism(Document):
         require_fields(self)
 
 
+def protects_each_unit(delta: float, units: int) -> bool:
+    """Whether delta is below 1/units: at 1/units it would allow to publish one unit outright."""
+    return delta * units < 1.0
+
+
+def in_period(stamp: str, valid_from: str | None, valid_to: str | None) -> bool:
+    """Whether a budget is valid at a time; all as the ledger writes times, so that they compare as texts."""
+    return not ((valid_from and stamp < valid_from) or (valid_to and stamp >= valid_to))
+
+
 @dataclass(frozen=True)
 class Budget(Document):
     """A ceiling (epsilon, delta) for one data set at one site."""
