@@ -71,7 +71,9 @@ def _refused(problem: str, fix: str, *, name: str = "", fault: str = "value") ->
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= each <= "\udfff" for each in value)
 
 
 # The vocabulary of fields. Each is metadata for `Annotated`. pydantic is imported when the first document is read, so

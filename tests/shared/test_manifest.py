@@ -309,6 +309,14 @@ def test_a_refusal_can_always_be_read(refusal: Refusal) -> None:
     assert canonical_bytes(back.to_dict()) == canonical_bytes(refusal.to_dict())
 
 
+def test_a_digest_is_computed_once() -> None:
+    """However often it is read, and again for a document that was changed by `replace`."""
+    manifest = DOCUMENTS["manifest"]
+    assert manifest.spec.digest is manifest.spec.digest is manifest.spec_digest
+    assert manifest.digest is manifest.digest
+    assert dataclasses.replace(manifest, round=2).digest != manifest.digest
+
+
 OTHER = {"name": "demo-2", "base_model": "sha256:" + "1" * 64, "aggregation": "ffa", "wire": "int8"} | {
     "momentum": 0.5,
     "sampling_probability": 0.2,
