@@ -16,7 +16,7 @@ def add(verbs: Any) -> None:
     """Add the verb to the verbs of `fl-client`."""
     made: argparse.ArgumentParser = verbs.add_parser("schema", help="print the JSON Schema of site.toml or spec.toml")
     describe(
-        made, "print the JSON Schema of site.toml or spec.toml", "fl-client schema site > site.schema.json\n"
+        made, "print the JSON Schema of site.toml or spec.toml", "fl-client schema site\n"
         "fl-client schema spec", "An editor completes and checks the file by it (docs/commands.md).",
     )  # fmt: skip
     made.add_argument("document", choices=sorted(SCHEMAS), help="which file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fl_server.cli import adapters, audit, receipts, runs, schema, sites, status
 from fl_server.cli.connection import Profile, control
@@ -52,10 +52,10 @@ def _run(argv: Sequence[str] | None) -> int:
     made = parser()
     complete(made)
     arguments = made.parse_args(argv)
-    if hasattr(arguments, "offline"):  # a verb that asks no coordinator
-        done: int = arguments.offline(arguments)
-        return done
     handler: Handler = arguments.handler
+    if getattr(arguments, "offline", False):  # a verb that asks no coordinator
+        offline: Callable[[None, argparse.Namespace], int] = arguments.handler
+        return offline(None, arguments)
     with control(Profile.find(arguments.profile)) as stub:
         return handler(stub, arguments)
 

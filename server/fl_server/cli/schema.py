@@ -18,12 +18,16 @@ def add(groups: Any) -> None:
         "schema", help="print the JSON Schema of spec.toml or server.toml"
     )
     describe(
-        made, "print the JSON Schema of spec.toml or server.toml", "fl-admin schema spec > spec.schema.json\n"
+        made, "print the JSON Schema of spec.toml or server.toml", "fl-admin schema spec\n"
         "fl-admin schema server", "An editor completes and checks the file by it (docs/commands.md).",
     )  # fmt: skip
     made.add_argument("document", choices=sorted(SCHEMAS), help="which file")
     made.add_argument("--json", action="store_true", help="print JSON, as without it")
-    made.set_defaults(offline=lambda arguments: show(arguments.document))
+    made.set_defaults(handler=_show, offline=True)
+
+
+def _show(_: object, arguments: argparse.Namespace) -> int:
+    return show(arguments.document)
 
 
 def show(document: str) -> int:
