@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dist demo test lint types index bench proto lock clean
+.PHONY: help install dist demo test lint types index bench proto schemas lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench: $(STAMP) ## the benchmarks, one JSON object each
 proto: $(STAMP) ## regenerate the gRPC stubs
 	cd shared && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. fl_shared/wire/*.proto
 	cp shared/fl_shared/wire/agent_pb2.py shared/fl_shared/wire/agent_pb2.pyi server/fl_server/rounds/app/
+
+schemas: $(STAMP) ## write the JSON Schemas that ship with the declarations
+	$(BIN)/python tests/shared/test_schemas.py
 
 lock: $(STAMP) ## write the installed versions to constraints.txt
 	@{ echo "# Versions that the demo, the tests and CI install: name==version. Written by 'make lock'."; \

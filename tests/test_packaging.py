@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +31,20 @@ def test_auditor_loads_no_flower() -> None:
     code = f"import sys, fl_shared.audit.cli; print([m for m in {unwanted!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_completion_wait_for_no_document(script: str, tmp_path: Path) -> None:
+    """pydantic is loaded when the first document is read, and not before: both work where it cannot be loaded."""
+    module = importlib.metadata.entry_points(group="console_scripts")[script].value.partition(":")[0]
+    code = f"import runpy, sys; sys.modules['pydantic'] = None; runpy.run_module({module!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert script in done.stdout
+    offered = tmp_path / "offered"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(offered), "COMP_LINE": f"{script} --h"}
+    asked |= {"COMP_POINT": str(len(asked["COMP_LINE"])), "COMP_TYPE": "9"}
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=os.environ | asked)
+    assert "--help" in offered.read_text(encoding="utf-8")
 
 
 def test_no_package_with_a_common_name_is_installed() -> None:

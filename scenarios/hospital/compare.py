@@ -33,7 +33,7 @@ from fl_client.training.round import initial_adapter, train_round
 from fl_server.aggregation import RoundAggregate
 from fl_shared.adapters.safetensors import pack, unpack
 from fl_shared.cli.entry import cli_main
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-from fl_shared.errors import ConfigError
+from fl_shared.errors import ConfigError, shown
 
 MAX_DEPTH = 64
 MAX_JSON_BYTES = 8 << 20
+DIGEST = r"sha256:[0-9a-f]{64}"
+HASH = r"[0-9a-f]{64}"
 _WHOLE = range(-(1 << 63), 1 << 64)
 
 
@@ -97,6 +100,27 @@ def parse_json(text: str | bytes, what: str, *, limit: int = MAX_JSON_BYTES) -> 
 def sha256_hex(data: bytes | memoryview) -> str:
     """SHA-256, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def document_digest(body: dict[str, Any]) -> str:
+    """`sha256:` and the SHA-256 of the document's canonical bytes."""
+    return f"sha256:{sha256_hex(canonical_bytes(body))}"
+
+
+def check_digest(value: object) -> str:
+    """A text of the form `sha256:<64 hex digits>`; ConfigError otherwise."""
+    if not isinstance(value, str) or re.fullmatch(DIGEST, value) is None:
+        raise ConfigError(
+            f"{shown(value)} is not a digest", fix="write sha256: and 64 hex digits, as `fl-model inspect` does"
+        )
+    return value
+
+
+def check_hash(value: object) -> str:
+    """64 lower-case hex digits; ConfigError otherwise."""
+    if not isinstance(value, str) or re.fullmatch(HASH, value) is None:
+        raise ConfigError(f"{shown(value)} is not a hash", fix="write 64 lower-case hex digits")
+    return value
 
 
 def file_sha256(path: Path) -> str:

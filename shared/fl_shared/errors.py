@@ -27,6 +27,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MAX_TEXT, MAX_CODE = 4000, 64
+"""The most characters of message and fix, and of the code, that are taken from another party."""
+
 
 class ConcordatError(Exception):
     """Something failed in a way that a person can act on.
@@ -45,6 +48,35 @@ class ConcordatError(Exception):
         self.message = message
         self.fix = fix
         self.code = code or self.default_code
+
+    def to_dict(self) -> dict[str, Any]:
+        """The one form in which an error crosses to another process: as JSON in a pipe, over HTTP or gRPC."""
+        return as_dict(self.message, self.fix, self.code, self.exit_code)
+
+    @staticmethod
+    def from_dict(table: object) -> ConcordatError:
+        """The error that `to_dict` wrote, of the same class; a number of no class makes a ConcordatError.
+
+        What another party sent is cut to `MAX_TEXT` characters a field. `error` may be called `message`, as the control
+        API calls it, and the exit code may be absent.
+
+        Raises:
+            ValueError: the table is none of an error.
+        """
+        if not isinstance(table, dict):
+            raise ValueError("no table")
+        message, fix, code = table.get("error", table.get("message")), table.get("fix", ""), table.get("code", "")
+        if not all(isinstance(text, str) for text in (message, fix, code)):
+            raise ValueError("no error")
+        number = table.get("exit_code")
+        kinds = [kind for kind in ConcordatError.__subclasses__() if kind.__module__ == __name__]
+        kind = next((kind for kind in kinds if type(number) is int and kind.exit_code == number), ConcordatError)
+        return kind(str(message)[:MAX_TEXT], fix=fix[:MAX_TEXT], code=code[:MAX_CODE])
+
+
+def as_dict(message: str, fix: str, code: str, exit_code: int) -> dict[str, Any]:
+    """The JSON fields of an error, in a person's order."""
+    return {"error": message, "fix": fix, "code": code, "exit_code": exit_code}
 
 
 class ConfigError(ConcordatError):

@@ -8,11 +8,11 @@ from fl_shared.errors import ConfigError, shown
 
 ALONE = "alone:"
 """Begins the runs that a site orders from itself; no coordinator's run can have such a name."""
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+NAME = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 
 
 def _check(value: object, what: str) -> str:
-    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+    if not isinstance(value, str) or re.fullmatch(NAME, value) is None:
         raise ConfigError(
             f"{what} {shown(value)} is not a valid name",
             fix="use 1 to 63 lower-case letters, digits and hyphens, not at either end",

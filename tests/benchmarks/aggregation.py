@@ -38,7 +38,7 @@ from fl_server.aggregation import RoundAggregate
 from fl_server.rounds.replies import octets
 from fl_shared.adapters.safetensors import WIRES, Tensors, digest, pack, unpack
 from fl_shared.documents.aggregators import AGGREGATIONS
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers.flower_messages import reply  # noqa: E402 - made importable above

@@ -34,7 +34,7 @@ from fl_client.dp.objective import losses_of
 from fl_client.dp.records.records import Records, micro_batches
 from fl_client.model.load import load_model
 from fl_client.tasks.classification import Classification, CrossEntropy
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.privacy.mechanism import Mechanism
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]

@@ -28,8 +28,8 @@ from fl_server.db.store import Store
 from fl_server.runs.orders import Orders
 from fl_server.runs.service import Runs
 from fl_shared.adapters.safetensors import digest
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.order import BY_DIGEST
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey
 
 SITES, ROUNDS = 1000, 3

@@ -21,7 +21,8 @@ from fl_client.agent.status import agent_state
 from fl_client.identity.enrolment import enrol
 from fl_client.site.home import SiteHome
 from fl_shared.adapters.safetensors import digest
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.records import Spend
 from fl_shared.ledger.service import Ledger

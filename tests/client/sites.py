@@ -18,8 +18,9 @@ from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import LORA_TARGETS, RoundManifest, RunSpec
 from fl_shared.documents.order import RoundOrder
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.service import Ledger
 from fl_shared.privacy.mechanism import Mechanism
@@ -36,6 +37,7 @@ POLICY = PolicyConfig(
     targets=LORA_TARGETS,
     allow_non_private=False,
     apps=("any",),
+    reply_every_s=0.0,
 )
 
 

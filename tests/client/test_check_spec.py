@@ -14,7 +14,7 @@ from fl_client.agent.check import run_checks
 from fl_client.model.layout import target_groups
 from fl_client.model.load import load_model
 from fl_client.site.config import SiteConfig
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from helpers.random_models import float_model, small_config
 
 TINY = Path(str(resources.files("fl_client"))) / "model" / "tiny"

@@ -25,7 +25,7 @@ from fl_client.data.load import split_holdout
 from fl_client.data.units import UnitData
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.tasks.classification import Classification
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, LedgerError, RunError
 from fl_shared.identity.signing import open_document
 

@@ -22,7 +22,8 @@ from fl_client.node.environment import shared_source
 from fl_client.node.sandbox import landlock_abi
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes
-from fl_shared.documents.manifest import RoundManifest, RunSpec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document, verify
 
 MARKER = "planted-secret-4711"

@@ -29,7 +29,7 @@ from fl_client.site.config import ModelConfig
 from fl_client.training.ranks import group as ranks_group
 from fl_client.training.ranks.group import RankGroup
 from fl_client.training.round import train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

@@ -19,7 +19,7 @@ from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.inference.predict import evaluate, predict
 from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training.round import initial_adapter, train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

@@ -15,13 +15,14 @@ from fl_client.agent.orders import Arrived, Assignment
 from fl_server.rounds.replies import Expected
 from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import Receipt, Refusal, RoundManifest, RunSpec
 from fl_shared.documents.order import RoundOrder, read_spec
 from fl_shared.documents.plan import PlanAnswer, PlanQuestion
+from fl_shared.documents.round import Receipt, Refusal, RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError
-from fl_shared.fields import parse_toml
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.privacy.mechanism import Mechanism
+from fl_shared.toml import parse_toml
 
 DIGEST = "sha256:" + "a" * 64
 SPEC = f"""[run]

@@ -16,7 +16,7 @@ from fl_client.model.load import TINY, load_model
 from fl_client.site.config import ModelConfig
 from fl_client.training.ranks.group import RankGroup
 from fl_client.training.round import train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

@@ -40,7 +40,7 @@ from fl_client.model.layout import expert_modules
 from fl_client.model.load import make_rotary, with_quantised_layers
 from fl_client.model.quantised.tensor import GROUP
 from fl_client.tasks.classification import CrossEntropy
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

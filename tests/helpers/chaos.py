@@ -28,7 +28,7 @@ from fl_server.aggregation import RoundAggregate
 from fl_server.artifacts.local import LocalArtifacts
 from fl_server.rounds.liveness import carrier_pid
 from fl_shared.adapters.safetensors import digest, unpack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from fl_shared.canonical import sha256_hex
-from fl_shared.documents.manifest import Receipt
+from fl_shared.documents.round import Receipt
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger import Dataset, Ledger
 from fl_shared.ledger.receipts import Kept

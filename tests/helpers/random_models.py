@@ -26,7 +26,7 @@ from fl_client.dp.records.records import Records
 from fl_client.model.layout import expert_modules, quantised_linears
 from fl_client.model.quantised.layers import QuantExperts, QuantLinear
 from fl_client.tasks.classification import CrossEntropy
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 
 
 def float_model(config: PreTrainedConfig, seed: int = 0) -> nn.Module:

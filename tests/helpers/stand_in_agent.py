@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.canonical import sha256_hex
-from fl_shared.documents.manifest import Receipt, Refusal, RoundManifest
+from fl_shared.documents.round import Receipt, Refusal, RoundManifest
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.wire.agent_pb2 import Chunk, ReplyHeader
 from fl_shared.wire.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server

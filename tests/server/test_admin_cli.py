@@ -31,7 +31,7 @@ def test_every_verb_of_an_admins_day_exists() -> None:
     runs = {f"runs {verb}" for verb in ["launch", "plan", "list", "show", "watch", "pause", "resume", "stop", "logs"]}
     sites = {f"sites {verb}" for verb in ["invite", "list", "show", "revoke"]}
     adapters = {f"adapters {verb}" for verb in ["list", "show", "export", "promote"]}
-    rest = {"receipts export", "audit list", "audit verify", "status"}
+    rest = {"receipts export", "audit list", "audit verify", "status", "schema"}
     assert {" ".join(path) for path in VERBS} == runs | sites | adapters | rest
 
 

@@ -29,8 +29,9 @@ from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import Receipt, RunSpec
 from fl_shared.documents.plan import PlanAnswer, PlanQuestion
+from fl_shared.documents.round import Receipt
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.ledger import receipts
 from fl_shared.privacy.mechanism import Mechanism

@@ -24,7 +24,7 @@ from fl_server.aggregation.spool import Spool
 from fl_server.aggregation.updates import Rule
 from fl_shared.adapters.safetensors import SERVER_STATE, Tensors, digest, metadata, pack, unpack
 from fl_shared.documents.aggregators import AGGREGATIONS, ROBUST
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError
 from helpers.flower_messages import reply
 

@@ -9,7 +9,7 @@ import pytest
 
 from fl_server.aggregation import RoundAggregate
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata, pack, unpack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from helpers.coordinators import Coordinator, committed, coordinator, spec_toml, until
 from helpers.stand_in_agent import honest_update
 

@@ -18,7 +18,7 @@ from fl_server.runs.bases import MAX_TOLD, Fit, announced
 from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import LORA_TARGETS, RunSpec
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError, RunError
 from fl_shared.identity.signing import SigningKey
 from helpers.coordinators import spec_toml

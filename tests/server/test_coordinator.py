@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fl_server.flower.superlink import Flower
 from fl_server.home.layout import ServerHome
 from fl_shared.adapters.safetensors import digest, unpack
-from fl_shared.documents.manifest import Receipt
+from fl_shared.documents.round import Receipt
 from fl_shared.identity.signing import open_document
 from helpers.coordinators import BIN, Coordinator, committed, coordinator, environment, until
 from helpers.stand_in_agent import SHAPES, honest_update

@@ -23,7 +23,7 @@ from fl_server.rounds.launcher import Launcher
 from fl_server.rounds.liveness import carrying
 from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from helpers.coordinators import spec_toml
 from helpers.ports import free_port
 

@@ -11,8 +11,8 @@ import pytest
 from fl_server.db.models import QuestionRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.plans import KEPT_S, Plan, Plans
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import Objection, PlanAnswer, PlanQuestion
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, SignatureError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from helpers.coordinators import spec_toml

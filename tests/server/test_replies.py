@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fl_server.rounds.replies import BadReply, Expected
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
+from fl_shared.documents.round import Receipt, Refusal
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 from fl_shared.identity.signing import SigningKey, sign_document
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 
 from fl_shared.documents.aggregators import AGGREGATIONS, AGGREGATORS
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -43,10 +44,11 @@ def read(name: str, quorum: int = 7, **parameters: Any) -> RunSpec:
 def test_every_name_has_defaults_for_all_its_parameters(name: str) -> None:
     """An aggregator alone makes a spec; its parameters are filled in, travel, and are under the digest."""
     spec = read(name)
-    assert set(dict(spec.aggregation)) == {each.name for each in AGGREGATORS[name]}
+    parameters = dataclasses.fields(AGGREGATORS[name])
+    assert set(dict(spec.aggregation)) == {each.name for each in parameters}
     assert RunSpec.from_dict(spec.to_dict()) == spec
-    for each in AGGREGATORS[name]:
-        other = read(name, **{each.name: each.default + 1 if each.whole else each.default * 0.9})
+    for each in parameters:
+        other = read(name, **{each.name: each.default + 1 if isinstance(each.default, int) else each.default * 0.9})
         assert other.digest != spec.digest
 
 

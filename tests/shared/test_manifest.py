@@ -13,18 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_shared.adapters.safetensors import WIRES
-from fl_shared.canonical import canonical_bytes, parse_json
+from fl_shared.canonical import canonical_bytes, document_digest, parse_json
 from fl_shared.documents.aggregators import AGGREGATIONS, ROBUST
-from fl_shared.documents.manifest import (
-    LORA_TARGETS,
-    REFUSAL_CODES,
-    Receipt,
-    Refusal,
-    RoundManifest,
-    RunSpec,
-    document_digest,
-)
 from fl_shared.documents.order import RoundOrder, read_spec
+from fl_shared.documents.round import REFUSAL_CODES, Receipt, Refusal, RoundManifest
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError
 from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Budget, Mechanism
 
@@ -341,6 +334,14 @@ def test_a_refusal_can_always_be_read(refusal: Refusal) -> None:
     assert 0 < len(back.message) <= 2000
     assert all(each.isprintable() or each in "\n\t" for each in back.message)
     assert canonical_bytes(back.to_dict()) == canonical_bytes(refusal.to_dict())
+
+
+def test_a_digest_is_computed_once() -> None:
+    """However often it is read, and again for a document that was changed by `replace`."""
+    manifest = DOCUMENTS["manifest"]
+    assert manifest.spec.digest is manifest.spec.digest is manifest.spec_digest
+    assert manifest.digest is manifest.digest
+    assert dataclasses.replace(manifest, round=2).digest != manifest.digest
 
 
 OTHER = {"name": "demo-2", "base_model": "sha256:" + "1" * 64, "aggregation": "ffa", "wire": "int8"} | {

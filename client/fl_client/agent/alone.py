@@ -23,8 +23,8 @@ from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import require_usable
 from fl_shared.adapters.safetensors import digest, pack, unpack
 from fl_shared.documents.aggregators import ROBUST
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.order import RoundOrder
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import BudgetExhausted, PolicyRefusal, RunError
 from fl_shared.files import write_durably
 from fl_shared.identity.signing import SigningKey, sign_document

@@ -30,7 +30,7 @@ from fl_client.site.home import SiteHome
 from fl_shared import __version__
 from fl_shared.cli.extras import DISTRIBUTION, missing_package, require
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
 from fl_shared.identity.fingerprints import spoken_key
 from fl_shared.identity.signing import SigningKey

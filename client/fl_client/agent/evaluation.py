@@ -31,7 +31,7 @@ from fl_client.tasks.task import Task, require_usable, usable
 from fl_shared.adapters.safetensors import digest, require_finite, unpack
 from fl_shared.canonical import canonical_bytes
 from fl_shared.documents.base_model import absent_targets
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError, LedgerError, PolicyRefusal, RunError
 from fl_shared.files import write_durably
 from fl_shared.ledger.faults import fault

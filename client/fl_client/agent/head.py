@@ -13,13 +13,14 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from fl_client.agent.outgoing import EVALUATION, TRAINING
 from fl_client.agent.releases import ReleaseStore
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import parse_json
 from fl_shared.errors import ConfigError, LedgerError
-from fl_shared.fields import Fields
+from fl_shared.fields import Document, Text, Whole
 from fl_shared.files import write_durably
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.service import Ledger
@@ -41,6 +42,14 @@ class Forgotten:
     release_digest: str
 
 
+@dataclass(frozen=True)
+class KnownHead(Document):
+    """The ledger's head as the home has written it down: number of entries and last hash."""
+
+    entries: Annotated[int, Whole(1, 2**62)]
+    head: Text
+
+
 class LedgerHead:
     """The file with the last head that this home has seen."""
 
@@ -51,14 +60,14 @@ class LedgerHead:
     def write(self, ledger: LedgerReader) -> None:
         """Remember the ledger's head as it is now; OSError when the disk refuses."""
         head = ledger.head()
-        text = json.dumps({"entries": head.entries, "head": head.hash})
+        text = json.dumps(KnownHead(head.entries, head.hash).to_dict())
         write_durably(self._path, f"{text}\n".encode())
 
     def objection(self, ledger: LedgerReader) -> str:
         """What speaks against the ledger being at least as new as this home has seen it; "" when nothing does."""
         try:
-            known = Fields(parse_json(self._path.read_bytes(), str(self._path)), str(self._path))
-            entries, head = known.integer("entries", low=1, high=2**62), known.text("head")
+            known = KnownHead.from_dict(parse_json(self._path.read_bytes(), str(self._path)), where=str(self._path))
+            entries, head = known.entries, known.head
         except FileNotFoundError:
             return ""
         except (ConfigError, OSError):

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fl_shared.canonical import parse_json
-from fl_shared.documents.manifest import Refusal, RoundManifest, RunSpec, document_digest
+from fl_shared.canonical import document_digest, parse_json
 from fl_shared.documents.order import KIND, RoundOrder, read_spec
+from fl_shared.documents.round import Refusal, RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, RunError, SignatureError
 from fl_shared.identity.signing import open_document
 

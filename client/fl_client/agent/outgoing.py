@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from fl_shared.adapters.safetensors import digest
 from fl_shared.audit.proposal import Standing, standings
-from fl_shared.documents.manifest import Receipt, Refusal
 from fl_shared.documents.plan import MAX_OBJECTIONS, MAX_ROUNDS, Objection, PlanAnswer, PlanQuestion
+from fl_shared.documents.round import Receipt, Refusal
 from fl_shared.errors import LedgerError
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.chain import timestamp

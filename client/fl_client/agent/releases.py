@@ -12,35 +12,36 @@ Files of different name spaces cannot meet: a run's name has neither colon nor u
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import parse_json
+from fl_shared.documents.round import Round
 from fl_shared.errors import ConcordatError, DataError
-from fl_shared.fields import Fields
+from fl_shared.fields import Document, RunId, Text, Time
 from fl_shared.files import write_durably
-from fl_shared.names import ALONE, run_id
+from fl_shared.names import ALONE
 from fl_shared.privacy.mechanism import Mechanism
 
 KEPT_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(Document):
     """What one round was asked to do, and what came of it so far.
 
     `update_digest` and `executed` are None until the update was computed.
     """
 
-    run: str
-    round: int
-    nonce: str
-    spec_digest: str
-    adapter_digest: str
-    model_digest: str
-    ordered_at: float
-    update_digest: str | None = None
+    run: RunId
+    round: Round
+    nonce: Text
+    spec_digest: Text
+    adapter_digest: Text
+    model_digest: Text
+    ordered_at: Time
+    update_digest: Text | None = None
     executed: Mechanism | None = None
 
 
@@ -55,8 +56,7 @@ class ReleaseStore:
         """Write the update, if there is one, and then the order, and flush; OSError when the disk refuses."""
         if update is not None:
             write_durably(self._path(order.run, order.round, "safetensors"), update)
-        executed = order.executed.to_dict() if order.executed else None
-        text = json.dumps({**asdict(order), "executed": executed}, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(order.to_dict(), indent=2, sort_keys=True) + "\n"
         write_durably(self._path(order.run, order.round, "json"), text.encode("utf-8"))
 
     def find(self, run: str, round_: int) -> Order | None:
@@ -103,7 +103,8 @@ class ReleaseStore:
         for path in sorted(self._directory.glob("*.figures")):
             try:
                 content = path.read_bytes()
-                mechanism = Mechanism.from_dict(Fields(parse_json(content, str(path)), str(path)).table("mechanism"))
+                figures = parse_json(content, str(path))
+                mechanism = Mechanism.from_dict(figures.get("mechanism") if isinstance(figures, dict) else figures)
             except (ConcordatError, OSError) as error:
                 raise _damaged(path) from error
             found.append((path.stem.replace("_", ":"), content, mechanism))
@@ -119,28 +120,12 @@ class ReleaseStore:
     def _read(self, path: Path) -> Order | None:
         """The order in a file, None when there is no file; DataError unless it is whole and its own place."""
         try:
-            document = parse_json(path.read_bytes(), str(path))
-            if isinstance(document, dict):
-                document = {name: value for name, value in document.items() if value is not None}
-            fields = Fields(document, str(path))
-            run, round_ = fields.named("run", run_id), fields.integer("round", low=1, high=100_000)
-            order = Order(
-                run=run,
-                round=round_,
-                nonce=fields.text("nonce"),
-                spec_digest=fields.text("spec_digest"),
-                adapter_digest=fields.text("adapter_digest"),
-                model_digest=fields.text("model_digest"),
-                ordered_at=fields.number("ordered_at", low=0),
-                update_digest=fields.text("update_digest") if fields.has("update_digest") else None,
-                executed=Mechanism.from_dict(fields.table("executed")) if fields.has("executed") else None,
-            )
-            fields.done()
+            order = Order.from_dict(parse_json(path.read_bytes(), str(path)), where=str(path))
         except FileNotFoundError:
             return None
         except (ConcordatError, OSError) as error:
             raise _damaged(path) from error
-        if self._path(run, round_, "json") != path:
+        if self._path(order.run, order.round, "json") != path:
             raise _damaged(path)
         return order
 

@@ -41,7 +41,8 @@ from fl_client.agent.releases import Order, ReleaseStore
 from fl_client.site.config import PolicyConfig
 from fl_shared.adapters.safetensors import digest, pack, require_finite, unpack
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import LORA_TARGETS, Receipt, Refusal, RunSpec
+from fl_shared.documents.round import Receipt, Refusal
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import BudgetExhausted, ConcordatError, DataError, PolicyRefusal, RunError
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.records import Dataset, Reservation

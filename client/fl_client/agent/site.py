@@ -21,7 +21,7 @@ from fl_client.data.units import UnitData
 from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
 from fl_client.training.ranks.group import RankGroup
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.records import Dataset
 from fl_shared.ledger.service import Ledger

@@ -23,7 +23,7 @@ from fl_shared.audit.output import add_format, print_json, table
 from fl_shared.cli.console import working
 from fl_shared.cli.extras import require
 from fl_shared.cli.parsers import add_quiet, path
-from fl_shared.documents.manifest import LORA_TARGETS, LoraSection, RunSpec
+from fl_shared.documents.spec import LORA_TARGETS, LoraSection, RunSpec
 from fl_shared.errors import ConfigError, EngineError, shown
 from fl_shared.privacy.accounting import rdp_epsilon
 from fl_shared.privacy.mechanism import Mechanism

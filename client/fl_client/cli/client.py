@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from fl_client.cli import schema
 from fl_client.site.address import server_url
 from fl_client.site.config import SiteConfig, template
 from fl_client.site.home import SiteHome
@@ -138,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--force", action="store_true", help="be charged even where the noise is likely to hide the figures"
     )
+    schema.add(verbs)
     node = verbs.add_parser("supernode", help="run only the untrusted half, as another user (see deploy/)")
     describe(
         node, "run only the untrusted half, as another user",
@@ -163,6 +165,8 @@ def run(argv: Sequence[str] | None) -> int:
         from fl_client.node.supernode import run_alone
 
         return run_alone(options.directory)
+    if options.verb == "schema":
+        return schema.show(options.document)
     if not options.site:
         raise ConfigError("no site was named", fix="add --site ID, or set FL_SITE")
     home = SiteHome.locate(options.site, options.home)
@@ -233,7 +237,7 @@ def _enroll(home: SiteHome, options: argparse.Namespace) -> int:
 
 def _check(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.check import run_checks
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
 
     spec = RunSpec.from_toml(options.spec) if options.spec else None
     results = []
@@ -311,7 +315,7 @@ def _alone(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.agent.site import open_site
     from fl_client.site.locks import sole
     from fl_client.tasks.registry import task_of
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
     from fl_shared.identity.signing import SigningKey
     from fl_shared.names import ALONE
 
@@ -355,7 +359,7 @@ def _evaluate(home: SiteHome, options: argparse.Namespace) -> int:
     from fl_client.site.locks import sole
     from fl_client.tasks.registry import task_of
     from fl_shared.adapters.safetensors import read_adapter
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
 
     config = SiteConfig.load(home, options.site)
     spec = RunSpec.from_toml(options.spec)

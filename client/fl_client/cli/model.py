@@ -168,7 +168,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from fl_client.tasks.registry import task_of
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
 
     spec = RunSpec.from_toml(options.spec)
     rows = _read_rows(options.data, options.text_column, options.label_column)
@@ -199,7 +199,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
     from fl_client.site.files import require_empty
-    from fl_shared.documents.manifest import RunSpec
+    from fl_shared.documents.spec import RunSpec
 
     require_empty(options.out)
     spec, offset = RunSpec.from_toml(options.spec), _adapter(options.adapter)

@@ -20,7 +20,7 @@ from fl_client.dp.objective import Objective
 from fl_client.dp.records.packing import HEIGHTS, Packed
 from fl_client.model.architectures import Architecture, architecture_of
 from fl_client.model.quantised.layers import QuantExperts, QuantLinear
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.errors import EngineError
 
 PREFIX = "base_model.model.model."  # PEFT's name of the base inside a causal language model

@@ -13,7 +13,7 @@ from fl_client.dp.initial import initial_tensors
 from fl_client.dp.objective import Objective
 from fl_client.model.load import LoadedModel
 from fl_shared.adapters.safetensors import Tensors
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 
 

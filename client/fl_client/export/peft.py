@@ -32,7 +32,7 @@ from fl_client.dp.start import adapted_for, load_offset
 from fl_client.model.load import LoadedModel
 from fl_client.site.files import filled_or_gone
 from fl_client.tasks.registry import task_of
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ModelError
 
 _NESTED = {"gate_up": "base_layer.", "down": ""}

@@ -83,20 +83,23 @@ class GatewayClient:
         except TransportError as error:
             if self._enrolled:
                 return error  # somebody else's words
-            body = {}
-        told = body if isinstance(body, dict) else {}
-        said = str(told.get("error", f"{url} answered with status {status}"))[:500]
-        fix = str(told["fix"])[:500] if "fix" in told else ""
+            body = None
+        try:
+            told = ConcordatError.from_dict(body)
+        except ValueError:
+            told = ConcordatError(f"{url} answered with status {status}", code="no-answer")
+        said, fix = told.message[:500], told.fix[:500]
         if status in PASSING:
-            return TransportError(f"the coordinator cannot answer just now: {said}", fix=fix or "try again in a minute")
+            fix = fix or "try again in a minute"
+            return TransportError(f"the coordinator cannot answer just now: {said}", fix=fix, code=told.code)
         if self._enrolled:
             return EnrolmentError(
                 f"the coordinator refuses this certificate: {said}",
                 fix="ask the coordinator's administrator whether the site was revoked; enrol again with --force",
+                code=told.code,
             )
-        return EnrolmentError(
-            f"the coordinator refused: {said}", fix=fix or "ask the coordinator's administrator for a new token"
-        )
+        fix = fix or "ask the coordinator's administrator for a new token"
+        return EnrolmentError(f"the coordinator refused: {said}", fix=fix, code=told.code)
 
 
 def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:

@@ -25,8 +25,8 @@ from typing import Any
 from fl_client.identity.enrolment import Coordinator
 from fl_client.identity.gateway import GatewayClient
 from fl_client.site.home import SiteHome
+from fl_shared.documents.rotation import CoordinatorKey
 from fl_shared.errors import ConcordatError, EnrolmentError
-from fl_shared.fields import Fields
 from fl_shared.identity.signing import ed25519_key, open_document
 
 log = logging.getLogger("fl_client.identity.rotation")
@@ -51,21 +51,16 @@ def follow(pinned: Coordinator, rotations: Any, now: float) -> Coordinator:
         if not isinstance(document, dict) or document.get("key") != pinned.coordinator_key:
             continue
         try:
-            fields = Fields(open_document(document, pinned.coordinator_key), "rotation")
-            fields.choice("kind", ["coordinator-key"])
-            new_key = fields.text("new_key")
-            created = fields.number("created_at", low=0)
-            until = fields.number("old_until", low=0)
-            fields.done()
-            ed25519_key(new_key)
+            change = CoordinatorKey.from_dict(open_document(document, pinned.coordinator_key))
+            ed25519_key(change.new_key)
         except ConcordatError as error:
             raise EnrolmentError(f"a change of the coordinator's key is not valid: {error.message}", fix=_FIX) from None
         pinned = dataclasses.replace(
             pinned,
-            coordinator_key=new_key,
+            coordinator_key=change.new_key,
             previous_key=pinned.coordinator_key,
             # By both clocks: a site whose own is behind would go on accepting a key that was ended without a grace.
-            previous_until=min(until, now + min(until - created, MAX_GRACE_S)),
+            previous_until=min(change.old_until, now + min(change.old_until - change.created_at, MAX_GRACE_S)),
         )
     return pinned
 

@@ -20,7 +20,7 @@ from fl_client.dp.start import adapted_for, load_offset
 from fl_client.model.load import LoadedModel
 from fl_client.model.tokens import token_ids
 from fl_client.tasks.registry import task_of
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError
 
 _BATCH = 512  # units in a micro-batch

@@ -12,7 +12,7 @@ from fl_client.model.features import pooled_features
 from fl_client.model.load import LoadedModel
 from fl_client.tasks.classification import Classification
 from fl_client.tasks.registry import task_of
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 
 

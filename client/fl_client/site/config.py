@@ -1,4 +1,4 @@
-"""A site's configuration: one strict TOML file, read into frozen dataclasses.
+"""A site's configuration: one strict TOML file (site.toml), declared table by table.
 
 Every wrong field is refused with the file, the field, its value and what to write instead. A relative
 path starts at the file's directory.
@@ -6,20 +6,36 @@ path starts at the file's directory.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Annotated, ClassVar, Self
 
 from fl_client.site.address import server_url
 from fl_client.site.home import SiteHome
-from fl_shared.audit.report.stated import read_stated
-from fl_shared.documents.manifest import LORA_TARGETS, check_digest
-from fl_shared.errors import ConfigError, EnrolmentError, shown
-from fl_shared.fields import Fields, load_toml
+from fl_shared.audit.report.stated import Statement
+from fl_shared.canonical import DIGEST, check_digest
+from fl_shared.documents.spec import LORA_TARGETS
+from fl_shared.errors import ConfigError, shown
+from fl_shared.fields import (
+    Between,
+    Choice,
+    Document,
+    FieldError,
+    MaybeEmpty,
+    Named,
+    PathField,
+    SiteName,
+    Text,
+    TextRule,
+    Texts,
+    Whole,
+)
 from fl_shared.files import check_grpc_socket, check_socket, sqlite_url
-from fl_shared.names import site_id
+from fl_shared.toml import load_toml
 
 ANY_APP = "any"
 SHIPPED_MODEL = "tiny"
@@ -30,103 +46,309 @@ ENGINES = ("book", "hooks")
 UTF_8 = "utf-8"
 MODES = ("auto", "require", "off")
 """[supernode] confine."""
-_DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_DATA_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_DATA_NAME_FIX = "use 1 to 63 letters, digits, dots, hyphens and underscores"
+_LEDGER_FIX = "write sqlite:////path/ledger.sqlite or postgresql://user@host/db"
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """[data]: where the private table lies and what one privacy unit is.
+class SiteSection(Document):
+    """[site]: whose configuration this is."""
 
-    `text_columns` with more than one name are written as `name: value; name: value` into one text.
-    `holdout` is the share of units that is never trained on, for `fl-client evaluate`.
-    `expected_units` is a public round figure for the number of units, which scales the updates; without it
-    the exact number counts as public. `encoding` is that of a text table without a byte order mark.
-    `shares_units_with` names data sets of the same people: each one's mechanisms count against both budgets, and the
-    ledger records it.
-    """
+    id: SiteName
+    """The site's name, as it was enrolled."""
 
-    name: str
-    path: Path
-    text_columns: tuple[str, ...]
-    label_column: str
-    unit_column: str | None
-    privacy_unit: str
-    max_records_per_unit: int
-    expected_units: int | None
-    public: bool
-    holdout: float
-    shares_units_with: tuple[str, ...] = ()
-    encoding: str = UTF_8
+
+def _server_url(value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError("", fix="write a text in quotes")
+    return server_url(value)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """[model]: the quantised base model's directory, the device, and how many processes train together on it.
+class ServerSection(Document):
+    """[server]: the coordinator."""
 
-    With more than one process, each holds the model (one per GPU) and has `threads` threads. `engine` "hooks" takes one
-    privacy unit at a time, for bases and machines that the start-up check refuses; it costs ten times the time.
-    """
-
-    directory: Path
-    device: str
-    threads: int
-    processes: int = 1
-    engine: str = ENGINES[0]
+    url: Annotated[str, Named(_server_url, "^[Hh][Tt][Tt][Pp][Ss]://", "an address in quotes")]
+    """The coordinator's gateway, https://HOST:PORT."""
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come.
+class DataConfig(Document):
+    """[data]: where the private table lies and what one privacy unit is."""
 
-    `reply_every_s`: the answer to a computed round leaves a multiple of so many seconds after the order began, or, if
-    it is 0, at once. `max_adapter_norm`: how many times as large as the base's own weight a factor of the adapter that
-    a coordinator sends may be, in L2 norm.
+    STATED: ClassVar = ("label_column", "privacy_unit")
+    SCHEMA: ClassVar = {
+        "oneOf": [{"required": ["text_column"]}, {"required": ["text_columns"]}],
+        "if": {"properties": {"privacy_unit": {"const": RECORD}}},
+        "then": {"properties": {"unit_column": False, "max_records_per_unit": {"const": 1}}},
+        "else": {"required": ["unit_column"]},
+    }
+
+    name: Annotated[str, TextRule(pattern=_DATA_NAME, fix=_DATA_NAME_FIX)]
+    """The data set's name in the ledger; budgets belong to it."""
+    path: PathField
+    """The table: .csv .tsv .jsonl .json .parquet."""
+    text_columns: Annotated[tuple[str, ...], Texts(1, 200)] = ()
+    """Columns that are written as `name: value; name: value` into one text."""
+    label_column: Text = ""
+    """The column with the label."""
+    unit_column: Text | None = None
+    """The column that identifies the privacy unit; needed unless that is a record."""
+    privacy_unit: Annotated[str, Choice(PRIVACY_UNITS)] = RECORD
+    """Whose records are protected together."""
+    max_records_per_unit: Annotated[int, Whole(1, 10_000)] = 1
+    """Further records of one unit are not used."""
+    expected_units: Annotated[int, Whole(1, 10**12)] | None = None
+    """A public round figure for their number, which scales the updates; without it the exact number is public."""
+    public: bool = False
+    """Whether anyone may read the data."""
+    holdout: Annotated[float, Between(0, 0.9)] = 0.0
+    """The share of units that is never trained on, for `fl-client evaluate`."""
+    shares_units_with: Annotated[tuple[str, ...], Texts(0, 100)] = ()
+    """Data sets of the same people: each one's mechanisms are charged to both budgets, and the ledger records it."""
+    encoding: Text = UTF_8
+    """The encoding of a text table without a byte order mark."""
+    text_column: Text | None = field(default=None, kw_only=True)
+    """The column with the text, where it is one."""
+
+    def checked(self) -> Self:
+        """The text's column is named one way, the encoding exists, and unit and column fit each other."""
+        if self.text_column is not None and self.text_columns:
+            raise FieldError("text_column", "is given beside text_columns", "write one of the two")
+        if self.text_column is None and not self.text_columns:
+            raise FieldError("text_column", "is missing", "add text_column: a text in quotes")
+        try:
+            b"".decode(self.encoding)
+        except (LookupError, UnicodeError, ValueError):
+            fix = 'write "utf-8", "cp1252" or another of Python\'s text encodings'
+            raise FieldError("encoding", f"is {shown(self.encoding)}", fix) from None
+        unit, column, most = self.privacy_unit, self.unit_column, self.max_records_per_unit
+        if unit != RECORD and column is None:
+            fix = f"name the column that identifies the {unit}"
+            raise FieldError("unit_column", f"is missing, but privacy_unit is {unit!r}", fix)
+        if unit == RECORD and column is not None:
+            fix = 'set privacy_unit = "patient", or remove unit_column'
+            raise FieldError("unit_column", f"is {column!r}, but privacy_unit is 'record'", fix)
+        if unit == RECORD and most != 1:
+            raise FieldError("max_records_per_unit", f"is {most}", "a record is one record: remove the field")
+        if self.text_column is None:
+            return self
+        return dataclasses.replace(self, text_columns=(self.text_column,), text_column=None)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Document):
+    """[model]: the quantised base model, the device, and how many processes train together on it.
+
+    With more than one process, each holds the model (one per GPU) and has `threads` threads.
     """
 
-    min_noise_multiplier: float
-    max_clipping_norm: float
-    max_sampling_probability: float
-    max_steps_per_round: int
-    max_rank: int
-    targets: tuple[str, ...]
-    allow_non_private: bool
-    apps: tuple[str, ...]
+    directory: PathField = Path(SHIPPED_MODEL)
+    """A directory that `fl-model quantize` made, or the shipped "tiny"."""
+    device: Annotated[str, Choice(DEVICES)] = "auto"
+    """Where the model is trained."""
+    threads: Annotated[int, Whole(1, 1024)] = 1
+    """Threads of each process."""
+    processes: Annotated[int, Whole(1, 64)] = 1
+    """How many GPUs of this machine train together."""
+    engine: Annotated[str, Choice(ENGINES)] = ENGINES[0]
+    """hooks: one unit at a time, for bases and machines that the start-up check refuses, in ten times the time."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig(Document):
+    """[policy]: what a round may at most ask of this site, and whether it answers plans of runs to come."""
+
+    min_noise_multiplier: Annotated[float, Between(0, 1e6, above=True)]
+    """The least noise, over the clipping norm."""
+    max_clipping_norm: Annotated[float, Between(0, 1e6, above=True)]
+    """The largest bound on what one unit contributes."""
+    max_sampling_probability: Annotated[float, Between(0, 1, above=True)]
+    """The largest chance of a unit to be in a step."""
+    max_steps_per_round: Annotated[int, Whole(1, 1_000_000)]
+    """The most steps of one round."""
+    max_rank: Annotated[int, Whole(1, 1024)] = 64
+    """The largest rank of an adapter."""
+    targets: Annotated[tuple[str, ...], Texts(1, len(LORA_TARGETS), options=LORA_TARGETS)] = LORA_TARGETS
+    """The groups of layers that may be adapted."""
+    allow_non_private: bool = False
+    """Training without noise; only with [data] public = true."""
+    apps: Annotated[tuple[str, ...], Texts(1, 100, pattern=f"^({ANY_APP}|{DIGEST})$")] = (ANY_APP,)
+    """The apps that the coordinator may ship, by digest, or ["any"]."""
     answer_plans: bool = True
-    reply_every_s: float = 0.0
-    max_adapter_norm: float = 10.0
+    """Whether `fl-admin runs plan` is told how many rounds the budget holds, and what is refused."""
+    reply_every_s: Annotated[float, Between(0, 7 * 86_400)] = 1.0
+    """The answer to a round leaves a multiple of so many seconds after the order began; at once, if it is 0."""
+    max_adapter_norm: Annotated[float, Between(0, 1e6, above=True)] = 10.0
+    """How many times as large as the base's own weight a factor of a sent adapter may be, in L2 norm."""
+
+    def checked(self) -> Self:
+        """The apps are any, or digests."""
+        for app in () if self.apps == (ANY_APP,) else self.apps:
+            try:
+                check_digest(app)
+            except ConfigError as error:
+                fix = f'write ["any"], or digests: {error.fix}'
+                raise FieldError("apps", f"names {shown(app)}", fix) from None
+        return self
+
+
+def _date(value: object) -> str:
+    """An ISO date or time in UTC; a bare date means midnight UTC."""
+    try:
+        moment = dt.datetime.fromisoformat(value if isinstance(value, str) else "")
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.UTC)
+        return moment.astimezone(dt.UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError):
+        raise ConfigError("", fix='write a date in quotes, e.g. "2027-01-31"') from None
+
+
+Date = Annotated[str, Named(_date, r"^\d{4}-?(\d{2}|W\d{2})")]
 
 
 @dataclass(frozen=True)
-class BudgetConfig:
-    """[budget]: the ceiling, who approved it, and when it is valid (ISO dates, UTC)."""
+class BudgetConfig(Document):
+    """[budget]: the ceiling for the data set, for all runs together."""
 
-    epsilon: float
-    delta: float
-    approver: str
-    valid_from: str | None
-    valid_to: str | None
+    epsilon: Annotated[float, Between(0, 1e6, above=True)]
+    """The ceiling of epsilon."""
+    delta: Annotated[float, Between(0, 0.01, above=True)]
+    """The delta that epsilon is stated at; below 1 / number of units."""
+    approver: Text
+    """Who approved the budget."""
+    valid_from: Date | None = None
+    """The first moment of the budget: a date (midnight UTC) or a time."""
+    valid_to: Date | None = None
+    """The moment at which the budget ends."""
+
+    def checked(self) -> Self:
+        """The budget ends after it begins."""
+        if self.valid_from and self.valid_to and self.valid_from >= self.valid_to:
+            raise FieldError("valid_to", f"is {self.valid_to}, not after valid_from", "give a later date")
+        return self
 
 
 @dataclass(frozen=True)
-class SupernodeConfig:
+class LedgerSection(Document):
+    """[ledger]: where the privacy ledger lies; in the home, when left out."""
+
+    url: Annotated[str, TextRule(pattern=r"(sqlite|postgresql(\+psycopg)?)://.*", fix=_LEDGER_FIX)] = ""
+    """sqlite:////path/ledger.sqlite or postgresql://user@host/database."""
+
+
+@dataclass(frozen=True)
+class SupernodeConfig(Document):
     """[supernode]: how the untrusted half is started and kept apart.
 
     `launch` false: another service (another user) runs it with `fl-client supernode --directory D`. It reaches the
     agent at `socket`, which must not lie in a directory that the other user may write.
     """
 
-    launch: bool
-    confine: str
-    user: str
-    tunnel_port: int
-    socket_group: str
-    directory: Path
-    socket: Path
+    launch: bool = True
+    """Whether the agent starts it."""
+    confine: Annotated[str, Choice(MODES)] = MODES[0]
+    """Namespaces, Landlock and seccomp: where the machine has them, required, or off."""
+    user: MaybeEmpty = ""
+    """Run it as another user; the agent must be root."""
+    tunnel_port: Annotated[int, Whole(0, 65535)] = 0
+    """The port of the tunnel on loopback; 0: any free one."""
+    socket_group: MaybeEmpty = ""
+    """The group that may reach the agent's socket."""
+    directory: PathField = field(default_factory=Path)
+    """Its working directory."""
+    socket: PathField = field(default_factory=Path)
+    """The agent's socket."""
+
+    def checked(self) -> Self:
+        """Another service finds the tunnel at a fixed port."""
+        if not self.launch and self.tunnel_port == 0:
+            fix = "choose a fixed port for the other service"
+            raise FieldError("tunnel_port", "is 0, but launch is false", fix)
+        return self
+
+    def placed(self, home: SiteHome) -> SupernodeConfig:
+        """Directory and socket where they were left out; ConfigError when the other user could not reach them."""
+        directory = home.meeting / "supernode" if self.user else home.supernode
+        socket = home.meeting / "agent.sock" if self.user else home.socket
+        made = dataclasses.replace(
+            self,
+            directory=directory if self.directory == Path() else self.directory,
+            socket=socket if self.socket == Path() else self.socket,
+        )
+        short = home.root.name.replace(",", "")[:30]
+        check_grpc_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{short}.sock" or the like')
+        if made.user or made.socket_group:
+            for name, path in (("socket", made.socket), *([("directory", made.directory)] if made.user else [])):
+                if path.is_relative_to(home.root):
+                    place = f"{home.config} [supernode]: {name} is {str(path)!r}"
+                    raise ConfigError(
+                        f"{place}, in the site's home, which no other user can enter",
+                        fix="leave it out, or name a place outside the home"
+                        if made.user
+                        else "name one in /run/concordat",
+                    )
+        return made
+
+
+@dataclass(frozen=True)
+class AgentSection(Document):
+    """[agent]: how the agent stops."""
+
+    stop_grace_s: Annotated[float, Between(0, 86_400)] = 15.0
+    """How many seconds a round in progress may go on after SIGTERM or Ctrl-C."""
+
+
+def _loopback(value: object) -> tuple[str, int] | None:
+    match = re.fullmatch(r"(127\.0\.0\.1|localhost):(\d{1,5})", value) if isinstance(value, str) else None
+    if value == "":
+        return None
+    if match is None or not 0 < int(match.group(2)) < 65536:
+        raise ConfigError("", fix='write a loopback address, e.g. "127.0.0.1:9464"')
+    return match.group(1), int(match.group(2))
+
+
+@dataclass(frozen=True)
+class MetricsSection(Document):
+    """[metrics]: Prometheus metrics, for the site's own operators."""
+
+    listen: Annotated[tuple[str, int] | None, Named(_loopback, r"^((127\.0\.0\.1|localhost):\d{1,5})?$")] = None
+    """A loopback address and a port, for example 127.0.0.1:9464."""
+
+
+@dataclass(frozen=True)
+class SiteFile(Document):
+    """A site's configuration (site.toml)."""
+
+    SECTIONS: ClassVar = True
+
+    site: SiteSection
+    server: ServerSection
+    data: DataConfig
+    policy: PolicyConfig
+    budget: BudgetConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    ledger: LedgerSection = field(default_factory=LedgerSection)
+    supernode: SupernodeConfig = field(default_factory=SupernodeConfig)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    agent: AgentSection = field(default_factory=AgentSection)
+    statement: Statement = field(default_factory=Statement)
+
+    def checked(self) -> Self:
+        """Only public data is trained on without noise."""
+        if self.policy.allow_non_private and not self.data.public:
+            raise FieldError(
+                "",
+                "[policy]: allow_non_private is true, but [data] public is false",
+                "set allow_non_private = false; only public data may be trained on without noise",
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """All of `site.toml`."""
+    """All of `site.toml`, with what was left out filled in from the site's home."""
 
     site: str
     server: str
@@ -158,226 +380,30 @@ class SiteConfig:
                 f"{path} does not exist",
                 fix=f"run `fl-client enroll --site {site} ...`, which writes a template, or copy one there",
             )
-        top = Fields(load_toml(path), str(path), base=path.parent)
-        made = cls(
-            site=_site(top.section("site"), site),
-            server=_server(top.section("server")),
-            data=_data(top.section("data")),
-            model=_model(top.section("model", optional=True)),
-            policy=_policy(top.section("policy")),
-            budget=_budget(top.section("budget")),
-            ledger_url=_ledger(top.section("ledger", optional=True), home),
-            supernode=_supernode(top.section("supernode", optional=True), home),
-            metrics=_metrics(top.section("metrics", optional=True)),
-            stop_grace_s=_grace(top.section("agent", optional=True)),
+        file = SiteFile.from_dict(load_toml(path), where=str(path), base=path.parent)
+        if file.site.id != site:
+            raise ConfigError(
+                f"{path} [site]: id is {file.site.id!r}, but this is the home of {site!r}",
+                fix="give the right --site or --home",
+            )
+        if file.model.processes > 1:
+            check_socket(home.ranks / "r12345678" / "s", fix="choose a home with a shorter path, or processes = 1")
+        directory = path.parent / file.model.directory
+        if directory.name == SHIPPED_MODEL and not directory.is_dir():
+            directory = Path(str(resources.files("fl_client"))) / "model" / SHIPPED_MODEL
+        return cls(
+            site=site,
+            server=file.server.url,
+            data=file.data,
+            model=dataclasses.replace(file.model, directory=directory),
+            policy=file.policy,
+            budget=file.budget,
+            ledger_url=file.ledger.url or sqlite_url(home.ledger),
+            supernode=file.supernode.placed(home),
+            metrics=file.metrics.listen,
+            stop_grace_s=file.agent.stop_grace_s,
             source=path,
         )
-        read_stated(top.section("statement", optional=True))  # fl-audit statement repeats it; here it is only checked
-        top.done()
-        if made.model.processes > 1:
-            check_socket(home.ranks / "r12345678" / "s", fix="choose a home with a shorter path, or processes = 1")
-        if made.policy.allow_non_private and not made.data.public:
-            raise ConfigError(
-                f"{path} [policy]: allow_non_private is true, but [data] public is false",
-                fix="set allow_non_private = false; only public data may be trained on without noise",
-            )
-        return made
-
-
-def _site(fields: Fields, expected: str) -> str:
-    found = fields.named("id", site_id)
-    fields.done()
-    if found != expected:
-        raise fields.fail(
-            "id", f"is {found!r}, but this is the home of {expected!r}", "give the right --site or --home"
-        )
-    return found
-
-
-def _server(fields: Fields) -> str:
-    text = fields.text("url")
-    fields.done()
-    try:
-        return server_url(text)
-    except EnrolmentError as error:
-        raise fields.fail("url", f"is {text!r}: {error.message}", error.fix) from None
-
-
-def _data(fields: Fields) -> DataConfig:
-    name = fields.text("name")
-    if not _DATA_NAME.fullmatch(name):
-        raise fields.fail("name", f"is {name!r}", "use 1 to 63 letters, digits, dots, hyphens and underscores")
-    several = fields.has("text_columns")
-    columns = fields.texts("text_columns", high=200) if several else (fields.text("text_column"),)
-    unit = fields.choice("privacy_unit", PRIVACY_UNITS)
-    made = DataConfig(
-        name=name,
-        path=fields.path("path"),
-        text_columns=columns,
-        label_column=fields.text("label_column"),
-        unit_column=fields.text("unit_column", default=None),
-        privacy_unit=unit,
-        max_records_per_unit=fields.integer("max_records_per_unit", low=1, high=10_000, default=1),
-        expected_units=(fields.integer("expected_units", low=1, high=10**12) if fields.has("expected_units") else None),
-        public=fields.boolean("public", default=False),
-        holdout=fields.number("holdout", low=0, high=0.9, default=0.0),
-        shares_units_with=fields.texts("shares_units_with", low=0, high=100, default=()),
-        encoding=fields.text("encoding", default=UTF_8),
-    )
-    fields.done()
-    try:
-        b"".decode(made.encoding)
-    except (LookupError, UnicodeError, ValueError):
-        raise fields.fail(
-            "encoding", f"is {shown(made.encoding)}", 'write "utf-8", "cp1252" or another of Python\'s text encodings'
-        ) from None
-    if unit != RECORD and made.unit_column is None:
-        raise fields.fail(
-            "unit_column",
-            f"is missing, but privacy_unit is {unit!r}",
-            f"name the column that identifies the {unit}",
-        )
-    if unit == RECORD and made.unit_column is not None:
-        raise fields.fail(
-            "unit_column",
-            f"is {made.unit_column!r}, but privacy_unit is 'record'",
-            'set privacy_unit = "patient", or remove unit_column',
-        )
-    if unit == RECORD and made.max_records_per_unit != 1:
-        raise fields.fail(
-            "max_records_per_unit",
-            f"is {made.max_records_per_unit}",
-            "a record is one record: remove the field",
-        )
-    return made
-
-
-def _model(fields: Fields) -> ModelConfig:
-    directory = fields.path("directory", default=SHIPPED_MODEL)
-    if directory.name == SHIPPED_MODEL and not directory.is_dir():
-        directory = Path(str(resources.files("fl_client"))) / "model" / SHIPPED_MODEL
-    made = ModelConfig(
-        directory=directory,
-        device=fields.choice("device", DEVICES, default="auto"),
-        threads=fields.integer("threads", low=1, high=1024, default=1),
-        processes=fields.integer("processes", low=1, high=64, default=1),
-        engine=fields.choice("engine", ENGINES, default=ENGINES[0]),
-    )
-    fields.done()
-    return made
-
-
-def _policy(fields: Fields) -> PolicyConfig:
-    apps = fields.texts("apps", high=100, default=(ANY_APP,))
-    for app in apps:
-        if app == ANY_APP and len(apps) == 1:
-            continue
-        try:
-            check_digest(app)
-        except ConfigError as error:
-            raise fields.fail("apps", f"names {app!r}", f'write ["any"], or digests: {error.fix}') from None
-    targets = fields.texts("targets", high=len(LORA_TARGETS), default=LORA_TARGETS)
-    for target in targets:
-        if target not in LORA_TARGETS:
-            raise fields.fail("targets", f"names {target!r}", f"choose from {', '.join(LORA_TARGETS)}")
-    made = PolicyConfig(
-        min_noise_multiplier=fields.number("min_noise_multiplier", low=0, high=1e6, above=True),
-        max_clipping_norm=fields.number("max_clipping_norm", low=0, high=1e6, above=True),
-        max_sampling_probability=fields.number("max_sampling_probability", low=0, high=1, above=True),
-        max_steps_per_round=fields.integer("max_steps_per_round", low=1, high=1_000_000),
-        max_rank=fields.integer("max_rank", low=1, high=1024, default=64),
-        targets=targets,
-        allow_non_private=fields.boolean("allow_non_private", default=False),
-        apps=apps,
-        answer_plans=fields.boolean("answer_plans", default=True),
-        reply_every_s=fields.number("reply_every_s", low=0, high=7 * 86_400, default=1.0),
-        max_adapter_norm=fields.number("max_adapter_norm", low=0, high=1e6, above=True, default=10.0),
-    )
-    fields.done()
-    return made
-
-
-def _budget(fields: Fields) -> BudgetConfig:
-    made = BudgetConfig(
-        epsilon=fields.number("epsilon", low=0, high=1e6, above=True),
-        delta=fields.number("delta", low=0, high=0.01, above=True),
-        approver=fields.text("approver"),
-        valid_from=_date(fields, "valid_from"),
-        valid_to=_date(fields, "valid_to"),
-    )
-    fields.done()
-    if made.valid_from and made.valid_to and made.valid_from >= made.valid_to:
-        raise fields.fail("valid_to", f"is {made.valid_to}, not after valid_from", "give a later date")
-    return made
-
-
-def _date(fields: Fields, name: str) -> str | None:
-    """An ISO date or time as text; a bare date means midnight UTC."""
-    if not fields.has(name):
-        fields.text(name, default="")
-        return None
-    text = fields.text(name)
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise fields.fail(name, f"is {text!r}", 'write a date in quotes, e.g. "2027-01-31"') from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=dt.UTC)
-    return moment.astimezone(dt.UTC).isoformat(timespec="seconds")
-
-
-def _ledger(fields: Fields, home: SiteHome) -> str:
-    url = fields.text("url", default=sqlite_url(home.ledger))
-    fields.done()
-    if not re.match(r"(sqlite|postgresql(\+psycopg)?)://", url):
-        raise fields.fail("url", f"is {url!r}", "write sqlite:////path/ledger.sqlite or postgresql://user@host/db")
-    return url
-
-
-def _supernode(fields: Fields, home: SiteHome) -> SupernodeConfig:
-    other = fields.text("user", default="", empty=True)
-    made = SupernodeConfig(
-        launch=fields.boolean("launch", default=True),
-        confine=fields.choice("confine", MODES, default="auto"),
-        user=other,
-        tunnel_port=fields.integer("tunnel_port", low=0, high=65535, default=0),
-        socket_group=fields.text("socket_group", default="", empty=True),
-        directory=fields.path("directory", default=home.meeting / "supernode" if other else home.supernode),
-        socket=fields.path("socket", default=home.meeting / "agent.sock" if other else home.socket),
-    )
-    fields.done()
-    short = home.root.name.replace(",", "")[:30]
-    check_grpc_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{short}.sock" or the like')
-    if made.user or made.socket_group:
-        for name, path in (("socket", made.socket), *([("directory", made.directory)] if made.user else [])):
-            if path.is_relative_to(home.root):
-                raise fields.fail(
-                    name,
-                    f"is {str(path)!r}, in the site's home, which no other user can enter",
-                    "leave it out, or name a place outside the home" if made.user else "name one in /run/concordat",
-                )
-    if not made.launch and made.tunnel_port == 0:
-        raise fields.fail("tunnel_port", "is 0, but launch is false", "choose a fixed port for the other service")
-    return made
-
-
-def _grace(fields: Fields) -> float:
-    """[agent] stop_grace_s: how long a round in progress may go on after SIGTERM or Ctrl-C."""
-    grace = fields.number("stop_grace_s", low=0, high=86_400, default=15.0)
-    fields.done()
-    return grace
-
-
-def _metrics(fields: Fields) -> tuple[str, int] | None:
-    """The address of the metrics, a loopback one: they are for the site's own operators."""
-    text = fields.text("listen", default="", empty=True)
-    fields.done()
-    if not text:
-        return None
-    match = re.fullmatch(r"(127\.0\.0\.1|localhost):(\d{1,5})", text)
-    if match is None or not 0 < int(match.group(2)) < 65536:
-        raise fields.fail("listen", f"is {text!r}", 'write a loopback address, e.g. "127.0.0.1:9464"')
-    return match.group(1), int(match.group(2))
 
 
 def template(site: str, server: str) -> str:

@@ -22,7 +22,7 @@ from fl_client.dp.layers.head import PooledLinear
 from fl_client.dp.layers.scope import BatchScope
 from fl_client.dp.records.records import Records
 from fl_client.model.tokens import token_ids
-from fl_shared.documents.manifest import TaskSection
+from fl_shared.documents.spec import TaskSection
 from fl_shared.errors import DataError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fl_client.tasks.classification import Classification
 from fl_client.tasks.task import Task
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 
 KINDS: dict[str, Callable[[Any], Task]] = {"classification": Classification.of}

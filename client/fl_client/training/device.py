@@ -21,7 +21,7 @@ from fl_client.dp.engine import is_out_of_memory, precision_of
 from fl_client.model.layout import target_groups
 from fl_client.model.load import LoadedModel
 from fl_client.tasks.classification import CrossEntropy
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.errors import ConcordatError, ConfigError
 
 COMPILER = "install gcc and Python's headers (Debian: apt install gcc python3-dev), or name a compiler in CC"

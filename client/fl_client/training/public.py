@@ -13,7 +13,7 @@ from fl_client.dp.mechanism.sampling import PoissonSampler
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.objective import losses_of
 from fl_client.dp.records.records import Records, micro_batches
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.privacy.mechanism import Mechanism
 
 log = logging.getLogger("fl_client.dp")

@@ -30,7 +30,7 @@ from fl_client.tasks.kept import KeptRecords
 from fl_client.tasks.registry import task_of
 from fl_client.training.public import train_public
 from fl_shared.adapters.safetensors import Tensors
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 

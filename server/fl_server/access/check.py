@@ -19,7 +19,7 @@ from fl_server.home.layout import ServerHome
 from fl_server.identity.authority import Identity
 from fl_server.identity.operators import AuditorLimit, Operators
 from fl_shared.canonical import sha256_hex
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError
 
 log = logging.getLogger("fl_server.access.check")

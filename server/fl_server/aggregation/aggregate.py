@@ -14,7 +14,7 @@ from fl_server.aggregation.server_step import ServerStep, adam, momentum, plain
 from fl_server.aggregation.spool import Spool
 from fl_server.aggregation.updates import Form, Rule, Shapes, form, require_moderate
 from fl_shared.adapters.safetensors import SERVER_STATE, Tensors, digest, pack, shapes, unpack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError
 
 MAX_FORMS = 4  # each form costs the memory, or the disk space, of a round

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fl_server.cli import adapters, audit, receipts, runs, sites, status
+from fl_server.cli import adapters, audit, receipts, runs, schema, sites, status
 from fl_server.cli.connection import Profile, control
 from fl_server.cli.verbs import Handler
 from fl_shared.cli.completion import complete
@@ -40,8 +40,10 @@ def parser() -> argparse.ArgumentParser:
         prog="fl-admin", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_version(made)
-    groups = made.add_subparsers(dest="group", required=True, metavar="status|sites|runs|adapters|receipts|audit")
-    for each in (status, sites, runs, adapters, receipts, audit):
+    groups = made.add_subparsers(
+        dest="group", required=True, metavar="status|sites|runs|adapters|receipts|audit|schema"
+    )
+    for each in (status, sites, runs, adapters, receipts, audit, schema):
         each.add(groups)
     return made
 
@@ -51,6 +53,9 @@ def _run(argv: Sequence[str] | None) -> int:
     complete(made)
     arguments = made.parse_args(argv)
     handler: Handler = arguments.handler
+    if getattr(arguments, "offline", False):  # a verb that asks no coordinator
+        offline: Callable[[None, argparse.Namespace], int] = arguments.handler
+        return offline(None, arguments)
     with control(Profile.find(arguments.profile)) as stub:
         return handler(stub, arguments)
 

@@ -8,35 +8,32 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 
 from fl_server.home.layout import ServerHome, default_home
-from fl_shared import errors
 from fl_shared.cli.console import command
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
-from fl_shared.fields import Fields, load_toml
+from fl_shared.fields import Document, PathField, Text
 from fl_shared.files import write_durably
+from fl_shared.toml import load_toml
 from fl_shared.wire.control_pb2_grpc import ControlStub
 from fl_shared.wire.hosts import by_proxy
 
-_BY_EXIT_CODE: dict[int, type[ConcordatError]] = {
-    kind.exit_code: kind
-    for kind in (
-        ConfigError, errors.RunError, TransportError, errors.EnrolmentError, errors.SignatureError, errors.DataError,
-        errors.LedgerError,
-    )
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Profile:
-    """Where the coordinator is and who we are. Paths start at the profile's folder."""
+class Profile(Document):
+    """[admin]: where the coordinator is and who we are. Paths start at the profile's folder."""
 
-    control: str
-    ca: Path
-    certificate: Path
-    key: Path
+    control: Text
+    """The address of the control API."""
+    ca: PathField
+    """The coordinator's certificate authority."""
+    certificate: PathField
+    """Our certificate."""
+    key: PathField
+    """Our private key."""
 
     @classmethod
     def find(cls, given: Path | None) -> Profile:
@@ -51,17 +48,16 @@ class Profile:
                 fix="give --profile FILE or set FL_ADMIN_PROFILE; `fl-server init` writes HOME/admin/admin.toml",
             )
         _require_private(path, 0o022, "changed")
-        top = Fields(load_toml(path), str(path), base=path.resolve().parent)
-        admin = top.section("admin")
-        made = cls(
-            control=admin.text("control"),
-            ca=admin.path("ca"),
-            certificate=admin.path("certificate"),
-            key=admin.path("key"),
-        )
-        admin.done()
-        top.done()
-        return made
+        return ProfileFile.from_dict(load_toml(path), where=str(path), base=path.resolve().parent).admin
+
+
+@dataclass(frozen=True)
+class ProfileFile(Document):
+    """An admin's profile (admin.toml)."""
+
+    SECTIONS: ClassVar = True
+
+    admin: Profile
 
 
 def _require_private(path: Path, others: int, done: str) -> None:
@@ -129,10 +125,8 @@ def control(profile: Profile) -> Iterator[ControlStub]:
 def _translated(error: grpc.RpcError, profile: Profile) -> ConcordatError:
     details = error.details() or ""
     try:
-        body = json.loads(details)
-        kind = _BY_EXIT_CODE.get(int(body["exit_code"]), ConcordatError)
-        return kind(str(body["message"]), fix=str(body["fix"]), code=str(body["code"]))
-    except (ValueError, KeyError, TypeError):
+        return ConcordatError.from_dict(json.loads(details))
+    except ValueError:
         pass
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return TransportError(

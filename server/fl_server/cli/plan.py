@@ -16,8 +16,8 @@ from fl_server.cli import complete
 from fl_server.cli.show import moment, plain, print_json
 from fl_server.cli.verbs import add_verb, argument
 from fl_shared.cli.console import table
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import AFFORDABLE, NOT_ENROLLED, NOT_ONLINE, REFUSED, SILENT, WAIT_S
+from fl_shared.documents.spec import RunSpec
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 

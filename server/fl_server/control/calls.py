@@ -56,8 +56,8 @@ def caller(context: grpc.ServicerContext) -> Identity:
 
 def _abort(context: grpc.ServicerContext, error: ConcordatError) -> NoReturn:
     """End the call with the error as JSON in the details; `fl_server.cli.connection` reads it back."""
-    told = {"message": _cut(error.message), "fix": _cut(error.fix)}
-    detail = {**told, "code": error.code, "exit_code": error.exit_code}
+    detail = error.to_dict() | {"message": _cut(error.message), "fix": _cut(error.fix)}
+    del detail["error"]  # this API calls it `message`, and both would be more than gRPC takes
     code = grpc.StatusCode.PERMISSION_DENIED if error.code in _NOT_ALLOWED else grpc.StatusCode.FAILED_PRECONDITION
     context.abort(code, json.dumps(detail))
     raise error  # abort raises; this line is for the type checker

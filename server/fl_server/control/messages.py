@@ -9,7 +9,7 @@ from fl_server.identity.presence import is_online
 from fl_server.runs.bases import announced
 from fl_server.runs.plans import SiteView
 from fl_server.runs.views import RunView
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.wire import control_pb2 as pb
 
 

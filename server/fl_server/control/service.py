@@ -37,7 +37,7 @@ from fl_server.runs.events import Events
 from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs
 from fl_shared import __version__
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError
 from fl_shared.identity.signing import SigningKey
 from fl_shared.wire import control_pb2 as pb

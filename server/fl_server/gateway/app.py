@@ -39,7 +39,7 @@ from fl_server.identity.sites import Sites
 from fl_server.runs.plans import Plans
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.order import ORDERS_HEADER
-from fl_shared.errors import ConfigError, EnrolmentError, SignatureError, TransportError
+from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError, SignatureError, TransportError
 from fl_shared.identity.enrolment import PROVED
 from fl_shared.names import site_id
 from fl_shared.runtime.limits import ConcurrencyLimit, TokenBucket, network
@@ -59,7 +59,7 @@ _KEPT_BACK = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-e
 
 
 def _not_found() -> JSONResponse:
-    return JSONResponse({"error": "there is nothing here", "code": "not-found", "fix": ""}, status_code=404)
+    return refusal(ConcordatError("there is nothing here", code="not-found"), 404)
 
 
 def _too_many() -> TransportError:

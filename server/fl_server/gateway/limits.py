@@ -41,9 +41,7 @@ class Refused(Exception):
 
 def refusal(error: ConcordatError, status: int) -> JSONResponse:
     headers = {"retry-after": "1"} if status in (429, 503) else None
-    return JSONResponse(
-        {"error": error.message, "code": error.code, "fix": error.fix}, status_code=status, headers=headers
-    )
+    return JSONResponse(error.to_dict(), status_code=status, headers=headers)
 
 
 async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, ClassVar, Self
 
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Fields, load_toml
+from fl_shared.fields import Document, FieldError, MaybeEmpty, Named, Whole
 from fl_shared.files import sqlite_url
+from fl_shared.toml import load_toml
 from fl_shared.wire.hosts import host_name
 
 
@@ -22,6 +24,69 @@ def default_home() -> Path:
 def reachable(address: str) -> str:
     """An address at which this machine reaches what listens on `address`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104  # a comparison
+
+
+def _to_listen(value: object) -> str:
+    return host_name(value, to_listen=True)
+
+
+@dataclass(frozen=True)
+class ServerSection(Document):
+    """[server]: where the coordinator is reached, and its limits."""
+
+    host: Annotated[str, Named(host_name)]
+    """The name that sites and admins know the coordinator by."""
+    gateway_port: Annotated[int, Whole(1, 65535)]
+    """The port of the sites' gateway."""
+    control_port: Annotated[int, Whole(1, 65535)]
+    """The port of the admins' API."""
+    listen: Annotated[str, Named(_to_listen)] = ""
+    """The address that the gateway listens on; `host`, when left out."""
+    control_host: Annotated[str, Named(_to_listen)] = "127.0.0.1"
+    """The address that the admins' API listens on."""
+    database: MaybeEmpty = ""
+    """The SQL address; an SQLite file in the home, when left out."""
+    max_message_bytes: Annotated[int, Whole(1 << 20, 1 << 40)] = 1 << 30
+    """The largest message of a site."""
+    certificate_days: Annotated[int, Whole(1, 3650)] = 365
+    """How long a certificate is valid."""
+    site_requests_per_s: Annotated[int, Whole(1, 100_000)] = 50
+    """Requests that one site may make in a second."""
+    max_restarts: Annotated[int, Whole(0, 1_000_000)] = 20
+    """How often a process is started again before the coordinator gives up."""
+
+    def checked(self) -> Self:
+        """Gateway and control API have a port each."""
+        if self.gateway_port == self.control_port:
+            raise FieldError("control_port", f"is {self.control_port}, the gateway's", "choose two ports")
+        return self
+
+
+def _address(value: object) -> tuple[str, int] | None:
+    if value == "":
+        return None
+    host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise ConfigError("", fix='write an address and a port, e.g. "127.0.0.1:9445"')
+    return _to_listen(host), int(port)
+
+
+@dataclass(frozen=True)
+class MetricsSection(Document):
+    """[metrics]: Prometheus metrics, served without a login."""
+
+    listen: Annotated[tuple[str, int] | None, Named(_address, r"^(.+:\d{1,5})?$")] = None
+    """An address and a port, for example 127.0.0.1:9445."""
+
+
+@dataclass(frozen=True)
+class ServerFile(Document):
+    """A coordinator's settings (server.toml)."""
+
+    SECTIONS: ClassVar = True
+
+    server: ServerSection
+    metrics: MetricsSection = field(default_factory=MetricsSection)
 
 
 @dataclass(frozen=True)
@@ -47,49 +112,9 @@ class ServerSettings:
     @classmethod
     def load(cls, path: Path) -> ServerSettings:
         """Read `server.toml`; ConfigError names the field, the value and the fix."""
-        top = Fields(load_toml(path), str(path), base=path.parent)
-        server = top.section("server")
-        host = server.named("host", host_name)
-        settings = cls(
-            host=host,
-            listen=_host(server, "listen", host),
-            gateway_port=server.integer("gateway_port", low=1, high=65535),
-            control_host=_host(server, "control_host", "127.0.0.1"),
-            control_port=server.integer("control_port", low=1, high=65535),
-            database=server.text("database", default=""),
-            max_message_bytes=server.integer("max_message_bytes", low=1 << 20, high=1 << 40, default=1 << 30),
-            certificate_days=server.integer("certificate_days", low=1, high=3650, default=365),
-            site_requests_per_s=server.integer("site_requests_per_s", low=1, high=100_000, default=50),
-            max_restarts=server.integer("max_restarts", low=0, high=1_000_000, default=20),
-            metrics=_listen(top.section("metrics", optional=True)),
-        )
-        server.done()
-        top.done()
-        if settings.gateway_port == settings.control_port:
-            raise server.fail("control_port", f"is {settings.control_port}, the gateway's", "choose two ports")
-        return settings
-
-
-def _host(fields: Fields, name: str, default: str) -> str:
-    """An address to listen on."""
-    if not fields.has(name):
-        return fields.text(name, default=default)
-    return fields.named(name, lambda value: host_name(value, to_listen=True))
-
-
-def _listen(fields: Fields) -> tuple[str, int] | None:
-    """[metrics] listen: where metrics are served, without a login; None when they are not."""
-    text = fields.text("listen", default="", empty=True)
-    fields.done()
-    host, _, port = text.rpartition(":")
-    if not text:
-        return None
-    if not (host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
-        raise fields.fail("listen", f"is {text!r}", 'write an address and a port, e.g. "127.0.0.1:9445"')
-    try:
-        return host_name(host, to_listen=True), int(port)
-    except ConfigError as error:
-        raise fields.fail("listen", f"is {text!r}: {error.message}", error.fix) from error
+        file = ServerFile.from_dict(load_toml(path), where=str(path))
+        given = file.server.to_dict()
+        return cls(**given | {"listen": file.server.listen or file.server.host}, metrics=file.metrics.listen)
 
 
 @dataclass(frozen=True)

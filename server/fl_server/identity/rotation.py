@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from fl_server.home.layout import ServerHome
+from fl_shared.documents.rotation import CoordinatorKey
 from fl_shared.errors import ConfigError
 from fl_shared.files import sync_directory, write_durably
 from fl_shared.identity.signing import SigningKey, sign_document
@@ -80,7 +81,7 @@ def _rotate(home: ServerHome, grace_s: float) -> dict[str, Any]:
     now = time.time()
     change = sign_document(
         old,
-        {"kind": "coordinator-key", "new_key": new.public_hex, "created_at": now, "old_until": now + grace_s},
+        CoordinatorKey(new_key=new.public_hex, created_at=now, old_until=now + grace_s).to_dict(),
     )
     write_durably(home.rotations, json.dumps([*done, change]).encode("utf-8"), mode=0o644)
     home.next_signing_key.replace(home.signing_key)

@@ -14,7 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fl_server.runs.views import Reply
 from fl_shared.adapters.safetensors import Buffer, Tensors, digest, unpack
-from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
+from fl_shared.documents.round import Receipt, Refusal
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, SignatureError
 from fl_shared.identity.signing import open_document
 

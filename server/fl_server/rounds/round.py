@@ -37,8 +37,8 @@ from fl_server.runs.events import Events
 from fl_server.runs.orders import Issued, Orders
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.order import BY_DIGEST
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError, RunError
 from fl_shared.identity.signing import SigningKey
 

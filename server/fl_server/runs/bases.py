@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from fl_server.db.models import SiteRow
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import Objection
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 
 MAX_TOLD = 2500

@@ -17,8 +17,10 @@ from sqlalchemy import insert
 
 from fl_server.db.models import ManifestRow
 from fl_server.db.store import Store
-from fl_shared.documents.manifest import RoundManifest, RunSpec, document_digest
+from fl_shared.canonical import document_digest
 from fl_shared.documents.order import BY_DIGEST, RoundOrder
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document
 
 

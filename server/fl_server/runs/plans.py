@@ -19,7 +19,6 @@ from fl_server.db.models import QuestionRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.identity.presence import is_heard
 from fl_server.runs.bases import announced
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import (
     AFFORDABLE,
     NOT_ENROLLED,
@@ -31,6 +30,7 @@ from fl_shared.documents.plan import (
     PlanAnswer,
     PlanQuestion,
 )
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, SignatureError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 

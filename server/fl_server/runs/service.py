@@ -22,7 +22,7 @@ from fl_server.db.store import Store
 from fl_server.runs.bases import Fit
 from fl_server.runs.events import add_event
 from fl_server.runs.views import RunView
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 
 BY_ADMIN = "by-admin"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from fl_server.db.models import ReplyRow, RoundRow, RunRow
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 
 
 @dataclass(frozen=True)

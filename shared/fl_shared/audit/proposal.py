@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fl_shared.cli.parsers import path
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.ledger import BudgetRecord, LedgerReader
 from fl_shared.ledger.reader import filter_of
@@ -113,8 +113,7 @@ class Standing:
 
     def is_valid(self, stamp: str) -> bool:
         """Whether grants may be made at this time (as the ledger writes it)."""
-        valid_from, valid_to = self.budget.valid_from, self.budget.valid_to
-        return not ((valid_from and stamp < valid_from) or (valid_to and stamp >= valid_to))
+        return self.budget.is_valid(stamp)
 
 
 def dataset_name(arguments: argparse.Namespace, ledger: LedgerReader) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 
 from fl_shared.cli.completion import completed_by, known_sites
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged
-from fl_shared.fields import load_toml
 from fl_shared.files import sqlite_url
 from fl_shared.identity.signing import ed25519_key
 from fl_shared.ledger import Ledger, LedgerReader, bundle
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.names import site_id
+from fl_shared.toml import load_toml
 
 HOME_VARIABLE = "FL_CLIENT_HOME"
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from fl_shared.cli.extras import missing_package
-from fl_shared.errors import DEFECT, INTERRUPTED, READER_GONE, SYSTEM, ConcordatError, printable
+from fl_shared.errors import DEFECT, INTERRUPTED, READER_GONE, SYSTEM, ConcordatError, as_dict, printable
 
 
 def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -57,8 +57,7 @@ def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
 
 def _tell(message: str, fix: str, code: str, exit_code: int, *, as_json: bool) -> int:
     if as_json:
-        table = {"error": message, "fix": fix, "code": code, "exit_code": exit_code}
-        print(json.dumps(table), file=sys.stderr)
+        print(json.dumps(as_dict(message, fix, code, exit_code)), file=sys.stderr)
         return exit_code
     defect_or_stop = exit_code in (DEFECT, INTERRUPTED)
     print(printable(message if defect_or_stop else f"error: {message}"), file=sys.stderr)

@@ -8,62 +8,78 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Fields
+from fl_shared.fields import Between, Document, Whole
 
 Parameters = tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One number in `[aggregation]`, with its bounds; `above`/`below` exclude the ends, `whole` wants an integer."""
-
-    name: str
-    default: float
-    low: float
-    high: float
-    above: bool = False
-    below: bool = False
-    whole: bool = False
-
-    def read(self, fields: Fields) -> float:
-        """The value given, or the default; ConfigError naming the field otherwise."""
-        if self.whole:
-            return fields.integer(self.name, low=int(self.low), high=int(self.high), default=int(self.default))
-        return fields.number(
-            self.name, low=self.low, high=self.high, above=self.above, below=self.below, default=self.default
-        )
+@dataclass(frozen=True)
+class NoParameters(Document):
+    """[aggregation] of a rule that has no parameters."""
 
 
-_SERVER_RATE = Parameter("server_learning_rate", 1.0, 0.0, 1000.0, above=True)
-AGGREGATORS: Mapping[str, tuple[Parameter, ...]] = {
-    "fedavg": (),
-    "ffa": (),
-    "fed-sb": (),
-    "fedavgm": (_SERVER_RATE, Parameter("server_momentum", 0.9, 0.0, 1.0, below=True)),
-    "fedadam": (
-        Parameter("server_learning_rate", 0.01, 0.0, 1000.0, above=True),
-        Parameter("beta_1", 0.9, 0.0, 1.0, below=True),
-        Parameter("beta_2", 0.99, 0.0, 1.0, below=True),
-        Parameter("tau", 1e-3, 0.0, 1000.0, above=True),
-    ),
-    "trimmed-mean": (Parameter("cut", 0.2, 0.0, 0.5, above=True, below=True),),
-    "median": (),
-    "multi-krum": (
-        Parameter("malicious", 1, 0, 10_000, whole=True),
-        Parameter("select", 1, 1, 10_000, whole=True),
-    ),
+@dataclass(frozen=True)
+class FedAvgM(Document):
+    """[aggregation] of `fedavgm`: averaging with momentum at the coordinator (Hsu et al. 2019, arXiv 1909.06335)."""
+
+    server_learning_rate: Annotated[float, Between(0, 1000, above=True)] = 1.0
+    """What the round's mean update is multiplied with."""
+    server_momentum: Annotated[float, Between(0, 1, below=True)] = 0.9
+    """The share of the last round's step that is kept."""
+
+
+@dataclass(frozen=True)
+class FedAdam(Document):
+    """[aggregation] of `fedadam`: Adam at the coordinator (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2)."""
+
+    server_learning_rate: Annotated[float, Between(0, 1000, above=True)] = 0.01
+    """The step size."""
+    beta_1: Annotated[float, Between(0, 1, below=True)] = 0.9
+    """Decay of the first moment."""
+    beta_2: Annotated[float, Between(0, 1, below=True)] = 0.99
+    """Decay of the second moment."""
+    tau: Annotated[float, Between(0, 1000, above=True)] = 1e-3
+    """Added to the root of the second moment: how adaptive the steps are."""
+
+
+@dataclass(frozen=True)
+class TrimmedMean(Document):
+    """[aggregation] of `trimmed-mean` (Yin et al. 2018, arXiv 1803.01498)."""
+
+    cut: Annotated[float, Between(0, 0.5, above=True, below=True)] = 0.2
+    """The share of the largest, and of the smallest, values of each coordinate that is left out."""
+
+
+@dataclass(frozen=True)
+class MultiKrum(Document):
+    """[aggregation] of `multi-krum` (Blanchard et al. 2017, NeurIPS 30)."""
+
+    malicious: Annotated[int, Whole(0, 10_000)] = 1
+    """How many sites may be hostile."""
+    select: Annotated[int, Whole(1, 10_000)] = 1
+    """How many updates are averaged: those closest to their neighbours."""
+
+
+AGGREGATORS: Mapping[str, type[Document]] = {
+    "fedavg": NoParameters,
+    "ffa": NoParameters,
+    "fed-sb": NoParameters,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "trimmed-mean": TrimmedMean,
+    "median": NoParameters,
+    "multi-krum": MultiKrum,
 }
 AGGREGATIONS = tuple(AGGREGATORS)
 ROBUST = ("trimmed-mean", "median", "multi-krum")
 
 
-def read_parameters(name: str, fields: Fields) -> Parameters:
+def read_parameters(name: str, table: Any, where: str) -> Parameters:
     """The parameters of aggregator `name`, sorted, defaults filled in; ConfigError on anything else in the table."""
-    found = sorted((each.name, each.read(fields)) for each in AGGREGATORS[name])
-    fields.done()
-    return tuple(found)
+    return tuple(sorted(AGGREGATORS[name].from_dict(table, where=where).to_dict().items()))
 
 
 def check_quorum(name: str, parameters: Parameters, quorum: int) -> None:

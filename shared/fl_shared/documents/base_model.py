@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
-from fl_shared.documents.manifest import LORA_TARGETS, RunSpec, check_digest
 from fl_shared.documents.plan import Objection
-from fl_shared.fields import Fields
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
+from fl_shared.fields import Choice, Digest, Document, Texts
 
 
-@dataclass(frozen=True, slots=True)
-class BaseModel:
+@dataclass(frozen=True)
+class BaseModel(Document):
     """A base model: `sha256:<hex>` of its directory, and which of `LORA_TARGETS` it has."""
 
-    digest: str
-    targets: tuple[str, ...]
+    WHERE: ClassVar = "base model"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"kind": "base-model", "digest": self.digest, "targets": list(self.targets)}
-
-    @classmethod
-    def from_dict(cls, table: Any) -> BaseModel:
-        """Read and check an announcement; ConfigError on anything else."""
-        f = Fields(table, "base model")
-        f.choice("kind", ["base-model"])
-        made = cls(f.named("digest", check_digest), f.texts("targets", high=len(LORA_TARGETS)))
-        for target in made.targets:
-            if target not in LORA_TARGETS:
-                raise f.fail("targets", f"names {target[:80]!r}", f"choose from {', '.join(LORA_TARGETS)}")
-        f.done()
-        return made
+    kind: Annotated[str, Choice(["base-model"])] = field(default="base-model", kw_only=True)
+    digest: Digest
+    targets: Annotated[tuple[str, ...], Texts(1, len(LORA_TARGETS), options=LORA_TARGETS)]
 
     def objection(self, spec: RunSpec) -> Objection | None:
         """Why no round of `spec` can run on this base model; None when it fits."""

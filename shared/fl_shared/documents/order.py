@@ -2,20 +2,20 @@
 
 The spec travels as its canonical bytes, the same for all sites and rounds. It has no signature of its own: the signed
 order's digest vouches for it. A site that reads orders of this kind says so with `ORDERS_HEADER` when it announces its
-base model; the others get `documents.manifest.RoundManifest`, which holds the spec (docs/decisions/0111).
+base model; the others get `documents.round.RoundManifest`, which holds the spec (docs/decisions/0111).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
-from fl_shared.documents.manifest import RunSpec, check_digest, document_digest
+from fl_shared.documents.round import Round
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Fields
-from fl_shared.names import run_id, site_id
+from fl_shared.fields import Choice, Digest, Digested, RunId, SiteName, Text, Time
 
 KIND = "round-order"
 BY_DIGEST = 2
@@ -26,46 +26,21 @@ _KEPT = 8
 _SEND_WHOLE = "the coordinator sends the spec beside each order, as it was signed for"
 
 
-@dataclass(frozen=True, slots=True)
-class RoundOrder:
+@dataclass(frozen=True)
+class RoundOrder(Digested):
     """One site's order for one round, signed by the coordinator. Times in Unix seconds."""
 
-    run: str
-    round: int
-    site: str
-    spec_digest: str
-    adapter_digest: str
-    nonce: str
-    issued_at: float
-    expires_at: float
+    WHERE: ClassVar = "order"
 
-    @property
-    def digest(self) -> str:
-        """The digest of the order's body."""
-        return document_digest(self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        times = {"issued_at": float(self.issued_at), "expires_at": float(self.expires_at)}
-        return {"kind": KIND} | asdict(self) | times
-
-    @classmethod
-    def from_dict(cls, table: Any) -> RoundOrder:
-        """Read and check an order's body; ConfigError on anything else."""
-        f = Fields(table, "order")
-        f.choice("kind", [KIND])
-        made = cls(
-            run=f.named("run", run_id),
-            round=f.integer("round", low=1, high=100_000),
-            site=f.named("site", site_id),
-            spec_digest=f.named("spec_digest", check_digest),
-            adapter_digest=f.named("adapter_digest", check_digest),
-            nonce=f.text("nonce"),
-            issued_at=f.number("issued_at", low=0),
-            expires_at=f.number("expires_at", low=0),
-        )
-        f.done()
-        return made
+    kind: Annotated[str, Choice([KIND])] = field(default=KIND, kw_only=True)
+    run: RunId
+    round: Round
+    site: SiteName
+    spec_digest: Digest
+    adapter_digest: Digest
+    nonce: Text
+    issued_at: Time
+    expires_at: Time
 
 
 @functools.lru_cache(maxsize=_KEPT)

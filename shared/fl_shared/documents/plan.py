@@ -8,13 +8,12 @@ round's own reservation decides.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
-from fl_shared.documents.manifest import RunSpec, check_digest, document_digest
+from fl_shared.documents.spec import MOST_ROUNDS, RunSpec
 from fl_shared.errors import ConfigError, printable, shown
-from fl_shared.fields import Fields
-from fl_shared.names import site_id
+from fl_shared.fields import Between, Choice, Digest, Digested, Document, Named, SiteName, Texts, Time, Whole
 
 # How one site stands to a plan: it answered, or why it did not.
 AFFORDABLE, REFUSED = "affordable", "refused"
@@ -24,55 +23,30 @@ OBJECTION_CODES = ("budget-exhausted", "policy", "unknown-base-model", "unsuppor
 MAX_OBJECTIONS = 16
 MAX_OBJECTION = 500
 MAX_ROUNDS = 1_000_000
-_NAME = re.compile(r"[0-9a-f]{32}")
+_NAME = r"[0-9a-f]{32}"
 
 
 def _question(value: object) -> str:
-    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+    if not isinstance(value, str) or re.fullmatch(_NAME, value) is None:
         raise ConfigError(f"{shown(value)} names no question", fix="write 32 lower-case hex digits")
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class PlanQuestion:
+QuestionName = Annotated[str, Named(_question, f"^{_NAME}$")]
+
+
+@dataclass(frozen=True)
+class PlanQuestion(Digested):
     """Would you take part in this run, and for how many rounds? Signed by the coordinator, for one site."""
 
-    question: str
-    site: str
+    WHERE: ClassVar = "question"
+
+    kind: Annotated[str, Choice(["plan-question"])] = field(default="plan-question", kw_only=True)
+    question: QuestionName
+    site: SiteName
     spec: RunSpec
-    issued_at: float
-    expires_at: float
-
-    @property
-    def digest(self) -> str:
-        """The digest of the question's body."""
-        return document_digest(self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "kind": "plan-question",
-            "question": self.question,
-            "site": self.site,
-            "spec": self.spec.to_dict(),
-            "issued_at": float(self.issued_at),
-            "expires_at": float(self.expires_at),
-        }
-
-    @classmethod
-    def from_dict(cls, table: Any) -> PlanQuestion:
-        """Read and check a question's body; ConfigError on anything else."""
-        f = Fields(table, "question")
-        f.choice("kind", ["plan-question"])
-        made = cls(
-            question=f.named("question", _question),
-            site=f.named("site", site_id),
-            spec=RunSpec.from_dict(f.table("spec"), where="question spec"),
-            issued_at=f.number("issued_at", low=0),
-            expires_at=f.number("expires_at", low=0),
-        )
-        f.done()
-        return made
+    issued_at: Time
+    expires_at: Time
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +68,8 @@ class Objection:
         return cls(code, message)
 
 
-@dataclass(frozen=True, slots=True)
-class PlanAnswer:
+@dataclass(frozen=True)
+class PlanAnswer(Document):
     """A site's answer: no objection, or why it would refuse. Signed by the site.
 
     Attributes:
@@ -104,43 +78,18 @@ class PlanAnswer:
             when no noise is enough.
     """
 
-    question: str
-    question_digest: str
-    site: str
-    rounds_asked: int
-    rounds_affordable: int
-    noise_that_fits: float
-    objections: tuple[Objection, ...]
-    created_at: float
+    WHERE: ClassVar = "answer"
+
+    kind: Annotated[str, Choice(["plan-answer"])] = field(default="plan-answer", kw_only=True)
+    question: QuestionName
+    question_digest: Digest
+    site: SiteName
+    rounds_asked: Annotated[int, Whole(1, MOST_ROUNDS)]
+    rounds_affordable: Annotated[int, Whole(0, MAX_ROUNDS)]
+    noise_that_fits: Annotated[float, Between(0, 1e6)]
+    objections: Annotated[tuple[Objection, ...], Texts(0, MAX_OBJECTIONS, check=Objection.parse)]
+    created_at: Time
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            "kind": "plan-answer",
-            "question": self.question,
-            "question_digest": self.question_digest,
-            "site": self.site,
-            "rounds_asked": self.rounds_asked,
-            "rounds_affordable": self.rounds_affordable,
-            "noise_that_fits": float(self.noise_that_fits),
-            "objections": [str(each) for each in self.objections],
-            "created_at": float(self.created_at),
-        }
-
-    @classmethod
-    def from_dict(cls, table: Any) -> PlanAnswer:
-        """Read and check an answer's body; ConfigError on anything else."""
-        f = Fields(table, "answer")
-        f.choice("kind", ["plan-answer"])
-        made = cls(
-            question=f.named("question", _question),
-            question_digest=f.named("question_digest", check_digest),
-            site=f.named("site", site_id),
-            rounds_asked=f.integer("rounds_asked", low=1, high=100_000),
-            rounds_affordable=f.integer("rounds_affordable", low=0, high=MAX_ROUNDS),
-            noise_that_fits=f.number("noise_that_fits", low=0, high=1e6),
-            objections=tuple(Objection.parse(each) for each in f.texts("objections", low=0, high=MAX_OBJECTIONS)),
-            created_at=f.number("created_at", low=0),
-        )
-        f.done()
-        return made
+        return super().to_dict() | {"objections": [str(each) for each in self.objections]}

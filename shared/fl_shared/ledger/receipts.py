@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fl_shared.canonical import parse_json
-from fl_shared.documents.manifest import Receipt
+from fl_shared.documents.round import Receipt
 from fl_shared.errors import ConfigError, LedgerError, SignatureError, damaged, shown
 from fl_shared.identity.signing import open_document
 from fl_shared.ledger.store import Store

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fl_shared.documents.manifest import Receipt
+from fl_shared.documents.round import Receipt
 from fl_shared.errors import ConcordatError
 from fl_shared.ledger import chain, merkle
 from fl_shared.ledger.models import SETTLED, entries

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, ClassVar
 
-from fl_shared.fields import Fields
+from fl_shared.fields import Between, Choice, Document, Whole, require_fields
 
 NEIGHBOURING = "add-or-remove-one"
 KIND = "poisson-gaussian"
@@ -18,8 +17,8 @@ LEAST_CLIPPING_NORM = 1e-4
 """The least that a run may order: below it, what underflows in float32 could count (docs/decisions/0022)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mechanism:
+@dataclass(frozen=True)
+class Mechanism(Document):
     """Poisson-subsampled Gaussian steps: DP-SGD (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1).
 
     Attributes:
@@ -30,69 +29,28 @@ class Mechanism:
         neighbouring: what one neighbouring change adds or removes: one privacy unit.
     """
 
-    noise_multiplier: float
-    sampling_probability: float
-    steps: int
-    clipping_norm: float
-    neighbouring: str = NEIGHBOURING
-    kind: str = KIND
+    WHERE: ClassVar = "mechanism"
+    STATED: ClassVar = ("kind", "neighbouring")
+
+    noise_multiplier: Annotated[float, Between(LEAST_NOISE, MOST_NOISE)]
+    sampling_probability: Annotated[float, Between(LEAST_SAMPLING, 1)]
+    steps: Annotated[int, Whole(0, MOST_STEPS)]
+    clipping_norm: Annotated[float, Between(0, 1e12, above=True)]
+    neighbouring: Annotated[str, Choice([NEIGHBOURING])] = NEIGHBOURING
+    kind: Annotated[str, Choice([KIND])] = KIND
 
     def __post_init__(self) -> None:
-        fields = Fields(dataclasses.asdict(self), "mechanism")
-        fields.number("noise_multiplier", low=LEAST_NOISE, high=MOST_NOISE)
-        fields.number("sampling_probability", low=LEAST_SAMPLING, high=1)
-        fields.integer("steps", low=0, high=MOST_STEPS)
-        fields.number("clipping_norm", low=0, high=1e12, above=True)
-        fields.choice("neighbouring", [NEIGHBOURING])
-        fields.choice("kind", [KIND])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "kind": self.kind,
-            "neighbouring": self.neighbouring,
-            "noise_multiplier": float(self.noise_multiplier),
-            "sampling_probability": float(self.sampling_probability),
-            "steps": self.steps,
-            "clipping_norm": float(self.clipping_norm),
-        }
-
-    @classmethod
-    def from_dict(cls, table: Any) -> Mechanism:
-        """Read what `to_dict` wrote; ConfigError on anything else."""
-        fields = Fields(table, "mechanism")
-        made = cls(
-            noise_multiplier=fields.number("noise_multiplier"),
-            sampling_probability=fields.number("sampling_probability"),
-            steps=fields.integer("steps", low=0, high=MOST_STEPS),
-            clipping_norm=fields.number("clipping_norm"),
-            neighbouring=fields.text("neighbouring"),
-            kind=fields.text("kind"),
-        )
-        fields.done()
-        return made
+        require_fields(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+@dataclass(frozen=True)
+class Budget(Document):
     """A ceiling (epsilon, delta) for one data set at one site."""
 
-    epsilon: float
-    delta: float
+    WHERE: ClassVar = "budget"
+
+    epsilon: Annotated[float, Between(0, 1e6, above=True)]
+    delta: Annotated[float, Between(0, 1, above=True, below=True)]
 
     def __post_init__(self) -> None:
-        fields = Fields(dataclasses.asdict(self), "budget")
-        fields.number("epsilon", low=0, high=1e6, above=True)
-        fields.number("delta", low=0, high=1, above=True, below=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"epsilon": float(self.epsilon), "delta": float(self.delta)}
-
-    @classmethod
-    def from_dict(cls, table: Any) -> Budget:
-        """Read what `to_dict` wrote; ConfigError on anything else."""
-        fields = Fields(table, "budget")
-        made = cls(epsilon=fields.number("epsilon"), delta=fields.number("delta"))
-        fields.done()
-        return made
+        require_fields(self)

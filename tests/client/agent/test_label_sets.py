@@ -17,7 +17,7 @@ from fl_client.dp.rounding import slack
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
 from fl_shared.adapters.safetensors import unpack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 
 PATIENTS = 60
 TOP_K = 2  # experts of a token in the packaged base

@@ -21,8 +21,9 @@ from fl_client.agent.rounds import Rounds
 from fl_client.agent.service import AgentService, serve
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes, sha256_hex
-from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
 from fl_shared.documents.order import MAX_SPEC_BYTES, RoundOrder, read_spec
+from fl_shared.documents.round import Receipt, Refusal
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.names import ALONE

@@ -19,7 +19,7 @@ from client_gateway import Gateway
 from fl_client.agent.status import agent_state
 from fl_client.model.load import load_model
 from fl_shared.adapters.safetensors import digest
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.privacy.mechanism import Mechanism

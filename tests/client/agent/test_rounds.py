@@ -16,7 +16,8 @@ from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter,
 from fl_client.agent.head import LedgerHead, require_newest
 from fl_client.agent.rounds import Rounds, Stopping
 from fl_shared.adapters.safetensors import digest, pack, unpack
-from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
+from fl_shared.documents.round import Receipt, Refusal
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError, LedgerError, RunError
 from fl_shared.identity.signing import SigningKey, open_document
 

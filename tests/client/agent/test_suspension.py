@@ -21,7 +21,7 @@ from client_sites import POLICY, Site, spec_table
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds
 from fl_client.model.load import load_model
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.ledger.suspension import MAX_FAILED_RUNS, confirm_run
 

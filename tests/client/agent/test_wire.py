@@ -10,7 +10,8 @@ import pytest
 from client_sites import Site, body, spec_table
 
 from fl_shared.adapters.safetensors import WIRES, digest, unpack
-from fl_shared.documents.manifest import Receipt, RunSpec
+from fl_shared.documents.round import Receipt
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError
 from fl_shared.identity.signing import open_document
 

@@ -20,7 +20,7 @@ from fl_client.dp.records.records import pack_units
 from fl_client.export.peft import export_peft, write_peft
 from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training.round import initial_adapter, train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error

@@ -20,7 +20,7 @@ from fl_client.dp.audit.canaries import (
 from fl_client.dp.mechanism import noise
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.tasks.classification import CrossEntropy
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 from helpers.broken_books import PerTokenBook, UnclippedExpertsBook

@@ -16,7 +16,7 @@ from fl_client.dp.layers import lora as lora_layers
 from fl_client.dp.layers.book import GradientBook
 from fl_client.model.architectures import architecture_of, known_architectures
 from fl_client.tasks.classification import CrossEntropy
-from fl_shared.documents.manifest import LoraSection
+from fl_shared.documents.spec import LoraSection
 from fl_shared.errors import EngineError
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
 

@@ -26,7 +26,7 @@ from fl_client.model.load import TINY, load_model
 from fl_client.tasks.classification import CrossEntropy
 from fl_client.training.round import initial_adapter
 from fl_shared.adapters.safetensors import pack
-from fl_shared.documents.manifest import LoraSection, RunSpec
+from fl_shared.documents.spec import LoraSection, RunSpec
 from fl_shared.errors import ModelError
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
 

@@ -18,7 +18,7 @@ from fl_client.dp.rounding import slack
 from fl_client.inference.predict import predict
 from fl_client.model.load import TINY, load_model
 from fl_client.training.round import train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 from helpers.clipped import clipped_sum

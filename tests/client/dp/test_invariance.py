@@ -136,7 +136,7 @@ def test_experts_without_lora_keep_to_it() -> None:
     """Experts that carry no adapter multiply by the same few shapes."""
     from fl_client.dp.adapt import adapt
     from fl_client.tasks.classification import CrossEntropy
-    from fl_shared.documents.manifest import LoraSection
+    from fl_shared.documents.spec import LoraSection
     from helpers.random_models import float_model, quantise_in_place, small_config
 
     for quantised in (True, False):

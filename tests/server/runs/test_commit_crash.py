@@ -16,7 +16,7 @@ from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, pack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 from helpers.coordinators import spec_toml
 from helpers.kills import killed_at_every_line

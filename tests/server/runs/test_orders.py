@@ -26,8 +26,9 @@ from fl_server.runs.orders import Issued, Orders
 from fl_server.runs.service import Runs
 from fl_shared.adapters.safetensors import digest
 from fl_shared.documents.base_model import BaseModel
-from fl_shared.documents.manifest import LORA_TARGETS, RoundManifest, RunSpec
 from fl_shared.documents.order import BY_DIGEST, RoundOrder, read_spec
+from fl_shared.documents.round import RoundManifest
+from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from helpers.benchmarks import load_benchmark
 from helpers.coordinators import spec_toml

@@ -15,7 +15,7 @@ from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, RunError
 from helpers.coordinators import spec_toml
 

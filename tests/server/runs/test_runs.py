@@ -26,7 +26,7 @@ from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
 
 _numbers = itertools.count(1)

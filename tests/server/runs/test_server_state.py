@@ -17,7 +17,7 @@ from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import Tensors, digest
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 
 SITES = ("h-1", "h-2", "h-3")

@@ -26,10 +26,9 @@ from fl_client.data.units import UnitData
 from fl_client.node.sandbox import Confinement
 from fl_client.site.config import ModelConfig
 from fl_client.training.ranks.frames import receive, send
-from fl_shared import errors
 from fl_shared.adapters.safetensors import pack, unpack
-from fl_shared.documents.manifest import RunSpec
-from fl_shared.errors import EngineError, ModelError
+from fl_shared.documents.spec import RunSpec
+from fl_shared.errors import ConcordatError, EngineError, ModelError
 from fl_shared.privacy.mechanism import Mechanism
 
 if TYPE_CHECKING:
@@ -276,12 +275,12 @@ def _ended(who: str) -> EngineError:
     )
 
 
-def _typed(rank: int, head: Mapping[str, Any]) -> errors.ConcordatError:
-    kind = getattr(errors, str(head["error"]), None) if head["error"] else None
-    message, fix = str(head["message"]), str(head["fix"])
-    if isinstance(kind, type) and issubclass(kind, errors.ConcordatError) and kind is not errors.ConcordatError:
-        return kind(f"rank {rank}: {message}", fix=fix)
-    return EngineError(f"rank {rank}: {message}", fix=fix)
+def _typed(rank: int, head: Mapping[str, Any]) -> ConcordatError:
+    try:
+        said = ConcordatError.from_dict(head)
+    except ValueError:
+        said = EngineError("failed, and does not say how", fix="report this defect")
+    return type(said)(f"rank {rank}: {said.message}", fix=said.fix, code=said.code)
 
 
 def _peer(channel: socket.socket) -> int:

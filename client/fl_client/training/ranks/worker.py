@@ -29,8 +29,8 @@ from fl_client.training.device import try_device
 from fl_client.training.ranks.frames import receive, send
 from fl_client.training.round import prepare_round, train_round
 from fl_shared.adapters.safetensors import pack, unpack
-from fl_shared.documents.manifest import RunSpec
-from fl_shared.errors import ConcordatError, ConfigError
+from fl_shared.documents.spec import RunSpec
+from fl_shared.errors import ConcordatError, ConfigError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 from fl_shared.runtime.logs import adopt_libraries, set_up
 from fl_shared.runtime.processes import die_with_parent
@@ -113,7 +113,7 @@ def prepare(model: LoadedModel, job: dict[str, Any], adapter: bytes) -> dict[str
             max_adapter_norm=job["max_adapter_norm"], records_per_unit=job["records_per_unit"],
         )  # fmt: skip
     except ConcordatError as error:
-        return {"error": type(error).__name__, "message": error.message, "fix": error.fix}
+        return error.to_dict()
     return {"done": True, "witness": prepared.adapted.witness}
 
 
@@ -149,10 +149,10 @@ def main() -> int:
         except EOFError:
             return 0
         except ConcordatError as error:
-            told = {"error": type(error).__name__, "message": error.message, "fix": error.fix}
+            told = error.to_dict()
         except Exception as error:  # the type alone is told: a message may quote data
             log.exception("the job failed")
-            told = {"error": "", "message": f"failed: {type(error).__name__}", "fix": "report this defect"}
+            told = EngineError(f"failed: {type(error).__name__}", fix="report this defect").to_dict()
         try:
             send(channel, told)
             receive(channel)

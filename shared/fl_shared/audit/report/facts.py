@@ -17,7 +17,6 @@ from fl_shared.audit.report.history import history
 from fl_shared.audit.runs import by_run
 from fl_shared.canonical import canonical_bytes, file_sha256, parse_json, sha256_hex
 from fl_shared.errors import ConfigError
-from fl_shared.fields import load_toml
 from fl_shared.ledger import LedgerReader, Spend
 from fl_shared.ledger.chain import timestamp
 from fl_shared.ledger.reader import position_of
@@ -25,6 +24,7 @@ from fl_shared.ledger.verify import Report
 from fl_shared.privacy.accounting.merge import Key, key_of
 from fl_shared.privacy.accounting.pld import pld_curve, steps_epsilon
 from fl_shared.privacy.accounting.renyi import curve_epsilon
+from fl_shared.toml import load_toml
 
 PUBLIC_UNIT = "public"
 DELTAS = tuple(10.0 ** (-10 + i / 4) for i in range(33))  # 1e-10 .. 1e-2

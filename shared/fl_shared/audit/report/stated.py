@@ -4,42 +4,57 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Fields, load_toml
+from fl_shared.fields import Document, Named, Text, Texts
+from fl_shared.toml import load_toml
 
 SECTION = "statement"
 NOT_STATED = "not stated"
 
 
-def read_stated(fields: Fields) -> dict[str, Any]:
-    """Read the [statement] table of a site.toml; None for what is absent. ConfigError names a wrong field."""
-    found: dict[str, Any] = {name: fields.text(name, default=None) for name in ("institution", "purpose", "contact")}
-    found["partners"] = list(fields.texts("partners", high=200)) if fields.has("partners") else None
-    found["approved_on"] = fields.text("approved_on", default=None)
-    if found["approved_on"] is not None:
-        found["approved_on"] = _day(found["approved_on"], f"[{SECTION}] approved_on")
-    fields.done()
-    return found
+def _day(value: object) -> str:
+    try:
+        return dt.date.fromisoformat(value if isinstance(value, str) else "").isoformat()
+    except ValueError as error:
+        raise ConfigError("", fix='write a date in quotes, such as "2027-01-31"') from error
+
+
+@dataclass(frozen=True)
+class Statement(Document):
+    """[statement]: what `fl-audit statement` repeats on the site's word."""
+
+    institution: Text | None = None
+    """The institution's name."""
+    purpose: Text | None = None
+    """What the model is trained for."""
+    contact: Text | None = None
+    """Whom to ask, for example the data protection officer."""
+    partners: Annotated[tuple[str, ...], Texts(1, 200)] | None = None
+    """The other institutions that take part."""
+    approved_on: Annotated[str, Named(_day, r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The day on which the budget was approved."""
 
 
 def stated_of(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     """Return what the options say, and where they say nothing what [statement] in the home's site.toml says."""
     config = home / "site.toml"
     table = load_toml(config).get(SECTION, {}) if config.is_file() else {}
-    found = read_stated(Fields(table, f"{config} [{SECTION}]"))
+    found = Statement.from_dict(table, where=f"{config} [{SECTION}]").to_dict()
     given = {
         "purpose": arguments.purpose,
         "partners": arguments.partner or None,
-        "approved_on": None if arguments.approved_on is None else _day(arguments.approved_on, "--approved-on"),
+        "approved_on": None if arguments.approved_on is None else _approved_on(arguments.approved_on),
     }
     return found | {name: value for name, value in given.items() if value is not None}
 
 
-def _day(text: str, where: str) -> str:
+def _approved_on(text: str) -> str:
     try:
-        return dt.date.fromisoformat(text).isoformat()
-    except ValueError as error:
-        raise ConfigError(f"{where} is {text!r}, not a date", fix='write a date, such as "2027-01-31"') from error
+        return _day(text)
+    except ConfigError as error:
+        fix = 'write a date, such as "2027-01-31"'
+        raise ConfigError(f"--approved-on is {text!r}, not a date", fix=fix) from error
