@@ -14,7 +14,7 @@ import grpc
 from fl_server.home.files import write_durably
 from fl_server.home.layout import ServerHome, default_home
 from fl_shared import errors
-from fl_shared.cli.console import command
+from fl_shared.cli.output import command
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
 from fl_shared.fields import Fields, load_toml
 from fl_shared.wire.control_pb2_grpc import ControlStub
