@@ -84,20 +84,9 @@ class Fields:
         table: the parsed table.
         where: how errors call it, for example `site.toml [policy]`.
         base: the folder that relative paths start from.
-        environ: environment variables that win over the table, none by default. Field `path` of section
-            `data` is then `PREFIX_DATA_PATH`; texts stand there as they are, other values as in TOML.
-        prefix: the PREFIX, for example `FL_CLIENT`.
     """
 
-    def __init__(
-        self,
-        table: Any,
-        where: str,
-        *,
-        base: Path | None = None,
-        environ: Mapping[str, str] | None = None,
-        prefix: str = "FL",
-    ) -> None:
+    def __init__(self, table: Any, where: str, *, base: Path | None = None) -> None:
         if not isinstance(table, Mapping):
             raise ConfigError(f"{where} is {shown(table)}, not a table", fix=f"write {where} as a table of fields")
         if len(table) > MAX_KEYS:
@@ -105,33 +94,14 @@ class Fields:
         self._table = dict(table)
         self._where = where
         self._base = base
-        self._environ = environ or {}
-        self._prefix = prefix
-        self._nested = False
-        self._sections: tuple[str, ...] = ()
         self._asked: set[str] = set()
-
-    def _variable(self, name: str) -> str:
-        return f"{self._prefix}_{name}".upper().replace("-", "_")
 
     def fail(self, name: str, problem: str, fix: str) -> ConfigError:
         """The error for one field; the caller raises it."""
-        variable = self._variable(name)
-        if variable in self._environ:
-            return ConfigError(f"environment: {variable} {problem}", fix=fix)
         return ConfigError(f"{self._where}: {name} {problem}", fix=fix)
 
-    def _take(self, name: str, default: Any, fix: str, *, plain: bool = False) -> Any:
+    def _take(self, name: str, default: Any, fix: str) -> Any:
         self._asked.add(name)
-        raw = self._environ.get(self._variable(name))
-        if raw is not None:
-            if plain:
-                return raw
-            try:
-                (value,) = parse_toml(f"value = {raw}", name).values()
-            except (ConfigError, ValueError):
-                raise self.fail(name, f"is {shown(raw)}", f"write {fix}, as in TOML") from None
-            return value
         if name in self._table:
             return self._table[name]
         if default is _MISSING:
@@ -143,21 +113,12 @@ class Fields:
     def section(self, name: str, *, optional: bool = False) -> Fields:
         """A nested table; with `optional`, an empty one when it is absent."""
         self._asked.add(name)
-        variable = self._variable(name)
-        self._sections += (f"{variable}_",)
-        if name in self._table:
-            value = self._table[name]
-        elif optional or any(each.startswith(f"{variable}_") for each in self._environ):
-            value = {}
-        else:
-            value = self._take(name, _MISSING, "a table")
-        made = Fields(value, f"{self._where} [{name}]", base=self._base, environ=self._environ, prefix=variable)
-        made._nested = True
-        return made
+        value = {} if optional and name not in self._table else self._take(name, _MISSING, "a table")
+        return Fields(value, f"{self._where} [{name}]", base=self._base)
 
     def text(self, name: str, *, default: Any = _MISSING, empty: bool = False) -> str:
         """A text of at most 4096 characters."""
-        value = self._take(name, default, "a text in quotes", plain=True)
+        value = self._take(name, default, "a text in quotes")
         if value is default and default is not _MISSING:
             return value  # type: ignore[no-any-return]  # the caller's own default
         if not _is_text(value) or (not value and not empty) or len(value) > 4096:
@@ -166,7 +127,7 @@ class Fields:
 
     def named(self, name: str, check: Callable[[object], T]) -> T:
         """A field that `check` accepts (it raises a ConcordatError otherwise)."""
-        value = self._take(name, _MISSING, "a name", plain=True)
+        value = self._take(name, _MISSING, "a name")
         try:
             return check(value)
         except ConcordatError as error:
@@ -215,7 +176,7 @@ class Fields:
 
     def choice(self, name: str, options: Sequence[str], *, default: Any = _MISSING) -> str:
         """One of the options."""
-        value = self._take(name, default, f"one of {', '.join(options)}", plain=True)
+        value = self._take(name, default, f"one of {', '.join(options)}")
         if value not in options:
             near = difflib.get_close_matches(str(value)[:200], options, n=1) if isinstance(value, str) else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -238,7 +199,7 @@ class Fields:
 
     def path(self, name: str, *, default: Any = _MISSING) -> Path:
         """A path; `~` is expanded and a relative one starts at the file's folder."""
-        value = self._take(name, default, "a path in quotes", plain=True)
+        value = self._take(name, default, "a path in quotes")
         if not isinstance(value, str | Path) or not str(value) or not _is_text(str(value)):
             raise self.fail(name, f"is {shown(value)}", "write a path in quotes")
         try:
@@ -256,21 +217,13 @@ class Fields:
 
     def has(self, name: str) -> bool:
         """Whether the field is given."""
-        return name in self._table or self._variable(name) in self._environ
+        return name in self._table
 
     def done(self) -> None:
-        """Refuse fields, and variables of this section, that nobody asked for, with the nearest known name."""
+        """Refuse fields that nobody asked for, with the nearest known name."""
         for name in self._table:
             if name not in self._asked:
                 raise self.fail(str(name)[:80], "is not a field here", self._nearest(str(name)))
-        start = f"{self._prefix}_"
-        known = {self._variable(name) for name in self._asked}
-        for variable in self._environ:
-            if not self._nested or not variable.startswith(start) or variable.startswith(self._sections):
-                continue  # at the top, other variables share the prefix, such as the home's
-            if variable not in known:
-                name = variable.removeprefix(start).lower()
-                raise self.fail(name, "is not a field here", self._nearest(name))
 
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name[:200], self._asked, n=1)

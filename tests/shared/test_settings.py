@@ -196,44 +196,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             load_toml(path)
 
 
-ENVIRON = {
-    "FL_CLIENT_DATA_PATH": "other.csv",
-    "FL_CLIENT_DATA_PUBLIC": "true",
-    "FL_CLIENT_POLICY_MAX_EPSILON": "2.5",
-    "FL_CLIENT_HOME": "/elsewhere",
-}
-
-
-def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
-    """A variable replaces a field of the file, or stands in for a whole absent section; others are left alone."""
-    top = Fields({"data": {"path": "a.csv", "public": False}}, "x", base=tmp_path, environ=ENVIRON, prefix="FL_CLIENT")
-    data, policy = top.section("data"), top.section("policy")
-    assert data.path("path") == tmp_path / "other.csv"
-    assert data.has("public")
-    assert data.boolean("public") is True
-    assert policy.number("max_epsilon") == 2.5
-    for fields in (data, policy, top):
-        fields.done()
-
-
-@pytest.mark.parametrize("raw", ["yes", "", "1\nother = 2", "[", "9" * 5000])
-def test_a_wrong_variable_is_named(raw: str) -> None:
-    """A variable that does not fit is named as the source, not the file."""
-    top = Fields({"data": {"public": True}}, "x", environ={"FL_DATA_PUBLIC": raw})
-    with pytest.raises(ConfigError, match="environment: FL_DATA_PUBLIC is ") as caught:
-        top.section("data").boolean("public")
-    assert "true or false" in caught.value.fix
-
-
-def test_a_misspelt_variable_is_refused() -> None:
-    """A variable of a known section that names no field is refused, with the nearest name."""
-    data = Fields({}, "x", environ={"FL_DATA_PUBLIK": "true"}).section("data")
-    assert data.boolean("public", default=False) is False
-    with pytest.raises(ConfigError, match="environment: FL_DATA_PUBLIK is not a field here") as caught:
-        data.done()
-    assert caught.value.fix == "did you mean 'public'?"
-
-
 @pytest.mark.parametrize("check", [site_id, run_name, run_id])
 @pytest.mark.parametrize(
     "bad",

@@ -10,8 +10,8 @@ A verb's file is a module with
 
 The command's main file lists the modules, each with its line in the command's help. The last part of a module's name is
 the verb's: `train_alone.py` holds `train-alone`. Only the verb that a line names is imported: the command's own help,
-`--version` and TAB import none. A verb that another package brings is an entry point (`EntryPoints`); its line is in VERBS
-of the folder that it lies in.
+`--version` and TAB import none. A verb that another package brings is an entry point (`EntryPoints`); its line is in
+VERBS of the folder that it lies in.
 """
 
 from __future__ import annotations

@@ -71,28 +71,3 @@ class Mechanism:
         )
         fields.done()
         return made
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A ceiling (epsilon, delta) for one data set at one site."""
-
-    epsilon: float
-    delta: float
-
-    def __post_init__(self) -> None:
-        fields = Fields(dataclasses.asdict(self), "budget")
-        fields.number("epsilon", low=0, high=1e6, above=True)
-        fields.number("delta", low=0, high=1, above=True, below=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"epsilon": float(self.epsilon), "delta": float(self.delta)}
-
-    @classmethod
-    def from_dict(cls, table: Any) -> Budget:
-        """Read what `to_dict` wrote; ConfigError on anything else."""
-        fields = Fields(table, "budget")
-        made = cls(epsilon=fields.number("epsilon"), delta=fields.number("delta"))
-        fields.done()
-        return made

@@ -1,10 +1,10 @@
-"""The command `fl-client`: enrol a site, check it, run its agent, train alone, show its state."""
+"""The command `fl-client`: enrol a site, check it, run its agent, train alone, show its state, change its key."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fl_shared.cli.verbs import Command
+from fl_shared.cli.verbs import Command, Group
 from fl_shared.runtime.offline import stay_offline
 from fl_shared.runtime.private_files import create_privately
 
@@ -23,11 +23,16 @@ VERBS = {
     "fl_client.cli.client.supernode": "run only the untrusted half, as another user (see deploy/)",
 }
 
+KEYS = {
+    "fl_client.cli.client.keys.show": "print the site's public key, and write it to keys/signing.pub",
+    "fl_client.cli.client.keys.rotate": "replace the site's signing key by a new one",
+}
+
 COMMAND = Command(
     name="fl-client",
     package="fl_client",
     description="The site's half of Concordat. Without a verb: run the agent.",
-    verbs=[VERBS],
+    verbs=[VERBS, Group("keys", "the key that signs the ledger and what leaves", KEYS)],
     examples="""
         fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....
         fl-client check --site hospital-001          # a dry run: each line a pass or the fix

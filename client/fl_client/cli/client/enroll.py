@@ -41,12 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
         if not value:
             raise ConfigError(f"{name} is missing", fix=f"add {name}, or set FL_{name[2:].upper()}")
     from fl_client.identity.enrolment import enrol, own_fingerprints
+    from fl_client.identity.keys import publish
 
     fix = "choose a --home with a shorter path and no comma; nothing was made, and the token is still good"
     check_grpc_socket(home.socket, fix=fix)
     address = server_url(arguments.server)
     with working(f"asking {address} for a certificate", quiet=arguments.quiet, json=arguments.json):
         pinned = enrol(home, site=arguments.site, server=address, token=arguments.token, force=arguments.force)
+    publish(home)
     made = not home.config.exists()
     if made:
         write_durably(home.config, template(arguments.site, address).encode("utf-8"))

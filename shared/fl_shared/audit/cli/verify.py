@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fl_shared.audit.checkpoints import parse_checkpoint, pins
-from fl_shared.audit.source import add_source, public_key, reachable
+from fl_shared.audit.source import add_source, home_key, public_key, reachable
 from fl_shared.cli.output import print_json, working
 from fl_shared.cli.verbs import add_json, add_quiet
 from fl_shared.errors import ConfigError, printable
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a file of fl-audit export, checked offline")
     add_source(parser, required=False)
     parser.add_argument(
-        "--public-key", metavar="HEX|FILE", help="the site's key as you know it from the site, not from this ledger"
+        "--public-key",
+        metavar="HEX|FILE",
+        help="the site's key as you know it from the site, not from this ledger (default: HOME/keys/signing.pub)",
     )
     parser.add_argument(
         "--checkpoint", action="append", default=[], metavar="N:HASH", help="a head that you noted before"
@@ -56,11 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
         kept += bundle.receipts_in(Path(arguments.bundle))
         said = bundle.about(Path(arguments.bundle))
         known.append(Checkpoint(int(said["entries"]), str(said["head"]), str(said["merkle_root"]), "bundle.json"))
+    told = public_key(arguments)
+    beside = home_key(arguments) if told is None else None
     with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(
             url,
             site,
-            public_key=public_key(arguments),
+            public_key=told or beside,
             checkpoints=[*known, *pins(kept)],
             processes=arguments.processes,
         )
@@ -68,21 +72,24 @@ def run(arguments: argparse.Namespace) -> int:
             with Ledger.open(url, None, site) as ledger:
                 found = reconcile(ledger, kept)
             report.problems += [Problem(each.message) for each in found if each.kind != "missing"]
+    report.pinned = told is not None  # what lies beside the ledger is not what the auditor knows
     if arguments.json:
         print_json({**asdict(report), "intact": report.intact, "receipts": len(kept)})
     else:
-        _print(report)
+        _print(report, beside)
     return 0 if report.intact else BROKEN
 
 
-def _print(report: Report) -> None:
+def _print(report: Report, beside: str | None) -> None:
     for problem in report.problems:
         print(printable(f"PROBLEM  {problem.message}"))
     ended = ", ".join(f"{count} {outcome}" for outcome, count in report.settled.items())
     print(f"entries      {report.entries}, from {report.first} to {report.last}")
     print(f"head         {report.head}")
     print(f"merkle root  {report.merkle_root}")
-    whose = "as you gave it" if report.pinned else "the ledger says so itself: pin it by --public-key"
+    whose = "the ledger says so itself: pin it by --public-key"
+    if report.pinned or beside:
+        whose = "as you gave it" if report.pinned else "as its home says: pin what the site told you by --public-key"
     print(f"signed by    {report.key} ({whose})")
     print(f"reservations {report.reservations}: {ended}, {report.open} open")
     for row in report.budgets:
