@@ -224,7 +224,7 @@ def _quoted(value: ast.expr) -> bool:
 
 def test_a_command_with_a_space_in_it_pastes_back() -> None:
     """`console.command` is what a shell reads back into the same words."""
-    from fl_shared.cli.console import command
+    from fl_shared.cli.output import command
 
     words = ["fl-client", "check", "--home", "/srv/a b/d'é $(x)"]
     assert shlex.split(command(*words)) == words

@@ -11,7 +11,7 @@ from typing import Any
 from fl_shared.canonical import sha256_hex
 from fl_shared.documents.round import Receipt
 from fl_shared.identity.signing import SigningKey, sign_document
-from fl_shared.ledger import Dataset, Ledger
+from fl_shared.ledger import Dataset, Ledger, Spend
 from fl_shared.ledger.receipts import Kept
 from fl_shared.privacy.mechanism import Mechanism
 
@@ -43,6 +43,20 @@ def with_budget(
     dataset = ledger.register_dataset(name, f"sha256:{name}", "record", units, 1)
     ledger.set_budget(dataset, epsilon, delta, "DPO Jane Doe")
     return dataset
+
+
+def charge_open(ledger: Ledger) -> list[Spend]:
+    """Charge every open reservation in full, as whoever opens a ledger after a crash; what they have become."""
+    held = {one.seq for one in ledger.open_reservations()}
+    for seq in sorted(held):
+        ledger.charge_in_doubt(seq, "found open at start: its output may have left")
+    return [spend for spend in ledger.spends() if spend.reservation.seq in held]
+
+
+def release_of(ledger: Ledger, run: str, number: int) -> str | None:
+    """The digest that was settled for a round; None when none was."""
+    spends = [one for one in ledger.spends(run=run) if one.reservation.round == number]
+    return next((one.release_digest for one in spends if one.release_digest), None)
 
 
 def story(ledger: Ledger) -> None:

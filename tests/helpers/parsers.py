@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from fl_client.cli import client, model
 from fl_server.cli import admin, server
 from fl_shared.audit import cli as audit
+from fl_shared.cli.verbs import Command
 
 Parser = argparse.ArgumentParser
-COMMANDS: dict[str, Callable[[], Parser]] = {
-    "fl-server": server.parser, "fl-admin": admin.parser, "fl-client": client.parser,
-    "fl-audit": audit.parser, "fl-model": model.parser,
-}  # fmt: skip
+DECLARED: dict[str, Command] = {made.COMMAND.name: made.COMMAND for made in (server, admin, client, audit, model)}
+COMMANDS: dict[str, Callable[[], Parser]] = {name: command.parser for name, command in DECLARED.items()}
 
 
 def verbs(made: Parser, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Parser]:
@@ -40,7 +39,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if words[0] not in COMMANDS:
         raise ValueError(f"there is no command {words[0]}")
     told = io.StringIO()
-    rest = client.with_verb(words[1:]) if words[0] == "fl-client" else list(words[1:])
+    rest = DECLARED[words[0]].line(words[1:])
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
         try:
             return COMMANDS[words[0]]().parse_args(rest)

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from fl_server.cli.admin import main, parser
+from fl_server.cli.admin import COMMAND, main
 from fl_server.cli.watch import Sites
 from fl_shared.wire import control_pb2 as pb
 
@@ -23,7 +23,7 @@ def _verbs(made: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> dict[tu
     return found or {path: made}
 
 
-VERBS = _verbs(parser())
+VERBS = _verbs(COMMAND.parser())
 
 
 def test_every_verb_of_an_admins_day_exists() -> None:
@@ -45,7 +45,7 @@ def test_every_verb_has_json_and_examples_that_parse(path: tuple[str, ...]) -> N
     for line in lines:
         words = shlex.split(line)
         assert words[: len(path) + 1] == ["fl-admin", *path], line
-        assert parser().parse_args(words[1:]).handler is VERBS[path].get_default("handler")
+        assert COMMAND.parser().parse_args(words[1:]).handler is VERBS[path].get_default("handler")
 
 
 def test_the_help_explains_every_exit_code_that_a_verb_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -23,6 +24,8 @@ from fl_server.db.store import Store
 from fl_server.flower.superlink import Flower
 from fl_server.home.layout import ServerHome
 from fl_server.identity.sites import Sites
+from fl_shared.identity.signing import SigningKey
+from fl_shared.ledger import Ledger
 from helpers.coordinators import Coordinator, Keys, until
 
 A, B = "hospital-001", "hospital-002"
@@ -281,6 +284,51 @@ def test_a_revoked_sites_keys_are_never_accepted_again(one: Coordinator) -> None
     with one.client(folder=fresh.folder) as client:
         renewal = client.post("/v1/renew", json={"csr_pem": old.request("")["csr_pem"]})
         assert (renewal.status_code, renewal.json()["code"]) == (403, "key-revoked")
+
+
+SITE_TOML = """
+[site]
+id = "{site}"
+[server]
+url = "{url}"
+[data]
+name = "diagnoses"
+path = "records.csv"
+text_column = "text"
+label_column = "label"
+privacy_unit = "record"
+max_records_per_unit = 1
+[model]
+directory = "tiny"
+[policy]
+min_noise_multiplier = 0.8
+max_clipping_norm = 1.0
+max_sampling_probability = 0.2
+max_steps_per_round = 100
+[budget]
+epsilon = 8.0
+delta = 1e-5
+approver = "officer"
+"""
+
+
+def test_a_site_that_changed_its_key_is_known_by_the_new_one_once_it_has_enrolled_again(one: Coordinator) -> None:
+    """The verbs of both sides: invite, enroll, keys rotate, invite, enroll --force. Before the last, the old key."""
+    site, home = "hospital-rekeyed", one.root / "rekeyed"
+    at = ("--site", site, "--home", str(home), "--json")
+
+    def client(*words: str) -> dict[str, str]:
+        answer: dict[str, str] = json.loads(one.run("fl-client", *words, *at).stdout)
+        return answer
+
+    old = client("enroll", "--server", one.url, "--token", one.invite(site))["signing_key"]
+    (home / "site.toml").write_text(SITE_TOML.format(site=site, url=one.url))
+    Ledger.open(f"sqlite:///{home}/ledger.sqlite", SigningKey.load(home / "keys" / "signing.pem"), site).close()
+    new = client("keys", "rotate", "--by", "A. Officer", "--reason", "yearly")["new_key"]
+    assert new != old
+    assert one.admin("sites", "show", site)["signing_key"] == old
+    assert client("enroll", "--server", one.url, "--token", one.invite(site), "--force")["signing_key"] == new
+    assert one.admin("sites", "show", site)["signing_key"] == new
 
 
 def test_a_key_is_enrolled_by_who_holds_it_and_serves_one_purpose(one: Coordinator) -> None:

@@ -19,7 +19,7 @@ from fl_shared.documents.order import RoundOrder, read_spec
 from fl_shared.documents.round import REFUSAL_CODES, Receipt, Refusal, RoundManifest
 from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError
-from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Budget, Mechanism
+from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Mechanism
 
 SPEC = """
 [run]
@@ -385,7 +385,6 @@ DOCUMENTS: dict[str, Any] = {
     ),
     "refusal": Refusal("demo", 1, "hospital-001", "sha256:" + "1" * 64, "policy", "no", 1.0),
     "mechanism": Mechanism(1.0, 0.1, 8, 1.0),
-    "budget": Budget(8.0, 1e-5),
 }
 NONSENSE: list[Any] = [None, {}, [], "\ud800", -1, float("nan"), 10**400, "", True, b"x"]
 
@@ -447,12 +446,3 @@ def test_a_mechanism_that_protects_nothing_cannot_be_made(wrong: dict[str, Any])
     """Constructing a mechanism checks it, not only reading one."""
     with pytest.raises(ConfigError, match=f"mechanism: {next(iter(wrong))} is"):
         dataclasses.replace(Mechanism(1.0, 0.1, 8, 1.0), **wrong)
-
-
-@pytest.mark.parametrize(
-    "wrong", [(0.0, 1e-5), (-1.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0), (1.0, -1e-5)]
-)
-def test_a_budget_that_limits_nothing_cannot_be_made(wrong: tuple[float, float]) -> None:
-    """Epsilon is finite and above 0, delta strictly between 0 and 1."""
-    with pytest.raises(ConfigError, match="budget: "):
-        Budget(*wrong)

@@ -19,6 +19,7 @@ from fl_client.data.load import load_unit_data, row_report
 from fl_client.data.units import UnitData
 from fl_client.identity.enrolment import Coordinator
 from fl_client.identity.gateway import GatewayClient
+from fl_client.identity.keys import require_known
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
 from fl_client.node.confinement import describe_confinement
@@ -252,8 +253,10 @@ def _budget(home: SiteHome, config: SiteConfig, data: UnitData | None) -> str:
         return f"{ceiling}, nothing spent; the ledger is made at the first start"
     ledger = Ledger.open(config.ledger_url, None, config.site)
     try:
-        key = SigningKey.load(home.signing_key)
-        if ledger.public_key() != key.public_hex:
+        signs = ledger.public_key()
+        if home.next_signing_key.exists() and signs == SigningKey.load(home.next_signing_key).public_hex:
+            raise ConfigError("a change of the site's key was broken off", fix="start the agent: it completes it")
+        if signs != SigningKey.load(home.signing_key).public_hex:
             raise ConfigError(
                 "the ledger is signed by another key than this site's",
                 fix="restore keys/signing.pem from its backup",
@@ -303,6 +306,7 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
 
 def _server(home: SiteHome, pinned: Coordinator) -> str:
     """The coordinator answers, accepts the certificate, and still has the pinned key."""
+    require_known(home, pinned)
     hello = GatewayClient.of_site(home, pinned.server).hello()
     if hello.get("site") != pinned.site:
         raise EnrolmentError(f"the coordinator knows this certificate as {hello.get('site')!r}", fix="enrol again")

@@ -14,6 +14,7 @@ from fl_client.agent.announcement import Announcer
 from fl_client.agent.questions import PlanResponder
 from fl_client.agent.service import AgentService, serve
 from fl_client.agent.site import OpenSite, open_site
+from fl_client.identity import keys
 from fl_client.identity.enrolment import Coordinator
 from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import Renewer, finish
@@ -63,6 +64,8 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with sole(home.run / "agent.lock", "an agent"):
+            keys.finish(home, config.ledger_url, config.site)
+            keys.require_known(home, coordinator)
             return _serve(home, config, coordinator, ending)
     finally:
         for number, handler in previous.items():

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fl_shared.adapters.safetensors import digest
-from fl_shared.audit.proposal import Standing, standings
 from fl_shared.documents.plan import MAX_OBJECTIONS, MAX_ROUNDS, Objection, PlanAnswer, PlanQuestion
 from fl_shared.documents.round import Receipt, Refusal
 from fl_shared.errors import LedgerError
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.chain import timestamp
 from fl_shared.ledger.reader import LedgerReader, now
+from fl_shared.ledger.standing import Standing, standings
 from fl_shared.ledger.suspension import Suspensions
 from fl_shared.wire.agent_pb2 import Chunk, ReplyHeader
 from fl_shared.wire.chunks import split

@@ -332,6 +332,10 @@ class Rounds:
             self._store.drop(order)  # whoever may order without being granted anything must not fill the disk
             raise
         self._remember(order)
+        if self._stopping.is_set():  # while it was prepared: no record was read for it, so it costs nothing
+            self._ledger.release_unused(reservation, "the agent was stopped before it read a record")
+            self._store.drop(order)
+            raise Stopping
         return reservation
 
     def _compute(self, assigned: Assignment, reservation: Reservation, offset: dict[str, Any]) -> tuple[Order, bytes]:

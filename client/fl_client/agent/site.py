@@ -18,6 +18,8 @@ from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds, SiteFacts
 from fl_client.data.load import load_unit_data, most_units, row_report, split_holdout
 from fl_client.data.units import UnitData
+from fl_client.identity.keys import finish as finish_key
+from fl_client.identity.keys import publish
 from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
 from fl_client.training.ranks.group import RankGroup
@@ -39,7 +41,9 @@ PUBLIC_UNIT = "public"
 
 
 def open_ledger(home: SiteHome, config: SiteConfig) -> tuple[Ledger, SigningKey]:
-    """Open the site's ledger for writing with the site's signing key."""
+    """Open the site's ledger for writing with the site's signing key; `keys/signing.pub` is written where it is not."""
+    finish_key(home, config.ledger_url, config.site)
+    publish(home)
     key = SigningKey.load(home.signing_key)
     return Ledger.open(config.ledger_url, key, config.site), key
 

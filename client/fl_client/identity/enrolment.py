@@ -42,7 +42,8 @@ class Coordinator:
     """What enrolment pinned about the coordinator.
 
     `previous_key` signed orders before the last rotation (`fl_client.identity.rotation`), and may until
-    `previous_until` (Unix seconds).
+    `previous_until` (Unix seconds). `signing_key` is the site's own that was proved at enrolment; "" where that was
+    before it was noted.
     """
 
     site: str
@@ -53,6 +54,7 @@ class Coordinator:
     enrolled_at: int
     previous_key: str = ""
     previous_until: float = 0.0
+    signing_key: str = ""
 
     def save(self, home: SiteHome) -> None:
         """Write `coordinator.json` durably."""
@@ -68,6 +70,7 @@ class Coordinator:
                 **{name: kind(body[name]) for name, kind in _COORDINATOR_FIELDS.items()},
                 previous_key=str(body.get("previous_key", "")),
                 previous_until=float(body.get("previous_until", 0.0)),
+                signing_key=str(body.get("signing_key", "")),
             )
         except FileNotFoundError:
             raise EnrolmentError(
@@ -238,7 +241,8 @@ def _checked(
     fleet_path = str(answer.get("fleet_path", ""))
     if not re.fullmatch(r"/[A-Za-z0-9/_-]{1,100}", fleet_path):
         raise EnrolmentError(f"the coordinator sent the fleet path {fleet_path!r}", fix=fix)
-    return Coordinator(site, server, fleet_path, key, token.ca_sha256, int(time.time()))
+    ours = pending.signing.public_hex
+    return Coordinator(site, server, fleet_path, key, token.ca_sha256, int(time.time()), signing_key=ours)
 
 
 def _put_in_place(home: SiteHome, pending: _Pending, ca_pem: str, certificate_pem: str, pinned: Coordinator) -> None:

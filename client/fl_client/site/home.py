@@ -46,6 +46,16 @@ class SiteHome:
         return self.keys / "signing.pem"
 
     @property
+    def next_signing_key(self) -> Path:
+        """The key that replaces `signing_key`, until it is in place (`identity.keys`)."""
+        return self.keys / "next.pem"
+
+    @property
+    def public_key(self) -> Path:
+        """The public half of `signing_key`, 64 hex digits: what the site hands to its auditor."""
+        return self.keys / "signing.pub"
+
+    @property
     def fingerprint_key(self) -> Path:
         """Secret that keys the data set's fingerprint, so that nobody can guess data from it."""
         return self.keys / "fingerprint.key"

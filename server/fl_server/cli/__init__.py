@@ -1,1 +1,1 @@
-"""The commands `fl-server` and `fl-admin`."""
+"""The commands `fl-server` and `fl-admin`: one folder a command and a group, one file a verb."""

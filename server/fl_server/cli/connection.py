@@ -13,7 +13,7 @@ from typing import ClassVar
 import grpc
 
 from fl_server.home.layout import ServerHome, default_home
-from fl_shared.cli.console import command
+from fl_shared.cli.output import command
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
 from fl_shared.fields import Document, PathField, Text
 from fl_shared.files import write_durably

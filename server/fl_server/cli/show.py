@@ -1,4 +1,4 @@
-"""How `fl-admin` prints: JSON for machines, short tables for people."""
+"""The coordinator's messages as JSON values and as text: runs, events, times."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from fl_shared.cli.output import print_json
 from fl_shared.errors import printable
 from fl_shared.wire import control_pb2 as pb
 
@@ -51,11 +52,6 @@ def event_text(event: pb.Event) -> str:
     return printable(f"{moment(event.at)}  {event.kind:<16} {where:<24} {event.message}".rstrip().replace("\n", " "))
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, sort_keys=True))
-
-
 def moment(seconds: float) -> str:
     """A time of day for people, UTC; a dash for never."""
     if not seconds:
@@ -78,3 +74,11 @@ def run_text(run: pb.Run) -> None:
                 print(f"    {reply.site}: ok, {spent}")
             else:
                 print(printable(f"    {reply.site}: {reply.status}: {reply.code}: {reply.message}"))
+
+
+def print_run(run: pb.Run, *, as_json: bool) -> None:
+    """Print a run."""
+    if as_json:
+        print_json(run_plain(run))
+    else:
+        run_text(run)

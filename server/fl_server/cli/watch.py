@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -13,11 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fl_server.cli.show import event_json
+from fl_server.cli.show import event_json, run_plain, run_text
 from fl_shared.errors import printable
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlStub
 
+FAILED = 18
 QUIET = frozenset({"launched"})
 _WORDS = {"site-asked": "at work", "order-lost": "off line", "reply-ok": "replied"}
 
@@ -77,6 +79,16 @@ def watch(stub: ControlStub, run: str, *, as_json: bool = False) -> pb.Run:
         raise
     ended: pb.Run = stub.ShowRun(pb.RunRequest(run=run))
     return ended
+
+
+def follow(stub: ControlStub, run: str, *, as_json: bool = False) -> int:
+    """Watch a run and print it as it ends; the exit code, `FAILED` when it did not complete."""
+    ended = watch(stub, run, as_json=as_json)
+    if as_json:
+        print(json.dumps(run_plain(ended), sort_keys=True), flush=True)
+    else:
+        run_text(ended)
+    return 0 if ended.state == "completed" else FAILED
 
 
 def _live(events: Iterator[pb.Event], run: pb.Run) -> None:

@@ -54,4 +54,4 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli_main(run))
+    sys.exit(cli_main(run, package="fl_server"))

@@ -1,1 +1,1 @@
-"""`fl-audit`: read, check and explain privacy ledgers. One file per verb; nothing here writes to a ledger."""
+"""What `fl-audit` does: read, check and explain privacy ledgers. Its verbs are in `cli`; nothing writes to a ledger."""

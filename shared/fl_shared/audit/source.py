@@ -113,6 +113,14 @@ def public_key(arguments: argparse.Namespace) -> str | None:
     return None if arguments.public_key is None else key_text(str(arguments.public_key))
 
 
+def home_key(arguments: argparse.Namespace) -> str | None:
+    """Return the key in the home's `keys/signing.pub`, for the home's own ledger; None when it cannot be read."""
+    file = home_of(arguments) / "keys" / "signing.pub"
+    if arguments.ledger or not os.access(file, os.R_OK):
+        return None
+    return key_text(str(file))
+
+
 def key_text(given: str) -> str:
     """Return the key in 64 hex digits or in the file that holds them; ConfigError for anything else."""
     source = f"the file {given}" if Path(given).is_file() else "--public-key"

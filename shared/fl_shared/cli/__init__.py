@@ -1,1 +1,1 @@
-"""What the five commands have in common: parsers, output, completion, missing packages, errors and exit codes."""
+"""What the five commands have in common: verbs, output, completion, missing packages, errors and exit codes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import argcomplete
 def complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell and end, when it is a shell that asks; does nothing otherwise. Call before `parse_args`."""
     argcomplete.autocomplete(parser)
+
+
+def completed_words() -> list[str] | None:
+    """The words after the command on the line that a shell wants completed; None when no shell asks."""
+    return os.environ.get("COMP_LINE", "").split()[1:] if "_ARGCOMPLETE" in os.environ else None
 
 
 def known_sites(**_: Any) -> list[str]:

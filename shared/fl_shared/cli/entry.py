@@ -14,8 +14,12 @@ from fl_shared.cli.extras import missing_package
 from fl_shared.errors import DEFECT, INTERRUPTED, READER_GONE, SYSTEM, ConcordatError, as_dict, printable
 
 
-def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+def cli_main(
+    run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, *, package: str = ""
+) -> int:
     """Run a command; turn what it raises into one message on stderr and an exit code.
+
+    `package`: which of ours it belongs to (`fl_client`), to name the extra that brings a missing package.
 
     With `--json` among the arguments the message is one JSON object (`error`, `fix`, `code`, `exit_code`).
     With `CONCORDAT_DEBUG=1` in the environment a defect of ours also prints its traceback.
@@ -48,7 +52,7 @@ def cli_main(run: Callable[[Sequence[str] | None], int], argv: Sequence[str] | N
     except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback for a person
         _trace()
         if isinstance(error, ImportError):
-            missing = missing_package(error, run.__module__.partition(".")[0])
+            missing = missing_package(error, package)
             if missing is not None:
                 return _tell(missing.message, missing.fix, missing.code, missing.exit_code, as_json=as_json)
         fix = "this is a defect; run again with CONCORDAT_DEBUG=1 and report what it prints, with the log"

@@ -89,19 +89,6 @@ class LedgerReader:
         """Return the reservations that have not ended."""
         return [spend.reservation for spend in self.spends(open_only=True)]
 
-    def find_release(
-        self,
-        run: str,
-        round: int,  # the field's own word
-        *,
-        dataset: str | None = None,
-        purpose: str = "training",
-    ) -> str | None:
-        """Return the digest settled for (run, round), so that a repeat can be answered from store."""
-        with self._store.read() as connection:
-            spends = queries.spends(connection, dataset=dataset, run=run, round=round, purpose=purpose)
-            return next((spend.release_digest for spend in spends if spend.release_digest), None)
-
     def charges(self, dataset: Dataset | str, study: str | None = None) -> queries.Charges:
         """Return what counts against the data set's budgets: its own and its overlaps' mechanisms, merged."""
         with self._store.read() as connection:
@@ -146,6 +133,12 @@ class LedgerReader:
         """Return the key that signs new entries, 64 hex digits, as the ledger itself names it."""
         with self._store.read() as connection:
             return current_key(connection)
+
+    def key_entries(self) -> list[Entry]:
+        """Return the entries that name the site's keys: the genesis, then each rotation."""
+        query = sa.select(entries).where(entries.c.kind.in_(("genesis", "key"))).order_by(entries.c.seq)
+        with self._store.read() as connection:
+            return [chain.entry_of(row) for row in connection.execute(query).mappings()]
 
     def _known(self, connection: sa.Connection, name: str) -> Dataset:
         dataset = queries.latest_dataset(connection, name)

@@ -101,9 +101,7 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
 
 def site_keys(ledger: LedgerReader) -> list[str]:
     """Return every public key that the ledger names for its site, oldest first."""
-    query = sa.select(entries).where(entries.c.kind.in_(("genesis", "key"))).order_by(entries.c.seq)
-    with ledger.reading() as connection:
-        return [str(chain.entry_of(row).body.get("public_key")) for row in connection.execute(query).mappings()]
+    return [str(entry.body.get("public_key")) for entry in ledger.key_entries()]
 
 
 def _entry_number(receipt: Receipt) -> int:

@@ -1,8 +1,9 @@
-"""The ledger of one site: reserve, settle, release, recover.
+"""The ledger of one site: reserve, settle, release.
 
 The order that keeps a site honest: `reserve` before private data is read, `settle` before anything leaves.
 Every step is one database transaction that appends a signed entry; nothing is changed afterwards. A crash
-leaves a reservation open, and `recover` charges it in full, because its output may have left.
+leaves a reservation open, and it stays charged until whoever opens the ledger next ends it (the agent's
+`Rounds.recover`), in doubt in full, because its output may have left.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fl_shared.ledger import chain, queries
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.models import IN_DOUBT, OVERALL, SETTLED, VOIDED, reservations, settlements
 from fl_shared.ledger.reader import filter_of, name_of
-from fl_shared.ledger.records import Dataset, Entry, Reservation, Spend
+from fl_shared.ledger.records import Dataset, Entry, Reservation
 from fl_shared.ledger.registry import Registry, check_delta_against
 from fl_shared.privacy.accounting.merge import key_of
 from fl_shared.privacy.mechanism import Mechanism
@@ -174,15 +175,6 @@ class Ledger(Registry):
         if not reason:
             raise LedgerError("a charge in doubt needs its reason", fix="say what happened")
         return self._end(reservation, IN_DOUBT, None, None, reason, None)
-
-    def recover(self) -> list[Spend]:
-        """Charge every open reservation in full; call once at start, before any work. Returns them."""
-        seqs = [reservation.seq for reservation in self.open_reservations()]
-        for seq in seqs:
-            self.charge_in_doubt(seq, "found open at start: its output may have left")
-        with self._store.read() as connection:
-            spends = [queries.find_spend(connection, seq) for seq in seqs]
-        return [spend for spend in spends if spend is not None]
 
     def _end(
         self,

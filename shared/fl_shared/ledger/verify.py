@@ -204,7 +204,7 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
             key = str(entry.body["public_key"])
             ed25519_key(key)
             if entry.kind == "genesis":
-                _check_genesis(entry, site, pinned, report)
+                _check_genesis(entry, site, report)
             else:
                 statement = f"concordat key for {site} after {entry.prev_hash}".encode()
                 verify(key, statement, str(entry.body["proof"]))
@@ -217,20 +217,20 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
             signers.append((entry.seq if entry.kind == "genesis" else entry.seq + 1, key))
     if signers and signers[0][0] == 1 and len(signers[0][1]) == 64:
         report.key, report.pinned = signers[0][1], pinned is not None
+        # Any key of the chain pins all of it: each proved the hash of what came before it, and signed its successor.
+        if pinned is not None and pinned not in [key for _, key in signers]:
+            told = f"the ledger names key {signers[-1][1][:16]}…, the auditor knows {pinned[:16]}…"
+            report.problems.append(Problem(told, 1))
         return tuple(signers)
     return ()
 
 
-def _check_genesis(entry: Entry, site: str, pinned: str | None, report: Report) -> None:
+def _check_genesis(entry: Entry, site: str, report: Report) -> None:
     if entry.seq != 1:
         report.problems.append(Problem(f"entry {entry.seq}: a second genesis", entry.seq))
     if entry.body["site"] != site:
         report.other_site = _whose(entry)
         report.problems.append(Problem(f"the ledger belongs to site {entry.body['site']!r}", 1))
-    if pinned is not None and entry.body["public_key"] != pinned:
-        report.problems.append(
-            Problem(f"the ledger names key {entry.body['public_key'][:16]}…, the auditor knows {pinned[:16]}…", 1)
-        )
 
 
 def _whose(entry: Entry) -> str:

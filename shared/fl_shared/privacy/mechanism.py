@@ -41,16 +41,3 @@ class Mechanism(Document):
 
     def __post_init__(self) -> None:
         require_fields(self)
-
-
-@dataclass(frozen=True)
-class Budget(Document):
-    """A ceiling (epsilon, delta) for one data set at one site."""
-
-    WHERE: ClassVar = "budget"
-
-    epsilon: Annotated[float, Between(0, 1e6, above=True)]
-    delta: Annotated[float, Between(0, 1, above=True, below=True)]
-
-    def __post_init__(self) -> None:
-        require_fields(self)

@@ -409,6 +409,26 @@ def test_stopping_breaks_off_a_round_and_the_next_start_resumes_it(site: Site) -
     assert site.outcomes() == [(1, "settled")]
 
 
+def test_a_round_that_is_stopped_before_it_read_a_record_costs_nothing(site: Site) -> None:
+    """Asked to end while it prepares a round, the agent gives the reservation back; the round is done after a start."""
+    site.rounds._prepare = lambda spec, offset: assert_not(site.rounds.drain(0.0))
+    manifest = site.manifest(1)
+    with pytest.raises(Stopping):
+        site.order(manifest)
+    assert site.trainer.calls == 0
+    assert site.outcomes() == [(1, "released")]
+    position = site.ledger.epsilon("records")
+    assert (position.spent, position.reserved) == (0.0, 0.0)
+    site.open()
+    assert site.order(manifest).status == "ok"
+    assert site.outcomes() == [(1, "released"), (1, "settled")]
+
+
+def assert_not(value: bool) -> None:
+    """It is False."""
+    assert not value
+
+
 def test_orders_of_two_runs_take_turns_and_one_that_expires_in_line_costs_nothing(site: Site) -> None:
     """While one run's round trains, another run's order waits unread; reached too late, it is refused unpaid."""
     entered, go_on = threading.Event(), threading.Event()

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from fl_client.cli import model as command
 from fl_client.model.inspect import inspect_directory
 from fl_client.model.quantise import quantise_directory
-from fl_shared.cli.entry import cli_main
 
 Make = Callable[[str], tuple[PreTrainedModel, Path]]
 
@@ -39,7 +38,7 @@ def fl_model(capsys: pytest.CaptureFixture[str]) -> FlModel:
     def run(*arguments: str | Path) -> Done:
         capsys.readouterr()
         try:
-            code = cli_main(command._run, [str(each) for each in arguments])
+            code = command.main([str(each) for each in arguments])
         except SystemExit as left:  # argparse
             code = int(left.code or 0)
         shown = capsys.readouterr()

@@ -20,7 +20,7 @@ from fl_shared.ledger.models import APPEND_ONLY, metadata
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.privacy.accounting import pld_epsilon, rdp_epsilon
 from fl_shared.privacy.mechanism import Mechanism
-from helpers.ledgers import ROUND, SITE, Clock, opened, story, with_budget
+from helpers.ledgers import ROUND, SITE, Clock, charge_open, opened, release_of, story, with_budget
 
 
 def steps(count: int) -> Mechanism:
@@ -40,8 +40,8 @@ def test_a_round_is_reserved_then_settled_and_costs_what_was_executed(ledger: Le
     assert after.spent == pytest.approx(rdp_epsilon([steps(5)], 1e-5))
     assert after.spent + after.left == pytest.approx(8.0)
     assert ledger.head().hash == entry.hash
-    assert ledger.find_release("demo", 1) == "sha256:a"
-    assert ledger.find_release("demo", 2) is None
+    assert release_of(ledger, "demo", 1) == "sha256:a"
+    assert release_of(ledger, "demo", 2) is None
 
 
 def test_a_round_is_never_charged_twice(ledger: Ledger) -> None:
@@ -90,14 +90,14 @@ def test_an_unused_reservation_is_given_back_and_the_round_may_be_tried_again(le
 
 
 def test_what_is_in_doubt_is_charged_in_full(ledger: Ledger) -> None:
-    """recover() charges every open reservation; a second recovery finds nothing."""
+    """What a crash left open is charged in full, once."""
     icd = with_budget(ledger)
     ledger.reserve(icd, ROUND, run="demo", round=1)
     ledger.reserve(icd, ROUND, run="demo", round=2)
-    found = ledger.recover()
+    found = charge_open(ledger)
     assert [(spend.reservation.round, spend.outcome) for spend in found] == [(1, "in-doubt"), (2, "in-doubt")]
     assert ledger.epsilon(icd).steps == 16
-    assert ledger.recover() == []
+    assert charge_open(ledger) == []
     with pytest.raises(LedgerError, match="already in-doubt"):
         ledger.reserve(icd, ROUND, run="demo", round=1)
     assert ledger.reserve(icd, ROUND, run="demo", round=1, retry=True).attempt == 2
@@ -504,12 +504,12 @@ def test_any_sequence_of_acts_keeps_the_invariants(
                 if act == "reserve":
                     held.append(ledger.reserve(icd, steps(count), run="a", round=choice))
                 elif act == "recover":
-                    charged += sum(spend.reservation.mechanism.steps for spend in ledger.recover())
+                    charged += sum(spend.reservation.mechanism.steps for spend in charge_open(ledger))
                 elif held:
                     one = held[choice % len(held)]
                     if act == "settle":
                         executed = steps(min(count, one.mechanism.steps))
-                        repeat = ledger.find_release("a", one.round)
+                        repeat = release_of(ledger, "a", one.round)
                         ledger.settle(one, executed, f"sha256:{one.seq}")
                         charged += 0 if repeat else executed.steps
                     elif act == "release":

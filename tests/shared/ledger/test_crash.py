@@ -11,7 +11,7 @@ from fl_shared.errors import SignatureError
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
 from fl_shared.ledger.verify import verify_ledger
-from helpers.ledgers import ROUND, SITE, in_process, opened, with_budget
+from helpers.ledgers import ROUND, SITE, charge_open, in_process, opened, release_of, with_budget
 
 PLACES = ("begin", "before-entry", "entry", "tree", "row", "before-commit", "committed")
 ENDS: dict[str, Callable[[Ledger, int], object]] = {
@@ -40,7 +40,7 @@ def test_a_crash_while_reserving(url: str, key: SigningKey, place: str) -> None:
     with opened(url, key) as ledger:
         stands = place == "committed"
         assert len(ledger.open_reservations()) == int(stands)
-        assert len(ledger.recover()) == int(stands)
+        assert len(charge_open(ledger)) == int(stands)
         assert ledger.epsilon("icd").steps == (8 if stands else 0)
         if not stands:
             ledger.settle(ledger.reserve("icd", ROUND, run="a", round=1), ROUND, "sha256:again")
@@ -60,9 +60,9 @@ def test_a_crash_while_ending(url: str, key: SigningKey, end: str, place: str) -
     killed_at(f"{end}.{place}", url, key, lambda ledger: ENDS[end](ledger, seq))
     with opened(url, key) as ledger:
         ended = place == "committed"
-        assert len(ledger.recover()) == int(not ended)
+        assert len(charge_open(ledger)) == int(not ended)
         steps = ledger.epsilon("icd").steps
-        left = ledger.find_release("a", 1)
+        left = release_of(ledger, "a", 1)
         assert steps == (0 if ended and end == "release" else 8)
         assert (left is not None) == (ended and end == "settle")
         if left:

@@ -19,7 +19,7 @@ from fl_client.model.quantise import quantise_directory
 from fl_client.model.recipe.corpus import find_wordnet, wordnet_glosses
 from fl_client.model.recipe.pretrain import RouterLoad, pretrain
 from fl_client.model.recipe.probe import probe_accuracy
-from fl_shared.cli.console import Say
+from fl_shared.cli.output import Say
 from fl_shared.errors import ModelError
 
 LEAST_LOAD = 0.25

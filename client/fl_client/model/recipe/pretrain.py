@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 from fl_client.model.recipe.corpus import find_wordnet, icd_lines, wordnet_glosses
-from fl_shared.cli.console import Say, silent
+from fl_shared.cli.output import Say, silent
 
 VOCABULARY = 6144
 MAX_TOKENS = 40

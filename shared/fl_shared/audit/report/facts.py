@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fl_shared import __version__
+from fl_shared.audit.costs import by_run
 from fl_shared.audit.report import words
 from fl_shared.audit.report.history import history
-from fl_shared.audit.runs import by_run
 from fl_shared.canonical import canonical_bytes, file_sha256, parse_json, sha256_hex
 from fl_shared.errors import ConfigError
 from fl_shared.ledger import LedgerReader, Spend

@@ -1,0 +1,1 @@
+"""`fl-client keys`: the key that signs the ledger and what leaves."""

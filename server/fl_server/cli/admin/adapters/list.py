@@ -1,0 +1,58 @@
+"""`fl-admin adapters list`: the adapters of a run, or without one what is released under which name."""
+
+from __future__ import annotations
+
+import argparse
+
+from fl_server.cli.admin import complete
+from fl_server.cli.admin.options import add_common, connected
+from fl_server.cli.show import moment, plain
+from fl_shared.cli.output import print_json, table
+from fl_shared.cli.verbs import argument
+from fl_shared.wire import control_pb2 as pb
+from fl_shared.wire.control_pb2_grpc import ControlStub
+
+EXAMPLES = """
+fl-admin adapters list
+fl-admin adapters list demo
+fl-admin adapters list --history
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's options."""
+    add_common(parser)
+    argument(parser, "run", metavar="RUN", nargs="?", default="", completer=complete.runs)
+    parser.add_argument("--history", action="store_true", help="also releases that another one has followed")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print them."""
+    with connected(arguments) as stub:
+        if arguments.run:
+            return _list_run(stub, arguments)
+        releases = stub.ListReleases(pb.ListReleasesRequest(history=arguments.history)).releases
+    if arguments.json:
+        print_json({"releases": [plain(each) for each in releases]})
+        return 0
+    table(
+        ["name", "run", "round", "promoted", "by", "current", "digest"],
+        [
+            [each.name, each.adapter.run, str(each.adapter.round), moment(each.promoted_at), each.promoted_by,
+             "yes" if each.current else "no", each.adapter.digest]
+            for each in releases
+        ],
+    )  # fmt: skip
+    return 0
+
+
+def _list_run(stub: ControlStub, arguments: argparse.Namespace) -> int:
+    adapters = stub.ListAdapters(pb.ListAdaptersRequest(run=arguments.run)).adapters
+    if arguments.json:
+        print_json({"adapters": [plain(each) for each in adapters]})
+        return 0
+    table(
+        ["round", "bytes", "committed", "released as", "digest"],
+        [[str(a.round), str(a.bytes), moment(a.committed_at), ", ".join(a.released_as), a.digest] for a in adapters],
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""`fl-admin receipts`: what sites signed about their rounds."""

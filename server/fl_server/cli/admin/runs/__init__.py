@@ -1,0 +1,1 @@
+"""`fl-admin runs`: plan, launch and follow runs."""

@@ -1,0 +1,1 @@
+"""`fl-admin sites`: who may take part."""

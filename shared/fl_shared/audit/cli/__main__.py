@@ -1,0 +1,7 @@
+"""`python -m fl_shared.audit.cli` is `fl-audit`."""
+
+import sys
+
+from fl_shared.audit.cli import main
+
+sys.exit(main())
