@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client_sites import spec_table
 
 from fl_client.dp import engine
 from fl_client.dp.audit import canaries
@@ -19,6 +18,7 @@ from fl_client.dp.mechanism import noise
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.audit import cli
 from fl_shared.audit.report import page
+from helpers.sites import spec_table
 
 SMALL = ("--count", "40", "--guesses", "20")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_sites import SITE, Site
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, LedgerError, RunError
 from fl_shared.identity.signing import open_document
+from helpers.sites import SITE, Site
 
 LABELS = ("a", "b", "c")
 
@@ -132,7 +132,7 @@ def _dataset(site: Site) -> Any:
 
 
 def _spec() -> dict[str, Any]:
-    from client_sites import spec_table
+    from helpers.sites import spec_table
 
     return spec_table()
 

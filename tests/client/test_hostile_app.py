@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_sandboxes import close, confinement_of, start_keeper
-from client_sites import SITE, Site, spec_table
 
 from fl_client.agent.service import AgentService, serve
 from fl_client.node.sandbox import landlock_abi
@@ -24,6 +22,8 @@ from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes
 from fl_shared.documents.manifest import RoundManifest, RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document, verify
+from helpers.sandboxes import close, confinement_of, start_keeper
+from helpers.sites import SITE, Site, spec_table
 
 MARKER = "planted-secret-4711"
 FLOOD = 24

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_agents import MARKER, SITE, RealSite, spec
-from client_gateway import Gateway
 
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
 from fl_shared.adapters.safetensors import pack
+from helpers.agents import MARKER, SITE, RealSite, spec
+from helpers.gateway import Gateway
 
 
 def write_spec(path: Path, labels: list[str]) -> Path:

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from client_agents import RealSite, spec
-from client_gateway import Gateway
 
 from fl_shared.cli.extras import EXTRAS, install_command
 from fl_shared.errors import DEFECT
 from fl_shared.identity.signing import SigningKey
+from helpers.agents import RealSite, spec
+from helpers.gateway import Gateway
 from helpers.ledgers import opened, story
 from helpers.parsers import COMMANDS, VERBS
 

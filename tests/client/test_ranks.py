@@ -18,8 +18,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from client_agents import MARKER, RealSite, body, spec
-from client_gateway import Gateway
 
 from fl_client.agent import check
 from fl_client.agent.status import agent_state
@@ -32,6 +30,8 @@ from fl_client.training.round import train_round
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
+from helpers.agents import MARKER, RealSite, body, spec
+from helpers.gateway import Gateway
 
 CONFIG = ModelConfig(directory=TINY, device="cpu", threads=1, processes=2)
 # So little noise that the update is the data's, and everybody is in: any process count must give the same one.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_gateway import Gateway
 
 from fl_client.agent.check import run_checks
 from fl_client.identity import rotation
@@ -16,6 +15,7 @@ from fl_client.identity.rotation import PinnedKeys, follow
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 from fl_shared.identity.signing import SigningKey, sign_document
+from helpers.gateway import Gateway
 
 SITE = "hospital-001"
 

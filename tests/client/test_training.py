@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from client_sites import spec_table
 
 from fl_client.data.units import UnitData
 from fl_client.dp import engine
@@ -21,6 +20,7 @@ from fl_client.training.round import evaluate, initial_adapter, predict, train_r
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
+from helpers.sites import spec_table
 
 LABELS = ["lungs", "heart"]
 MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=0.5, steps=2, clipping_norm=1.0)

@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from client_gateway import Gateway
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata
@@ -29,6 +28,7 @@ from fl_client.identity.renewal import renew
 from fl_client.node.supernode import PLAN_FILE, Helpers, NodePlan, listen_loopback
 from fl_client.node.tunnel import TunnelSettings, make_local_certificate
 from fl_client.site.home import SiteHome
+from helpers.gateway import Gateway
 
 APP = b"the shipped app"
 APP_DIGEST = "sha256:" + hashlib.sha256(APP).hexdigest()

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
-from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client.node import seccomp
 from fl_client.node.supernode import PLAN_FILE, NodePlan, make_home, node_confinement, start_node
 from fl_client.node.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
+from helpers.sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 OUT = """
 import os, socket, sys, time

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_sites import MODEL, POLICY, SITE, Site, spec_table
 
 from fl_client.agent.questions import MAX_AT_ONCE, Answerer
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.documents.plan import Objection, PlanAnswer, PlanQuestion
 from fl_shared.errors import BudgetExhausted, ConfigError, SignatureError, TransportError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
+from helpers.sites import MODEL, POLICY, SITE, Site, spec_table
 
 
 class Wire:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from client_agents import SITE, RealSite
-from client_gateway import Gateway
-from client_users import as_user, barrier
 
 from fl_client.agent.status import agent_problems, agent_state
 from fl_client.node.supernode import free_port
+from helpers.agents import SITE, RealSite
+from helpers.gateway import Gateway
+from helpers.users import as_user, barrier
 
 pytestmark = [pytest.mark.timeout(400)]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter, spec_table
 
 from fl_client.agent.head import LedgerHead, require_newest
 from fl_client.agent.rounds import Rounds, Stopping
@@ -19,6 +18,7 @@ from fl_shared.adapters.safetensors import digest, pack, unpack
 from fl_shared.documents.manifest import Receipt, Refusal, RunSpec
 from fl_shared.errors import DataError, LedgerError, RunError
 from fl_shared.identity.signing import SigningKey, open_document
+from helpers.sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter, spec_table
 
 
 class Crash(BaseException):

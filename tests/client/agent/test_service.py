@@ -13,7 +13,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from client_sites import Site, Trained, body
 
 from fl_client.agent.outgoing import Sealed
 from fl_client.agent.service import AgentService, serve
@@ -23,6 +22,7 @@ from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoRequest, RoundHeader
 from fl_shared.wire.chunks import split
+from helpers.sites import Site, Trained, body
 
 
 @pytest.fixture

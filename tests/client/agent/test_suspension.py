@@ -14,9 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_agents import SITE, RealSite, body, spec
-from client_gateway import Gateway
-from client_sites import POLICY, Site, spec_table
 
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds
@@ -24,6 +21,9 @@ from fl_client.model.load import load_model
 from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.ledger.suspension import MAX_FAILED_RUNS, confirm_run
+from helpers.agents import SITE, RealSite, body, spec
+from helpers.gateway import Gateway
+from helpers.sites import POLICY, Site, spec_table
 
 # Training fails, after it has read the data, because of one record: as an adapter can make it that overflows on a word.
 FAILS_ON_ONE_RECORD = """

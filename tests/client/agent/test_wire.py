@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client_sites import Site, body, spec_table
 
 from fl_shared.adapters.safetensors import WIRES, digest, unpack
 from fl_shared.documents.manifest import Receipt, RunSpec
 from fl_shared.errors import DataError
 from fl_shared.identity.signing import open_document
+from helpers.sites import Site, body, spec_table
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from client_gateway import Gateway
 
 from fl_client.agent.outgoing import Sealed
 from fl_client.agent.status import agent_state
@@ -28,6 +27,7 @@ from fl_shared.ledger.service import Ledger
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
 from fl_shared.wire.chunks import split
+from helpers.gateway import Gateway
 from helpers.ports import free_port
 
 SITE = "hospital-001"
