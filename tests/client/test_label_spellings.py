@@ -16,18 +16,14 @@ from fl_client.model.load import TINY
 from fl_shared.adapters.safetensors import pack
 from helpers.agents import MARKER, SITE, RealSite, spec
 from helpers.gateway import Gateway
+from helpers.specs import to_toml
 
 
 def write_spec(path: Path, labels: list[str]) -> Path:
     """A spec for the shipped base, as TOML with a byte order mark."""
     table = spec(directory_digest(TINY), rounds=1).to_dict()
     table["task"]["labels"] = labels
-    lines = []
-    for section, fields in table.items():
-        if isinstance(fields, dict):
-            lines.append(f"[{section}]")
-            lines += [f"{name} = {json.dumps(value)}" for name, value in fields.items() if value is not None]
-    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    path.write_text(to_toml(table), encoding="utf-8-sig")
     return path
 
 

@@ -21,6 +21,7 @@ from helpers.agents import RealSite, spec
 from helpers.gateway import Gateway
 from helpers.ledgers import opened, story
 from helpers.parsers import COMMANDS, VERBS
+from helpers.specs import to_toml
 
 BIN = Path(sys.executable).parent
 OPTIONAL = sorted({module for modules in EXTRAS.values() for module in modules})
@@ -50,9 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = RealSite(root / "site", gateway)
     gateway.close()
     run = spec("sha256:" + "1" * 64)
-    lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
-             for name, table in run.to_dict().items() if isinstance(table, dict)]  # fmt: skip
-    (root / "spec.toml").write_text("\n".join(lines))
+    (root / "spec.toml").write_text(to_toml(run.to_dict()))
     ledger = opened(f"sqlite:///{site.home.ledger}", SigningKey.load(site.home.signing_key))
     story(ledger)
     ledger.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Iterable
+from typing import Unpack
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.model.load import TINY, LoadedModel, load_model
 from fl_client.training.round import evaluate, initial_adapter, predict, train_round
-from fl_shared.documents.manifest import RunSpec
+from fl_shared.documents.manifest import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
-from helpers.sites import spec_table
+from helpers.specs import SpecFields, run_spec
 
 LABELS = ["lungs", "heart"]
 MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=0.5, steps=2, clipping_norm=1.0)
@@ -40,13 +41,9 @@ def _known_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "SecureStream", lambda: SecureStream(next(keys).to_bytes(32, "big")))
 
 
-def made_for(targets: tuple[str, ...] = ("attention", "shared_experts", "routed_experts"), **run: Any) -> RunSpec:
+def made_for(targets: Iterable[str] = LORA_TARGETS, **fields: Unpack[SpecFields]) -> RunSpec:
     """A small spec for the shipped base."""
-    table = spec_table()
-    table["run"] |= run
-    table["task"] = {"kind": "classification", "labels": LABELS, "max_tokens": 8}
-    table["lora"] = {"rank": 2, "alpha": 4.0, "targets": list(targets)}
-    return RunSpec.from_dict(table)
+    return run_spec(**(SpecFields(targets=targets, labels=LABELS) | fields))
 
 
 def data(*changed: str, label: str = "heart") -> UnitData:

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import httpx
 from cryptography import x509
@@ -27,6 +27,7 @@ from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import SigningKey
 from helpers import stand_in_agent
 from helpers.ports import free_port
+from helpers.specs import SpecFields, write_spec
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120.0
@@ -236,10 +237,9 @@ class Coordinator:
         path = self.root / site / "orders.log"
         return path.exists() and order in path.read_text().splitlines()
 
-    def launch(self, name: str, sites: Iterable[str], *, rounds: int, quorum: int, **more: Any) -> None:
+    def launch(self, **fields: Unpack[SpecFields]) -> None:
         """Launch a run."""
-        spec = self.root / f"{name}.toml"
-        spec.write_text(spec_toml(name, sites, rounds=rounds, quorum=quorum, **more))
+        spec = write_spec(self.root / f"{fields['name']}.toml", **fields)
         self.run("fl-admin", "runs", "launch", str(spec))
 
     def show(self, run: str) -> dict[str, Any]:
@@ -265,37 +265,6 @@ class Coordinator:
             if process is not None:
                 kill_tree(process.pid)
                 process.wait()
-
-
-def spec_toml(
-    name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0, base: str = "a" * 64
-) -> str:
-    """A run spec that the stand-in agents can answer."""
-    return f"""[run]
-name = "{name}"
-base_model = "sha256:{base}"
-sites = {json.dumps(list(sites))}
-rounds = {rounds}
-quorum = {quorum}
-round_timeout_s = {timeout_s}
-
-[task]
-kind = "classification"
-labels = ["A", "B"]
-max_tokens = 8
-
-[lora]
-rank = 4
-targets = ["attention"]
-
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.1
-steps_per_round = 4
-learning_rate = 0.1
-head_learning_rate = 0.1
-"""
 
 
 @contextlib.contextmanager

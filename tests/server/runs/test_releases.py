@@ -12,9 +12,8 @@ from fl_server.db.store import Store
 from fl_server.registry.promotions import Releases
 from fl_server.runs.service import CommittedRound, Reply, Runs
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.manifest import RunSpec
 from fl_shared.errors import ConfigError, RunError
-from helpers.coordinators import spec_toml
+from helpers.specs import run_spec
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def runs(store: Store, tmp_path: Path) -> Runs:
     with store.write() as session:
         session.add(SiteRow(site="h-1", state="enrolled", invited_at=1.0))
     made = Runs(store, tmp_path / "adapters")
-    made.launch(RunSpec.from_text(spec_toml("demo", ["h-1"], rounds=3, quorum=1)))
+    made.launch(run_spec(sites=["h-1"]))
     made.begin_attempt("demo", "a1")
     for number in (1, 2):
         adapter = pack({"w": np.full(2, number, np.float32)})

@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,31 +23,13 @@ from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.manifest import RoundManifest, RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
 from fl_shared.identity.signing import SigningKey, open_document
+from helpers.specs import run_spec
 
 _numbers = itertools.count(1)
 
 
-def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1", "h-2")) -> RunSpec:
-    table: dict[str, Any] = {
-        "run": {
-            "name": name,
-            "base_model": "sha256:" + "a" * 64,
-            "sites": list(sites),
-            "rounds": rounds,
-            "quorum": 1,
-        },
-        "task": {"kind": "classification", "labels": ["A", "B"], "max_tokens": 8},
-        "lora": {"rank": 2, "targets": ["attention"]},
-        "training": {
-            "noise_multiplier": 1.0,
-            "clipping_norm": 1.0,
-            "sampling_probability": 0.1,
-            "steps_per_round": 4,
-            "learning_rate": 0.1,
-            "head_learning_rate": 0.1,
-        },
-    }
-    return RunSpec.from_dict(table)
+def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1", "h-2"), quorum: int = 1) -> RunSpec:
+    return run_spec(name=name, sites=sites, rounds=rounds, quorum=quorum)
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +125,12 @@ def test_revoked_and_unknown_sites_take_no_part(runs: Runs, site: str, word: str
 
 def test_an_invited_site_may_be_named_if_the_others_reach_the_quorum(runs: Runs) -> None:
     """It joins when it has enrolled; a run that could not commit its first round is refused."""
-    table = _spec(sites=("h-1", "h-2", "h-3")).to_dict()
-    table["run"]["quorum"] = 3
+    sites = ("h-1", "h-2", "h-3")
     with pytest.raises(RunError, match="the quorum is 3") as caught:
-        runs.launch(RunSpec.from_dict(table))
+        runs.launch(_spec(sites=sites, quorum=3))
     assert "2 of 3 sites" in caught.value.message
     assert runs.all() == []
-    table["run"]["quorum"] = 2
-    assert runs.launch(RunSpec.from_dict(table)).row.state == "pending"
+    assert runs.launch(_spec(sites=sites, quorum=2)).row.state == "pending"
 
 
 def test_a_late_reply_is_kept_with_its_receipt_once(runs: Runs) -> None:
