@@ -109,7 +109,7 @@ class Supervisor:
             host, port = settings.metrics
             monitor = [
                 Component(
-                    "monitor", host_and_port(host, port), module("monitor"), lambda: _listens(reachable(host), port)
+                    "monitor", host_and_port(host, port), module("operations.monitor"), lambda: _listens(reachable(host), port)
                 )
             ]
         return [
@@ -117,16 +117,16 @@ class Supervisor:
             Component(
                 "gateway",
                 f"https://{host_and_port(settings.listen, settings.gateway_port)}",
-                module("gateway"),
+                module("gateway.app"),
                 lambda: self._healthy(reachable(settings.listen), settings.gateway_port),
             ),
             Component(
                 "control",
                 host_and_port(settings.control_host, settings.control_port),
-                module("control"),
+                module("control.service"),
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
-            Component("launcher", "", module("launcher"), lambda: True, needs=("superlink",)),
+            Component("launcher", "", module("rounds.launcher"), lambda: True, needs=("superlink",)),
             *monitor,
         ]
 
