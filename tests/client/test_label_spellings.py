@@ -42,7 +42,7 @@ def site(tmp_path: Path, gateway: Gateway) -> RealSite:
 def run(site: RealSite, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """`fl-client` as a process."""
     verb, *rest = map(str, arguments)
-    line = [sys.executable, "-m", "fl_client.cli.client", verb, "--site", SITE, "--home", site.home.root, *rest]
+    line = [sys.executable, "-m", "fl_client.cli.client", verb, "--site", SITE, "--home", str(site.home.root), *rest]
     return subprocess.run(line, env=site.environment(), capture_output=True, text=True, check=False)
 
 

@@ -11,6 +11,7 @@ import pytest
 from fl_client.agent.check import run_checks
 from fl_client.identity import rotation
 from fl_client.identity.enrolment import Coordinator, enrol
+from fl_client.identity.gateway import say_hello
 from fl_client.identity.rotation import PinnedKeys, follow
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
@@ -121,7 +122,7 @@ def test_a_stolen_key_ends_at_a_site_that_is_kept_from_hearing_of_it(
     stolen = gateway.signing.public_hex
     assert keys.accepts(stolen)
     gateway.rotate(time.time())
-    served, asked = rotation.say_hello, []
+    asked: list[float] = []
 
     def nothing(*_: object) -> dict[str, Any]:
         asked.append(uptime[0])
@@ -133,7 +134,7 @@ def test_a_stolen_key_ends_at_a_site_that_is_kept_from_hearing_of_it(
         assert keys.accepts(stolen) is (uptime[0] - 1e6 <= rotation.VOUCHED_S)
     assert len(asked) <= 2 * rotation.VOUCHED_S / rotation.ASK_AGAIN_S
     assert not PinnedKeys(home, Coordinator.load(home)).accepts(stolen)
-    monkeypatch.setattr(rotation, "say_hello", served)
+    monkeypatch.setattr(rotation, "say_hello", say_hello)
     uptime[0] += 60.0
     assert not keys.accepts(stolen)
     assert keys.accepts(gateway.signing.public_hex)

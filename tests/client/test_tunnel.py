@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,10 @@ def test_a_body_of_two_readings_does_not_pass_the_allow_list(tunnel: Running, ga
     assert as_flower_reads(tunnel) == APP
 
 
+def _answer(body: bytes, _path: str, _body: bytes) -> tuple[int, bytes]:
+    return 200, body
+
+
 def test_what_is_delivered_is_a_new_message_around_the_hashed_bytes(tunnel: Running, gateway: Gateway) -> None:
     """Nothing of the coordinator's own bytes is passed on: unknown fields, doubles and a false hash are gone."""
     tunnel.post("/v1/fleet/pull-messages")
@@ -198,10 +203,10 @@ def test_what_is_delivered_is_a_new_message_around_the_hashed_bytes(tunnel: Runn
         "false hash": fab(APP, stated=EVIL),
     }
     for shape, body in shapes.items():
-        gateway.fleet_answer = lambda _path, _body, body=body: (200, body)
+        gateway.fleet_answer = partial(_answer, body)
         assert tunnel.post("/v1/fleet/get-fab").content == fab(APP), shape
     for body in (fab(APP) + fab(EVIL), fab(APP) + b"\x0a", b"", fab(b"")):
-        gateway.fleet_answer = lambda _path, _body, body=body: (200, body)
+        gateway.fleet_answer = partial(_answer, body)
         assert as_flower_reads(tunnel) is None
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import Any
 
 import pytest
 
@@ -59,9 +59,10 @@ class Federation:
         data = {"path": self.root / f"{site.id}.csv", "label_column": "chapter"}
         site.configure(site_toml(site.id, self.coordinator.url, data=data, budget={"epsilon": epsilon}))
 
-    def launch(self, name: str, **fields: Unpack[SpecFields]) -> str:
-        mine = SpecFields(name=name, base_model=self.base, labels=self.labels)
-        return self.coordinator.launch(write_spec(self.root / f"{name}.toml", **(USUAL | mine | fields)))
+    def launch(self, name: str, **changes: Any) -> str:
+        fields: Any = USUAL | changes
+        path = write_spec(self.root / f"{name}.toml", name=name, base_model=self.base, labels=self.labels, **fields)
+        return self.coordinator.launch(path)
 
 
 @pytest.fixture(scope="module")

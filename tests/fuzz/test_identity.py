@@ -20,7 +20,8 @@ from flwr.proto.message_pb2 import Message, Metadata
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.identity.enrolment import Token, server_url
+from fl_client.identity.enrolment import Token
+from fl_client.site.address import server_url
 from fl_client.training.ranks import frames
 from fl_server.db.models import SiteRow
 from fl_server.db.store import Store

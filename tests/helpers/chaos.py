@@ -74,7 +74,11 @@ class Federation:
                 rows = [(f"cough {number} day {day}", "AB"[day % 2]) for day in range(RECORDS)]
                 csv.writer(sink).writerows([("text", "label"), *rows])
             site.enroll(self.coordinator.url, self.coordinator.invite(site.id))
-            site.configure(site_toml(site.id, self.coordinator.url, data={"path": data}, budget={"epsilon": 50.0}))
+            site.configure(
+                site_toml(
+                    site.id, self.coordinator.url, data={"name": "records", "path": data}, budget={"epsilon": 50.0}
+                )
+            )
             site.start()
             (self.kept / site.id).mkdir(parents=True)
         self._keeper.start()

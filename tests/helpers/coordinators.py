@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from fl_server.cli import admin, server
 from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import SigningKey
 from helpers import stand_in_agent
@@ -40,6 +42,18 @@ def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -
         if time.monotonic() > deadline:
             raise AssertionError(f"not in {patience_s:.0f} s: {what}")
         time.sleep(0.2)
+
+
+def in_process(main: Callable[[list[str]], int], line: list[str]) -> tuple[int, str, str]:
+    """Run a command's `main` here; its exit code and what it printed. The umask that it tightens is restored."""
+    out, err = io.StringIO(), io.StringIO()
+    umask = os.umask(0o022)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(line)
+    finally:
+        os.umask(umask)
+    return code, out.getvalue(), err.getvalue()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -138,8 +152,12 @@ class Coordinator:
         return done
 
     def admin(self, *arguments: str) -> Any:
-        """What `fl-admin ... --json` prints."""
-        return json.loads(self.run("fl-admin", *arguments, "--json").stdout)
+        """What `fl-admin ... --json` prints, in this process: a new one for each question would be most of the time."""
+        line = [*arguments, "--profile", self.facts["profile"], "--json"]
+        code, out, err = in_process(admin.main, line)
+        if code != 0:
+            raise AssertionError(f"fl-admin {' '.join(line)}: {code}\n{out}{err}")
+        return json.loads(out)
 
     def up(self) -> None:
         """Start `fl-server up` and wait until all of it is ready."""
@@ -152,7 +170,7 @@ class Coordinator:
 
     def is_ready(self) -> bool:
         """Whether every component is ready."""
-        return self.run("fl-server", "status", "--home", str(self.home), check=False).returncode == 0
+        return in_process(server.main, ["status", "--home", str(self.home)])[0] == 0
 
     def down(self) -> int:
         """SIGTERM to `fl-server up`; its exit status."""

@@ -41,7 +41,9 @@ POLICY = PolicyConfig(
 
 def site_spec(**fields: Unpack[SpecFields]) -> RunSpec:
     """A small spec that the policy above allows."""
-    return run_spec(**(SpecFields(base_model=MODEL, labels=["a", "b"], rank=4) | fields))
+    usual: dict[str, Any] = {"base_model": MODEL, "labels": ["a", "b"], "rank": 4}
+    usual.update(fields)
+    return run_spec(**usual)
 
 
 @dataclass

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import json
 import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +30,9 @@ from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.ledger import receipts
 from fl_shared.privacy.mechanism import Mechanism
 from harness import Site, command_json, running
-from helpers.coordinators import BIN, Coordinator, Keys, environment, until
+from helpers.coordinators import BIN, Coordinator, Keys, environment, in_process, until
 from helpers.ports import free_port
-from helpers.specs import SpecFields, run_spec, site_toml, write_spec
+from helpers.specs import run_spec, site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -62,23 +61,21 @@ class Day:
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`fl-admin` in this process: a new one for each of a hundred calls would be most of this module's time."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main([*arguments, *(() if "--profile" in arguments else ("--profile", self.one.facts["profile"]))])
+        profile = () if "--profile" in arguments else ("--profile", self.one.facts["profile"])
+        code, out, err = in_process(main, [*arguments, *profile])
         if check and code != 0:
-            raise AssertionError(f"fl-admin {' '.join(arguments)}: {code}\n{out.getvalue()}{err.getvalue()}")
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+            raise AssertionError(f"fl-admin {' '.join(arguments)}: {code}\n{out}{err}")
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
     def admin(self, *arguments: str) -> Any:
         """What `fl-admin ... --json` prints."""
         return json.loads(self.run(*arguments, "--json").stdout)
 
-    def spec(self, name: str, sites: list[str], **fields: Unpack[SpecFields]) -> Path:
+    def spec(self, name: str, sites: list[str], **changes: Any) -> Path:
         """A spec file that the real sites understand."""
-        usual = SpecFields(
-            rounds=5, noise_multiplier=2.0, base_model=self.base, sampling_probability=0.02, steps_per_round=2
-        )
-        return write_spec(self.one.root / f"{name}.toml", **(usual | fields | {"name": name, "sites": sites}))
+        usual = {"rounds": 5, "noise_multiplier": 2.0, "base_model": self.base, "sampling_probability": 0.02}
+        fields: Any = usual | changes
+        return write_spec(self.one.root / f"{name}.toml", name=name, sites=sites, steps_per_round=2, **fields)
 
     def plan(self, spec: Path, *more: str) -> tuple[int, dict[str, Any]]:
         """Exit code and answer of `runs plan`."""

@@ -134,7 +134,7 @@ def test_a_missed_quorum_fails_by_name_and_the_run_can_be_resumed(one: Coordinat
 
 def _told(shown: dict[str, Any], round: int) -> dict[str, tuple[str, str]]:
     """Site to status and code of one round."""
-    history = next((each for each in shown["history"] if each["round"] == round), {"replies": []})
+    history: dict[str, Any] = next((each for each in shown["history"] if each["round"] == round), {"replies": []})
     return {reply["site"]: (reply["status"], reply["code"]) for reply in history["replies"]}
 
 

@@ -25,7 +25,8 @@ def test_every_name_has_defaults_for_all_its_parameters(name: str) -> None:
     assert set(dict(spec.aggregation)) == {each.name for each in AGGREGATORS[name]}
     assert RunSpec.from_dict(spec.to_dict()) == spec
     for each in AGGREGATORS[name]:
-        other = read(name, **{each.name: each.default + 1 if each.whole else each.default * 0.9})
+        another: dict[str, Any] = {each.name: each.default + 1 if each.whole else each.default * 0.9}
+        other = read(name, **another)
         assert other.digest != spec.digest
 
 

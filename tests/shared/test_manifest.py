@@ -256,8 +256,9 @@ REFUSALS = st.builds(
 def manifests(draw: st.DrawFn) -> RoundManifest:
     """Any valid manifest."""
     issued = draw(TIMES)
+    address: dict[str, Any] = {name: draw(each) for name, each in ADDRESS.items()}
     return RoundManifest(
-        **{name: draw(each) for name, each in ADDRESS.items()},
+        **address,
         spec=draw(specs()),
         adapter_digest=draw(DIGESTS),
         nonce=draw(TEXTS),

@@ -173,10 +173,10 @@ def test_a_coordinator_cannot_order_in_the_sites_own_name_space(small: Site) -> 
         assert (refused.status, refused.payload, body(refused)["code"]) == ("refused", b"", "bad-manifest")
     assert small.outcomes() == before
     receipt_entry = body(baseline)["entry_id"]
+    order = small.store.find("alone:demo", 1)
+    assert order is not None
     with pytest.raises(Exception, match="belongs to others"):  # the second lock: the choke point itself
-        small.rounds._release(
-            small.manifest(run="alone:demo"), small.store.find("alone:demo", 1), receipt_entry, baseline.payload
-        )
+        small.rounds._release(small.manifest(run="alone:demo"), order, receipt_entry, baseline.payload)
     assert small.order(small.manifest(run="alone")).payload != baseline.payload
     names = {path.name for path in (small.root / "releases").glob("*.safetensors")}
     assert names == {"alone_demo-1.safetensors", "alone-1.safetensors"}

@@ -32,7 +32,7 @@ from helpers.specs import run_spec, to_toml
 torch.set_num_threads(1)
 IDS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(5))
 SHARED = ("deepseek_v2", "deepseek_v3", "qwen2_moe")
-CASES = [(name, None) for name in ARCHITECTURES]
+CASES: list[tuple[str, str | None]] = [(name, None) for name in ARCHITECTURES]
 CASES += [(name, group) for name in ARCHITECTURES for group in ("attention", "routed_experts")]
 CASES += [(name, "shared_experts") for name in SHARED]
 
