@@ -12,8 +12,28 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from helpers.quick import Quick
+
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=10)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick`."""
+    parser.addoption("--quick", action="store_true", help="no process, no PostgreSQL, no model: under 90 seconds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the quick tests, with fewer examples each."""
+    if config.getoption("quick"):
+        settings.load_profile("quick")
+        config.pluginmanager.register(Quick(), "quick")
+
+
+@pytest.fixture
+def processes() -> None:
+    """What a test asks for that starts processes by way of the product's own code: `--quick` leaves it out."""
 
 
 @pytest.fixture(autouse=True, scope="session")
