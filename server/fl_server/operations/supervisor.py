@@ -109,7 +109,10 @@ class Supervisor:
             host, port = settings.metrics
             monitor = [
                 Component(
-                    "monitor", host_and_port(host, port), module("operations.monitor"), lambda: _listens(reachable(host), port)
+                    "monitor",
+                    host_and_port(host, port),
+                    module("operations.monitor"),
+                    lambda: _listens(reachable(host), port),
                 )
             ]
         return [
