@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dist demo test lint types index bench proto schemas lock clean
+.PHONY: help install dist demo quick test fuzz lint types index bench proto schemas lock clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -29,8 +29,14 @@ dist: $(STAMP) ## build the wheel and the source distribution into dist/
 demo: $(STAMP) ## three hospitals fine-tune one model together (about ten minutes)
 	$(BIN)/python scenarios/hospital/run.py
 
-test: $(STAMP) ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+quick: $(STAMP) ## the tests without processes, PostgreSQL and models: 90 seconds, while one writes
+	$(BIN)/python -m pytest --quick -n 2 --dist worksteal
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+
+fuzz: $(STAMP) ## the fuzz tests with new inputs, ten minutes each (CONCORDAT_FUZZ_MINUTES)
+	CONCORDAT_FUZZ_MINUTES=$${CONCORDAT_FUZZ_MINUTES:-10} $(BIN)/python -m pytest -n 2 tests/fuzz
 
 lint: $(STAMP) ## ruff (rules and format), the import contracts and spelling
 	$(BIN)/ruff check .
@@ -38,7 +44,7 @@ lint: $(STAMP) ## ruff (rules and format), the import contracts and spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-types: $(STAMP) ## mypy, strict
+types: $(STAMP) ## mypy, strict, over the product, the tests and the scenarios
 	$(BIN)/mypy
 
 index: $(STAMP) ## rewrite what documents repeat: index of decisions, map of the house, first sentences

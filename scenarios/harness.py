@@ -170,9 +170,12 @@ class Coordinator:
         return str(self.admin("runs", "launch", str(spec))["run"])
 
     def wait(self, run: str, timeout: float) -> dict[str, Any]:
-        """Wait until the run has ended; its last `runs show`."""
+        """Follow the run to its end; its last `runs show`."""
         deadline = time.monotonic() + timeout
         while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                left = max(1.0, deadline - time.monotonic())
+                command("fl-admin", "runs", "watch", run, "--profile", self.profile, timeout=left, check=False)
             shown: dict[str, Any] = self.admin("runs", "show", run)
             if shown["state"] in {"completed", "failed", "stopped"}:
                 return shown

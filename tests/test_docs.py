@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.parsers import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("scenarios/*/README.md")])
@@ -32,15 +32,8 @@ def commands() -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("line", commands(), ids=" ".join)
 def test_every_documented_command_exists(line: tuple[str, ...]) -> None:
-    """A command that a document shows answers to --help."""
-    script, *verbs = line
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / script), *verbs, "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    """A command that a document shows answers to --help, by its own parser (`test_commands.py` runs the scripts)."""
+    parse([*line, "--help"])
 
 
 def test_every_make_target_in_the_readme_exists() -> None:

@@ -16,17 +16,17 @@ from typing import Any, NoReturn
 import grpc
 import pytest
 import uvicorn
-from fl_client.identity.gateway_client import ask, read, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fl_client.identity.gateway import GatewayClient
 from fl_client.training.ranks.frames import receive, send
 from fl_client.training.ranks.group import _typed
 from fl_server.cli.connection import Profile, _translated
-from fl_server.control.service import _abort
-from fl_server.gateway.app import _refusal
+from fl_server.control.calls import _abort
+from fl_server.gateway.limits import refusal
 from fl_shared import errors
-from fl_shared.errors import MAX_CODE, MAX_TEXT, ConcordatError, TransportError
+from fl_shared.errors import MAX_CODE, MAX_TEXT, ConcordatError, EnrolmentError, TransportError
 
 KINDS = sorted(
     (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ConcordatError)),
@@ -69,10 +69,10 @@ def test_an_error_survives_a_command() -> None:
         assert whole(ConcordatError.from_dict(json.loads(done.stderr))) == whole(error)
 
 
-class _Failing(grpc.GenericRpcHandler):
+class _Failing(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs alone
     """A call that fails with the error whose number the request is."""
 
-    def service(self, call_details: Any) -> grpc.RpcMethodHandler:  # gRPC's signature
+    def service(self, call_details: Any) -> grpc.RpcMethodHandler[bytes, bytes]:  # gRPC's signature
         def call(request: bytes, context: grpc.ServicerContext) -> NoReturn:
             _abort(context, ERRORS[int(request)])
 
@@ -86,7 +86,7 @@ def test_an_error_survives_the_control_api() -> None:
     server.start()
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call = channel.unary_unary("/x/y")
+            call = channel.unary_unary("/x/y", bytes, bytes)
             for number, error in enumerate(ERRORS):
                 with pytest.raises(grpc.RpcError) as caught:
                     call(str(number).encode())
@@ -100,7 +100,7 @@ def test_an_error_survives_the_gateway() -> None:
 
     async def app(scope: Any, take: Any, give: Any) -> None:
         assert scope["type"] == "http"
-        await _refusal(ERRORS[int(scope["path"][1:])], 403)(scope, take, give)
+        await refusal(ERRORS[int(scope["path"][1:])], 403)(scope, take, give)
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -112,10 +112,13 @@ def test_an_error_survives_the_gateway() -> None:
             while not server.started and time.monotonic() < until:
                 time.sleep(0.01)
             for number, error in enumerate(ERRORS):
-                url = f"http://127.0.0.1:{listener.getsockname()[1]}/{number}"
-                status, body = ask("GET", url, ssl.create_default_context(), timeout=30)  # type: ignore[arg-type]
-                assert status == 403
-                assert whole(refusal(url, status, read(url, body), fix="")) == whole(error)
+                client = GatewayClient(f"http://127.0.0.1:{listener.getsockname()[1]}", ssl.create_default_context)
+                with pytest.raises(EnrolmentError) as caught:
+                    client.call("GET", f"/{number}")
+                told = caught.value
+                assert (told.message, told.fix, told.code) == (
+                    f"the coordinator refused: {error.message}", error.fix, error.code,
+                )  # fmt: skip
         finally:
             server.should_exit = True
             thread.join(30)
@@ -135,9 +138,11 @@ def test_an_error_survives_the_frames_of_the_ranks() -> None:
 
 def test_an_error_of_an_older_gateway_is_read() -> None:
     """Without an exit code, as the gateway answered before: the words and the code."""
-    found = refusal("u", 403, {"error": "no", "code": "used", "fix": "ask"}, fix="other")
-    assert whole(found) == (ConcordatError, "no", "ask", "used", 1)
-    assert refusal("u", 403, ["?"], fix="other").fix == "other"
+    client = GatewayClient("u", ssl.create_default_context)
+    found = client._refusal("u", 403, b'{"error": "no", "code": "used", "fix": "ask"}')
+    assert (type(found), found.message) == (EnrolmentError, "the coordinator refused: no")
+    assert (found.fix, found.code) == ("ask", "used")
+    assert client._refusal("u", 403, b'["?"]').fix == "ask the coordinator's administrator for a new token"
 
 
 JSON = st.recursive(

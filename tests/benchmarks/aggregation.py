@@ -42,6 +42,7 @@ from fl_shared.documents.spec import RunSpec
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from helpers.flower_messages import reply  # noqa: E402 - made importable above
+from helpers.specs import run_spec  # noqa: E402 - same
 
 MB = 1_000_000
 SITES, BYTES = 20, 50 * MB
@@ -52,28 +53,13 @@ QUIET = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TR
 
 def spec_of(name: str, sites: int, wire: str = "float32") -> RunSpec:
     """A run of `sites` sites under aggregator `name`."""
-    return RunSpec.from_dict(
-        {
-            "run": {
-                "name": "benchmark",
-                "base_model": "sha256:" + "0" * 64,
-                "sites": [f"site-{number}" for number in range(sites)],
-                "rounds": 2,
-                "quorum": sites,
-                "aggregation": name,
-                "wire": wire,
-            },
-            "task": {"kind": "classification", "labels": ["a", "b"], "max_tokens": 8},
-            "lora": {"rank": RANK, "targets": ["attention"]},
-            "training": {
-                "noise_multiplier": 1.0,
-                "clipping_norm": 1.0,
-                "sampling_probability": 0.1,
-                "steps_per_round": 2,
-                "learning_rate": 0.1,
-                "head_learning_rate": 1.0,
-            },
-        }
+    return run_spec(
+        sites=[f"site-{number}" for number in range(sites)],
+        quorum=sites,
+        aggregation=name,
+        wire=wire,
+        rank=RANK,
+        steps_per_round=2,
     )
 
 

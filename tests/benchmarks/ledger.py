@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def reserve_and_settle(url: str, key: SigningKey, count: int) -> list[float]:
             ledger.settle(held, ROUND, "sha256:bench")
 
         pair(first)
-        return [timed(lambda n=number: pair(n)) for number in range(first + 1, first + 1 + count)]
+        return [timed(partial(pair, number)) for number in range(first + 1, first + 1 + count)]
 
 
 def epsilon_now(url: str, key: SigningKey, count: int) -> list[float]:

@@ -212,7 +212,7 @@ def measure(say: Callable[[str], None], large: int = LARGE) -> dict[str, Any]:
             say(f"transport: two rounds with updates of {size} bytes ...")
             with agents(root, size):
                 before = relay.bytes
-                made.launch(name, SITES, rounds=2, quorum=2, timeout_s=900)
+                made.launch(name=name, sites=SITES, rounds=2, quorum=2, round_timeout_s=900)
                 shown = made.wait(name, "completed", "failed", patience_s=900)
                 if shown["state"] != "completed":
                     raise SystemExit(f"run {name} {shown['state']}: {shown['reason']}")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from client_sandboxes import close, confinement_of, start_keeper
 
 from fl_client.node.admission import admit
 from fl_client.node.forwarder import MAX_CONNECTIONS
 from fl_client.node.helpers import listen_loopback
 from fl_client.node.tunnel import MAX_CONNECTIONS as MAX_TUNNELLED
 from fl_client.node.tunnel_settings import READY, TunnelSettings, make_local_certificate
+from helpers.sandboxes import close, confinement_of, start_keeper
 
 MANY = """
 import socket, sys, time

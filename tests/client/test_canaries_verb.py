@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client_sites import spec_table
 
 from fl_client.dp import engine
 from fl_client.dp.audit import canaries
@@ -19,6 +18,7 @@ from fl_client.dp.mechanism import noise
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_shared.audit import cli
 from fl_shared.audit.report import page
+from helpers.specs import write_spec
 
 SMALL = ("--count", "40", "--guesses", "20")
 
@@ -36,16 +36,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     code = cli.main(["canaries", *arguments])
     shown = capsys.readouterr()
     return code, shown.out, shown.err
-
-
-def write_spec(path: Path, **training: object) -> None:
-    """A run's spec with these fields of `[training]`."""
-    path.write_text(
-        "".join(
-            f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
-            for section, fields in spec_table(**training).items()
-        )
-    )
 
 
 def test_the_right_engine_is_not_accused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from client_agents import SITE, RealSite, spec
-from client_gateway import Gateway
 
 from fl_client.agent.check import run_checks
 from fl_client.model.layout import target_groups
 from fl_client.model.load import load_model
 from fl_client.site.config import SiteConfig
 from fl_shared.documents.spec import RunSpec
+from helpers.agents import SITE, RealSite, spec
+from helpers.gateway import Gateway
 from helpers.random_models import float_model, small_config
 
 TINY = Path(str(resources.files("fl_client"))) / "model" / "tiny"

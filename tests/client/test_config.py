@@ -12,57 +12,34 @@ from fl_client.cli.client import main
 from fl_client.site.config import SiteConfig, template
 from fl_client.site.home import SiteHome
 from fl_shared.errors import ConfigError
+from helpers.specs import site_toml
 
 SITE = "hospital-001"
-GOOD = """
-[site]
-id = "hospital-001"
-[server]
-url = "https://coordinator.example:9443"
-[data]
-name = "diagnoses"
-path = "records.csv"
-text_column = "text"
-label_column = "chapter"
-unit_column = "patient"
-privacy_unit = "patient"
-max_records_per_unit = 4
-expected_units = 1000
-holdout = 0.1
-public = false
-[model]
-directory = "tiny"
-device = "cpu"
-threads = 1
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.2
-max_steps_per_round = 4
-max_rank = 16
-targets = ["attention"]
-allow_non_private = false
-apps = ["any"]
-[budget]
-epsilon = 5.0
-delta = 1e-5
-approver = "privacy officer"
-valid_from = "2026-01-01"
-valid_to = "2027-01-01"
-[ledger]
-url = "sqlite:////tmp/ledger.sqlite"
-[supernode]
-launch = true
-confine = "auto"
-user = ""
-tunnel_port = 0
-socket_group = ""
-directory = "supernode"
-[metrics]
-listen = "127.0.0.1:9464"
-[agent]
-stop_grace_s = 15.0
-"""
+GOOD = site_toml(
+    data={
+        "label_column": "chapter",
+        "unit_column": "patient",
+        "privacy_unit": "patient",
+        "max_records_per_unit": 4,
+        "expected_units": 1000,
+        "holdout": 0.1,
+        "public": False,
+    },
+    model={"threads": 1},
+    policy={"max_rank": 16, "targets": ["attention"], "allow_non_private": False, "apps": ["any"]},
+    budget={"valid_from": "2026-01-01", "valid_to": "2027-01-01"},
+    ledger={"url": "sqlite:////tmp/ledger.sqlite"},
+    supernode={
+        "launch": True,
+        "confine": "auto",
+        "user": "",
+        "tunnel_port": 0,
+        "socket_group": "",
+        "directory": "supernode",
+    },
+    metrics={"listen": "127.0.0.1:9464"},
+    agent={"stop_grace_s": 15.0},
+)
 
 # The line that replaces the field of the same name in the section, and the words that must be in the message.
 WRONG = [

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from client_agents import SITE, RealSite
-from client_gateway import Gateway
 from safetensors.torch import load_file, save_file
 
 from fl_client.agent.check import run_checks
 from fl_client.model.load import TINY, load_model
 from fl_client.training.device import CACHE, COMPILER, DRIVER, explain, try_device
 from fl_shared.errors import ConfigError, EngineError
+from helpers.agents import SITE, RealSite
+from helpers.gateway import Gateway
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
 CUDA = torch.device("cuda")

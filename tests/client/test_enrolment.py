@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_gateway import Authority, Gateway
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
@@ -21,6 +20,7 @@ from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 from fl_shared.identity.signing import SigningKey
 from fl_shared.identity.token import Token
+from helpers.gateway import Authority, Gateway
 
 SITE = "hospital-001"
 

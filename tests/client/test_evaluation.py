@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_sites import SITE, Site
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,9 +24,9 @@ from fl_client.data.load import split_holdout
 from fl_client.data.units import UnitData
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.tasks.classification import Classification
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, LedgerError, RunError
 from fl_shared.identity.signing import open_document
+from helpers.sites import SITE, Site, site_spec
 
 LABELS = ("a", "b", "c")
 TASK = Classification(LABELS, 8)
@@ -89,7 +88,7 @@ def test_the_holdout_is_stable_and_disjoint(tmp_path: Path) -> None:
 def test_figures_leave_only_with_a_settled_row_and_once(tmp_path: Path) -> None:
     """The row is charged with purpose evaluation; a repeat costs nothing; nothing else passes."""
     site = Site(tmp_path)
-    request = _Request(RunSpec.from_dict(_spec()), b"adapter", 10.0)
+    request = _Request(site_spec(), b"adapter", 10.0)
     calls: list[int] = []
 
     def compute(_mechanism: Any) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def test_a_failure_is_charged_in_full_and_shows_nothing(tmp_path: Path) -> None:
     def fail(_mechanism: Any) -> dict[str, Any]:
         raise ValueError("private")
 
-    request = _Request(RunSpec.from_dict(_spec()), b"adapter", 10.0)
+    request = _Request(site_spec(), b"adapter", 10.0)
     with pytest.raises(ValueError, match="private"):
         _charged(site.ledger, site.outgoing, _dataset(site), site.store, request, SITE, fail)
     assert site.outcomes() == [(0, "in-doubt")]
@@ -132,12 +131,6 @@ def test_a_failure_is_charged_in_full_and_shows_nothing(tmp_path: Path) -> None:
 def _dataset(site: Site) -> Any:
     (found,) = site.ledger.datasets()
     return found
-
-
-def _spec() -> dict[str, Any]:
-    from client_sites import spec_table
-
-    return spec_table()
 
 
 def test_noise_that_would_hide_the_figures_is_refused_before_the_charge() -> None:
@@ -154,7 +147,7 @@ def test_noise_that_would_hide_the_figures_is_refused_before_the_charge() -> Non
 def test_a_failed_evaluation_is_not_repeated_until_it_is_confirmed(tmp_path: Path) -> None:
     """Its failure told something about the hold-out once."""
     site = Site(tmp_path)
-    request = _Request(RunSpec.from_dict(_spec()), b"adapter", 10.0)
+    request = _Request(site_spec(), b"adapter", 10.0)
 
     def fail(_mechanism: Any) -> dict[str, Any]:
         raise RuntimeError("private")

@@ -11,11 +11,9 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
-from client_sandboxes import close, confinement_of, start_keeper
-from client_sites import SITE, Site, spec_table
 
 from fl_client.agent.service import AgentService, serve
 from fl_client.node.environment import shared_source
@@ -23,8 +21,10 @@ from fl_client.node.sandbox import landlock_abi
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import canonical_bytes
 from fl_shared.documents.round import RoundManifest
-from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document, verify
+from helpers.sandboxes import close, confinement_of, start_keeper
+from helpers.sites import SITE, Site, site_spec
+from helpers.specs import SpecFields
 
 MARKER = "planted-secret-4711"
 FLOOD = 24
@@ -99,8 +99,8 @@ def orders(site: Site) -> list[tuple[str, str]]:
     def signed(manifest: RoundManifest, key: SigningKey | None = None) -> dict[str, Any]:
         return sign_document(key or site.coordinator, manifest.to_dict())
 
-    def greedy(**training: Any) -> RoundManifest:
-        return site.manifest(run="greedy", spec=RunSpec.from_dict(spec_table(**training)))
+    def greedy(**fields: Unpack[SpecFields]) -> RoundManifest:
+        return site.manifest(run="greedy", spec=site_spec(**fields))
 
     honest = site.manifest()
     mild = signed(honest)
@@ -120,7 +120,7 @@ def orders(site: Site) -> list[tuple[str, str]]:
         ("the same round for another adapter", signed(dataclasses.replace(honest, adapter_digest=digest(b"x")))),
         ("a nonce again", signed(site.manifest(2, nonce=honest.nonce))),
     ]
-    spec = RunSpec.from_dict(spec_table() | {"run": spec_table()["run"] | {"rounds": 400}})
+    spec = site_spec(rounds=400)
     made += [(f"round {number}", signed(site.manifest(number, run="endless", spec=spec))) for number in range(1, 40)]
     return [(name, json.dumps(document)) for name, document in made] + [("nonsense", '{"body": {"run": ')]
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from client_gateway import Gateway
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,6 +23,7 @@ from fl_client.identity.renewal import renew
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
+from helpers.gateway import Gateway
 
 SITE = "hospital-001"
 Said = Callable[[ssl.SSLSocket], None]

@@ -10,24 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_agents import MARKER, SITE, RealSite, spec
-from client_gateway import Gateway
 
 from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
 from fl_shared.adapters.safetensors import pack
+from helpers.agents import MARKER, SITE, RealSite, spec
+from helpers.gateway import Gateway
+from helpers.specs import to_toml
 
 
 def write_spec(path: Path, labels: list[str]) -> Path:
     """A spec for the shipped base, as TOML with a byte order mark."""
     table = spec(directory_digest(TINY), rounds=1).to_dict()
     table["task"]["labels"] = labels
-    lines = []
-    for section, fields in table.items():
-        if isinstance(fields, dict):
-            lines.append(f"[{section}]")
-            lines += [f"{name} = {json.dumps(value)}" for name, value in fields.items() if value is not None]
-    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    path.write_text(to_toml(table), encoding="utf-8-sig")
     return path
 
 
@@ -46,7 +42,7 @@ def site(tmp_path: Path, gateway: Gateway) -> RealSite:
 def run(site: RealSite, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """`fl-client` as a process."""
     verb, *rest = map(str, arguments)
-    line = [sys.executable, "-m", "fl_client.cli.client", verb, "--site", SITE, "--home", site.home.root, *rest]
+    line = [sys.executable, "-m", "fl_client.cli.client", verb, "--site", SITE, "--home", str(site.home.root), *rest]
     return subprocess.run(line, env=site.environment(), capture_output=True, text=True, check=False)
 
 

@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from client_agents import RealSite, spec
-from client_gateway import Gateway
 
 from fl_shared.cli.extras import EXTRAS, install_command
 from fl_shared.errors import DEFECT
 from fl_shared.identity.signing import SigningKey
+from helpers.agents import RealSite, spec
+from helpers.gateway import Gateway
 from helpers.ledgers import opened, story
 from helpers.parsers import COMMANDS, VERBS
+from helpers.specs import to_toml
 
 BIN = Path(sys.executable).parent
 OPTIONAL = sorted({module for modules in EXTRAS.values() for module in modules})
@@ -50,9 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = RealSite(root / "site", gateway)
     gateway.close()
     run = spec("sha256:" + "1" * 64)
-    lines = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
-             for name, table in run.to_dict().items() if isinstance(table, dict)]  # fmt: skip
-    (root / "spec.toml").write_text("\n".join(lines))
+    (root / "spec.toml").write_text(to_toml(run.to_dict()))
     ledger = opened(f"sqlite:///{site.home.ledger}", SigningKey.load(site.home.signing_key))
     story(ledger)
     ledger.close()
@@ -63,12 +62,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def called(place: Path, line: str, *hidden: str) -> subprocess.CompletedProcess[str]:
     """Run a command in `place` without the hidden packages."""
     words = shlex.split(line)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FL_", "CONCORDAT_"))}
-    environment = kept | {"HIDDEN": ",".join(hidden), "PYTHONPATH": str(place / "hiding"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [str(BIN / words[0]), *words[1:]], cwd=place, env=environment, capture_output=True, text=True, timeout=120,
-        check=False,
+        [str(BIN / words[0]), *words[1:]], cwd=place, env=environment(place, *hidden), capture_output=True, text=True,
+        timeout=120, check=False,
     )  # fmt: skip
+
+
+def environment(place: Path, *hidden: str) -> dict[str, str]:
+    """A process's environment in which these packages are not found."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FL_", "CONCORDAT_"))}
+    return kept | {"HIDDEN": ",".join(hidden), "PYTHONPATH": str(place / "hiding"), "OMP_NUM_THREADS": "1"}
 
 
 AT = "--site hospital-001 --home site"
@@ -123,16 +126,47 @@ SWEPT = {
 }
 
 
-@pytest.mark.parametrize("module", OPTIONAL)
+# One interpreter for each package: what a command imported in vain is not in sys.modules, so the next one tries again.
+SWEEP = """
+import contextlib, io, json, shlex, sys
+from importlib import metadata
+
+scripts = {script.name: script for script in metadata.entry_points(group="console_scripts")}
+told = {}
+for line in sys.argv[1:]:
+    sys.argv = shlex.split(line)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = scripts[sys.argv[0]].load()()
+        except SystemExit as end:
+            code = end.code
+    told[sys.argv[0]] = [code or 0, err.getvalue()]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module", params=OPTIONAL)
+def swept(request: pytest.FixtureRequest, place: Path) -> tuple[str, dict[str, tuple[int, str]]]:
+    """A package, and what each command ends with and says on standard error without it."""
+    module: str = request.param
+    words = [sys.executable, "-c", SWEEP, *SWEPT.values()]
+    done = subprocess.run(
+        words, cwd=place, env=environment(place, module), capture_output=True, text=True, timeout=120, check=True
+    )
+    return module, json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("command", sorted(SWEPT))
-def test_no_missing_package_is_a_defect(command: str, module: str, place: Path) -> None:
+def test_no_missing_package_is_a_defect(command: str, swept: tuple[str, dict[str, tuple[int, str]]]) -> None:
     """Whatever is missing, a command works as ever, or names it: no traceback, no `internal error`."""
-    done = called(place, SWEPT[command], module)
-    assert "Traceback" not in done.stderr
-    assert "internal error" not in done.stderr
-    assert done.returncode != DEFECT
-    if done.returncode == 2:
-        assert done.stderr.startswith(f"error: the package {module} is not installed")
+    module, told = swept
+    code, errors = told[command]
+    assert "Traceback" not in errors
+    assert "internal error" not in errors
+    assert code != DEFECT
+    if code == 2:
+        assert errors.startswith(f"error: the package {module} is not installed")
 
 
 def test_json_errors_name_the_package_too(place: Path) -> None:

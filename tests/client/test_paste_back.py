@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_gateway import Gateway
+
+from helpers.gateway import Gateway
 
 BIN = Path(sys.executable).parent
 SITE = "hospital-001"

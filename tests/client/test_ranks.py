@@ -18,20 +18,21 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from client_agents import MARKER, RealSite, body, spec
-from client_gateway import Gateway
 
 from fl_client.agent import check
 from fl_client.agent.status import agent_state
 from fl_client.data.units import UnitData
 from fl_client.model.load import TINY, load_model
 from fl_client.site.config import ModelConfig
+from fl_client.training.ranks import frames
 from fl_client.training.ranks import group as ranks_group
 from fl_client.training.ranks.group import RankGroup
 from fl_client.training.round import train_round
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
+from helpers.agents import MARKER, RealSite, body, spec
+from helpers.gateway import Gateway
 
 CONFIG = ModelConfig(directory=TINY, device="cpu", threads=1, processes=2)
 # So little noise that the update is the data's, and everybody is in: any process count must give the same one.
@@ -93,7 +94,7 @@ def test_all_ranks_are_tried_before_a_round_and_compute_to_the_same_bits(
     """Which rank a unit falls to follows from the others in the sample: ranks that compute otherwise are refused."""
     made_for = spec("sha256:" + "0" * 64)
     heard: list[dict[str, Any]] = []
-    right = ranks_group.receive
+    right = frames.receive
 
     def noted(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
         head, payload = right(channel)
@@ -183,18 +184,18 @@ def test_ranks_work_for_an_agent_and_die_with_it(tmp_path: Path, gateway: Gatewa
 @pytest.mark.parametrize(("cores", "gpus", "fits"), [(2, 0, True), (1, 0, False), (1, 2, True), (8, 1, False)])
 def test_the_check_counts_what_there_is(monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, fits: bool) -> None:
     """`fl-client check` refuses more processes than GPUs, or than the CPU has cores, and says what to write."""
-    config = SimpleNamespace(model=CONFIG, source=Path("site.toml"))
+    config: Any = SimpleNamespace(model=CONFIG, source=Path("site.toml"))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     if gpus:  # stands in for a machine with GPUs
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         found = SimpleNamespace(digest="sha256:0", device=torch.device("cuda"))
         monkeypatch.setattr(check, "load_base", lambda _: found)
     if fits:
-        told = check._model(config, check.load_base(config))
+        told = check._model(config, vars(check)["load_base"](config))
         assert ("2 GPUs" if gpus else "2 processes") in told
         return
     with pytest.raises(ConfigError) as caught:
-        check._model(config, check.load_base(config))
+        check._model(config, vars(check)["load_base"](config))
     assert "processes" in caught.value.message
     assert "write processes = 1" in caught.value.fix
 

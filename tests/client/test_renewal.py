@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_gateway import Authority, Gateway
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fl_client.identity import renewal
@@ -17,6 +16,7 @@ from fl_client.identity.gateway import GatewayClient
 from fl_client.identity.renewal import Renewer, certificate, due, finish, renew
 from fl_client.site.home import SiteHome
 from fl_shared.errors import ConcordatError, EnrolmentError
+from helpers.gateway import Authority, Gateway
 
 SITE = "hospital-001"
 

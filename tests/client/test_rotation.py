@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_gateway import Gateway
 
 from fl_client.agent.check import run_checks
 from fl_client.identity import rotation
@@ -17,6 +16,7 @@ from fl_client.identity.rotation import PinnedKeys, follow
 from fl_client.site.home import SiteHome
 from fl_shared.errors import EnrolmentError, TransportError
 from fl_shared.identity.signing import SigningKey, sign_document
+from helpers.gateway import Gateway
 
 SITE = "hospital-001"
 
@@ -122,7 +122,7 @@ def test_a_stolen_key_ends_at_a_site_that_is_kept_from_hearing_of_it(
     stolen = gateway.signing.public_hex
     assert keys.accepts(stolen)
     gateway.rotate(time.time())
-    served, asked = GatewayClient.hello, []
+    served, asked = GatewayClient.hello, list[float]()
 
     def nothing(*_: object) -> dict[str, Any]:
         asked.append(uptime[0])

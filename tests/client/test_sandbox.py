@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
-from client_sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client.node.environment import node_environment
 from fl_client.node.record import Record
 from fl_client.node.sandbox import landlock_abi
+from helpers.sandboxes import NO_NAMESPACES, close, confinement_of, start_keeper
 
 HOSTILE = """
 import json, os, socket, sys

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_agents import SITE, RealSite
-from client_gateway import Gateway
 
 from fl_client.agent.site import open_ledger
 from fl_client.identity.enrolment import Coordinator, enrol
@@ -21,6 +19,8 @@ from fl_client.identity.keys import rotate as rotate_key
 from fl_client.site.config import SiteConfig
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.verify import verify_ledger
+from helpers.agents import SITE, RealSite
+from helpers.gateway import Gateway
 from helpers.ledgers import in_process, opened, with_budget
 from helpers.parsers import parse, typed
 

@@ -12,13 +12,13 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from client_gateway import Gateway
 from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, DeactivateNodeRequest, PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata
@@ -30,6 +30,7 @@ from fl_client.node.helpers import Helpers, listen_loopback
 from fl_client.node.spec import SPEC_FILE, NodeSpec
 from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificate
 from fl_client.site.home import SiteHome
+from helpers.gateway import Gateway
 
 APP = b"the shipped app"
 APP_DIGEST = "sha256:" + hashlib.sha256(APP).hexdigest()
@@ -190,6 +191,10 @@ def test_a_body_of_two_readings_does_not_pass_the_allow_list(tunnel: Running, ga
     assert as_flower_reads(tunnel) == APP
 
 
+def _answer(body: bytes, _path: str, _body: bytes) -> tuple[int, bytes]:
+    return 200, body
+
+
 def test_what_is_delivered_is_a_new_message_around_the_hashed_bytes(tunnel: Running, gateway: Gateway) -> None:
     """Nothing of the coordinator's own bytes is passed on: unknown fields, doubles and a false hash are gone."""
     tunnel.post("/v1/fleet/pull-messages")
@@ -199,10 +204,10 @@ def test_what_is_delivered_is_a_new_message_around_the_hashed_bytes(tunnel: Runn
         "false hash": fab(APP, stated=EVIL),
     }
     for shape, body in shapes.items():
-        gateway.fleet_answer = lambda _path, _body, body=body: (200, body)
+        gateway.fleet_answer = partial(_answer, body)
         assert tunnel.post("/v1/fleet/get-fab").content == fab(APP), shape
     for body in (fab(APP) + fab(EVIL), fab(APP) + b"\x0a", b"", fab(b"")):
-        gateway.fleet_answer = lambda _path, _body, body=body: (200, body)
+        gateway.fleet_answer = partial(_answer, body)
         assert as_flower_reads(tunnel) is None
 
 

@@ -13,16 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from client_sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 from fl_client.node import seccomp
 from fl_client.node.spec import SPEC_FILE, NodeSpec, make_home
 from fl_client.node.supernode import node_confinement, start_node
 from fl_client.node.walls import require_apart, try_walls
 from fl_shared.errors import ConfigError
+from helpers.sandboxes import NO_LANDLOCK, NO_NAMESPACES, close, confinement_of, start_keeper
 
 OUT = """
 import os, socket, sys, time
@@ -271,7 +272,8 @@ def test_the_numbers_of_system_calls_are_the_kernels(machine: str) -> None:
             assert numbers[column] == found[name], name
             compared += 1
         else:
-            assert numbers[column] is None or numbers[column] > 450 or "handle_at" in name, name
+            number = numbers[column]
+            assert number is None or number > 450 or "handle_at" in name, name
     assert compared > 80
     assert len(seccomp.program(machine, pretend=True)) < 4096
 
@@ -365,7 +367,12 @@ def test_links_and_pipes_in_the_places_of_our_files_are_not_followed(node: Path,
     target.write_text("whole")
     made = confinement_of(node, [sys.executable, "-c", "print('written')"])
     log = node / "work" / "supernode.log"
-    for plant in (lambda: log.symlink_to(target), lambda: os.link(target, log), lambda: os.mkfifo(log)):
+    plants: tuple[Callable[[], None], ...] = (
+        lambda: log.symlink_to(target),
+        lambda: os.link(target, log),
+        lambda: os.mkfifo(log),
+    )
+    for plant in plants:
         plant()
         keeper = start_keeper(dataclasses.replace(made, log=str(log)))
         assert keeper.wait(60) == 1

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,69 +14,30 @@ from fl_client.data.icd10 import hospital_split
 from fl_client.identity.enrolment import Coordinator as Pinned
 from fl_client.identity.renewal import certificate, renew
 from fl_client.site.home import SiteHome
+from fl_shared.documents.spec import LORA_TARGETS
 from harness import CommandError, Coordinator, Site, command, command_json, running
+from helpers.specs import SpecFields, site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SITES = ("hospital-001", "hospital-002")
 STEPS, SIGMA, Q = 2, 1.0, 0.05
 
-SITE_TOML = """
-[site]
-id = "{site}"
-[server]
-url = "{url}"
-[data]
-name = "diagnoses"
-path = "{data}"
-text_column = "text"
-label_column = "chapter"
-privacy_unit = "record"
-[model]
-directory = "tiny"
-device = "cpu"
-threads = 1
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.2
-max_steps_per_round = 4
-[budget]
-epsilon = {epsilon}
-delta = 1e-5
-approver = "privacy officer"
-"""
 
-
-def spec_text(name: str, base: str, labels: list[str], *, rounds: int = 2, sigma: float = SIGMA, q: float = Q) -> str:
-    """A small run specification."""
-    return f"""
-[run]
-name = "{name}"
-base_model = "{base}"
-sites = {json.dumps(list(SITES))}
-rounds = {rounds}
-quorum = 2
-round_timeout_s = 120
-aggregation = "fedavg"
-[task]
-kind = "classification"
-labels = {json.dumps(labels)}
-max_tokens = 24
-[lora]
-rank = 4
-alpha = 8
-targets = ["attention", "shared_experts", "routed_experts"]
-[training]
-noise_multiplier = {sigma}
-clipping_norm = 1.0
-sampling_probability = {q}
-steps_per_round = {STEPS}
-learning_rate = 0.05
-head_learning_rate = 2.0
-momentum = 0.9
-seed_adapter = 0
-"""
+USUAL = SpecFields(
+    sites=SITES,
+    rounds=2,
+    quorum=2,
+    round_timeout_s=120,
+    max_tokens=24,
+    rank=4,
+    targets=LORA_TARGETS,
+    noise_multiplier=SIGMA,
+    sampling_probability=Q,
+    steps_per_round=STEPS,
+    learning_rate=0.05,
+    head_learning_rate=2.0,
+)
 
 
 class Federation:
@@ -94,14 +56,13 @@ class Federation:
                 csv.writer(sink).writerows([("text", "chapter"), *rows])
 
     def configure(self, site: Site, epsilon: float = 5.0) -> None:
-        site.configure(
-            SITE_TOML.format(site=site.id, url=self.coordinator.url, data=self.root / f"{site.id}.csv", epsilon=epsilon)
-        )
+        data = {"path": self.root / f"{site.id}.csv", "label_column": "chapter"}
+        site.configure(site_toml(site.id, self.coordinator.url, data=data, budget={"epsilon": epsilon}))
 
-    def launch(self, name: str, **options: object) -> str:
-        spec = self.root / f"{name}.toml"
-        spec.write_text(spec_text(name, self.base, self.labels, **options), encoding="utf-8")  # type: ignore[arg-type]  # forwarded keywords
-        return self.coordinator.launch(spec)
+    def launch(self, name: str, **changes: Any) -> str:
+        fields: Any = USUAL | changes
+        path = write_spec(self.root / f"{name}.toml", name=name, base_model=self.base, labels=self.labels, **fields)
+        return self.coordinator.launch(path)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +108,7 @@ def test_a_run_completes_and_every_site_ledger_has_a_row_for_every_round(federat
 
 def test_a_round_that_asks_for_less_noise_is_refused_and_costs_nothing(federation: Federation) -> None:
     """The site's policy has the last word; the admin reads its reason; the ledger has no row."""
-    run = federation.launch("weak", sigma=0.6)
+    run = federation.launch("weak", noise_multiplier=0.6)
     shown = federation.coordinator.wait(run, timeout=200)
     assert shown["state"] == "failed"
     text = json.dumps(shown)
@@ -165,7 +126,7 @@ def test_new_keys_of_coordinator_and_site_need_no_restart(federation: Federation
     change = command_json("fl-server", "rotate-key", "--home", coordinator, "--grace-days", "0")
     old = certificate(SiteHome(site.home)).serial_number
     renew(SiteHome(site.home), pinned)
-    run = federation.launch("rotated", rounds=1, sigma=3.0)
+    run = federation.launch("rotated", rounds=1, noise_multiplier=3.0)
     shown = federation.coordinator.wait(run, timeout=300)
     assert shown["state"] == "completed", shown
     for each in federation.sites:
@@ -178,7 +139,7 @@ def test_new_keys_of_coordinator_and_site_need_no_restart(federation: Federation
 
 def test_a_round_over_budget_is_refused_with_a_typed_answer(federation: Federation) -> None:
     """A run that would pass the ceiling is refused as budget-exhausted, and the ceiling holds."""
-    run = federation.launch("greedy", rounds=12, sigma=0.8, q=0.2)
+    run = federation.launch("greedy", rounds=12, noise_multiplier=0.8, sampling_probability=0.2)
     shown = federation.coordinator.wait(run, timeout=400)
     text = json.dumps(shown)
     if shown["state"] == "completed":

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,7 +132,7 @@ def train(root: Path, coordinator_version: Path | None, site_version: Path) -> t
     return coordinator, sites
 
 
-def _query(coordinator: Coordinator, text: str) -> list[tuple[str, ...]]:
+def _query(coordinator: Coordinator, text: str) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(coordinator.home / "coordinator.sqlite", timeout=30)) as database:
         return database.execute(text).fetchall()
 

@@ -23,32 +23,10 @@ from fl_shared.errors import ConcordatError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.privacy.mechanism import Mechanism
 from fl_shared.toml import parse_toml
+from helpers.specs import spec_toml
 
 DIGEST = "sha256:" + "a" * 64
-SPEC = f"""[run]
-name = "demo"
-base_model = "{DIGEST}"
-sites = ["h-1", "h-2"]
-rounds = 2
-quorum = 1
-
-[task]
-kind = "classification"
-labels = ["A", "B"]
-max_tokens = 8
-
-[lora]
-rank = 4
-targets = ["attention"]
-
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.1
-steps_per_round = 4
-learning_rate = 0.1
-head_learning_rate = 0.1
-"""
+SPEC = spec_toml(sites=["h-1", "h-2"], rounds=2)
 KEY = SigningKey.generate()
 RUN = RunSpec.from_text(SPEC)
 NOW = time.time()

@@ -19,7 +19,9 @@ from fl_shared.errors import ConcordatError, DataError, EngineError, TransportEr
 from fl_shared.wire.agent_pb2 import Chunk
 from fl_shared.wire.chunks import join, split
 
-NUMBERS = st.one_of(st.integers(-2, 80), st.sampled_from([2**31, 2**63, 2**64, 10**400, 1.0, True, None, "1", [], {}]))
+NUMBERS: st.SearchStrategy[object] = st.one_of(
+    st.integers(-2, 80), st.sampled_from([2**31, 2**63, 2**64, 10**400, 1.0, True, None, "1", [], {}])
+)
 ENTRIES = st.one_of(
     st.fixed_dictionaries({
         "dtype": st.sampled_from(["F32", "BF16", "I8", "F16", "", None, 3]),

@@ -155,7 +155,7 @@ def machine(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device, "python": platform.python_version(), "processor": platform.machine()}
     found |= json.loads(_said([sys.executable, "-c", code]) or "{}")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found["driver"] = (_said(query).splitlines() or [None])[0]
+    found["driver"] = next(iter(_said(query).splitlines()), None)
     for name in ("triton", "transformers", "peft", "opacus", "numpy"):
         try:
             found[name] = metadata.version(name)

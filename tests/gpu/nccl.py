@@ -19,6 +19,7 @@ from fl_client.training.round import train_round
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
+from helpers.specs import run_spec
 
 TEXTS = ("cough", "fever and cough", "chest pain", "pain", "a broken rib", "asthma")
 LABELS = ("lungs", "lungs", "heart", "heart", "heart", "lungs")
@@ -29,16 +30,9 @@ ALMOST_NONE = Mechanism(noise_multiplier=1e-4, sampling_probability=1.0, steps=2
 
 def spec(digest: str) -> RunSpec:
     """A run over two labels."""
-    return RunSpec.from_dict(
-        {
-            "run": {"name": "demo", "base_model": digest, "sites": ["site-a"], "rounds": 1, "quorum": 1},
-            "task": {"kind": "classification", "labels": ["lungs", "heart"], "max_tokens": 8},
-            "lora": {"rank": 2, "targets": ["attention", "routed_experts"]},
-            "training": {
-                "noise_multiplier": 1.0, "clipping_norm": 1.0, "sampling_probability": 0.5, "steps_per_round": 2,
-                "learning_rate": 0.1, "head_learning_rate": 1.0,
-            },
-        }
+    return run_spec(
+        base_model=digest, sites=["site-a"], labels=["lungs", "heart"], targets=["attention", "routed_experts"],
+        steps_per_round=2,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fl_client.dp.engine import DPEngine
-from fl_client.dp.records.records import MicroBatch
+from fl_client.dp.records.packing import Packed
 from fl_client.model.load import with_quantised_layers
 from helpers.benchmarks import load_benchmark
 
@@ -41,7 +41,7 @@ def test_random_weights_are_made_without_a_float_copy(monkeypatch: pytest.Monkey
     random = gpu_step._random
 
     def watched(leaf: str, *rest: object) -> torch.Tensor:
-        value = random(leaf, *rest)
+        value: torch.Tensor = random(leaf, *rest)
         if value.is_floating_point() and "weight" not in leaf:
             made.append(value.numel())
         return value
@@ -73,7 +73,7 @@ def test_a_private_step_that_runs_out_of_memory_says_so(room: int, monkeypatch: 
     """The micro-batch that the engine came down to is reported; so is its error when not even one unit fits."""
     whole = DPEngine.forward_backward
 
-    def scarce(self: DPEngine, batch: MicroBatch) -> None:
+    def scarce(self: DPEngine, batch: Packed) -> None:
         if batch.units > room:
             raise torch.OutOfMemoryError
         whole(self, batch)

@@ -34,60 +34,11 @@ from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from harness import Coordinator, Site, command, command_json
 from helpers.postgres import PostgreSQL
+from helpers.specs import site_toml, write_spec
 
 PATIENCE_S = 600.0
 RECORDS = 240
 STEPS = 2
-
-SITE_TOML = """
-[site]
-id = "{site}"
-[server]
-url = "{url}"
-[data]
-name = "records"
-path = "{data}"
-text_column = "text"
-label_column = "label"
-privacy_unit = "record"
-[model]
-directory = "tiny"
-device = "cpu"
-threads = 1
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.2
-max_steps_per_round = 4
-[budget]
-epsilon = 50.0
-delta = 1e-5
-approver = "privacy officer"
-"""
-
-SPEC_TOML = """
-[run]
-name = "{name}"
-base_model = "{base}"
-sites = {sites}
-rounds = {rounds}
-quorum = {quorum}
-round_timeout_s = 600
-[task]
-kind = "classification"
-labels = ["A", "B"]
-max_tokens = 8
-[lora]
-rank = 2
-targets = ["attention"]
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.05
-steps_per_round = {steps}
-learning_rate = 0.05
-head_learning_rate = 1.0
-"""
 
 
 def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -124,7 +75,11 @@ class Federation:
                 rows = [(f"cough {number} day {day}", "AB"[day % 2]) for day in range(RECORDS)]
                 csv.writer(sink).writerows([("text", "label"), *rows])
             site.enroll(self.coordinator.url, self.coordinator.invite(site.id))
-            site.configure(SITE_TOML.format(site=site.id, url=self.coordinator.url, data=data))
+            site.configure(
+                site_toml(
+                    site.id, self.coordinator.url, data={"name": "records", "path": data}, budget={"epsilon": 50.0}
+                )
+            )
             site.start()
             (self.kept / site.id).mkdir(parents=True)
         self._keeper.start()
@@ -144,10 +99,16 @@ class Federation:
 
     def launch(self, name: str, *, rounds: int, quorum: int) -> None:
         """Launch a run with every site."""
-        spec = self.root / f"{name}.toml"
-        base = command_json("fl-model", "inspect", "tiny")["digest"]
-        names = json.dumps([site.id for site in self.sites])
-        spec.write_text(SPEC_TOML.format(name=name, base=base, sites=names, rounds=rounds, quorum=quorum, steps=STEPS))
+        spec = write_spec(
+            self.root / f"{name}.toml",
+            name=name,
+            base_model=command_json("fl-model", "inspect", "tiny")["digest"],
+            sites=[site.id for site in self.sites],
+            rounds=rounds,
+            quorum=quorum,
+            sampling_probability=0.05,
+            steps_per_round=STEPS,
+        )
         self.coordinator.launch(spec)
 
     def _keep_updates(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import httpx
 from cryptography import x509
@@ -25,10 +26,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fl_server.artifacts.local import LocalArtifacts
+from fl_server.cli import admin, server
 from fl_shared.identity.enrolment import statement
 from fl_shared.identity.signing import SigningKey
 from helpers import stand_in_agent
 from helpers.ports import free_port
+from helpers.specs import SpecFields, write_spec
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120.0
@@ -41,6 +44,18 @@ def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -
         if time.monotonic() > deadline:
             raise AssertionError(f"not in {patience_s:.0f} s: {what}")
         time.sleep(0.2)
+
+
+def in_process(main: Callable[[list[str]], int], line: list[str]) -> tuple[int, str, str]:
+    """Run a command's `main` here; its exit code and what it printed. The umask that it tightens is restored."""
+    out, err = io.StringIO(), io.StringIO()
+    umask = os.umask(0o022)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(line)
+    finally:
+        os.umask(umask)
+    return code, out.getvalue(), err.getvalue()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -139,8 +154,12 @@ class Coordinator:
         return done
 
     def admin(self, *arguments: str) -> Any:
-        """What `fl-admin ... --json` prints."""
-        return json.loads(self.run("fl-admin", *arguments, "--json").stdout)
+        """What `fl-admin ... --json` prints, in this process: a new one for each question would be most of the time."""
+        line = [*arguments, "--profile", self.facts["profile"], "--json"]
+        code, out, err = in_process(admin.main, line)
+        if code != 0:
+            raise AssertionError(f"fl-admin {' '.join(line)}: {code}\n{out}{err}")
+        return json.loads(out)
 
     def up(self) -> None:
         """Start `fl-server up` and wait until all of it is ready."""
@@ -153,7 +172,7 @@ class Coordinator:
 
     def is_ready(self) -> bool:
         """Whether every component is ready."""
-        return self.run("fl-server", "status", "--home", str(self.home), check=False).returncode == 0
+        return in_process(server.main, ["status", "--home", str(self.home)])[0] == 0
 
     def down(self) -> int:
         """SIGTERM to `fl-server up`; its exit status."""
@@ -238,10 +257,9 @@ class Coordinator:
         path = self.root / site / "orders.log"
         return path.exists() and order in path.read_text().splitlines()
 
-    def launch(self, name: str, sites: Iterable[str], *, rounds: int, quorum: int, **more: Any) -> None:
+    def launch(self, **fields: Unpack[SpecFields]) -> None:
         """Launch a run."""
-        spec = self.root / f"{name}.toml"
-        spec.write_text(spec_toml(name, sites, rounds=rounds, quorum=quorum, **more))
+        spec = write_spec(self.root / f"{fields['name']}.toml", **fields)
         self.run("fl-admin", "runs", "launch", str(spec))
 
     def show(self, run: str) -> dict[str, Any]:
@@ -275,37 +293,6 @@ def committed(home: Path, run: str, number: int) -> bytes:
         query = "SELECT adapter_digest FROM rounds WHERE run = ? AND round = ? AND state = 'committed'"
         ((digest,),) = database.execute(query, (run, number)).fetchall()
     return LocalArtifacts(home / "artifacts").path(digest).read_bytes()
-
-
-def spec_toml(
-    name: str, sites: Iterable[str], *, rounds: int, quorum: int, timeout_s: float = 120.0, base: str = "a" * 64
-) -> str:
-    """A run spec that the stand-in agents can answer."""
-    return f"""[run]
-name = "{name}"
-base_model = "sha256:{base}"
-sites = {json.dumps(list(sites))}
-rounds = {rounds}
-quorum = {quorum}
-round_timeout_s = {timeout_s}
-
-[task]
-kind = "classification"
-labels = ["A", "B"]
-max_tokens = 8
-
-[lora]
-rank = 4
-targets = ["attention"]
-
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.1
-steps_per_round = 4
-learning_rate = 0.1
-head_learning_rate = 0.1
-"""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -91,7 +92,7 @@ def change_of_sum(adapted: AdaptedModel, records: Records, norm: float, paid: fl
     """How far the last unit moves the clipped sum, over what is paid: at most 1 if the guarantee holds."""
     whole, rest = (clipped_sum(adapted, each, norm, max_units=128) for each in (records, without_last(records)))
     squared = sum(float((whole[name].double() - rest[name].double()).square().sum()) for name in whole)
-    return squared**0.5 / (norm * (1 + paid))
+    return math.sqrt(squared) / (norm * (1 + paid))
 
 
 def contributions(adapted: AdaptedModel, records: Records) -> list[list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ def killed_at_every_line(
         prepare(number)
         child = os.fork()
         if child == 0:
-            _work_until(number, lambda number=number: work(number), files)
+            _work_until(number, functools.partial(work, number), files)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             yield number

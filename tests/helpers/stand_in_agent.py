@@ -53,7 +53,7 @@ def _spoil(update: dict[str, NDArray[np.float32]], how: str) -> dict[str, NDArra
     return update
 
 
-class StandIn(AgentServicer):
+class StandIn(AgentServicer):  # type: ignore[misc]  # generated code has no types
     """One site's agent."""
 
     def __init__(self, folder: Path, site: str) -> None:

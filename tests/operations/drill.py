@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,13 +28,14 @@ import httpx
 import psutil
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "scenarios"), str(HERE)]
+sys.path[:0] = [str(HERE.parents[1] / "scenarios"), str(HERE.parent)]
 
-import network  # noqa: E402
 
 import harness  # noqa: E402 - made importable above
 from fl_server.db.copying import copy_sqlite  # noqa: E402
 from fl_shared.runtime.offline import OFFLINE  # noqa: E402
+from helpers.specs import site_toml, write_spec  # noqa: E402
+from operations import network  # noqa: E402
 
 SITE, RUN, ROUNDS = "hospital-001", "drill", 3
 LABELS = ("lungs", "heart")
@@ -41,59 +43,6 @@ MARKERS = {"text": "PLANTEDTEXT4711", "label": "PLANTEDLABEL4712", "unit": "PLAN
 UNITS = 2_003
 RECORDS = 2 * UNITS
 TRAINING, RELEASED = "training", "released update"  # what the agent logs when a round begins and when it is settled
-
-SITE_TOML = """
-[site]
-id = "{site}"
-[server]
-url = "{url}"
-[data]
-name = "diagnoses"
-path = "records.csv"
-text_column = "text"
-label_column = "label"
-unit_column = "patient"
-privacy_unit = "patient"
-max_records_per_unit = 2
-[model]
-directory = "tiny"
-device = "cpu"
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.01
-max_steps_per_round = 4
-[budget]
-epsilon = 8.0
-delta = 1e-6
-approver = "privacy officer"
-[metrics]
-listen = "127.0.0.1:{port}"
-"""
-
-SPEC_TOML = """
-[run]
-name = "{run}"
-base_model = "{base}"
-sites = ["{site}"]
-rounds = {rounds}
-quorum = 1
-round_timeout_s = 120
-[task]
-kind = "classification"
-labels = {labels}
-max_tokens = 8
-[lora]
-rank = 2
-targets = ["attention"]
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.01
-steps_per_round = 2
-learning_rate = 0.05
-head_learning_rate = 1.0
-"""
 
 
 def bare_environment(_extra: object = None) -> dict[str, str]:
@@ -155,11 +104,29 @@ class Drill:
         self.seen["token"] = token
         self.site.enroll(self.coordinator.url, token)
         write_data(self.site.home / "records.csv")
-        self.site.configure(SITE_TOML.format(site=SITE, url=self.coordinator.url, port=self.ports["site"]))
+        self.site.configure(
+            site_toml(
+                SITE,
+                self.coordinator.url,
+                data={"unit_column": "patient", "privacy_unit": "patient", "max_records_per_unit": 2},
+                policy={"max_sampling_probability": 0.01},
+                budget={"delta": 1e-6},
+                metrics={"listen": f"127.0.0.1:{self.ports['site']}"},
+            )
+        )
         self.site.start()
         base = harness.command_json("fl-model", "inspect", "tiny")["digest"]
-        spec = self.root / "spec.toml"
-        spec.write_text(SPEC_TOML.format(run=RUN, base=base, site=SITE, rounds=ROUNDS, labels=json.dumps(list(LABELS))))
+        spec = write_spec(
+            self.root / "spec.toml",
+            name=RUN,
+            base_model=base,
+            sites=[SITE],
+            rounds=ROUNDS,
+            round_timeout_s=120,
+            labels=LABELS,
+            sampling_probability=0.01,
+            steps_per_round=2,
+        )
         self.coordinator.launch(spec)
 
     def said(self, message: str, number: int) -> bool:
@@ -251,11 +218,11 @@ class Drill:
 def main() -> int:
     """Do it all; the result is written whatever happens."""
     root = Path(sys.argv[1])
-    harness.environment = bare_environment
+    harness.environment = bare_environment  # type: ignore[assignment]  # stands in for a function of the same call
     recorder, control = None, []
     if "--alone" in sys.argv:
         recorder = network.enter(root)
-        harness.subprocess.run([sys.executable, str(HERE / "network.py")], check=True)
+        subprocess.run([sys.executable, str(HERE / "network.py")], check=True)
         time.sleep(0.2)
         control, recorder.seen = recorder.seen, []
     drill = Drill(root)

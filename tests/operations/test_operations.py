@@ -69,8 +69,7 @@ def _may_be_alone() -> bool:
 @pytest.fixture(scope="module")
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     """Run the drill once for all tests here."""
-    sys.path.insert(0, str(HERE))
-    import drill as script
+    from operations import drill as script
 
     root, alone = tmp_path_factory.mktemp("d"), _may_be_alone()
     before = ["unshare", "--net", "--mount"] if alone else []

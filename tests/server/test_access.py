@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -22,10 +22,11 @@ from fl_server.control.calls import ACTION_OF_CALL, CheckedCalls
 from fl_server.control.service import Control
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome
-from fl_server.identity.authority import Authority, Identity, fingerprint
+from fl_server.identity.authority import Authority, Identity
 from fl_server.identity.operators import Operators
 from fl_server.operations.setup import initialise
 from fl_shared.errors import ConcordatError, EnrolmentError
+from fl_shared.identity.x509 import fingerprint
 from fl_shared.wire import control_pb2 as pb
 from fl_shared.wire.control_pb2_grpc import ControlServicer, add_ControlServicer_to_server
 
@@ -232,7 +233,7 @@ class _Details:
 
 
 def _open(checked: CheckedCalls, call: str, handler: Any) -> Any:
-    found = checked.intercept_service(lambda _: handler, _Details(call))
+    found = checked.intercept_service(lambda _: handler, cast("grpc.HandlerCallDetails", _Details(call)))
     assert found is not None
     return found
 
@@ -246,7 +247,8 @@ def test_what_streams_is_what_the_proto_says(office: Office) -> None:
         checked = _open(CheckedCalls(office.access), call, server.handlers[call])
         assert checked.response_streaming == method.server_streaming, call
         assert (checked.unary_stream is not None) == method.server_streaming, call
-    assert CheckedCalls(office.access).intercept_service(lambda _: None, _Details("Nothing")) is None
+    nothing = cast("grpc.HandlerCallDetails", _Details("Nothing"))
+    assert CheckedCalls(office.access).intercept_service(lambda _: None, nothing) is None
 
 
 @pytest.mark.parametrize("streams", [False, True])

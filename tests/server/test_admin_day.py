@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import json
 import sqlite3
 import subprocess
@@ -31,46 +30,19 @@ from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.plan import PlanAnswer, PlanQuestion
 from fl_shared.documents.round import Receipt
-from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.ledger import receipts
 from fl_shared.privacy.mechanism import Mechanism
 from harness import Site, command_json, running
-from helpers.coordinators import BIN, Coordinator, Keys, environment, spec_toml, until
+from helpers.coordinators import BIN, Coordinator, Keys, environment, in_process, until
 from helpers.ports import free_port
+from helpers.specs import run_spec, site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROUNDS = 2
 REAL, QUIET, LEAVER = "real", "quiet", "leaver"
 MODEL = "sha256:" + "a" * 64
-SITE_TOML = """
-[site]
-id = "{site}"
-[server]
-url = "{url}"
-[data]
-name = "diagnoses"
-path = "{data}"
-text_column = "text"
-label_column = "label"
-privacy_unit = "record"
-[model]
-directory = "tiny"
-device = "cpu"
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.2
-max_steps_per_round = 20
-[budget]
-epsilon = 0.8
-delta = 1e-5
-approver = "officer"
-[supernode]
-launch = false
-tunnel_port = {port}
-"""
 
 
 class Day:
@@ -88,16 +60,16 @@ class Day:
         with data.open("w", newline="", encoding="utf-8") as sink:
             rows = ((f"cough number {number}", ("A", "B")[number % 2]) for number in range(120))
             csv.writer(sink).writerows([("text", "label"), *rows])
-        self.site.configure(SITE_TOML.format(site=REAL, url=self.one.url, data=data, port=free_port()))
+        node = {"launch": False, "tunnel_port": free_port()}
+        self.site.configure(site_toml(REAL, self.one.url, data={"path": data}, budget={"epsilon": 0.8}, supernode=node))
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`fl-admin` in this process: a new one for each of a hundred calls would be most of this module's time."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main([*arguments, *(() if "--profile" in arguments else ("--profile", self.one.facts["profile"]))])
+        profile = () if "--profile" in arguments else ("--profile", self.one.facts["profile"])
+        code, out, err = in_process(main, [*arguments, *profile])
         if check and code != 0:
-            raise AssertionError(f"fl-admin {' '.join(arguments)}: {code}\n{out.getvalue()}{err.getvalue()}")
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+            raise AssertionError(f"fl-admin {' '.join(arguments)}: {code}\n{out}{err}")
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
     def admin(self, *arguments: str) -> Any:
         """What `fl-admin ... --json` prints."""
@@ -105,17 +77,9 @@ class Day:
 
     def spec(self, name: str, sites: list[str], **changes: Any) -> Path:
         """A spec file that the real sites understand."""
-        values = {"rounds": 5, "noise": 2.0, "base": self.base, "quorum": 1} | changes
-        path = self.one.root / f"{name}.toml"
-        path.write_text(
-            f'[run]\nname = "{name}"\nbase_model = "{values["base"]}"\nsites = {json.dumps(sites)}\n'
-            f"rounds = {values['rounds']}\nquorum = {values['quorum']}\n"
-            '[task]\nkind = "classification"\nlabels = ["A", "B"]\nmax_tokens = 8\n'
-            '[lora]\nrank = 2\ntargets = ["attention"]\n'
-            f"[training]\nnoise_multiplier = {values['noise']}\nclipping_norm = 1.0\nsampling_probability = 0.02\n"
-            "steps_per_round = 2\nlearning_rate = 0.1\nhead_learning_rate = 1.0\n"
-        )
-        return path
+        usual = {"rounds": 5, "noise_multiplier": 2.0, "base_model": self.base, "sampling_probability": 0.02}
+        fields: Any = usual | changes
+        return write_spec(self.one.root / f"{name}.toml", name=name, sites=sites, steps_per_round=2, **fields)
 
     def plan(self, spec: Path, *more: str) -> tuple[int, dict[str, Any]]:
         """Exit code and answer of `runs plan`."""
@@ -148,7 +112,7 @@ def _commit_rounds(one: Coordinator) -> None:
             row = SiteRow(site=site, state="enrolled", invited_at=1.0, signing_key=keys.signing.public_hex)
             session.add(row)
     runs, commits = Runs(store), Commits.of(ServerHome(one.home), store)
-    runs.launch(RunSpec.from_text(spec_toml("demo", ("h-1", "h-2"), rounds=ROUNDS, quorum=2)))
+    runs.launch(run_spec(sites=("h-1", "h-2"), rounds=ROUNDS, quorum=2))
     runs.begin_attempt("demo", "first")
     for number in range(1, ROUNDS + 1):
         replies = []
@@ -183,7 +147,7 @@ def test_a_plan_says_who_affords_what_and_who_would_refuse_and_why(day: Day) -> 
     """The site's own answer, signed by it; silent, offline and unknown sites by name; nothing is spent."""
     with day.one.client(QUIET) as client:
         assert client.get("/v1/hello").status_code == 200  # it is online, and answers no plans
-    spec = day.spec("next", [REAL, "h-1", QUIET, "guest"], quorum=2, noise=0.6, rounds=20)
+    spec = day.spec("next", [REAL, "h-1", QUIET, "guest"], quorum=2, noise_multiplier=0.6, rounds=20)
     code, found = day.plan(spec, "--wait", "10")
     sites = {each["site"]: each for each in found["sites"]}
     assert code == 11
@@ -207,7 +171,7 @@ def test_the_exit_code_of_a_plan_says_whether_all_is_affordable(day: Day) -> Non
     assert (code, found["affordable"], found["rounds_everywhere"]) == (0, True, 5)
     code, found = day.plan(day.spec("half", [REAL, "h-2"]), "--wait", "8")
     assert (code, found["affordable"], found["rounds_everywhere"], found["rounds_with_quorum"]) == (16, False, 0, 5)
-    other = day.spec("other", [REAL], base="sha256:" + "9" * 64)
+    other = day.spec("other", [REAL], base_model="sha256:" + "9" * 64)
     done = day.run("runs", "plan", str(other), check=False)
     assert done.returncode == 11
     assert "unknown-base-model: " in done.stdout
@@ -221,7 +185,7 @@ def test_a_budget_that_holds_some_rounds_says_how_many_and_which_noise_would_do(
     assert code == 11
     assert 0 < only["rounds_affordable"] < 400
     assert found["rounds_everywhere"] == found["rounds_with_quorum"] == only["rounds_affordable"]
-    assert day.plan(day.spec("wider", [REAL], rounds=400, noise=only["noise_that_fits"]))[0] == 0
+    assert day.plan(day.spec("wider", [REAL], rounds=400, noise_multiplier=only["noise_that_fits"]))[0] == 0
 
 
 def test_an_answer_of_another_site_or_signer_is_not_taken(day: Day) -> None:

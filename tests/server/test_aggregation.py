@@ -27,6 +27,7 @@ from fl_shared.documents.aggregators import AGGREGATIONS, ROBUST
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError
 from helpers.flower_messages import reply
+from helpers.specs import run_spec
 
 SHAPES = {"layer.lora_A": (2, 3), "layer.lora_B": (3,)}
 LARGER = {"a.lora_A": (3, 40), "b.lora_B": (7, 5, 3), "classifier.bias": (4,)}
@@ -46,29 +47,8 @@ def _random(seed: int, shapes: dict[str, tuple[int, ...]] = LARGER) -> Tensors:
 
 
 def _spec(name: str, sites: int = 5, **parameters: Any) -> RunSpec:
-    return RunSpec.from_dict(
-        {
-            "run": {
-                "name": "demo",
-                "base_model": "sha256:" + "0" * 64,
-                "sites": [f"hospital-{number:03d}" for number in range(1, sites + 1)],
-                "rounds": 4,
-                "quorum": sites,
-                "aggregation": name,
-            },
-            "aggregation": parameters,
-            "task": {"kind": "classification", "labels": ["a", "b"], "max_tokens": 8},
-            "lora": {"rank": 2, "targets": ["attention"]},
-            "training": {
-                "noise_multiplier": 1.0,
-                "clipping_norm": 1.0,
-                "sampling_probability": 0.1,
-                "steps_per_round": 2,
-                "learning_rate": 0.1,
-                "head_learning_rate": 1.0,
-            },
-        }
-    )
+    names = [f"hospital-{number:03d}" for number in range(1, sites + 1)]
+    return run_spec(sites=names, rounds=4, quorum=sites, aggregation=name, parameters=parameters, steps_per_round=2)
 
 
 def _round(

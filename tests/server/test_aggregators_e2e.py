@@ -10,7 +10,7 @@ import pytest
 from fl_server.aggregation import RoundAggregate
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, metadata, pack, unpack
 from fl_shared.documents.spec import RunSpec
-from helpers.coordinators import Coordinator, committed, coordinator, spec_toml, until
+from helpers.coordinators import Coordinator, committed, coordinator, until
 from helpers.stand_in_agent import honest_update
 
 SITES = ("h-1", "h-2")
@@ -27,11 +27,8 @@ def one() -> Iterator[Coordinator]:
 
 
 def _launch(one: Coordinator, name: str) -> RunSpec:
-    path = one.root / f"{name}.toml"
-    text = spec_toml(name, SITES, rounds=ROUNDS, quorum=2)
-    path.write_text(text.replace("[task]", 'aggregation = "fedadam"\nwire = "int8"\n\n[task]', 1))
-    one.run("fl-admin", "runs", "launch", str(path))
-    return RunSpec.from_toml(path)
+    one.launch(name=name, sites=SITES, rounds=ROUNDS, quorum=2, aggregation="fedadam", wire="int8")
+    return RunSpec.from_toml(one.root / f"{name}.toml")
 
 
 def test_a_paused_and_resumed_run_ends_in_the_bytes_of_an_undisturbed_one(one: Coordinator) -> None:

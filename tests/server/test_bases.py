@@ -21,7 +21,7 @@ from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError, RunError
 from fl_shared.identity.signing import SigningKey
-from helpers.coordinators import spec_toml
+from helpers.specs import run_spec
 
 ASKED, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 WHOLE = BaseModel(ASKED, LORA_TARGETS)
@@ -40,8 +40,7 @@ def sites(store: Store) -> Sites:
 
 
 def _spec(*targets: str) -> RunSpec:
-    spec = RunSpec.from_text(spec_toml("demo", SITES, rounds=3, quorum=1))
-    return dataclasses.replace(spec, lora=dataclasses.replace(spec.lora, targets=targets or LORA_TARGETS))
+    return run_spec(sites=SITES, targets=targets or LORA_TARGETS)
 
 
 def test_the_newest_announcement_is_stored(sites: Sites) -> None:

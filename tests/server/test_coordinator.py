@@ -19,6 +19,7 @@ from fl_shared.adapters.safetensors import digest, unpack
 from fl_shared.documents.round import Receipt
 from fl_shared.identity.signing import open_document
 from helpers.coordinators import BIN, Coordinator, committed, coordinator, environment, until
+from helpers.specs import write_spec
 from helpers.stand_in_agent import SHAPES, honest_update
 
 HONEST = ("h-1", "h-2")
@@ -59,7 +60,7 @@ def test_wrong_replies_are_rejected_by_name_and_others_are_unaffected(one: Coord
     """Each way of answering wrongly leaves its name in the history; the adapter is the honest sites' mean."""
     one.plan("x-1", **{"mixed/1": "refuse", "mixed/2": "wrong-signature", "mixed/3": "shapes", "mixed/4": "nan"})
     one.plan("x-2", **{"mixed/1": "ok", "mixed/2": "replay", "mixed/3": "wrong-digest", "mixed/4": "garbage"})
-    one.launch("mixed", SITES, rounds=4, quorum=2)
+    one.launch(name="mixed", sites=SITES, rounds=4, quorum=2)
     shown = one.wait("mixed", "completed", "failed")
     assert shown["state"] == "completed", shown
     told = {
@@ -104,7 +105,7 @@ def test_the_first_answer_does_not_decide_what_an_adapter_is(one: Coordinator) -
     one.plan("x-1", **{"race/1": "names"})
     for site in HONEST:
         one.plan(site, **{"race/1": "sleep:6"})
-    one.launch("race", (*HONEST, "x-1"), rounds=1, quorum=2)
+    one.launch(name="race", sites=(*HONEST, "x-1"), rounds=1, quorum=2)
     shown = one.wait("race", "completed", "failed")
     assert shown["state"] == "completed", shown["reason"]
     told = {reply["site"]: (reply["status"], reply["code"]) for reply in shown["history"][0]["replies"]}
@@ -116,7 +117,7 @@ def test_a_missed_quorum_fails_by_name_and_the_run_can_be_resumed(one: Coordinat
     """A run that cannot reach its quorum names each site's answer; once they take part it goes on."""
     one.plan("x-1", **{"quorum/1": "refuse"})
     one.plan("x-2", **{"quorum/1": "refuse"})
-    one.launch("quorum", ("h-1", "x-1", "x-2"), rounds=1, quorum=2)
+    one.launch(name="quorum", sites=("h-1", "x-1", "x-2"), rounds=1, quorum=2)
     shown = one.wait("quorum", "failed", "completed")
     assert shown["state"] == "failed"
     assert "1 of the 2" in shown["reason"] or "0 of the 2" in shown["reason"]
@@ -134,7 +135,7 @@ def test_a_missed_quorum_fails_by_name_and_the_run_can_be_resumed(one: Coordinat
 
 def _told(shown: dict[str, Any], round: int) -> dict[str, tuple[str, str]]:
     """Site to status and code of one round."""
-    history = next((each for each in shown["history"] if each["round"] == round), {"replies": []})
+    history: dict[str, Any] = next((each for each in shown["history"] if each["round"] == round), {"replies": []})
     return {reply["site"]: (reply["status"], reply["code"]) for reply in history["replies"]}
 
 
@@ -161,7 +162,7 @@ def test_a_straggler_is_late_in_its_round_and_takes_part_again_afterwards(one: C
     one.plan("x-1", **{"slow/1": "wait"})
     for site in HONEST:
         one.plan(site, **{"slow/2": "wait"})
-    one.launch("slow", (*HONEST, "x-1"), rounds=2, quorum=2, timeout_s=25.0)
+    one.launch(name="slow", sites=(*HONEST, "x-1"), rounds=2, quorum=2, round_timeout_s=25.0)
     _insist(one, "slow", lambda shown: shown["rounds_committed"] == 1)
     assert _told(one.show("slow"), 1) == {
         "h-1": ("ok", ""), "h-2": ("ok", ""), "x-1": ("missing", "no-answer")
@@ -186,10 +187,10 @@ def test_runs_at_once_on_other_sites_and_models_do_not_wait_for_each_other_and_s
 ) -> None:
     """A run that waits for its site holds up no other run; a second run on that site waits in line."""
     one.plan("h-1", **{"left/1": "wait"})
-    one.launch("left", ("h-1",), rounds=2, quorum=1)
+    one.launch(name="left", sites=("h-1",), rounds=2, quorum=1)
     until(lambda: one.reached("h-1", "left/1"), "the order of the first run is at the shared site")
-    one.launch("right", ("h-2",), rounds=2, quorum=1, base="b" * 64)
-    one.launch("both", ("h-1", "h-2"), rounds=1, quorum=2)
+    one.launch(name="right", sites=("h-2",), rounds=2, quorum=1, base_model="sha256:" + "b" * 64)
+    one.launch(name="both", sites=("h-1", "h-2"), rounds=1, quorum=2)
     assert one.wait("right", "completed", "failed")["state"] == "completed"
     until(lambda: "both/1" in one.computed("h-2"), "the third run has one of its two answers")
     assert one.show("left")["state"] == "running"
@@ -211,7 +212,7 @@ def test_a_site_joins_in_mid_run_and_another_leaves(one: Coordinator) -> None:
     one.invite("j-1")
     one.plan("h-1", **{"moving/1": "wait"})
     one.plan("x-2", **{"moving/3": "wait"})
-    one.launch("moving", ("h-1", "j-1", "x-2"), rounds=3, quorum=1)
+    one.launch(name="moving", sites=("h-1", "j-1", "x-2"), rounds=3, quorum=1)
     until(lambda: "moving/1" in one.computed("x-2"), "round 1 is under way")
     one.enrol("j-1")
     one.start_agents("j-1")
@@ -240,7 +241,7 @@ def test_a_stopped_run_ends_and_watch_shows_its_end(one: Coordinator) -> None:
     """`runs stop` in mid-round ends the run; a watcher comes to an end with it, and no round is committed."""
     for site in HONEST:
         one.plan(site, **{"long/1": "sleep:30"})
-    one.launch("long", HONEST, rounds=3, quorum=2)
+    one.launch(name="long", sites=HONEST, rounds=3, quorum=2)
     until(lambda: any(e["state"] == "running" for e in one.admin("runs", "list")["runs"]), "the run is running")
     one.run("fl-admin", "runs", "stop", "long")
     done = one.run("fl-admin", "runs", "watch", "long", check=False)
@@ -253,7 +254,7 @@ def test_watch_streams_what_each_site_does_inside_a_round(one: Coordinator) -> N
     """With --json one object a line, each as it happens: a site's order is told while the site is at work on it."""
     slow, *_ = HONEST
     one.plan(slow, **{"seen/1": "sleep:20"})
-    one.launch("seen", HONEST, rounds=1, quorum=len(HONEST))
+    one.launch(name="seen", sites=HONEST, rounds=1, quorum=len(HONEST))
     watching = subprocess.Popen(
         [str(BIN / "fl-admin"), "runs", "watch", "seen", "--json"],
         env=environment(FL_SERVER_HOME=str(one.home)), stdout=subprocess.PIPE, text=True,
@@ -289,11 +290,8 @@ def test_a_node_with_a_key_of_its_own_is_not_admitted(one: Coordinator) -> None:
 
 def test_a_refused_launch_names_what_is_wrong(one: Coordinator) -> None:
     """A taken name and a site that is not enrolled end with exit code 18 and one message."""
-    from helpers.coordinators import spec_toml
-
     for name, sites, word in (("mixed", HONEST, "already"), ("fresh", ("h-1", "nobody"), "nobody")):
-        spec = one.root / "refused.toml"
-        spec.write_text(spec_toml(name, sites, rounds=1, quorum=1))
+        spec = write_spec(one.root / "refused.toml", name=name, sites=sites, rounds=1, quorum=1)
         done = one.run("fl-admin", "runs", "launch", str(spec), check=False)
         assert done.returncode == 18
         assert word in done.stderr

@@ -21,38 +21,11 @@ from harness import Site, command_json, running
 from helpers.coordinators import Coordinator, until
 from helpers.ports import free_port
 from helpers.random_models import float_model, small_config
+from helpers.specs import site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 REAL, QUIET = "real", "quiet"
-SITE_TOML = """
-[site]
-id = "{site}"
-[server]
-url = "{url}"
-[data]
-name = "diagnoses"
-path = "{data}"
-text_column = "text"
-label_column = "label"
-privacy_unit = "record"
-[model]
-directory = "{model}"
-device = "cpu"
-threads = 1
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.2
-max_steps_per_round = 20
-[budget]
-epsilon = 8.0
-delta = 1e-5
-approver = "officer"
-[supernode]
-launch = false
-tunnel_port = {port}
-"""
 
 
 class Federation:
@@ -78,22 +51,23 @@ class Federation:
         with data.open("w", newline="", encoding="utf-8") as sink:
             rows = ((f"cough number {number}", ("A", "B")[number % 2]) for number in range(120))
             csv.writer(sink).writerows([("text", "label"), *rows])
-        text = SITE_TOML.format(site=REAL, url=self.one.url, data=data, port=free_port(), model=self.model)
-        self.site.configure(text)
+        node = {"launch": False, "tunnel_port": free_port()}
+        self.site.configure(
+            site_toml(REAL, self.one.url, data={"path": data}, model={"directory": self.model}, supernode=node)
+        )
         self.one.enrol(QUIET)
 
     def spec(self, name: str, *targets: str, base: str = "", sites: tuple[str, ...] = (REAL,)) -> Path:
         """A spec file that the site's policy allows."""
-        path = self.one.root / f"{name}.toml"
-        path.write_text(
-            f'[run]\nname = "{name}"\nbase_model = "{base or self.base}"\nsites = {json.dumps(list(sites))}\n'
-            "rounds = 2\nquorum = 1\n"
-            '[task]\nkind = "classification"\nlabels = ["A", "B"]\nmax_tokens = 8\n'
-            f"[lora]\nrank = 2\ntargets = {json.dumps(list(targets))}\n"
-            "[training]\nnoise_multiplier = 1.0\nclipping_norm = 1.0\nsampling_probability = 0.1\n"
-            "steps_per_round = 2\nlearning_rate = 0.1\nhead_learning_rate = 1.0\n"
+        return write_spec(
+            self.one.root / f"{name}.toml",
+            name=name,
+            base_model=base or self.base,
+            sites=sites,
+            rounds=2,
+            targets=targets,
+            steps_per_round=2,
         )
-        return path
 
     def launch(self, spec: Path, *more: str) -> subprocess.CompletedProcess[str]:
         """`fl-admin runs launch`."""

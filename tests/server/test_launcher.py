@@ -23,9 +23,8 @@ from fl_server.rounds.launcher import Launcher
 from fl_server.rounds.liveness import carrying
 from fl_server.runs.events import Events
 from fl_server.runs.service import Runs
-from fl_shared.documents.spec import RunSpec
-from helpers.coordinators import spec_toml
 from helpers.ports import free_port
+from helpers.specs import run_spec
 
 
 class Commands(Flower):
@@ -61,7 +60,7 @@ class Bench:
         self.flower.configure(free_port())
         with self.store.write() as session:
             session.add(SiteRow(site="h-1", state="enrolled", invited_at=1.0))
-        self.runs.launch(RunSpec.from_text(spec_toml("demo", ["h-1"], rounds=2, quorum=1)))
+        self.runs.launch(run_spec(sites=["h-1"], rounds=2))
 
     def tick(self) -> int:
         """One turn of a launcher that was just started; how many ServerApps were asked for so far."""

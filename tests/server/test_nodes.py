@@ -351,7 +351,8 @@ def test_a_key_is_enrolled_by_who_holds_it_and_serves_one_purpose(one: Coordinat
             victim.request(token)["proofs"], mine.request(one.invite("hospital-other"))["proofs"],
         ):  # fmt: skip
             assert ask(honest | {"proofs": honest["proofs"] | changed}) == (403, "not-proved")
-        for lacking in ({}, {"signing": honest["proofs"]["signing"]}, [], None, "x"):
+        wrong: tuple[object, ...] = ({}, {"signing": honest["proofs"]["signing"]}, [], None, "x")
+        for lacking in wrong:
             assert ask(honest | {"proofs": lacking})[0] == 400
         assert ask(Keys(site, one.root / site, tls=mine.tls, node=mine.tls).request(token)) == (403, "key-taken")
         assert ask(honest) == (200, "")

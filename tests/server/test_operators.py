@@ -69,7 +69,8 @@ class Office:
 
     def status(self, profile: Path) -> pb.StatusReply:
         with control(Profile.find(profile)) as stub:
-            return stub.Status(pb.StatusRequest(), timeout=20)
+            reply: pb.StatusReply = stub.Status(pb.StatusRequest(), timeout=20)
+            return reply
 
     def server(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`fl-server VERB ...` on this home."""
@@ -166,7 +167,7 @@ def test_nobody_without_a_certificate_of_this_authority_is_spoken_to(office: Off
     for key, certificate in ((None, None), pair):
         credentials = grpc.ssl_channel_credentials(office.home.ca.read_bytes(), key, certificate)
         with grpc.secure_channel(target, credentials) as channel:
-            call = channel.unary_unary("/concordat.control.v1.Control/Status")
+            call = channel.unary_unary("/concordat.control.v1.Control/Status", None, None)
             with pytest.raises(grpc.RpcError) as failure:
                 call(b"", timeout=20)
             assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -368,7 +369,7 @@ def test_numbers_and_texts_without_measure_get_a_typed_answer(office: Office, au
         def code(call: Any) -> str:
             with pytest.raises(grpc.RpcError) as failure:
                 call()
-            return str(json.loads(failure.value.details())["code"])
+            return str(json.loads(failure.value.details() or "")["code"])
 
         assert code(lambda: list(stub.ListAdminLog(pb.ListAdminLogRequest(after=2**64 - 1)))) == "config"
         assert code(lambda: stub.ShowRun(pb.RunRequest(run="a\0b"))) == "unknown-run"

@@ -12,10 +12,9 @@ from fl_server.db.models import QuestionRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.runs.plans import KEPT_S, Plan, Plans
 from fl_shared.documents.plan import Objection, PlanAnswer, PlanQuestion
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, SignatureError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
-from helpers.coordinators import spec_toml
+from helpers.specs import run_spec
 
 COORDINATOR = SigningKey.generate()
 KEYS = {site: SigningKey.generate() for site in ("h-1", "h-2")}
@@ -34,7 +33,7 @@ def plans(store: Store) -> Plans:
 
 
 def _ask(plans: Plans, *sites: str, wait_s: float = 30.0) -> Plan:
-    spec = RunSpec.from_text(spec_toml("demo", sites, rounds=5, quorum=1))
+    spec = run_spec(sites=sites, rounds=5)
     return plans.ask(spec, COORDINATOR, wait_s)
 
 

@@ -58,7 +58,7 @@ def test_a_round_runs_on_a_machine_whose_environment_names_a_proxy(
 
     monkeypatch.setattr(Coordinator, "start_node", without)
     with coordinator("h-1") as one:
-        one.launch("proxied", ["h-1"], rounds=1, quorum=1)
+        one.launch(name="proxied", sites=["h-1"], rounds=1, quorum=1)
         assert one.wait("proxied", "completed", "failed")["state"] == "completed"
         token = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).invite(
             "h-2", ca_sha256=one.facts["ca_sha256"]

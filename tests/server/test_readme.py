@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.coordinators import spec_toml
+from helpers.specs import write_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -59,7 +59,7 @@ def test_the_readmes_block_for_admins_works_as_it_stands(tmp_path: Path, short_h
     """Every line does what it says; no profile has to be named, no port or folder to be changed."""
     lines = block()
     home = short_home
-    (home / "spec.toml").write_text(spec_toml("hospital-demo", ["hospital-001"], rounds=1, quorum=1, timeout_s=5.0))
+    write_spec(home / "spec.toml", name="hospital-demo", sites=["hospital-001"], rounds=1, round_timeout_s=5.0)
     (tmp_path / "hosts").write_text("127.0.0.1 localhost coordinator.example\n")
     script = ["set -u", "mount -t tmpfs tmpfs /srv", f"mount --bind {tmp_path}/hosts /etc/hosts"]
     script += [f"{sys.executable} -c '{LOOPBACK_UP}'", f"cd {home}"]

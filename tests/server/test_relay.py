@@ -76,7 +76,8 @@ class Scripted(AgentServicer):  # type: ignore[misc]  # generated, without types
     """An agent that answers with these chunks, whatever it is asked."""
 
     def __init__(self, chunks: list[Chunk]) -> None:
-        self.chunks, self.seen = chunks, []
+        self.chunks = chunks
+        self.seen: list[Any] = []
 
     def Round(self, request_iterator: Iterator[Chunk], context: Any) -> Iterator[Chunk]:
         self.seen = list(request_iterator)

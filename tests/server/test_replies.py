@@ -15,35 +15,15 @@ from hypothesis import strategies as st
 from fl_server.rounds.replies import BadReply, Expected
 from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.round import Receipt, Refusal
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
 from fl_shared.identity.signing import SigningKey, sign_document
+from helpers.specs import run_spec
 
 KEY = SigningKey.generate()
 OTHER = SigningKey.generate()
 MANIFEST = "sha256:" + "1" * 64
 UPDATE = pack({"lora_A": np.ones((2, 2), np.float32)})
-SPEC = RunSpec.from_dict(
-    {
-        "run": {
-            "name": "demo",
-            "base_model": "sha256:" + "a" * 64,
-            "sites": ["hospital-001", "hospital-002"],
-            "rounds": 3,
-            "quorum": 1,
-        },
-        "task": {"kind": "classification", "labels": ["A", "B"], "max_tokens": 8},
-        "lora": {"rank": 2, "targets": ["attention"]},
-        "training": {
-            "noise_multiplier": 1.0,
-            "clipping_norm": 1.0,
-            "sampling_probability": 0.1,
-            "steps_per_round": 4,
-            "learning_rate": 0.1,
-            "head_learning_rate": 0.1,
-        },
-    }
-)
+SPEC = run_spec()
 
 
 def _expected() -> Expected:

@@ -86,7 +86,10 @@ def test_pld_agrees_with_another_numerical_accountant(sigma: float, q: float, st
 def test_one_gaussian_step_is_bounded_by_balle_and_wang(sigma: float) -> None:
     """PLD of one full-batch Gaussian is the exact epsilon of Balle and Wang 2018 (theorem 8), rounded up."""
     epsilon = pld_epsilon([mechanism(sigma, 1.0, 1)], 1e-5)
-    phi = lambda x: 0.5 * math.erfc(-x / math.sqrt(2))  # noqa: E731
+
+    def phi(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
     exact = phi(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * phi(-0.5 / sigma - epsilon * sigma)
     assert exact <= 1e-5 * (1 + 1e-6)
     assert exact == pytest.approx(1e-5, rel=5e-3)

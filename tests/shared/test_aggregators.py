@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -11,33 +10,13 @@ import pytest
 from fl_shared.documents.aggregators import AGGREGATIONS, AGGREGATORS
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
+from helpers.specs import run_spec
 
-BASE: dict[str, Any] = {
-    "run": {
-        "name": "demo",
-        "base_model": "sha256:" + "0" * 64,
-        "sites": [f"hospital-{number:03d}" for number in range(1, 8)],
-        "rounds": 2,
-        "quorum": 7,
-        "aggregation": "fedavg",
-    },
-    "task": {"kind": "classification", "labels": ["a", "b"], "max_tokens": 8},
-    "lora": {"rank": 2, "targets": ["attention"]},
-    "training": {
-        "noise_multiplier": 1.0,
-        "clipping_norm": 1.0,
-        "sampling_probability": 0.1,
-        "steps_per_round": 2,
-        "learning_rate": 0.1,
-        "head_learning_rate": 1.0,
-    },
-}
+SITES = [f"hospital-{number:03d}" for number in range(1, 8)]
 
 
 def read(name: str, quorum: int = 7, **parameters: Any) -> RunSpec:
-    table = copy.deepcopy(BASE)
-    table["run"] |= {"aggregation": name, "quorum": quorum}
-    return RunSpec.from_dict(table | {"aggregation": parameters})
+    return run_spec(sites=SITES, quorum=quorum, aggregation=name, parameters=parameters)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
@@ -48,7 +27,9 @@ def test_every_name_has_defaults_for_all_its_parameters(name: str) -> None:
     assert set(dict(spec.aggregation)) == {each.name for each in parameters}
     assert RunSpec.from_dict(spec.to_dict()) == spec
     for each in parameters:
-        other = read(name, **{each.name: each.default + 1 if isinstance(each.default, int) else each.default * 0.9})
+        default: Any = each.default
+        another: dict[str, Any] = {each.name: default + 1 if isinstance(default, int) else default * 0.9}
+        other = read(name, **another)
         assert other.digest != spec.digest
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ CODES = {
 FAMILY = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, ConcordatError)}
 
 
-def raising(error: BaseException):
+def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
     def run(argv: Sequence[str] | None) -> int:
         raise error
 

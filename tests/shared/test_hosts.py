@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.identity.enrolment import server_url
+from fl_client.site.address import server_url
 from fl_server.cli.server import main
 from fl_server.home.layout import ServerSettings
 from fl_shared.errors import ConfigError, EnrolmentError

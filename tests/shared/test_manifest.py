@@ -20,37 +20,26 @@ from fl_shared.documents.round import REFUSAL_CODES, Receipt, Refusal, RoundMani
 from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.errors import ConfigError
 from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, Mechanism
+from helpers.specs import spec_toml
 
-SPEC = """
-[run]
-name = "hospital-demo"
-base_model = "sha256:{zeros}"
-sites = ["hospital-001", "hospital-002", "hospital-003"]
-rounds = 6
-quorum = 2
-round_timeout_s = 600
-aggregation = "fedavg"
-
-[task]
-kind = "classification"
-labels = ["A", "B", "C"]
-max_tokens = 32
-
-[lora]
-rank = 8
-alpha = 16
-targets = ["attention", "shared_experts", "routed_experts"]
-
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.1
-steps_per_round = 8
-learning_rate = 0.05
-head_learning_rate = 2.0
-momentum = 0.9
-seed_adapter = 0
-""".replace("{zeros}", "0" * 64)
+SPEC = spec_toml(
+    name="hospital-demo",
+    sites=["hospital-001", "hospital-002", "hospital-003"],
+    rounds=6,
+    quorum=2,
+    round_timeout_s=600,
+    aggregation="fedavg",
+    labels=["A", "B", "C"],
+    max_tokens=32,
+    rank=8,
+    alpha=16,
+    targets=["attention", "shared_experts", "routed_experts"],
+    steps_per_round=8,
+    learning_rate=0.05,
+    head_learning_rate=2.0,
+    momentum=0.9,
+    seed_adapter=0,
+)
 TABLE = RunSpec.from_text(SPEC).to_dict()
 OPTIONAL = {
     ("run", "round_timeout_s"),
@@ -163,7 +152,7 @@ def test_defaults_are_the_documented_ones() -> None:
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
     """A spec file that is no TOML is a ConfigError with its path and line."""
     path = tmp_path / "spec.toml"
-    path.write_text(SPEC.replace("rounds = 6", "rounds = "))
+    path.write_text("\n" + SPEC.replace("rounds = 6", "rounds = "))
     with pytest.raises(ConfigError, match=r"spec\.toml.*line 6"):
         RunSpec.from_toml(path)
 
@@ -261,8 +250,9 @@ REFUSALS = st.builds(
 def manifests(draw: st.DrawFn) -> RoundManifest:
     """Any valid manifest."""
     issued = draw(TIMES)
+    address: dict[str, Any] = {name: draw(each) for name, each in ADDRESS.items()}
     return RoundManifest(
-        **{name: draw(each) for name, each in ADDRESS.items()},
+        **address,
         spec=draw(specs()),
         adapter_digest=draw(DIGESTS),
         nonce=draw(TEXTS),

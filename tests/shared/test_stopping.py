@@ -11,7 +11,7 @@ from fl_shared.runtime.stopping import StopRequest
 # In a process of its own: the test runner uses the same timer.
 SIGNALS = """
 import random, signal
-from fl_shared import stopping
+from fl_shared.runtime import stopping
 stopping._NAP_S = 2e-4
 for number in range(2000):
     request = stopping.StopRequest()

@@ -91,7 +91,7 @@ def test_an_endless_sender_is_cut_off() -> None:
     assert len(taken) == 6
 
 
-class Echo(agent_pb2_grpc.AgentServicer):
+class Echo(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # generated code has no types
     """Sends the adapter back, through the same helpers that the agent uses."""
 
     def Round(self, request_iterator: Iterator[agent_pb2.Chunk], context: grpc.ServicerContext) -> Iterator[Any]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_agents import SITE, RealSite
-from client_gateway import Gateway
 
 from fl_client.agent.announcement import EVERY_S, Announcer
 from fl_client.agent.questions import RETRY_S
@@ -16,6 +14,8 @@ from fl_client.agent.site import base_digest, base_targets
 from fl_client.site.config import SiteConfig
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.errors import EnrolmentError, TransportError
+from helpers.agents import SITE, RealSite
+from helpers.gateway import Gateway
 
 BASE = BaseModel("sha256:" + "1" * 64, ("attention", "routed_experts"))
 

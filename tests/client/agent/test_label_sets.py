@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from client_agents import RealSite, spec
-from client_gateway import Gateway
 from numpy.typing import NDArray
 
 from fl_client.dp.mechanism.noise import choose_grid
@@ -18,6 +16,8 @@ from fl_client.model.layout import directory_digest
 from fl_client.model.load import TINY
 from fl_shared.adapters.safetensors import unpack
 from fl_shared.documents.spec import RunSpec
+from helpers.agents import RealSite, spec
+from helpers.gateway import Gateway
 
 PATIENTS = 60
 TOP_K = 2  # experts of a token in the packaged base

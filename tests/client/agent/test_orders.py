@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 import pytest
-from client_sites import SITE, Site, body, some_adapter, spec_table
 
 from fl_client.agent import orders
 from fl_client.agent.alone import train_alone
@@ -20,7 +19,7 @@ from fl_client.agent.outgoing import Outgoing
 from fl_client.agent.rounds import Rounds
 from fl_client.agent.service import AgentService, serve
 from fl_shared.adapters.safetensors import digest
-from fl_shared.canonical import canonical_bytes, sha256_hex
+from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
 from fl_shared.documents.order import MAX_SPEC_BYTES, RoundOrder, read_spec
 from fl_shared.documents.round import Receipt, Refusal
 from fl_shared.documents.spec import RunSpec
@@ -29,8 +28,9 @@ from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.names import ALONE
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
+from helpers.sites import SITE, Site, body, site_spec, some_adapter
 
-SPEC = RunSpec.from_dict(spec_table())
+SPEC = site_spec()
 
 
 @pytest.fixture
@@ -172,8 +172,8 @@ def test_an_order_is_parsed_and_verified_once_and_a_strangers_adapter_is_never_f
 
         return call
 
-    monkeypatch.setattr(orders, "parse_json", counting("parse", orders.parse_json))
-    monkeypatch.setattr(orders, "open_document", counting("open", orders.open_document))
+    monkeypatch.setattr(orders, "parse_json", counting("parse", parse_json))
+    monkeypatch.setattr(orders, "open_document", counting("open", open_document))
     right = site.facts.accepts_key
     site.rounds._facts = dataclasses.replace(site.facts, accepts_key=counting("key", right))
     fetch = counting("fetch", bytes)
@@ -236,7 +236,7 @@ def test_the_spec_comes_through_the_socket_and_one_of_megabytes_is_a_refusal(
 
 def test_a_spec_of_ten_thousand_sites_is_read(site: Site) -> None:
     """As many as a spec may name, with the longest names: well below the limit."""
-    table = spec_table()
+    table = site_spec().to_dict()
     table["run"]["sites"] = [SITE, *(f"{number:063}" for number in range(9_999))]
     spec = RunSpec.from_dict(table)
     assert len(spec.canonical) < MAX_SPEC_BYTES / 2
@@ -247,7 +247,7 @@ def test_a_spec_of_ten_thousand_sites_is_read(site: Site) -> None:
 @pytest.mark.parametrize("sites", [[SITE, "hospital-002"], ["hospital-002"]])
 def test_a_site_that_trains_alone_orders_its_rounds_the_same_way(site: Site, tmp_path: Path, sites: list[str]) -> None:
     """Named by the spec or not: every round is settled in the site's own name space, and a repeat spends nothing."""
-    table = spec_table()
+    table = site_spec().to_dict()
     table["run"]["sites"] = sites
     outgoing = Outgoing(site.key, site.ledger, ALONE)
     facts = dataclasses.replace(site.facts, namespace=ALONE)

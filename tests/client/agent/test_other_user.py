@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_agents import SITE, RealSite
-from client_gateway import Gateway
 
 from fl_client.agent.check import run_checks
 from fl_client.node.handover import make_meeting_place
 from fl_client.node.spec import NodeSpec, make_home
 from fl_client.site.config import SiteConfig
 from fl_shared.errors import ConfigError
+from helpers.agents import SITE, RealSite
+from helpers.gateway import Gateway
 
 OTHER = "nobody"
 LOOK = 'for path in "$@"; do cat -- "$path" >/dev/null 2>&1 && echo "read $path"; done; true'

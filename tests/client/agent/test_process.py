@@ -13,8 +13,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from client_agents import MARKER, SITE, RealSite, body, spec
-from client_gateway import Gateway
 
 from fl_client.agent.status import agent_state
 from fl_client.model.load import load_model
@@ -23,6 +21,8 @@ from fl_shared.documents.spec import RunSpec
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.privacy.mechanism import Mechanism
+from helpers.agents import MARKER, SITE, RealSite, body, spec
+from helpers.gateway import Gateway
 
 KILLS = [
     "round.checked",

@@ -8,16 +8,16 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
-from client_sites import MODEL, POLICY, SITE, Site, spec_table
 
 from fl_client.agent.questions import MAX_AT_ONCE, PlanResponder
 from fl_shared.documents.plan import Objection, PlanAnswer, PlanQuestion
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import BudgetExhausted, ConfigError, SignatureError, TransportError
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
+from helpers.sites import MODEL, POLICY, SITE, Site, site_spec
+from helpers.specs import SpecFields
 
 
 class Wire:
@@ -47,11 +47,9 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made.ledger.close()
 
 
-def _question(*, rounds: int = 3, site: str = SITE, age_s: float = 0.0, **training: Any) -> PlanQuestion:
-    table = spec_table(**training)
-    table["run"]["rounds"] = rounds
+def _question(*, site: str = SITE, age_s: float = 0.0, **fields: Unpack[SpecFields]) -> PlanQuestion:
     now = time.time() - age_s
-    return PlanQuestion(secrets.token_hex(16), site, RunSpec.from_dict(table), now, now + 20)
+    return PlanQuestion(secrets.token_hex(16), site, site_spec(**fields), now, now + 20)
 
 
 def _asked(site: Site, question: PlanQuestion, key: SigningKey | None = None) -> PlanAnswer:

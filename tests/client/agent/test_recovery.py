@@ -19,12 +19,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from client_agents import SITE, RealSite
-from client_gateway import Gateway
-from client_users import as_user, barrier
 
 from fl_client.agent.status import agent_problems, agent_state
 from fl_shared.runtime.processes import free_port
+from helpers.agents import SITE, RealSite
+from helpers.gateway import Gateway
+from helpers.users import as_user, barrier
 
 pytestmark = [pytest.mark.timeout(400)]
 
@@ -41,10 +41,12 @@ class Launching(RealSite):
 
     def __init__(self, root: Path, gateway: Gateway) -> None:
         self.port = free_port()
-        more = f'[metrics]\nlisten = "127.0.0.1:{self.port}"'
-        super().__init__(root, gateway, more=more)
-        text = self.home.config.read_text()
-        self.home.config.write_text(text.replace("launch = false", "launch = true"))
+        super().__init__(
+            root,
+            gateway,
+            metrics={"listen": f"127.0.0.1:{self.port}"},
+            supernode={"launch": True, "tunnel_port": free_port()},
+        )
 
     def ready(self) -> str:
         """What /readyz says."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_agents import SITE, RealSite, spec
-from client_gateway import Gateway
 
 from fl_client.model.load import load_model
 from fl_shared.ledger.verify import verify_ledger
+from helpers.agents import SITE, RealSite, spec
+from helpers.gateway import Gateway
 
 
 @pytest.fixture

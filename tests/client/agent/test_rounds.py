@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from client_sites import MODEL, POLICY, SITE, Site, Trained, body, some_adapter, spec_table
 
 from fl_client.agent.head import LedgerHead, require_newest
 from fl_client.agent.rounds import Rounds, Stopping
@@ -20,6 +19,7 @@ from fl_shared.documents.round import Receipt, Refusal
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError, LedgerError, RunError
 from fl_shared.identity.signing import SigningKey, open_document
+from helpers.sites import MODEL, POLICY, SITE, Site, Trained, body, site_spec, some_adapter
 
 
 class Crash(BaseException):
@@ -199,9 +199,7 @@ def test_a_damaged_file_of_the_home_is_named_and_no_release_is_invented(site: Si
 
 def test_another_base_model_is_refused_by_name(site: Site) -> None:
     """The refusal tells both digests."""
-    table = spec_table()
-    table["run"]["base_model"] = "sha256:" + "2" * 64
-    sealed = site.order(site.manifest(spec=RunSpec.from_dict(table)))
+    sealed = site.order(site.manifest(spec=site_spec(base_model="sha256:" + "2" * 64)))
     assert body(sealed)["code"] == "unknown-base-model"
     assert MODEL in body(sealed)["message"]
 
@@ -217,7 +215,8 @@ def test_another_base_model_is_refused_by_name(site: Site) -> None:
 )
 def test_policy_has_the_last_word(site: Site, field: str, value: float, message: str) -> None:
     """A proposal beyond the policy is refused with the value and the limit; nothing is reserved."""
-    sealed = site.order(site.manifest(spec=RunSpec.from_dict(spec_table(**{field: value}))))
+    proposal: Any = {field: value}
+    sealed = site.order(site.manifest(spec=site_spec(**proposal)))
     assert (body(sealed)["code"], body(sealed)["message"]) == ("policy", message)
     assert site.outcomes() == []
 
@@ -231,9 +230,7 @@ def test_a_target_outside_the_policy_is_refused(tmp_path: Path) -> None:
 def test_a_round_over_budget_is_refused_and_the_ceiling_holds(tmp_path: Path) -> None:
     """Rounds are granted until the next one would pass the ceiling; then the answer is typed."""
     site = Site(tmp_path, epsilon=5.0)
-    table = spec_table()
-    table["run"]["rounds"] = 100
-    spec = RunSpec.from_dict(table)
+    spec = site_spec(rounds=100)
     for number in range(1, 101):
         sealed = site.order(site.manifest(number, spec=spec))
         if sealed.status != "ok":

@@ -7,13 +7,12 @@ import json
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from client_sites import Site, Trained, body
 
 from fl_client.agent.outgoing import Sealed
 from fl_client.agent.service import AgentService, serve
@@ -23,6 +22,7 @@ from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, InfoRequest, RoundHeader
 from fl_shared.wire.chunks import split
+from helpers.sites import Site, Trained, body
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_defect_says_nothing_to_the_caller(site: Site, stub: agent_pb2_grpc.Ag
     assert ask(stub, header_of(site, b""), []).status == "ok"
 
 
-HOSTILE = {
+HOSTILE: dict[str, Callable[[RoundHeader], list[Chunk]]] = {
     "no header": lambda header: [Chunk(data=b"x")],
     "nothing": lambda header: [],
     "two headers": lambda header: [Chunk(header=header), Chunk(header=header)],
@@ -130,7 +130,7 @@ def test_the_socket_offers_two_calls_and_no_more(stub: agent_pb2_grpc.AgentStub,
     """Any other method name is unimplemented."""
     with grpc.insecure_channel(f"unix:{tmp_path / 'agent.sock'}") as channel:
         for method in ("ReadData", "Sign", "Ledger", "/grpc.reflection.v1alpha.ServerReflection/Info"):
-            call = channel.unary_unary(f"/concordat.agent.v1.Agent/{method}")
+            call = channel.unary_unary(f"/concordat.agent.v1.Agent/{method}", None, None)
             with pytest.raises(grpc.RpcError) as failure:
                 call(b"")
             assert failure.value.code() == grpc.StatusCode.UNIMPLEMENTED

@@ -14,20 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_agents import SITE, RealSite, body, spec
-from client_gateway import Gateway
-from client_sites import POLICY, Site, spec_table
 
+from fl_client.agent.orders import Arrived, Assignment
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds
 from fl_client.model.load import load_model
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
+from fl_shared.identity.signing import sign_document
 from fl_shared.ledger.suspension import MAX_FAILED_RUNS, confirm_run
+from helpers.agents import SITE, RealSite, body, spec
+from helpers.gateway import Gateway
+from helpers.sites import POLICY, Site, site_spec
 
 # Training fails, after it has read the data, because of one record: as an adapter can make it that overflows on a word.
 FAILS_ON_ONE_RECORD = """
-from fl_client import training
+from fl_client.training import round as training
 from fl_shared.errors import EngineError
 
 right = training.train_round
@@ -148,9 +149,7 @@ def test_a_target_that_the_base_lacks_costs_nothing(small: Site) -> None:
     small.rounds = Rounds(
         small.facts, ledger=small.ledger, store=small.store, outgoing=small.outgoing, train=small.trainer
     )
-    table = spec_table()
-    table["lora"]["targets"] = ["attention", "shared_experts"]
-    told = body(small.order(small.manifest(spec=RunSpec.from_dict(table))))
+    told = body(small.order(small.manifest(spec=site_spec(targets=["attention", "shared_experts"]))))
     assert told["code"] == "unsupported-spec"
     assert "no shared_experts" in told["message"]
     assert "attention, routed_experts" in told["message"]
@@ -176,10 +175,12 @@ def test_a_coordinator_cannot_order_in_the_sites_own_name_space(small: Site) -> 
         assert (refused.status, refused.payload, body(refused)["code"]) == ("refused", b"", "bad-manifest")
     assert small.outcomes() == before
     receipt_entry = body(baseline)["entry_id"]
+    order = small.store.find("alone:demo", 1)
+    assert order is not None
+    signed = json.dumps(sign_document(small.coordinator, small.manifest(run="alone:demo").to_dict()))
+    assigned = Assignment.of(Arrived.read(signed, small.facts.site), "")
     with pytest.raises(Exception, match="belongs to others"):  # the second lock: the choke point itself
-        small.rounds._release(
-            small.manifest(run="alone:demo"), small.store.find("alone:demo", 1), receipt_entry, baseline.payload
-        )
+        small.rounds._release(assigned, order, receipt_entry, baseline.payload)
     assert small.order(small.manifest(run="alone")).payload != baseline.payload
     names = {path.name for path in (small.root / "releases").glob("*.safetensors")}
     assert names == {"alone_demo-1.safetensors", "alone-1.safetensors"}
@@ -188,7 +189,7 @@ def test_a_coordinator_cannot_order_in_the_sites_own_name_space(small: Site) -> 
 def test_refused_orders_leave_nothing_on_the_disk(tmp_path: Path) -> None:
     """A coordinator without budget may order as often as it likes: no file, no memory; a crash's remnant goes, too."""
     small = Site(tmp_path, epsilon=0.5)
-    spec_ = RunSpec.from_dict(spec_table(noise_multiplier=0.8, sampling_probability=0.2, steps_per_round=20))
+    spec_ = site_spec(noise_multiplier=0.8, sampling_probability=0.2, steps_per_round=20)
     for number in range(20):
         told = body(small.order(small.manifest(run=f"run-{number}", spec=spec_)))
         assert told["code"] == "budget-exhausted"

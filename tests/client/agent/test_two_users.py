@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_agents import RealSite
-from client_gateway import Gateway
-from client_users import MEET, MEETING, as_user, barrier
 
 from fl_client.agent.status import agent_state
+from helpers.agents import RealSite
+from helpers.gateway import Gateway
+from helpers.users import MEET, MEETING, as_user, barrier
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root to be two other users"),

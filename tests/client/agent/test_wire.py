@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client_sites import Site, body, spec_table
 
 from fl_shared.adapters.safetensors import WIRES, digest, unpack
 from fl_shared.documents.round import Receipt
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import DataError
 from fl_shared.identity.signing import open_document
+from helpers.sites import Site, Trained, body, site_spec
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -21,10 +20,13 @@ def test_ledger_receipt_and_store_hold_the_digest_of_the_encoded_bytes(tmp_path:
     """What is digested in ledger, receipt and store are exactly the bytes that leave; a repeat sends them again."""
     site = Site(tmp_path)
     trained: list[np.ndarray] = []
-    site.trainer.change = lambda made: (trained.append(made.update["w"]), made)[1]
-    table = spec_table()
-    table["run"]["wire"] = wire
-    manifest = site.manifest(spec=RunSpec.from_dict(table))
+
+    def noted(made: Trained) -> Trained:
+        trained.append(made.update["w"])
+        return made
+
+    site.trainer.change = noted
+    manifest = site.manifest(spec=site_spec(wire=wire))
     sealed = site.order(manifest)
     receipt = Receipt.from_dict(open_document(json.loads(sealed.document), site.key.public_hex))
     (spend,) = site.ledger.spends()

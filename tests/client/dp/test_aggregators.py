@@ -25,6 +25,7 @@ from fl_shared.errors import EngineError
 from helpers.clipped import clipped_sum, group_errors
 from helpers.gradient_oracle import GradientOracle, Gradients, relative_error
 from helpers.random_models import ARCHITECTURES, adapted_small, small_config, units_of_records
+from helpers.specs import run_spec
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-5
@@ -190,27 +191,15 @@ def tiny() -> LoadedModel:
 
 
 def _spec(model: LoadedModel, name: str) -> RunSpec:
-    return RunSpec.from_dict(
-        {
-            "run": {
-                "name": "demo",
-                "base_model": model.digest,
-                "sites": ["hospital-001"],
-                "rounds": 2,
-                "quorum": 1,
-                "aggregation": name,
-            },
-            "task": {"kind": "classification", "labels": ["lungs", "heart"], "max_tokens": 8},
-            "lora": {"rank": 4, "targets": ["attention"]},
-            "training": {
-                "noise_multiplier": 0.001,
-                "clipping_norm": 1.0,
-                "sampling_probability": 1.0,
-                "steps_per_round": 1,
-                "learning_rate": 0.5,
-                "head_learning_rate": 1.0,
-            },
-        }
+    return run_spec(
+        base_model=model.digest,
+        labels=["lungs", "heart"],
+        aggregation=name,
+        rank=4,
+        noise_multiplier=0.001,
+        sampling_probability=1.0,
+        steps_per_round=1,
+        learning_rate=0.5,
     )
 
 

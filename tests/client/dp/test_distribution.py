@@ -70,14 +70,14 @@ def test_noise_added_twice_is_accused(adapted: AdaptedModel, monkeypatch: pytest
 
 def test_noise_is_held_against_what_the_grid_adds(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large slack widens the noise, and the right engine stays right."""
-    plan = optimizer.choose_grid
+    plan = noise.choose_grid
     monkeypatch.setattr(optimizer, "choose_grid", lambda **given: plan(**given | {"slack": 0.1}))
     assert check(adapted)["noise"].p_value > 1e-3
 
 
 def test_a_grid_below_the_charge_is_accused(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that fits its own grid, when the grid is made for less than sigma C."""
-    plan = optimizer.choose_grid
+    plan = noise.choose_grid
     monkeypatch.setattr(optimizer, "choose_grid", lambda **given: plan(**given | {"noise_multiplier": 1.49}))
     assert check(adapted)["noise"].accused
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from opacus.accountants import RDPAccountant
 
-from fl_client.dp import optimizer
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.engine import DPEngine, EngineName
+from fl_client.dp.mechanism import noise
 from fl_client.dp.mechanism.secure_random import SecureStream
 from fl_client.dp.optimizer import GridDPOptimizer
 from fl_client.dp.records.packing import Packed, cut, pack
@@ -100,7 +100,7 @@ def test_an_empty_sample_is_noise_alone_and_counts(adapted: AdaptedModel) -> Non
     engine = make(adapted, records, steps=1)
     (noisy,) = released(engine, [])
     assert not ran
-    expected = optimizer.noisy_sum(
+    expected = noise.noisy_sum(
         np.zeros(noisy.numel(), np.float32), engine.optimizer.grid, SecureStream(bytes([1] * 32))
     )
     torch.testing.assert_close(noisy, torch.from_numpy(expected), rtol=1e-6, atol=0)
@@ -170,7 +170,7 @@ def test_a_unit_that_is_not_finite_contributes_nothing(adapted: AdaptedModel, va
     clean = dataclasses.replace(records, ids=tuple(tuple(min(i, word - 1) for i in row) for row in records.ids))
     spoilt = dataclasses.replace(clean, ids=(*clean.ids[:3], (1, word, 2), *clean.ids[4:]))
     with torch.no_grad():
-        adapted.module.backbone.get_input_embeddings().weight[word] = value
+        adapted.module.backbone.get_submodule("embed_tokens").get_parameter("weight")[word] = value
     others = dataclasses.replace(clean, of_unit=tuple(rows for unit, rows in enumerate(clean.of_unit) if unit != 3))
     wanted = clipped_sum(adapted, others, 1.0, engine=engine)
     found = clipped_sum(adapted, spoilt, 1.0, engine=engine)
@@ -186,7 +186,7 @@ def test_a_unit_that_is_not_finite_contributes_nothing(adapted: AdaptedModel, va
 def test_a_step_in_which_no_unit_is_finite_is_noise_alone(adapted: AdaptedModel) -> None:
     """A head that is no number leaves every unit out; what is released is noise, and the step counts."""
     with torch.no_grad():
-        adapted.module.head.weight[0, 0] = float("nan")
+        adapted.module.head.get_parameter("weight")[0, 0] = float("nan")
     engine = make(adapted, units_of_records(SIZES), steps=1)
     (noisy,) = released(engine, range(7))
     assert bool(torch.isfinite(noisy).all())

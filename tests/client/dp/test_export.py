@@ -26,14 +26,15 @@ from fl_client.model.load import TINY, load_model
 from fl_client.tasks.classification import CrossEntropy
 from fl_client.training.round import initial_adapter
 from fl_shared.adapters.safetensors import pack
-from fl_shared.documents.spec import LoraSection, RunSpec
+from fl_shared.documents.spec import LORA_TARGETS, LoraSection
 from fl_shared.errors import ModelError
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
+from helpers.specs import run_spec, to_toml
 
 torch.set_num_threads(1)
 IDS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(5))
 SHARED = ("deepseek_v2", "deepseek_v3", "qwen2_moe")
-CASES = [(name, None) for name in ARCHITECTURES]
+CASES: list[tuple[str, str | None]] = [(name, None) for name in ARCHITECTURES]
 CASES += [(name, group) for name in ARCHITECTURES for group in ("attention", "routed_experts")]
 CASES += [(name, "shared_experts") for name in SHARED]
 
@@ -125,30 +126,14 @@ def _float_tiny() -> Any:
 def test_the_command_exports_the_demos_base_and_says_what_it_does(tmp_path: Path) -> None:
     """The real command on `tiny` with all targets: PEFT loads the folder onto the float base; progress on stderr."""
     model = load_model(TINY, "cpu")
-    table = {
-        "run": {
-            "name": "demo", "base_model": model.digest, "sites": ["hospital-001"], "rounds": 1, "quorum": 1,
-            "aggregation": "fedavg",
-        },
-        "task": {"kind": "classification", "labels": ["lungs", "heart"], "max_tokens": 8},
-        "lora": {"rank": 8, "targets": ["attention", "shared_experts", "routed_experts"]},
-        "training": {
-            "noise_multiplier": 1.0, "clipping_norm": 1.0, "sampling_probability": 0.1, "steps_per_round": 1,
-            "learning_rate": 0.1, "head_learning_rate": 0.1,
-        },
-    }  # fmt: skip
-    spec = RunSpec.from_dict(table)
+    spec = run_spec(base_model=model.digest, labels=["lungs", "heart"], rank=8, targets=LORA_TARGETS)
     rng = np.random.default_rng(0)
     offset = {
         name: rng.normal(0, 0.05, value.shape).astype(np.float32)
         for name, value in initial_adapter(model, spec).items()
     }
     (tmp_path / "adapter.safetensors").write_bytes(pack(offset))
-    lines = [
-        f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items())
-        for section, fields in table.items()
-    ]
-    (tmp_path / "spec.toml").write_text("\n".join(lines))
+    (tmp_path / "spec.toml").write_text(to_toml(spec.to_dict()))
     done = subprocess.run(
         [sys.executable, "-m", "fl_client.cli.model", "export-adapter", "--spec", tmp_path / "spec.toml",
          "--adapter", tmp_path / "adapter.safetensors", tmp_path / "peft", "--json"],

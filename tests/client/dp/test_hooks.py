@@ -18,12 +18,12 @@ from fl_client.dp.rounding import slack
 from fl_client.inference.predict import predict
 from fl_client.model.load import TINY, load_model
 from fl_client.training.round import train_round
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import EngineError
 from fl_shared.privacy.mechanism import Mechanism
 from helpers.clipped import clipped_sum
 from helpers.hostile_adapters import ATTACKS, company, same_bits, without_last
 from helpers.random_models import adapted_small
+from helpers.specs import run_spec
 
 
 def make_stubborn(adapted: AdaptedModel) -> None:
@@ -85,15 +85,7 @@ def test_a_site_whose_engine_is_hooks_trains_and_answers_where_the_machine_is_re
 
     monkeypatch.setattr(checks, "check_invariance", refused)
     model = load_model(TINY, device="cpu")
-    spec = RunSpec.from_dict({
-        "run": {"name": "demo", "base_model": model.digest, "sites": ["a"], "rounds": 1, "quorum": 1},
-        "task": {"kind": "classification", "labels": ["x", "y"], "max_tokens": 8},
-        "lora": {"rank": 2, "targets": ["attention"]},
-        "training": {
-            "noise_multiplier": 1.0, "clipping_norm": 1.0, "sampling_probability": 0.9, "steps_per_round": 1,
-            "learning_rate": 0.1, "head_learning_rate": 1.0,
-        },
-    })  # fmt: skip
+    spec = run_spec(base_model=model.digest, labels=["x", "y"], sampling_probability=0.9, steps_per_round=1)
     mechanism = Mechanism(1.0, 0.9, 1, 1.0)
     data = UnitData(("a cough", "fever and cough", "pain"), ("x", "y", "x"), np.array([0, 0, 1]), 2, "f" * 64)
     with pytest.raises(EngineError, match="depends on its neighbours"):

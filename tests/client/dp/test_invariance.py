@@ -14,9 +14,11 @@ from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.checks import check_layers
 from fl_client.dp.invariance import check_invariance
 from fl_client.dp.layers import lora as lora_layers
+from fl_client.dp.layers.attention import causal
 from fl_client.dp.layers.routing import Routing
 from fl_client.dp.records.packing import FULL, HEIGHTS, cut, height, heights_for, tokens_of
 from fl_client.dp.rounding import slack
+from fl_client.model.quantised.matmul import grouped_rows
 from fl_shared.errors import EngineError
 from helpers.clipped import clipped_sum
 from helpers.hostile_adapters import (
@@ -180,7 +182,7 @@ def test_a_unit_larger_than_what_was_tried_is_refused() -> None:
 
 def test_a_machine_whose_products_follow_the_number_of_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that adds in another order for some numbers of rows is found by the check, before any round."""
-    right: Callable[[Tensor, Tensor, Tensor], Tensor] = invariance.grouped_rows
+    right: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_rows
 
     def fickle(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         found = right(x, weight, ends)
@@ -210,7 +212,7 @@ def test_products_that_follow_a_rows_place_are_found_though_half_precision_hides
             found[-1] *= 1 + 2**-22
         return found
 
-    monkeypatch.setattr(invariance.torch, "mm", fickle)
+    monkeypatch.setattr(torch, "mm", fickle)
     odd |= {768, 1024}
     check_invariance(adapted, vocabulary=96, seed=1)
     assert adapted.heights == tuple(each for each in HEIGHTS if each not in odd)
@@ -223,7 +225,7 @@ def test_products_that_follow_a_rows_place_are_found_though_half_precision_hides
 
 def test_an_experts_product_that_follows_where_its_rows_begin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of another expert before it change the alignment of an expert's own."""
-    right: Callable[[Tensor, Tensor, Tensor], Tensor] = invariance.grouped_rows
+    right: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_rows
 
     def fickle(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         found = right(x, weight, ends)
@@ -238,7 +240,7 @@ def test_an_experts_product_that_follows_where_its_rows_begin_is_refused(monkeyp
 def test_what_is_tried_is_what_the_models_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention is tried in the widths, scale and window of the model, and for lengths up to the run's."""
     tried = set()
-    right = invariance.causal
+    right = causal
 
     def noted(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         tried.add((query.shape[1:], key.shape[1], value.shape[-1], window))
@@ -281,7 +283,7 @@ def test_a_height_that_computes_otherwise_is_not_used(monkeypatch: pytest.Monkey
 
 def test_attention_that_mixes_records_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention whose rounding follows how many records lie side by side."""
-    right = invariance.causal
+    right = causal
 
     def mixing(query: Tensor, *rest: object) -> Tensor:
         found = right(query, *rest)  # type: ignore[arg-type]
@@ -317,4 +319,4 @@ def test_the_bound_on_rounding_grows_with_what_is_added() -> None:
 
 def test_unpatched_experts_are_the_ones_that_are_tried() -> None:
     """The check multiplies with the very function that the layers use."""
-    assert invariance.grouped_rows is lora_layers.grouped_rows
+    assert vars(invariance)["grouped_rows"] is vars(lora_layers)["grouped_rows"]

@@ -82,5 +82,5 @@ def test_a_base_weight_of_zeros_is_measured_by_the_usual_one() -> None:
     adapted = started("olmoe", quantised=False)
     layer = next(layer for path, layer in adapted.layers.items() if path.endswith("q_proj"))
     with torch.no_grad():
-        layer.base_layer.weight.zero_()
+        layer.get_parameter("base_layer.weight").zero_()
     check_magnitude(adapted, LIMIT)

@@ -110,12 +110,12 @@ def test_cancelling_rows_add_no_more_than_is_paid_for(ratio: float, dtype: torch
     spans = torch.tensor([[0, units * tokens]])
     book.add_expert_factor(parameter, a, b, unit_of_row, find_segments(unit_of_row, units), spans)
     weights = clip / book.norms().clamp(min=clip)
-    [(_, whole)] = book.weighted_sums(weights)
+    [(_, total)] = book.weighted_sums(weights)
     for unit in range(12):
         others = weights.clone()
         others[unit] = 0
         [(_, without)] = book.weighted_sums(others)
-        change = float((whole.double() - without.double()).norm()) / clip
+        change = float((total.double() - without.double()).norm()) / clip
         assert change <= 1 + slack(units=units, rows=units * tokens)
 
 

@@ -384,7 +384,7 @@ def test_tied_embeddings(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> 
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     for name in ("a", "b", "twice"):
         loaded = load_model(tmp_path / name, "cpu").module
-        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.get_submodule("lm_head").weight is loaded.get_submodule("model.embed_tokens").weight
     with pytest.raises(ModelError, match=r"lm_head\.weight differs from the embeddings"):
         quantise_directory(other, tmp_path / "c")
 

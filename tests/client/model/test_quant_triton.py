@@ -20,7 +20,8 @@ needs_triton = pytest.mark.skipif(
 
 INTERPRETED = """
 import torch
-from fl_client.model import quant_matmul, quant_triton
+from fl_client.model.quantised import matmul as quant_matmul
+from fl_client.model.quantised import triton_kernels as quant_triton
 from fl_client.model.quantised.tensor import quantise_tensor
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -54,7 +55,7 @@ print("equal")
 
 ALONE = """
 import torch
-from fl_client.model import quant_triton
+from fl_client.model.quantised import triton_kernels as quant_triton
 from fl_client.model.quantised.tensor import quantise_tensor
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -83,7 +84,7 @@ COMPILED = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fl_client.model import quant_triton
+from fl_client.model.quantised import triton_kernels as quant_triton
 for kernel in (quant_triton._forward, quant_triton._backward, quant_triton._float):
     for int4 in (False, True):
         kinds = {"q": "*i8", "scale": "*fp32"} | dict.fromkeys(("w_expert", "w_inner", "w_column"), "i64")

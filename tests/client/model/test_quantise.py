@@ -87,7 +87,8 @@ def write_float(directory: Path, config: PretrainedConfig, *, shard: str = "5GB"
                 parameter.normal_(0, 0.05)
     model.save_pretrained(directory, max_shard_size=shard)
     train_tokenizer(["a room"]).save_pretrained(directory)
-    return model
+    made: torch.nn.Module = model
+    return made
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -189,6 +190,8 @@ def test_backward_is_the_gradient_of_the_dequantised_layer(bits: int) -> None:
     linear(x).square().sum().backward()
     y = x.detach().clone().requires_grad_()
     torch.nn.functional.linear(y, linear.weight_as(torch.float32), linear.bias).square().sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
     assert torch.allclose(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
     act = torch.nn.functional.silu
@@ -207,6 +210,8 @@ def test_backward_is_the_gradient_of_the_dequantised_layer(bits: int) -> None:
             total = total + weights[token, slot] * (down[index[token, slot]] @ (act(gate) * up))
         rows.append(total)
     torch.stack(rows).square().sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
     assert torch.allclose(x.grad, y.grad, rtol=1e-4, atol=1e-4)
 
 

@@ -16,10 +16,9 @@ from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import SERVER_STATE, digest, pack
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
-from helpers.coordinators import spec_toml
 from helpers.kills import killed_at_every_line
+from helpers.specs import run_spec
 
 STATE = pack({"w": np.full((1, 2), 7, np.float32)})
 ADAPTER = pack({"w": np.full(2, 3, np.float32)}, {SERVER_STATE: digest(STATE)})
@@ -38,7 +37,7 @@ def _prepare(home: Path) -> None:
     store.migrate()
     with store.write() as session:
         session.add(SiteRow(site="h-1", state="enrolled", invited_at=1.0))
-    runs.launch(RunSpec.from_text(spec_toml("demo", ["h-1"], rounds=1, quorum=1)))
+    runs.launch(run_spec(sites=["h-1"], rounds=1))
     runs.begin_attempt("demo", "a1")
     store.close()
 

@@ -28,13 +28,13 @@ from fl_shared.adapters.safetensors import digest
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.order import BY_DIGEST, RoundOrder, read_spec
 from fl_shared.documents.round import RoundManifest
-from fl_shared.documents.spec import LORA_TARGETS, RunSpec
+from fl_shared.documents.spec import LORA_TARGETS
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from helpers.benchmarks import load_benchmark
-from helpers.coordinators import spec_toml
+from helpers.specs import run_spec
 
 SITES = ("h-1", "h-2", "h-3")
-SPEC = RunSpec.from_text(spec_toml("demo", SITES, rounds=3, quorum=1))
+SPEC = run_spec(sites=SITES)
 BASE = BaseModel(SPEC.run.base_model, LORA_TARGETS)
 ADAPTER = digest(b"")
 

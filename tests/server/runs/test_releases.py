@@ -15,9 +15,8 @@ from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
-from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError, RunError
-from helpers.coordinators import spec_toml
+from helpers.specs import run_spec
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def commits(store: Store, artifacts: LocalArtifacts, tmp_path: Path) -> Commits:
     with store.write() as session:
         session.add(SiteRow(site="h-1", state="enrolled", invited_at=1.0))
     runs, made = Runs(store), Commits(store, artifacts, tmp_path / "adapters")
-    runs.launch(RunSpec.from_text(spec_toml("demo", ["h-1"], rounds=3, quorum=1)))
+    runs.launch(run_spec(sites=["h-1"]))
     runs.begin_attempt("demo", "a1")
     for number in (1, 2):
         adapter = pack({"w": np.full(2, number, np.float32)})

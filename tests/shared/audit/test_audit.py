@@ -17,30 +17,9 @@ from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
 from fl_shared.privacy.accounting import pld_epsilon, rdp_epsilon
 from helpers.ledgers import ROUND, SITE, opened, with_budget, with_releases
+from helpers.specs import write_spec
 
 KEY = SigningKey.generate()
-SPEC = """
-[run]
-name = "next"
-base_model = "sha256:{zeros}"
-sites = ["hospital-001"]
-rounds = {rounds}
-quorum = 1
-[task]
-kind = "classification"
-labels = ["A", "B"]
-max_tokens = 32
-[lora]
-rank = 8
-targets = ["attention"]
-[training]
-noise_multiplier = 1.0
-clipping_norm = 1.0
-sampling_probability = 0.1
-steps_per_round = 8
-learning_rate = 0.05
-head_learning_rate = 2.0
-"""
 
 
 @pytest.fixture
@@ -148,11 +127,11 @@ def test_a_plan_reads_the_spec_that_would_be_launched(
     """A spec's mechanism and rounds are planned; the refusal says how many rounds fit; nothing is written."""
     before = (home / "ledger.sqlite").read_bytes()
     path = tmp_path / "next.toml"
-    path.write_text(SPEC.format(zeros="0" * 64, rounds=3))
+    write_spec(path, sites=[SITE], rounds=3, steps_per_round=8)
     plan = json.loads(audit(capsys, "plan", *at(home), "--spec", path, "--json"))
     assert (plan["granted"], plan["rounds"], plan["mechanism"]) == (True, 3, ROUND.to_dict())
     assert plan["budgets"][0]["after"] == pytest.approx(rdp_epsilon([ROUND] * 11, 1e-5))
-    path.write_text(SPEC.format(zeros="0" * 64, rounds=30))
+    write_spec(path, sites=[SITE], rounds=30, steps_per_round=8)
     refused = json.loads(audit(capsys, "plan", *at(home), "--spec", path, "--json", code=11))
     assert (
         refused["budgets"][0]["rounds_granted"]

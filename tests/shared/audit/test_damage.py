@@ -108,6 +108,7 @@ def ran(capsys: pytest.CaptureFixture[str], line: list[str]) -> tuple[int, str]:
 def force(path: Path, table: str, column: str, row: str, value: Any) -> None:
     """Put a value into one cell, past every guard; the schema looks untouched afterwards."""
     connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA foreign_keys = OFF")
     schema = connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('trigger', 'table')").fetchall()
     connection.execute("PRAGMA writable_schema = ON")
@@ -119,6 +120,7 @@ def force(path: Path, table: str, column: str, row: str, value: Any) -> None:
             connection.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (bare, name))
     connection.close()
     connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous = OFF")
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("PRAGMA ignore_check_constraints = ON")
     connection.execute(f'UPDATE "{table}" SET "{column}" = {value} WHERE rowid = {row}')

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from scipy.optimize import brentq
-
 from fl_shared.errors import ConfigError
 from fl_shared.privacy.accounting.gate import Filter
 from fl_shared.privacy.accounting.merge import Key, key_of, merged
@@ -89,6 +87,8 @@ def _smallest(excess: Callable[[float], float], wanted: str) -> float:
             low = high / 2.0
         else:
             high /= 2.0
+    from scipy.optimize import brentq  # scipy is a second for every command that calibrates nothing
+
     # An infinite excess would break the interpolation.
     smallest = float(brentq(lambda sigma: min(excess(sigma), 1e6), low, high, xtol=_PRECISION / 4.0))
     while excess(smallest) > 0.0:

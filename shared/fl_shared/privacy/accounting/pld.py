@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-import dp_accounting
-from dp_accounting import pld
-
 from fl_shared.errors import EngineError
 from fl_shared.privacy.accounting.merge import Key, merged
 from fl_shared.privacy.accounting.renyi import check_delta, event_of
@@ -44,6 +41,9 @@ def pld_curve(mechanisms: Iterable[Mechanism], deltas: Sequence[float]) -> list[
 
 @lru_cache(maxsize=256)
 def _epsilons(steps: tuple[tuple[Key, int], ...], deltas: tuple[float, ...]) -> tuple[float, ...]:
+    import dp_accounting  # see renyi.event_of
+    from dp_accounting import pld
+
     accountant = pld.PLDAccountant()
     for key, count in steps:
         accountant.compose(dp_accounting.SelfComposedDpEvent(event_of(key), count))

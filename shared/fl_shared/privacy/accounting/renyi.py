@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
 import numpy as np
 import numpy.typing as npt
-from dp_accounting import rdp
 
 from fl_shared.errors import ConfigError
 from fl_shared.privacy.accounting.merge import Key, merged
 from fl_shared.privacy.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 # Orders below 2 only help above epsilon 20, and their series does not always converge; leaving them out can
 # only make the reported epsilon larger.
@@ -54,6 +56,8 @@ def event_of(key: Key) -> dp_accounting.DpEvent:
         raise ConfigError(
             f"sampling probability {key.sampling_probability!r} is not usable", fix="use a number in (0, 1]"
         )
+    import dp_accounting  # it brings scipy, a second for every command that asks for no epsilon
+
     gaussian = dp_accounting.GaussianDpEvent(key.noise_multiplier)
     if key.sampling_probability == 1.0:
         return gaussian
@@ -63,6 +67,8 @@ def event_of(key: Key) -> dp_accounting.DpEvent:
 @lru_cache(maxsize=4096)
 def step_curve(key: Key, orders: tuple[float, ...] = ORDERS) -> tuple[float, ...]:
     """Return the Rényi divergence of one step at each of `orders` (nats), `inf` where it is not known."""
+    from dp_accounting import rdp  # see event_of
+
     accountant = rdp.RdpAccountant(list(orders))
     accountant.compose(event_of(key))
     values = [float(value) for value in accountant.rdp]

@@ -128,7 +128,7 @@ class Gateway:
                 self.wfile.write(body)
 
             def _peer(self) -> str:
-                certificate = self.connection.getpeercert()  # type: ignore[attr-defined]
+                certificate = self.connection.getpeercert()
                 names = {k: v for part in (certificate or {}).get("subject", ()) for k, v in part}
                 return str(names.get("commonName", ""))
 
@@ -180,7 +180,7 @@ class Gateway:
                     self._answer(200, b'{"taken": true}')
                 elif self.path.startswith("/v1/fleet/") and self._peer():
                     gateway.fleet_calls.append((self.path, self._peer()))
-                    der = self.connection.getpeercert(True)  # type: ignore[attr-defined]
+                    der = self.connection.getpeercert(True)
                     gateway.certificates.append(hashlib.sha256(der).hexdigest())
                     self._answer(*gateway.fleet_answer(self.path, body), more=gateway.fleet_headers)
                 else:

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
-from client_gateway import Gateway
 
 from fl_client.agent.outgoing import Sealed
 from fl_client.agent.status import agent_state
@@ -29,74 +29,37 @@ from fl_shared.ledger.service import Ledger
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
 from fl_shared.wire.chunks import split
+from helpers.gateway import Gateway
 from helpers.ports import free_port
+from helpers.specs import run_spec, site_toml
 
 SITE = "hospital-001"
 MARKER = "PLANTEDPATIENT4711"
 LABELS = ("lungs", "heart")
 
-TOML = """
-[site]
-id = "{site}"
-[server]
-url = "{url}"
-[data]
-name = "diagnoses"
-path = "records.csv"
-text_column = "text"
-label_column = "label"
-unit_column = "patient"
-privacy_unit = "patient"
-max_records_per_unit = 2
-[model]
-directory = "tiny"
-device = "cpu"
-[policy]
-min_noise_multiplier = 0.8
-max_clipping_norm = 1.0
-max_sampling_probability = 0.2
-max_steps_per_round = 100000
-[budget]
-epsilon = {epsilon}
-delta = 1e-5
-approver = "officer"
-[supernode]
-launch = false
-tunnel_port = {port}
-[agent]
-stop_grace_s = 0.5
-{more}
-"""
-
 
 def spec(model: str, *, steps: int = 2, rounds: int = 50) -> RunSpec:
-    """A small spec that the policy above allows."""
-    return RunSpec.from_dict(
-        {
-            "run": {"name": "demo", "base_model": model, "sites": [SITE], "rounds": rounds, "quorum": 1},
-            "task": {"kind": "classification", "labels": list(LABELS), "max_tokens": 8},
-            "lora": {"rank": 2, "targets": ["attention"]},
-            "training": {
-                "noise_multiplier": 1.0,
-                "clipping_norm": 1.0,
-                "sampling_probability": 0.05,
-                "steps_per_round": steps,
-                "learning_rate": 0.1,
-                "head_learning_rate": 1.0,
-            },
-        }
+    """A small spec that the policy of `RealSite` allows."""
+    return run_spec(
+        base_model=model, sites=[SITE], rounds=rounds, labels=LABELS, sampling_probability=0.05, steps_per_round=steps
     )
 
 
 class RealSite:
     """An enrolled home with data, and the agent's processes started in it one after another."""
 
-    def __init__(self, root: Path, gateway: Gateway, *, epsilon: float = 50.0, more: str = "") -> None:
+    def __init__(self, root: Path, gateway: Gateway, *, epsilon: float = 50.0, **sections: Mapping[str, Any]) -> None:
         self.home = SiteHome(root)
         self.gateway = gateway
         enrol(self.home, site=SITE, server=gateway.url, token=gateway.token(SITE))
-        text = TOML.format(site=SITE, url=gateway.url, epsilon=epsilon, port=free_port(), more=more)
-        self.home.config.write_text(text)
+        usual: dict[str, Mapping[str, Any]] = {
+            "data": {"unit_column": "patient", "privacy_unit": "patient", "max_records_per_unit": 2},
+            "policy": {"max_steps_per_round": 100_000},
+            "budget": {"epsilon": epsilon, "approver": "officer"},
+            "supernode": {"launch": False, "tunnel_port": free_port()},
+            "agent": {"stop_grace_s": 0.5},
+        }
+        self.home.config.write_text(site_toml(SITE, gateway.url, **(usual | sections)))
         with (root / "records.csv").open("w", newline="", encoding="utf-8") as sink:
             writer = csv.writer(sink)
             writer.writerow(["text", "label", "patient"])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from fl_shared.documents.spec import LORA_TARGETS, RunSpec
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger.service import Ledger
 from fl_shared.privacy.mechanism import Mechanism
+from helpers.specs import SpecFields, run_spec
 
 SITE = "hospital-001"
 MODEL = "sha256:" + "1" * 64
@@ -41,32 +42,11 @@ POLICY = PolicyConfig(
 )
 
 
-def spec_table(**training: Any) -> dict[str, Any]:
-    """A small valid run spec; keywords change `[training]`."""
-    return {
-        "run": {
-            "name": "demo",
-            "base_model": MODEL,
-            "sites": [SITE, "hospital-002"],
-            "rounds": 3,
-            "quorum": 1,
-            "round_timeout_s": 60.0,
-            "aggregation": "fedavg",
-        },
-        "task": {"kind": "classification", "labels": ["a", "b"], "max_tokens": 8},
-        "lora": {"rank": 4, "alpha": 8.0, "targets": ["attention"]},
-        "training": {
-            "noise_multiplier": 1.0,
-            "clipping_norm": 1.0,
-            "sampling_probability": 0.1,
-            "steps_per_round": 4,
-            "learning_rate": 0.1,
-            "head_learning_rate": 1.0,
-            "momentum": 0.9,
-            "seed_adapter": 0,
-            **training,
-        },
-    }
+def site_spec(**fields: Unpack[SpecFields]) -> RunSpec:
+    """A small spec that the policy above allows."""
+    usual: dict[str, Any] = {"base_model": MODEL, "labels": ["a", "b"], "rank": 4}
+    usual.update(fields)
+    return run_spec(**usual)
 
 
 @dataclass
@@ -128,7 +108,7 @@ class Site:
             run="demo-1",
             round=number,
             site=SITE,
-            spec=RunSpec.from_dict(spec_table()),
+            spec=site_spec(),
             adapter_digest=digest(adapter),
             nonce=secrets.token_hex(8),
             issued_at=now,
