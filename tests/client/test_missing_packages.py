@@ -84,7 +84,6 @@ NEEDED = {
     f"fl-client enroll {AT} --server https://127.0.0.1:1 --token ct1.hospital-001.{'x' * 32}.{'0' * 64}": (
         "client", ["httpx"],
     ),
-    f"fl-client check {AT}": ("client", ["uvicorn", "starlette"]),
     f"fl-client train-alone {AT} --spec spec.toml --out alone": ("client", ["torch", "opacus", "peft"]),
     f"fl-client evaluate {AT} {MODEL}": ("client", ["torch", "opacus", "transformers"]),
     "fl-audit canaries": ("client", ["torch", "transformers", "peft", "opacus"]),
@@ -177,7 +176,7 @@ def test_json_errors_name_the_package_too(place: Path) -> None:
     assert (told["code"], told["exit_code"], told["fix"]) == ("missing-package", 2, install_command("client"))
 
 
-@pytest.mark.parametrize("module", ["torch", "transformers", "pynvml"])
+@pytest.mark.parametrize("module", ["torch", "transformers", "uvicorn", "starlette", "pynvml"])
 def test_check_reports_a_missing_package_as_a_line(module: str, place: Path) -> None:
     """`fl-client check` goes on: the packages fail with the line to type, and what does not need them still passes."""
     done = called(place, f"fl-client check {AT} --json", module)
@@ -185,7 +184,7 @@ def test_check_reports_a_missing_package_as_a_line(module: str, place: Path) -> 
     assert done.stderr == ""
     assert found["packages"]["ok"] == (module == "pynvml")  # GPU use in the metrics is left out, nothing else
     assert found["data"]["ok"]
-    assert found["model"]["ok"] == (module == "pynvml")
+    assert found["model"]["ok"] == (module not in ("torch", "transformers"))
     if module != "pynvml":
         assert found["packages"]["fix"] == install_command("client")
         assert module in found["packages"]["message"]
