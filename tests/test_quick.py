@@ -52,7 +52,7 @@ import contextlib, os, sys
 
 def test_a_process_all_the_same():
     with contextlib.suppress(RuntimeError):
-        getattr(os, "fo" + "rk")()
+        getattr(os, "".join(("f", "ork")))()
 """
 CONFTEST = """
 import sys
