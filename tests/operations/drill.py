@@ -45,7 +45,7 @@ RECORDS = 2 * UNITS
 TRAINING, RELEASED = "training", "released update"  # what the agent logs when a round begins and when it is settled
 
 
-def bare_environment(_extra: object = None) -> dict[str, str]:
+def bare_environment(extra: object = None, version: object = None) -> dict[str, str]:
     """What a person's shell has: none of the variables that keep libraries quiet, so that the product must set them."""
     named = ("FL_", "FLWR_", "HF_", "TOKENIZERS", "DO_NOT_TRACK", "TRANSFORMERS")
     return {k: v for k, v in os.environ.items() if not k.startswith(named)} | {"OMP_NUM_THREADS": "1"}
@@ -218,7 +218,7 @@ class Drill:
 def main() -> int:
     """Do it all; the result is written whatever happens."""
     root = Path(sys.argv[1])
-    harness.environment = bare_environment  # type: ignore[assignment]  # stands in for a function of the same call
+    harness.environment = bare_environment
     recorder, control = None, []
     if "--alone" in sys.argv:
         recorder = network.enter(root)

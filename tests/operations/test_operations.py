@@ -78,7 +78,6 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads((root / "result.json").read_text())
     yield Drill(root, seen, alone, script.MARKERS, script.UNITS)
-    sys.path.remove(str(HERE))
 
 
 def test_no_process_looks_up_a_name_or_dials_out(drill: Drill) -> None:
