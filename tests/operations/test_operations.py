@@ -67,7 +67,7 @@ def _may_be_alone() -> bool:
 
 
 @pytest.fixture(scope="module")
-def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
     """Run the drill once for all tests here."""
     from operations import drill as script
 
@@ -77,7 +77,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     done = subprocess.run(line, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads((root / "result.json").read_text())
-    yield Drill(root, seen, alone, script.MARKERS, script.UNITS)
+    return Drill(root, seen, alone, script.MARKERS, script.UNITS)
 
 
 def test_no_process_looks_up_a_name_or_dials_out(drill: Drill) -> None:

@@ -130,7 +130,7 @@ def test_a_door_that_nobody_keeps_ends_the_process(monkeypatch: pytest.MonkeyPat
     def defect(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doorman, "Visit", defect)
+    monkeypatch.setattr(doorman, "Slot", defect)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         with socket.create_connection(listening.getsockname()), pytest.raises(ZeroDivisionError):
