@@ -55,8 +55,16 @@ class Quick:
         items[:] = [item for item in items if item in chosen]
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Nor may a fixture start one."""
+        return (yield from self._watched(item))
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """A test that starts a process fails, whatever it makes of the refusal."""
+        return (yield from self._watched(item))
+
+    def _watched(self, item: pytest.Item) -> Generator[None, object, object]:
         self._running = item.nodeid
         self._started.clear()
         try:
