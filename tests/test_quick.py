@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.usefixtures("processes")
 HERE = Path(__file__).parent
 MODULE = """
 import os
