@@ -78,12 +78,13 @@ def beat(one: Coordinator, site: str, node: int) -> int:
         ).status_code
 
 
-def leave(one: Coordinator, site: str, node: int) -> None:
-    """Go off line as a SuperNode does that is stopped."""
+def leave(one: Coordinator, site: str, node: int) -> int:
+    """Go off line as a SuperNode does that is stopped; the status."""
     body = DeactivateNodeRequest(node_id=node).SerializeToString()
     with one.client(site) as client:
-        answer = client.post("/v1/fleet/deactivate-node", content=body, headers=signed_by(one.keys[site].node))
-    assert answer.status_code == 200, answer.text
+        return client.post(
+            "/v1/fleet/deactivate-node", content=body, headers=signed_by(one.keys[site].node)
+        ).status_code
 
 
 def gets_through(one: Coordinator, site: str) -> int:
@@ -120,7 +121,7 @@ def test_a_node_that_leaves_is_not_online_at_once_as_in_flowers_grid(one: Coordi
     """A SuperNode that is stopped says so: the admin need not wait for silence, and a new start is seen at once."""
     node = gets_through(one, A)
     until(lambda: online(one)[A], "the node is online", 30.0)
-    leave(one, A, node)
+    assert leave(one, A, node) == 200
     row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
     assert Flower(ServerHome(one.home)).nodes()[row.node_id] == "offline"
     assert online(one)[A] is False
