@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.usefixtures("processes")
 HERE = Path(__file__).parent
 MODULE = """
 import os
@@ -48,11 +49,20 @@ class Starter:
         return subprocess.run(["true"])
 """
 CAUGHT = """
-import contextlib, os, sys
+import contextlib, os
+import pytest
 
 def test_a_process_all_the_same():
     with contextlib.suppress(RuntimeError):
         getattr(os, "".join(("f", "ork")))()
+
+@pytest.fixture
+def started():
+    with contextlib.suppress(RuntimeError):
+        getattr(os, "".join(("f", "ork")))()
+
+def test_a_fixtures_process(started):
+    pass
 """
 CONFTEST = """
 import sys
@@ -86,7 +96,7 @@ def test_what_starts_processes_is_left_out(pytester: pytest.Pytester) -> None:
 
 
 def test_a_process_that_nobody_saw_coming_fails_the_test(pytester: pytest.Pytester) -> None:
-    """Though the test swallows the refusal."""
+    """Though the test swallows the refusal; nor does one that a fixture starts."""
     done = ran(pytester, test_it=CAUGHT)
-    done.assert_outcomes(failed=1)
+    done.assert_outcomes(failed=1, errors=1)
     done.stdout.fnmatch_lines(["*must ask for the fixture `processes`*"])

@@ -35,6 +35,8 @@ from helpers.gateway import Gateway
 APP = b"the shipped app"
 APP_DIGEST = "sha256:" + hashlib.sha256(APP).hexdigest()
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 
 @pytest.fixture
 def home(gateway: Gateway, tmp_path: Path) -> SiteHome:
@@ -366,7 +368,6 @@ def test_the_tunnel_goes_through_an_https_proxy(
     assert gateway.fleet_calls == [("/v1/fleet/push-object", "hospital-001")]
 
 
-@pytest.mark.usefixtures("processes")
 def test_a_supernode_that_takes_leave_is_replaced(home: SiteHome, gateway: Gateway) -> None:
     """After an answer that Flower does not understand its SuperNode lives on without working; it is started anew."""
     asked = {"activate-node": 0, "pull-messages": 0}

@@ -108,6 +108,7 @@ def node(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.usefixtures("processes")
 def test_no_wall_is_open_where_the_kernel_offers_all(tmp_path: Path) -> None:
     """Every attempt of the probe is refused, as root too; without walls nearly every one succeeds."""
     secret = tmp_path / "patients.csv"
@@ -196,6 +197,7 @@ def test_what_an_app_closed_to_its_own_user_is_removed_all_the_same() -> None:
         shutil.rmtree(place)
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_link_that_an_app_left_is_removed_and_not_followed(tmp_path: Path) -> None:
     """A link beside its own directory changes no mode of a file elsewhere, and nothing behind it goes."""
     private = tmp_path / "private"
@@ -303,6 +305,7 @@ def test_what_an_app_leaves_behind_decides_nothing_at_the_next_start(node: Path,
     assert [path.name for path in plan.home.parent.iterdir()] == ["home"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_modules_in_a_directory_that_an_app_could_write_are_not_run_outside(node: Path) -> None:
     """The keeper takes no module from the directories of the untrusted half, wherever they were planted before."""
     plan = NodeSpec(node, Path("/nowhere/agent.sock"), node / "node_key", node / "tunnel-ca.pem", 1)

@@ -8,6 +8,7 @@ test at most ten parameter sets and ten of hypothesis' examples are tried.
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Generator
@@ -25,6 +26,7 @@ SLOW = frozenset(PROCESSES | MODELS)
 MOST = 10
 _SETTINGS = "_hypothesis_internal_use_settings"  # hypothesis has no public way to change a test's own settings
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+FONTS = "fc-list"  # matplotlib asks it once for the machine's fonts
 
 
 class Quick:
@@ -35,8 +37,8 @@ class Quick:
         self._started: list[str] = []
         sys.addaudithook(self._refuse)
 
-    def _refuse(self, event: str, _: tuple[Any, ...]) -> None:
-        if self._running is not None and event in STARTS:
+    def _refuse(self, event: str, told: tuple[Any, ...]) -> None:
+        if self._running is not None and event in STARTS and not (told and Path(os.fsdecode(told[0])).name == FONTS):
             self._started.append(event)
             raise RuntimeError(f"{self._running} starts a process ({event}); it must ask for the fixture `processes`")
 
@@ -55,8 +57,16 @@ class Quick:
         items[:] = [item for item in items if item in chosen]
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Nor may a fixture start one."""
+        return (yield from self._watched(item))
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """A test that starts a process fails, whatever it makes of the refusal."""
+        return (yield from self._watched(item))
+
+    def _watched(self, item: pytest.Item) -> Generator[None, object, object]:
         self._running = item.nodeid
         self._started.clear()
         try:

@@ -7,7 +7,7 @@ import json
 import stat
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,18 +245,8 @@ def test_nothing_is_overwritten(home: ServerHome, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "new").exists()
 
 
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.engine.URL]:
-    """A PostgreSQL server of this module."""
-    from helpers.postgres import PostgreSQL
-
-    server = PostgreSQL()
-    yield sa.engine.make_url(server.url)
-    server.close()
-
-
 def test_a_coordinator_moves_into_postgresql_and_back(
-    home: ServerHome, tmp_path: Path, postgres: sa.engine.URL
+    home: ServerHome, tmp_path: Path, postgresql: sa.engine.URL
 ) -> None:
     """Restored into PostgreSQL, backed up from there, restored into SQLite: rows, admin log and numbers go on."""
     from helpers.postgres import fresh_schema
@@ -266,7 +256,7 @@ def test_a_coordinator_moves_into_postgresql_and_back(
     with log.recorded(WHO, "LaunchRun", {"run": "demo"}):
         pass
     store.close()
-    url = fresh_schema(postgres)
+    url = fresh_schema(postgresql)
     backup(home, tmp_path / "1.tar")
     restore(tmp_path / "1.tar", ServerHome(tmp_path / "pg"), database=url)
     moved = ServerHome.open(tmp_path / "pg")

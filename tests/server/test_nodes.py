@@ -78,6 +78,15 @@ def beat(one: Coordinator, site: str, node: int) -> int:
         ).status_code
 
 
+def leave(one: Coordinator, site: str, node: int) -> int:
+    """Go off line as a SuperNode does that is stopped; the status."""
+    body = DeactivateNodeRequest(node_id=node).SerializeToString()
+    with one.client(site) as client:
+        return client.post(
+            "/v1/fleet/deactivate-node", content=body, headers=signed_by(one.keys[site].node)
+        ).status_code
+
+
 def gets_through(one: Coordinator, site: str) -> int:
     """Wait until the site's node is let on line; its id."""
     nodes: list[int] = []
@@ -112,10 +121,7 @@ def test_a_node_that_leaves_is_not_online_at_once_as_in_flowers_grid(one: Coordi
     """A SuperNode that is stopped says so: the admin need not wait for silence, and a new start is seen at once."""
     node = gets_through(one, A)
     until(lambda: online(one)[A], "the node is online", 30.0)
-    body = DeactivateNodeRequest(node_id=node).SerializeToString()
-    with one.client(A) as client:
-        answer = client.post("/v1/fleet/deactivate-node", content=body, headers=signed_by(one.keys[A].node))
-    assert answer.status_code == 200, answer.text
+    assert leave(one, A, node) == 200
     row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
     assert Flower(ServerHome(one.home)).nodes()[row.node_id] == "offline"
     assert online(one)[A] is False
@@ -240,8 +246,8 @@ def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [no_nodes, emptied], ids=lambda each: each.__name__)
 def test_damage_under_a_running_superlink_is_noticed_and_repaired(one: Coordinator, damage: object) -> None:
     """The next refused call sets it off; nobody has to restart anything, and until then the site is not online."""
-    one.down()
-    one.up()  # a node that is on line already is not let on line again
+    known = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
+    leave(one, A, int(known.node_id))  # a node that is on line already is not let on line again
     node = gets_through(one, A)
     assert callable(damage)
     damage(one.home / "flower" / "superlink.db")

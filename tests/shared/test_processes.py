@@ -43,6 +43,7 @@ def test_kill_9_of_the_parent_ends_the_child() -> None:
             child.kill()
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_group_ends_with_what_it_started_itself_and_what_ignores_sigterm(tmp_path: Path) -> None:
     """Leader and grandchild both ignore SIGTERM."""
     source = (

@@ -166,7 +166,8 @@ def _fill(parser: Parser, listed: Sequence[Listed | Group | EntryPoints], words:
             _fill(made, [each.verbs], None if words is None else words[1:] if words[:1] == [each.name] else [])
             continue
         if isinstance(each, EntryPoints):
-            _fill_from(verbs, each, words)
+            if not words or words[0] not in verbs.choices:  # else no need to read every installed package's metadata
+                _fill_from(verbs, each, words)
             continue
         for module, line in each.items():
             name = verb_name(module)

@@ -335,23 +335,15 @@ def test_any_value_in_a_bundle_or_in_receipts(
         for name, text in members.items():
             archive.writestr(name, text)
     kept.write_bytes(members["receipts.json"])
-    for line in (
+    at = ["--site", SITE, "--home", str(original.home), "--receipts", str(kept)]
+    reading = [
         ["verify", str(path), "--public-key", KEY.public_hex],
         ["verify", str(path), "--public-key", KEY.public_hex, "--json"],
         ["reconcile", "--site", SITE, "--ledger", str(path), "--receipts", str(path)],
-        [
-            "verify",
-            "--site",
-            SITE,
-            "--home",
-            str(original.home),
-            "--receipts",
-            str(kept),
-            "--public-key",
-            KEY.public_hex,
-        ],
-        ["reconcile", "--site", SITE, "--home", str(original.home), "--receipts", str(kept), "--json"],
-    ):
+    ]
+    if which in {"receipts.json", "receipt"}:  # else these two read nothing that was changed
+        reading += [["verify", *at, "--public-key", KEY.public_hex], ["reconcile", *at, "--json"]]
+    for line in reading:
         code, said = ran(capsys, line)
         assert code in {0, DAMAGED}, (line, said)
 

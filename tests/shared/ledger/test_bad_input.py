@@ -83,9 +83,9 @@ def test_a_full_disk_grants_nothing(key: SigningKey, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def url(request: pytest.FixtureRequest) -> str:
+def url(postgresql: sa.engine.URL) -> str:
     """PostgreSQL only."""
-    return fresh_schema(request.getfixturevalue("postgresql"))
+    return fresh_schema(postgresql)
 
 
 def test_postgresql_going_away_in_mid_transaction(url: str, key: SigningKey, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,7 @@ def test_a_grant_beyond_the_ceiling_is_found(tmp_path: Path, monkeypatch: pytest
     assert any("granted without a budget for 'bare'" in problem for problem in problems)
 
 
+@pytest.mark.usefixtures("processes")
 def test_many_stretches_and_processes_agree_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut into small stretches over two processes, the verdict and the root are those of one pass."""
     path = tmp_path / "ledger.sqlite"
