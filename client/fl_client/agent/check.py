@@ -33,7 +33,7 @@ from fl_shared.cli.extras import DISTRIBUTION, missing_package, require
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.records import is_small
 from fl_shared.ledger.service import Ledger
@@ -156,7 +156,7 @@ def _keys(home: SiteHome) -> str:
     if mode & 0o077:
         raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod -R go= {quote(str(home.root))}")
     key = SigningKey.load(home.signing_key)
-    told = f"private; signing key {spoken_key(key.public_hex)}"
+    told = f"private; signing key {grouped_key(key.public_hex)}"
     if behind := open_to_others(home.root, home.untrusted):
         told += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
     return told
@@ -323,4 +323,4 @@ def _server(home: SiteHome, pinned: Coordinator) -> str:
         )
     found = certificate(home)
     told = f"{pinned.server} accepts the certificate (valid until {found.not_valid_after_utc:%Y-%m-%d})"
-    return f"{told}; its key is {spoken_key(followed.coordinator_key)}"
+    return f"{told}; its key is {grouped_key(followed.coordinator_key)}"

@@ -333,7 +333,7 @@ class Rounds:
             raise
         self._remember(order)
         if self._stopping.is_set():  # while it was prepared: no record was read for it, so it costs nothing
-            self._ledger.release_unused(reservation, "the agent was stopped before it read a record")
+            self._ledger.void(reservation, "the agent was stopped before it read a record")
             self._store.drop(order)
             raise Stopping
         return reservation

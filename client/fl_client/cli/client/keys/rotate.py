@@ -12,7 +12,7 @@ import argparse
 from fl_client.cli.client.options import add_common, home_of
 from fl_client.site.config import SiteConfig
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 
 EXAMPLES = """
 fl-client keys rotate --site hospital-001 --by "A. Officer" --reason "yearly"
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(told)
         return 0
     print("the ledger is signed by a new key from now on")
-    print(f"  new key  {spoken_key(change.new_key)}")
-    print(f"  old key  {spoken_key(change.old_key)}; deleted")
+    print(f"  new key  {grouped_key(change.new_key)}")
+    print(f"  old key  {grouped_key(change.old_key)}; deleted")
     print(f"  entry    {change.entry}")
     print("next: the coordinator does not know it yet, and no agent starts before it does. Ask for a token, then")
     print(f"  {following}")
