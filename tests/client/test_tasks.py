@@ -74,7 +74,7 @@ class SumOfBinary:
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return binary(outputs, targets)
 
-    def made_up(self, count: int, chance: np.random.Generator) -> NDArray[np.float32]:
+    def random_targets(self, count: int, chance: np.random.Generator) -> NDArray[np.float32]:
         return chance.integers(0, 2, (count, self.topics)).astype(np.float32)
 
 
@@ -100,7 +100,7 @@ class Topics:
     max_tokens: int
 
     measures: ClassVar[tuple[str, ...]] = ("matched",)
-    wanted: ClassVar[str] = "has topics of the run"
+    requirement: ClassVar[str] = "has topics of the run"
 
     @classmethod
     def of(cls, section: TopicsSection) -> Topics:
@@ -128,13 +128,13 @@ class Topics:
     def figures(self, means: Sequence[float] | None, deviation: float | None) -> dict[str, Any]:
         return {"matched": means[0] if means else None, "matched_deviation": deviation}
 
-    def told(self, figures: dict[str, Any]) -> str:
+    def summary(self, figures: dict[str, Any]) -> str:
         return f"matched {figures['matched']}"
 
     def score(self, outputs: NDArray[np.float32], data: UnitData) -> dict[str, float]:
         return {"matched": float(self.measure(outputs, data).mean())}
 
-    def facts(self) -> dict[str, Any]:
+    def head_metadata(self) -> dict[str, Any]:
         return {"topics": list(self.topics)}
 
     def _truth(self, data: UnitData) -> NDArray[np.bool_]:

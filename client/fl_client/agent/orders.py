@@ -43,11 +43,11 @@ class Arrived:
         try:
             document = parse_json(order_json, "the order", limit=MAX_ORDER_BYTES)
             body = document["body"]
-            made = cls(document, body["run"], body["round"], document_digest(body))
-            Refusal.from_dict(Refusal(made.run, made.round, site, made.digest, "failed", "-", 0.0).to_dict())
+            order = cls(document, body["run"], body["round"], document_digest(body))
+            Refusal.from_dict(Refusal(order.run, order.round, site, order.digest, "failed", "-", 0.0).to_dict())
         except (ValueError, KeyError, TypeError, AttributeError, ConcordatError) as error:
             raise RunError("the order is not a round's", fix=_FIX) from error
-        return made
+        return order
 
     @property
     def key(self) -> str:

@@ -162,11 +162,11 @@ class Rounds:
             self._remember(order)
         for reservation in self._ledger.open_reservations():
             at = {"run": reservation.run, "round": reservation.round}
-            found = self._store.find(reservation.run, reservation.round)
-            if found and found.update_digest and found.executed and self._store.update(found) is not None:
-                self._ledger.settle(reservation, found.executed, found.update_digest)
+            stored = self._store.find(reservation.run, reservation.round)
+            if stored and stored.update_digest and stored.executed and self._store.update(stored) is not None:
+                self._ledger.settle(reservation, stored.executed, stored.update_digest)
                 log.warning("settled an update that a crash had left behind", extra=at)
-            elif found and time.time() - found.ordered_at < HELD_S:
+            elif stored and time.time() - stored.ordered_at < HELD_S:
                 log.warning("a crash broke this round off; it stays held against the budget", extra=at)
             else:
                 self._ledger.charge_in_doubt(reservation, "found open at start, and nobody asked for it again")

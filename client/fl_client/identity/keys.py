@@ -39,11 +39,11 @@ class Rotation:
 def publish(home: SiteHome) -> str:
     """Write the public key to `keys/signing.pub` unless it is there; 64 hex digits."""
     public = SigningKey.load(home.signing_key).public_hex
-    wanted = f"{public}\n".encode("ascii")
+    content = f"{public}\n".encode("ascii")
     with contextlib.suppress(OSError):
-        if home.public_key.read_bytes() == wanted:
+        if home.public_key.read_bytes() == content:
             return public
-    write_durably(home.public_key, wanted)
+    write_durably(home.public_key, content)
     return public
 
 

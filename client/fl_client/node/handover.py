@@ -24,19 +24,19 @@ log = logging.getLogger("fl_client.agent")
 def account(user: str) -> pwd.struct_passwd:
     """The other user's entry; ConfigError when there is none, or when we may not become that user."""
     try:
-        found = pwd.getpwnam(user)
+        entry = pwd.getpwnam(user)
     except KeyError:
         raise ConfigError(
             f"[supernode] user = {user!r}: there is no such user on this machine",
             fix=f"create it (useradd --system --no-create-home {user}), or leave the field out",
         ) from None
-    if os.geteuid() != 0 or found.pw_uid == 0:
-        what = "that is root itself" if found.pw_uid == 0 else "the agent does not run as root"
+    if os.geteuid() != 0 or entry.pw_uid == 0:
+        reason = "that is root itself" if entry.pw_uid == 0 else "the agent does not run as root"
         raise ConfigError(
-            f"[supernode] user = {user!r}: {what}",
+            f"[supernode] user = {user!r}: {reason}",
             fix="run the agent as root with an ordinary user's name here, or use launch = false (see deploy/)",
         )
-    return found
+    return entry
 
 
 def mode_in(directory: Path) -> int:

@@ -32,8 +32,8 @@ found: dict[str, str] = {}
 def attempt(name: str, act: Callable[[], object], words: str = "it was done") -> None:
     """Record what `act` got (its own words, else `words`), or that it was refused."""
     try:
-        got = act()
-        found[name] = got if isinstance(got, str) else words
+        result = act()
+        found[name] = result if isinstance(result, str) else words
     except OSError:
         found[name] = ""
 
@@ -62,16 +62,16 @@ def done(result: object, words: str = "it was done") -> str:
 
 def connected(family: int, kind: int, protocol: int, place: Any) -> str:
     """Connect a new socket."""
-    with socket.socket(family, kind, protocol) as made:
-        made.settimeout(3)
-        made.connect(place)
+    with socket.socket(family, kind, protocol) as channel:
+        channel.settimeout(3)
+        channel.connect(place)
         return "it connected"
 
 
 def sent(kind: int, flags: int, place: Any, family: int = socket.AF_INET) -> str:
     """Send a datagram, or data with the first packet of a connection."""
-    with socket.socket(family, kind) as made:
-        made.sendto(b"probe", flags, place)
+    with socket.socket(family, kind) as channel:
+        channel.sendto(b"probe", flags, place)
         return "it was sent"
 
 
@@ -84,8 +84,8 @@ def paired() -> str:
 
 def listening() -> str:
     """Listen without bind; of no use to anybody in a network of one's own."""
-    with socket.socket() as made:
-        made.listen(1)
+    with socket.socket() as channel:
+        channel.listen(1)
         return "the machine's network can connect" if os.readlink("/proc/self/ns/net") == facts["network"] else ""
 
 

@@ -169,10 +169,10 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, action: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"cannot {what}: {os.strerror(number)}")
+        raise OSError(number, f"cannot {action}: {os.strerror(number)}")
 
 
 @dataclass(frozen=True)
@@ -310,9 +310,9 @@ def _move_inside(confinement: Confinement, keeper: socket.socket) -> None:
         _stand_for(first)
     die_with_parent()
     listening = namespaces.furnish(confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
-    socket.send_fds(keeper, [b"."], [each.fileno() for each in listening])
-    for each in listening:
-        each.close()
+    socket.send_fds(keeper, [b"."], [listener.fileno() for listener in listening])
+    for listener in listening:
+        listener.close()
     os.chdir(confinement.directory)  # the former working directory still leads to the machine's files
 
 
@@ -373,10 +373,10 @@ def main() -> int:
         signal.signal(number, lambda _number, _frame: os.kill(keeper, signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
     os.close(0)
-    while (found := os.wait())[0] != keeper:
+    while (ended := os.wait())[0] != keeper:
         pass
     kill_descendants()
-    return min(abs(os.waitstatus_to_exitcode(found[1])), 125)
+    return min(abs(os.waitstatus_to_exitcode(ended[1])), 125)
 
 
 def _ordered() -> Confinement:

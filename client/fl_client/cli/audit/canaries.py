@@ -198,17 +198,19 @@ def audit(
     progress("model", 1, 1)
     kinds = ("records", "gradients") if arguments.canaries == "both" else (arguments.canaries,)
     sizes = {kind: _sizes(kind, arguments, adapted) for kind in kinds}
-    each = 1 - (1 - arguments.confidence) / len(kinds)  # together they accuse a right engine no more often
+    confidence = 1 - (1 - arguments.confidence) / len(kinds)  # together they accuse a right engine no more often
     reports = []
     for kind in kinds:
-        said = functools.partial(_prefixed, progress, kind)
-        reports.append(_one(kind, setup, adapted, arguments, sizes[kind], each, int(model.config["vocab_size"]), said))
+        prefixed = functools.partial(_prefixed, progress, kind)
+        reports.append(
+            _one(kind, setup, adapted, arguments, sizes[kind], confidence, int(model.config["vocab_size"]), prefixed)
+        )
     tests = check_distributions(adapted, setup.mechanism)
     return _result(setup, model.digest, arguments, reports, tests, FALSE_ALARM)
 
 
-def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, done: int, total: int) -> None:
-    progress(f"{kind}: {what}", done, total)
+def _prefixed(progress: Callable[[str, int, int], None], kind: str, stage: str, done: int, total: int) -> None:
+    progress(f"{kind}: {stage}", done, total)
 
 
 def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:

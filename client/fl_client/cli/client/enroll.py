@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     with working(f"asking {address} for a certificate", quiet=arguments.quiet, json=arguments.json):
         pinned = enrol(home, site=arguments.site, server=address, token=arguments.token, force=arguments.force)
     publish(home)
-    made = not home.config.exists()
-    if made:
+    template_written = not home.config.exists()
+    if template_written:
         write_durably(home.config, template(arguments.site, address).encode("utf-8"))
     ours = own_fingerprints(home)
     if arguments.json:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "ca_sha256": pinned.ca_sha256,
                 "signing_key": ours.signing_key,
                 "certificate_fingerprint": ours.certificate,
-                "template_written": made,
+                "template_written": template_written,
             }
         )
         return 0
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"  site's certificate  {grouped(ours.certificate)}")
     if arguments.force:
         print("restart the site's agent if it runs: it takes up the new certificate and node key at its start")
-    if made:
+    if template_written:
         print(f"next: edit {shlex.quote(str(home.config))}")
     where = ["--home", str(home.root)] if arguments.home else []
     print(f"then: {command('fl-client', 'check', '--site', pinned.site, *where)}")

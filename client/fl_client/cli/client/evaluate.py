@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         site = open_site(home, config, lambda _: False)
         try:
             if not arguments.json:
-                told = f"; {task.report(site.holdout)}" if site.holdout is not None else ""
-                print(f"{site.rows}{told}", flush=True)
+                holdout_report = f"; {task.report(site.holdout)}" if site.holdout is not None else ""
+                print(f"{site.rows}{holdout_report}", flush=True)
             say("evaluating on the hold-out")
             document = evaluate_privately(site, spec, adapter, arguments.noise, force=arguments.force)
         finally:
@@ -63,5 +63,5 @@ def run(arguments: argparse.Namespace) -> int:
     elif not are_usable(figures):
         print("too few units for this noise: no accuracy can be told; it stays charged")
     else:
-        print(f"{task.told(figures)}; ledger entry {document['body']['entry_id']}")
+        print(f"{task.summary(figures)}; ledger entry {document['body']['entry_id']}")
     return 0

@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     order_key = SigningKey.generate()
     with contextlib.ExitStack() as progress, sole(home.run / "agent.lock", "train-alone"):
 
-        def show(what: str) -> None:
-            progress.enter_context(working(what, quiet=arguments.quiet, json=arguments.json))
+        def show(stage: str) -> None:
+            progress.enter_context(working(stage, quiet=arguments.quiet, json=arguments.json))
 
         def say(text: str) -> None:
             progress.close()  # one thing at a time on a terminal

@@ -84,7 +84,7 @@ def train(
         if shard.first:
             send(channel, {"step": step, "steps": steps})
 
-    made = train_round(
+    result = train_round(
         model,
         data,
         RunSpec.from_dict(job["spec"]),
@@ -100,7 +100,9 @@ def train(
         kept=kept,
     )
     if shard.first:
-        send(channel, {"done": True, "executed": made.executed.to_dict(), "report": made.report}, pack(made.update))
+        send(
+            channel, {"done": True, "executed": result.executed.to_dict(), "report": result.report}, pack(result.update)
+        )
     else:
         send(channel, {"done": True})
 
@@ -149,12 +151,12 @@ def main() -> int:
         except EOFError:
             return 0
         except ConcordatError as error:
-            told = error.to_dict()
+            failure = error.to_dict()
         except Exception as error:  # the type alone is told: a message may quote data
             log.exception("the job failed")
-            told = EngineError(f"failed: {type(error).__name__}", fix="report this defect").to_dict()
+            failure = EngineError(f"failed: {type(error).__name__}", fix="report this defect").to_dict()
         try:
-            send(channel, told)
+            send(channel, failure)
             receive(channel)
         except (OSError, EOFError):
             return 1

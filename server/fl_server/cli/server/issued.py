@@ -29,6 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     table(
         ["role", "name", "valid until", "revoked", "fingerprint"],
-        [[row.role, row.name, moment(row.expires_at), moment(row.revoked_at), grouped(row.fingerprint)] for row in rows],
+        [
+            [row.role, row.name, moment(row.expires_at), moment(row.revoked_at), grouped(row.fingerprint)]
+            for row in rows
+        ],
     )
     return 0

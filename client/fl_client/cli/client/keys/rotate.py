@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         change = keys.rotate(home, config.ledger_url, config.site, arguments.by, arguments.reason)
     following = keys.enrol_again(home, pinned)
     if arguments.json:
-        told = {"new_key": change.new_key, "old_key": change.old_key, "entry": change.entry, "next": following}
-        print_json(told)
+        body = {"new_key": change.new_key, "old_key": change.old_key, "entry": change.entry, "next": following}
+        print_json(body)
         return 0
     print("the ledger is signed by a new key from now on")
     print(f"  new key  {grouped_key(change.new_key)}")
