@@ -43,7 +43,7 @@ from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
 from fl_client.tasks import registry
 from fl_client.tasks.classification import Classification, CrossEntropy
-from fl_client.tasks.kept import KeptRecords
+from fl_client.tasks.cache import RecordCache
 from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import usable
 from fl_client.training.ranks import worker
@@ -413,7 +413,7 @@ class Counting:
 
 def test_records_are_kept_as_long_as_nothing_changes(model: LoadedModel) -> None:
     """The same values are not tokenised again; another text, label, unit, limit or tokenizer is. One entry is held."""
-    tokenizer, kept = Counting(model.tokenizer), KeptRecords()
+    tokenizer, kept = Counting(model.tokenizer), RecordCache()
     task, chosen = Topics(TOPICS, 8), data().part(range(5))
     first = kept.of(task, chosen, tokenizer)
     once = tokenizer.calls
@@ -469,7 +469,7 @@ def test_a_sites_second_round_does_not_tokenise_again(
 
 def test_a_rank_keeps_its_records_too(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent sends a rank the same records with each round: the rank tokenises those of the first."""
-    kind, calls, kept = type(model.tokenizer), [], KeptRecords()
+    kind, calls, kept = type(model.tokenizer), [], RecordCache()
     called = kind.__call__
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from fl_client.identity.keys import require_known
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
 from fl_client.node.confinement import describe_confinement
-from fl_client.node.handover import account, exposed
+from fl_client.node.handover import account, readable_by
 from fl_client.node.spec import SPEC_FILE
 from fl_client.node.walls import require_apart, try_walls
 from fl_client.site.config import ANY_APP, SiteConfig
@@ -91,7 +91,7 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
         def table() -> str:
             nonlocal data
             data = load_unit_data(site_config.data, home.fingerprint_key)
-            public = "" if site_config.data.expected_units else "; their number counts as public (see expected_units)"
+            public = "" if site_config.data.expected_units else "; their number is taken as public (see expected_units)"
             return row_report(data, site_config.data) + public
 
         def model() -> str:
@@ -167,7 +167,7 @@ def _separation(home: SiteHome, config: SiteConfig) -> str:
     require_apart([home.root, *config.secrets(home)])
     user = config.supernode.user
     if user:
-        for path in exposed(account(user), config.secrets(home)):
+        for path in readable_by(account(user), config.secrets(home)):
             raise ConfigError(f"the untrusted half's user {user} can read {path}", fix=f"chmod go= {quote(str(path))}")
     return describe_confinement(config.supernode.confine, user)
 

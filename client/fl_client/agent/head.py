@@ -80,7 +80,7 @@ class LedgerHead:
         return ""
 
 
-def entered(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, str]]:
+def reserved_rounds(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, str]]:
     """Run, round and purpose of all that the ledger has reserved for these runs."""
     return {
         (run, spend.reservation.round, spend.reservation.purpose)
@@ -92,7 +92,7 @@ def entered(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, 
 def forgotten(ledger: LedgerReader, store: ReleaseStore) -> list[Forgotten]:
     """The stored releases of which the ledger has no reservation."""
     orders = list(store.all())
-    known = entered(ledger, [order.run for order in orders])
+    known = reserved_rounds(ledger, [order.run for order in orders])
     missing = [
         Forgotten(order.run, order.round, TRAINING, order.executed, order.update_digest)
         for order in orders
@@ -132,7 +132,9 @@ def accept(ledger: Ledger, dataset: str, head: LedgerHead, store: ReleaseStore, 
     lost = forgotten(ledger, store)
     ledger.witness({"what": ACCEPTED, "by": operator, "reason": reason, "forgotten": len(lost)})
     for release in lost:
-        reservation = ledger.reserve(dataset, release.mechanism, run=release.run, round=release.round, purpose=release.purpose)
+        reservation = ledger.reserve(
+            dataset, release.mechanism, run=release.run, round=release.round, purpose=release.purpose
+        )
         ledger.settle(reservation, release.mechanism, release.release_digest)
     head.write(ledger)
     return len(lost)

@@ -114,7 +114,9 @@ class Outgoing:
         asked, rounds = question.spec.mechanism(), question.spec.run.rounds
         stamp = timestamp(now())
         budgets = standings(self._ledger, dataset, None)
-        fits = {standing.name: standing.rounds_that_fit(asked) if standing.is_valid(stamp) else 0 for standing in budgets}
+        fits = {
+            standing.name: standing.rounds_that_fit(asked) if standing.is_valid(stamp) else 0 for standing in budgets
+        }
         full = [text for standing in budgets if (text := _refused(standing, rounds, fits[standing.name], stamp))]
         every = [*objections, *(Objection("budget-exhausted", text) for text in full)]
         noise = [standing.noise_for(asked.sampling_probability, asked.steps * rounds) for standing in budgets if full]

@@ -28,8 +28,8 @@ class ExpertCoverage:
         for layer, parameters in self._layers.items():
             if bool(self._reached[layer].all()):
                 continue
-            reached: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
-            for total in (p.summed_grad for p in reached if p.summed_grad is not None):
+            trained: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
+            for total in (p.summed_grad for p in trained if p.summed_grad is not None):
                 self._reached[layer] |= (total != 0).flatten(1).any(1).cpu()
 
     def report(self) -> dict[str, int]:

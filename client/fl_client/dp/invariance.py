@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
-from fl_client.dp.layers.attention import Shape, causal, heard_shapes
+from fl_client.dp.layers.attention import Shape, causal, recorded_shapes
 from fl_client.dp.layers.lora import ADAPTER, LoraExperts, PlainExperts, filled, shape_of
 from fl_client.dp.objective import Objective
 from fl_client.dp.records.packing import EVEN, TILE, heights_for, pack, tokens_of
@@ -56,7 +56,7 @@ def check_invariance(adapted: AdaptedModel, *, vocabulary: int, seed: int, rows:
     device = next(iter(adapted.trainable.values())).device
     heights = heights_for(rows)
     asked = _Asked()
-    with asked, independent_rows(device, precision_of(adapted)), heard_shapes() as shapes:
+    with asked, independent_rows(device, precision_of(adapted)), recorded_shapes() as shapes:
         _copies(adapted, heights[-1], vocabulary)
     with independent_rows(device, precision_of(adapted)):
         heights = _heights_of_products(asked.products, heights, chance, device)

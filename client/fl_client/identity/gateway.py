@@ -32,7 +32,7 @@ HEADERS = {"accept-encoding": "identity", ORDERS_HEADER: str(BY_DIGEST)}
 
 
 class GatewayClient:
-    """The gateway at one address. Every call reads what proves the site anew: a certificate may have been renewed."""
+    """The gateway at one address. Every call reads what proves the site again: a certificate may have been renewed."""
 
     def __init__(self, server: str, context: Callable[[], ssl.SSLContext], *, enrolled: bool = False) -> None:
         """Take `https://HOST:PORT` and what TLS to it must satisfy; `enrolled`: with the site's certificate."""

@@ -43,7 +43,7 @@ def enter() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
 
 
-def furnish(readable: list[str], writable: list[str], ports: list[int], unix: str) -> list[socket.socket]:
+def build_root(readable: list[str], writable: list[str], ports: list[int], unix: str) -> list[socket.socket]:
     """Make the namespaces' only file system, and return listening sockets for `ports` and, if given, `unix`.
 
     To be called by the first process inside. Paths that do not exist are left out. The working directory is the new

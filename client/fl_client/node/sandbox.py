@@ -212,7 +212,7 @@ def _try_namespaces(confinement: Confinement) -> str:
         first = os.fork()
         if first == 0:
             arguments = (confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
-            attempt(lambda: namespaces.furnish(*arguments))
+            attempt(lambda: namespaces.build_root(*arguments))
         os.waitpid(first, 0)
 
     def try_all() -> None:
@@ -309,7 +309,9 @@ def _move_inside(confinement: Confinement, keeper: socket.socket) -> None:
     if first:
         _stand_for(first)
     die_with_parent()
-    listening = namespaces.furnish(confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
+    listening = namespaces.build_root(
+        confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent
+    )
     socket.send_fds(keeper, [b"."], [listener.fileno() for listener in listening])
     for listener in listening:
         listener.close()

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_client.node.handover import mode_in
+from fl_client.node.handover import handover_mode
 from fl_shared.errors import ConfigError
 from fl_shared.files import write_durably
 
@@ -44,7 +44,7 @@ class NodeSpec:
         """Write the spec where `fl-client supernode` finds it."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
-        write_durably(self.directory / SPEC_FILE, text.encode("utf-8"), mode=mode_in(self.directory), exact=True)
+        write_durably(self.directory / SPEC_FILE, text.encode("utf-8"), mode=handover_mode(self.directory), exact=True)
 
     @property
     def home(self) -> Path:

@@ -12,7 +12,7 @@ from fl_shared.runtime.locks import LockHeld, locked
 
 
 @contextlib.contextmanager
-def sole(path: Path, purpose: str) -> Iterator[None]:
+def exclusive(path: Path, purpose: str) -> Iterator[None]:
     """Hold the lock file `path` while the block runs; ConfigError when another process holds it.
 
     The kernel releases the lock when the process ends, however it ends.

@@ -109,9 +109,9 @@ def setup_of(arguments: argparse.Namespace) -> AuditSetup:
         model, device = arguments.model or str(config.model.directory), config.model.device
     spec = None if arguments.spec is None else RunSpec.from_toml(arguments.spec)
     if spec is not None:
-        one, lora = spec.mechanism(), spec.lora
+        per_round, lora = spec.mechanism(), spec.lora
         sigma, q, steps, norm = (
-            one.noise_multiplier, one.sampling_probability, one.steps * spec.run.rounds, one.clipping_norm
+            per_round.noise_multiplier, per_round.sampling_probability, per_round.steps * spec.run.rounds, per_round.clipping_norm
         )  # fmt: skip
     else:
         lora = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS)

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"  site's key          {grouped_key(ours.signing_key)}")
     print(f"  site's certificate  {grouped(ours.certificate)}")
     if arguments.force:
-        print("restart the site's agent if it runs: it takes up the new certificate and node key at its start")
+        print("restart the site's agent if it runs: it uses the new certificate and node key from its start")
     if template_written:
         print(f"next: edit {shlex.quote(str(home.config))}")
     where = ["--home", str(home.root)] if arguments.home else []

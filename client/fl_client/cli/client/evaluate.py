@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
     from fl_client.agent.evaluation import are_usable, evaluate_privately
     from fl_client.agent.site import open_site
-    from fl_client.site.locks import sole
+    from fl_client.site.locks import exclusive
     from fl_client.tasks.registry import task_of
     from fl_shared.adapters.safetensors import read_adapter
     from fl_shared.documents.spec import RunSpec
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     home.make()
     log_to_file(home, arguments)
     with (
-        sole(home.run / "agent.lock", "evaluate"),
+        exclusive(home.run / "agent.lock", "evaluate"),
         working("opening ledger, data and model", quiet=arguments.quiet, json=arguments.json) as say,
     ):
         site = open_site(home, config, lambda _: False)

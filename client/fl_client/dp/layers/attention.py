@@ -23,7 +23,7 @@ from fl_shared.errors import EngineError
 
 NAME = "concordat_runs"
 _current: ContextVar[Packed] = ContextVar("packed")
-_heard: ContextVar[set[Shape] | None] = ContextVar("heard", default=None)
+_recorded: ContextVar[set[Shape] | None] = ContextVar("recorded", default=None)
 _KNOWN = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "sliding_window", "cache_position"}
 
 
@@ -39,14 +39,14 @@ class Shape(NamedTuple):
 
 
 @contextlib.contextmanager
-def heard_shapes() -> Iterator[set[Shape]]:
+def recorded_shapes() -> Iterator[set[Shape]]:
     """Note what the layers ask for, as long as the context lasts."""
     shapes: set[Shape] = set()
-    token = _heard.set(shapes)
+    token = _recorded.set(shapes)
     try:
         yield shapes
     finally:
-        _heard.reset(token)
+        _recorded.reset(token)
 
 
 @contextlib.contextmanager
@@ -84,8 +84,8 @@ def attend(
             fix="private training does not support this architecture",
         )
     window = rest.get("sliding_window")
-    if (heard := _heard.get()) is not None:
-        heard.add(Shape(query.shape[1], key.shape[1], query.shape[3], value.shape[3], scaling, window))
+    if (recorded := _recorded.get()) is not None:
+        recorded.add(Shape(query.shape[1], key.shape[1], query.shape[3], value.shape[3], scaling, window))
     parts = [projection[0].split(batch.lengths, dim=1) for projection in (query, key, value)]
     outputs = []
     for (tokens, count), q, k, v in zip(batch.runs, *parts, strict=False):

@@ -32,12 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
     home = home_of(arguments)
     from fl_client.identity import keys
     from fl_client.identity.enrolment import Coordinator
-    from fl_client.site.locks import sole
+    from fl_client.site.locks import exclusive
 
     config = SiteConfig.load(home, arguments.site)
     pinned = Coordinator.load(home)
     home.make()
-    with sole(home.run / "agent.lock", "keys rotate"):
+    with exclusive(home.run / "agent.lock", "keys rotate"):
         change = keys.rotate(home, config.ledger_url, config.site, arguments.by, arguments.reason)
     following = keys.enrol_again(home, pinned)
     if arguments.json:
