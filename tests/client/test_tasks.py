@@ -42,8 +42,8 @@ from fl_client.model.tokens import token_ids
 from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
 from fl_client.tasks import registry
-from fl_client.tasks.classification import Classification, CrossEntropy
 from fl_client.tasks.cache import RecordCache
+from fl_client.tasks.classification import Classification, CrossEntropy
 from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import usable
 from fl_client.training.ranks import worker

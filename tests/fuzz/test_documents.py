@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.agent.orders import ReceivedOrder, Assignment
+from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_server.rounds.replies import Expected
 from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
 from fl_shared.documents.base_model import BaseModel

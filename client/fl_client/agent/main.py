@@ -21,7 +21,7 @@ from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
 from fl_client.node.confinement import describe_confinement
-from fl_client.node.handover import account, readable_by, make_shared_directories, handover_mode
+from fl_client.node.handover import account, handover_mode, make_shared_directories, readable_by
 from fl_client.node.helpers import Helpers, listen_loopback
 from fl_client.node.sandbox import forbid_inspection
 from fl_client.node.spec import NodeSpec, require_own

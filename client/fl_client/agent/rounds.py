@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fl_client.agent.head import reserved_rounds
-from fl_client.agent.orders import ReceivedOrder, Assignment
+from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
 from fl_client.agent.policy import check_policy
 from fl_client.agent.progress import Progress

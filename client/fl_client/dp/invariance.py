@@ -131,23 +131,23 @@ def _heights_of_products(
     """
     blocks = range(EVEN, ROW_BLOCK + 1, EVEN)
     odd: set[int] = set()
-    for product in sorted(products, key=str):
-        weight = _normal(chance, (product.outputs, product.inputs), device, product.dtype).mT
-        weight = weight if product.turned else weight.contiguous()
-        for _ in range(-(-_NUMBERS // product.outputs)):
-            row = _normal(chance, (1, product.inputs), device, product.dtype)
+    for kind in sorted(products, key=str):
+        weight = _normal(chance, (kind.outputs, kind.inputs), device, kind.dtype).mT
+        weight = weight if kind.turned else weight.contiguous()
+        for _ in range(-(-_NUMBERS // kind.outputs)):
+            row = _normal(chance, (1, kind.inputs), device, kind.dtype)
             expected: Tensor | None = None
-            for rows in reversed(blocks if product.block else heights):
+            for rows in reversed(blocks if kind.block else heights):
                 x = row.repeat(rows, 1)
-                results = x.new_zeros(rows, product.outputs)
-                results = results.addmm_(x, weight) if product.added else torch.mm(x, weight, out=results)
+                results = x.new_zeros(rows, kind.outputs)
+                results = results.addmm_(x, weight) if kind.added else torch.mm(x, weight, out=results)
                 first = expected is None
                 expected = results[:1].clone() if expected is None else expected
                 if torch.equal(results, expected.expand_as(results)):
                     continue
-                if first or product.block:
+                if first or kind.block:
                     raise EngineError(
-                        f"a row's product with a weight of shape [{product.outputs}, {product.inputs}] depends on its place "
+                        f"a row's product with a weight of shape [{kind.outputs}, {kind.inputs}] depends on its place "
                         f"among {rows} rows on this machine",
                         fix=f"{_FIX}, or another LoRA rank",
                     )

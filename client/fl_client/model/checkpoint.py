@@ -59,17 +59,17 @@ def float_tensors(directory: Path, model: nn.Module) -> list[Stored]:
     stored = {tensor.name: tensor for tensor in stored_tensors(directory)}
     head, embeddings = f"{OUTPUT_HEAD}.weight", "model.embed_tokens.weight"
     tied = ties_head(model)
-    surplus = sorted(stored.keys() - expected.keys() - _ignored(stored.keys(), model))
+    extra = sorted(stored.keys() - expected.keys() - _ignored(stored.keys(), model))
     for name, tensor in stored.items():
         odd = [piece for piece in tensor.pieces if piece.dtype not in _FLOATS and piece.scale is None]
         if name in expected and expected[name].is_floating_point() and odd:
-            raise _quantised(directory, config, f"{odd[0].name} is stored as {odd[0].dtype}", surplus)
-    if surplus:
-        whole = any(piece.dtype not in _FLOATS for name in surplus for piece in stored[name].pieces)
-        if _scheme(surplus) or whole or "quantization_config" in config:
-            raise _quantised(directory, config, f"it holds {surplus[0]}", surplus)
+            raise _quantised(directory, config, f"{odd[0].name} is stored as {odd[0].dtype}", extra)
+    if extra:
+        whole = any(piece.dtype not in _FLOATS for name in extra for piece in stored[name].pieces)
+        if _scheme(extra) or whole or "quantization_config" in config:
+            raise _quantised(directory, config, f"it holds {extra[0]}", extra)
         raise ModelError(
-            f"{directory}: a {config['model_type']} model of this config.json has no {surplus[0]} ({len(surplus)} in all)",
+            f"{directory}: a {config['model_type']} model of this config.json has no {extra[0]} ({len(extra)} in all)",
             fix="take config.json and weights from the same release",
         )
     missing = sorted(expected.keys() - stored.keys() - ({head} if tied else set()))

@@ -53,7 +53,7 @@ class Cgroup:
             return None
         return group
 
-    def door(self) -> int:
+    def open_procs(self) -> int:
         """A descriptor; what writes `0` to it is in the group. The kernel asks who opened it, not who writes."""
         return os.open(self.directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
 

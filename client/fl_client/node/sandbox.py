@@ -245,13 +245,13 @@ def _start(confinement: Confinement, record: Record, group: Cgroup | None = None
         raise OSError(f"the site's configuration requires what this machine lacks: {', '.join(walls.missing())}")
     near, far = socket.socketpair()
 
-    door = group.door() if group else -1
+    procs_fd = group.open_procs() if group else -1
 
     def restrict() -> None:
         try:
             near.close()  # so that to hand sockets to a keeper that is gone fails
-            if door >= 0:
-                os.write(door, b"0")
+            if procs_fd >= 0:
+                os.write(procs_fd, b"0")
             limit_itself()
             if confinement.tasks:
                 limit_tasks(confinement.tasks)
@@ -287,8 +287,8 @@ def _start(confinement: Confinement, record: Record, group: Cgroup | None = None
     finally:
         os.close(record.entrance)
         far.close()
-        if door >= 0:
-            os.close(door)
+        if procs_fd >= 0:
+            os.close(procs_fd)
     if not walls.no_namespaces:
         targets: list[Target] = [("127.0.0.1", port) for port in confinement.tunnelled]
         targets += [confinement.agent] if confinement.agent else []

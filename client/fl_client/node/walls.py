@@ -74,14 +74,14 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
             place.chmod(0o711)
             for path in (home, outside / "decoy"):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
-        facts = stack.enter_context(_targets(place, outside, user))
-        facts |= {"files": {name: str(path) for name, path in files.items()}, "decoy": str(outside / "decoy")}
+        targets = stack.enter_context(_targets(place, outside, user))
+        targets |= {"files": {name: str(path) for name, path in files.items()}, "decoy": str(outside / "decoy")}
         text = resources.files("fl_client.node").joinpath("probe.py").read_text("utf-8")
         confinement = Confinement(
-            command=[sys.executable, "-I", "-c", text, json.dumps(facts)], environment=node_environment(home),
+            command=[sys.executable, "-I", "-c", text, json.dumps(targets)], environment=node_environment(home),
             directory=str(home), log=str(place / "probe.log"),
             readable=[sys.prefix, sys.base_prefix, *SYSTEM_READABLE], writable=[str(home), "/dev/null"],
-            connect_ports=[int(facts["port"])], bind_ports=[], mode=mode, user=user, agent=str(facts["agent"]),
+            connect_ports=[int(targets["port"])], bind_ports=[], mode=mode, user=user, agent=str(targets["agent"]),
         )  # fmt: skip
         command = [sys.executable, "-P", "-m", "fl_client.node.sandbox"]
         with subprocess.Popen(

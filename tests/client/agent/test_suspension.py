@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_client.agent.orders import ReceivedOrder, Assignment
+from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds
 from fl_client.model.load import load_model

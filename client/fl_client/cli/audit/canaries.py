@@ -111,7 +111,8 @@ def setup_of(arguments: argparse.Namespace) -> AuditSetup:
     if spec is not None:
         per_round, lora = spec.mechanism(), spec.lora
         sigma, q, steps, norm = (
-            per_round.noise_multiplier, per_round.sampling_probability, per_round.steps * spec.run.rounds, per_round.clipping_norm
+            per_round.noise_multiplier, per_round.sampling_probability, per_round.steps * spec.run.rounds,
+            per_round.clipping_norm,
         )  # fmt: skip
     else:
         lora = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS)
