@@ -104,8 +104,8 @@ class PinnedKeys:
 
     def _refresh(self) -> None:
         try:
-            greeting = GatewayClient.of_site(self._home, self._pinned.server).hello()
-            changed = follow(self._pinned, greeting.get("rotations", []), time.time())
+            answer = GatewayClient.of_site(self._home, self._pinned.server).hello()
+            changed = follow(self._pinned, answer.get("rotations", []), time.time())
         except ConcordatError as error:
             log.warning("cannot ask for the coordinator's keys: %s", error.message)
             return
@@ -113,7 +113,7 @@ class PinnedKeys:
             changed.save(self._home)
             self._pinned = changed
             log.warning("the coordinator's key is now %s, vouched for by the former one", changed.coordinator_key)
-        if greeting.get("coordinator_key") == changed.coordinator_key:
+        if answer.get("coordinator_key") == changed.coordinator_key:
             self._vouched = _uptime()
         else:
             log.warning("the gateway names another key than the pinned one, and nothing vouches for it")

@@ -220,12 +220,12 @@ attempt("mount something", lambda: done(libc.mount(b"none", b"/dev", b"tmpfs", 0
 if os.uname().machine == "x86_64":
     attempt("call another ABI", lambda: done(libc.syscall(0x40000000 | 39), "it answered"))
 works: dict[str, str] = {}
-doors: list[tuple[str, Callable[[], str]]] = [
+permitted: list[tuple[str, Callable[[], str]]] = [
     ("the tunnel", lambda: connected(socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.1", int(targets["port"])))),
     ("the agent's socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, targets["agent"])),
     ("its own directory", lambda: opened("mine", os.O_WRONLY | os.O_CREAT)),
 ]
-for label, act in doors:
+for label, act in permitted:
     try:
         act()
         works[label] = ""

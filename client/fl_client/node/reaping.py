@@ -128,7 +128,7 @@ def descendants() -> set[int]:
 
 
 def reap_orphans(command: int) -> None:
-    """Take leave of ended children other than `command`: each would hold one of the places that it may have."""
+    """Reap ended children other than `command`: each would hold one of the places that it may have."""
     with contextlib.suppress(ChildProcessError):
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if ended.si_pid == command:
