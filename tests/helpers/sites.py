@@ -123,7 +123,7 @@ class Site:
 
     def by_digest(self, manifest: RoundManifest, **changes: Any) -> RoundOrder:
         """The order for the same round that names the spec by its digest; keywords change its fields."""
-        names = {each.name for each in dataclasses.fields(RoundOrder)}
+        names = {each.name for each in dataclasses.fields(RoundOrder)} - {"kind"}
         return RoundOrder(**{name: getattr(manifest, name) for name in names} | changes)
 
     def order_by_digest(
