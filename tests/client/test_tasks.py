@@ -52,6 +52,7 @@ from fl_client.training.round import initial_adapter, train_round
 from fl_shared.adapters.safetensors import pack
 from fl_shared.documents.spec import LoraSection, RunSpec
 from fl_shared.errors import ConfigError, EngineError
+from fl_shared.fields import Document
 from fl_shared.identity.signing import SigningKey
 from fl_shared.names import ALONE
 from fl_shared.privacy.mechanism import Mechanism
@@ -84,7 +85,7 @@ def binary(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TopicsSection:
+class TopicsSection(Document):
     """What a spec's `[task]` of this kind would be."""
 
     kind: str
