@@ -1,4 +1,4 @@
-"""Orders as they come over the agent's socket, of either kind: read once, believed after their signature.
+"""Round orders from the agent's socket, of either kind: parsed once, trusted after their signature.
 
 A "round-order" names the run's spec by its digest, and the spec comes beside it. A "round-manifest", which coordinators
 before docs/decisions/0111 send, holds the spec. What follows from an order is the same for both: an `Assignment`.

@@ -1,4 +1,4 @@
-"""The agent's memory of rounds: `releases/<run>-<round>.{json,safetensors}`.
+"""The agent's store of rounds, orders and updates: `releases/<run>-<round>.{json,safetensors}`.
 
 The order is written before the mechanism is reserved, the update before the ledger settles. So after a
 crash the files say what an open reservation was for, and what was paid for cannot be lost. An order that the

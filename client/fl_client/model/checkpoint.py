@@ -1,4 +1,4 @@
-"""Is a directory the float model that its config.json says it is? Weights, scales and tokenizer are looked at first.
+"""Check that a directory is the float model of its config.json: its weights, scales and tokenizer.
 
 Files decide, not the config: one whose weights are float is used whatever its `quantization_config` says, and one with
 a quantised tensor is refused by name, for its scales would be dropped and the result be another model. float8 with

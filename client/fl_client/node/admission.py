@@ -1,4 +1,4 @@
-"""Take connections up to a number: who opens more waits, and uses up nobody's descriptors."""
+"""Accept connections up to a limit: further ones wait, and use up nobody's descriptors."""
 
 from __future__ import annotations
 

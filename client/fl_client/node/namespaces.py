@@ -1,4 +1,4 @@
-"""A world of its own for the untrusted half: user, network, process, mount and IPC namespaces.
+"""Linux namespaces for the untrusted half: user, network, process, mount and IPC, a world of its own.
 
 Inside there is one network interface, an empty loopback; no process but its own; and a file system that holds what the
 confinement names and nothing else, so that other files cannot even be asked for their size. It needs no privilege,

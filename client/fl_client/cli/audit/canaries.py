@@ -204,7 +204,9 @@ def audit(
     for kind in kinds:
         prefixed = functools.partial(_prefixed, progress, kind)
         reports.append(
-            _one(kind, setup, adapted, arguments, sizes[kind], confidence, int(model.config["vocab_size"]), prefixed)
+            _audit_one_kind(
+                kind, setup, adapted, arguments, sizes[kind], confidence, int(model.config["vocab_size"]), prefixed
+            )
         )
     tests = check_distributions(adapted, setup.mechanism)
     return _result(setup, model.digest, arguments, reports, tests, FALSE_ALARM)
@@ -249,7 +251,7 @@ def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> t
     return count, guesses
 
 
-def _one(
+def _audit_one_kind(
     kind: str,
     setup: AuditSetup,
     adapted: AdaptedModel,
@@ -305,7 +307,7 @@ def _result(
     }
 
 
-def _else(fault: str) -> str:
+def _caught_otherwise(fault: str) -> str:
     """What catches a fault that this audit is too small for."""
     return "no: tested below" if fault in TESTED_BELOW else "no: take more canaries"
 
@@ -335,7 +337,7 @@ def _show(result: dict[str, Any]) -> None:
         [
             (
                 fault, *(f"{a['power'][fault]:.2f}" for a in audits),
-                "yes" if max(a["power"][fault] for a in audits) >= ENOUGH else _else(fault),
+                "yes" if max(a["power"][fault] for a in audits) >= ENOUGH else _caught_otherwise(fault),
             )
             for fault in faults
         ],

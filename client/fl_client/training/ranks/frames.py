@@ -1,4 +1,4 @@
-"""What the agent and its ranks say to each other over a Unix socket: a JSON head and a payload of tensors.
+"""Messages between the agent and its ranks over a Unix socket: a JSON head and a payload of tensors.
 
 Nothing is pickled: a rank runs no code that a message brings.
 """
