@@ -144,7 +144,7 @@ def test_what_a_killed_keeper_left_ends_at_the_next_start(tmp_path: Path) -> Non
     group = Cgroup.make(str(tmp_path), limited=True)
     if group is None:
         pytest.skip("cgroup v2 cannot be written here")
-    door = group.door()
+    door = group.open_procs()
     script = f"import os, time; os.write({door}, b'0'); os.setsid() if os.fork() == 0 else os._exit(0); time.sleep(600)"
     subprocess.run([sys.executable, "-c", script], pass_fds=[door], check=True)
     os.close(door)

@@ -42,8 +42,8 @@ from fl_client.model.tokens import token_ids
 from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
 from fl_client.tasks import registry
+from fl_client.tasks.cache import RecordCache
 from fl_client.tasks.classification import Classification, CrossEntropy
-from fl_client.tasks.kept import KeptRecords
 from fl_client.tasks.registry import task_of
 from fl_client.tasks.task import usable
 from fl_client.training.ranks import worker
@@ -52,6 +52,7 @@ from fl_client.training.round import initial_adapter, train_round
 from fl_shared.adapters.safetensors import pack
 from fl_shared.documents.spec import LoraSection, RunSpec
 from fl_shared.errors import ConfigError, EngineError
+from fl_shared.fields import Document
 from fl_shared.identity.signing import SigningKey
 from fl_shared.names import ALONE
 from fl_shared.privacy.mechanism import Mechanism
@@ -74,7 +75,7 @@ class SumOfBinary:
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return binary(outputs, targets)
 
-    def made_up(self, count: int, chance: np.random.Generator) -> NDArray[np.float32]:
+    def random_targets(self, count: int, chance: np.random.Generator) -> NDArray[np.float32]:
         return chance.integers(0, 2, (count, self.topics)).astype(np.float32)
 
 
@@ -84,7 +85,7 @@ def binary(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TopicsSection:
+class TopicsSection(Document):
     """What a spec's `[task]` of this kind would be."""
 
     kind: str
@@ -100,7 +101,7 @@ class Topics:
     max_tokens: int
 
     measures: ClassVar[tuple[str, ...]] = ("matched",)
-    wanted: ClassVar[str] = "has topics of the run"
+    requirement: ClassVar[str] = "has topics of the run"
 
     @classmethod
     def of(cls, section: TopicsSection) -> Topics:
@@ -128,13 +129,13 @@ class Topics:
     def figures(self, means: Sequence[float] | None, deviation: float | None) -> dict[str, Any]:
         return {"matched": means[0] if means else None, "matched_deviation": deviation}
 
-    def told(self, figures: dict[str, Any]) -> str:
+    def summary(self, figures: dict[str, Any]) -> str:
         return f"matched {figures['matched']}"
 
     def score(self, outputs: NDArray[np.float32], data: UnitData) -> dict[str, float]:
         return {"matched": float(self.measure(outputs, data).mean())}
 
-    def facts(self) -> dict[str, Any]:
+    def head_metadata(self) -> dict[str, Any]:
         return {"topics": list(self.topics)}
 
     def _truth(self, data: UnitData) -> NDArray[np.bool_]:
@@ -413,7 +414,7 @@ class Counting:
 
 def test_records_are_kept_as_long_as_nothing_changes(model: LoadedModel) -> None:
     """The same values are not tokenised again; another text, label, unit, limit or tokenizer is. One entry is held."""
-    tokenizer, kept = Counting(model.tokenizer), KeptRecords()
+    tokenizer, kept = Counting(model.tokenizer), RecordCache()
     task, chosen = Topics(TOPICS, 8), data().part(range(5))
     first = kept.of(task, chosen, tokenizer)
     once = tokenizer.calls
@@ -469,7 +470,7 @@ def test_a_sites_second_round_does_not_tokenise_again(
 
 def test_a_rank_keeps_its_records_too(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent sends a rank the same records with each round: the rank tokenises those of the first."""
-    kind, calls, kept = type(model.tokenizer), [], KeptRecords()
+    kind, calls, kept = type(model.tokenizer), [], RecordCache()
     called = kind.__call__
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_client.agent.orders import Arrived, Assignment
+from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_server.rounds.replies import Expected
 from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
 from fl_shared.documents.base_model import BaseModel
@@ -151,7 +151,7 @@ def test_any_order_that_a_key_of_ours_signed(data: st.DataObject) -> None:
     body = data.draw(changed(data.draw(st.sampled_from([ORDER.to_dict(), MANIFEST.to_dict()]))))
     spec_json = data.draw(st.sampled_from([RUN.canonical, "", "{}"]))
     with contextlib.suppress(ConcordatError):
-        arrived = Arrived.read(json.dumps(sign_document(KEY, body)), "h-1")
+        arrived = ReceivedOrder.read(json.dumps(sign_document(KEY, body)), "h-1")
         arrived.require_signed(lambda key: key == KEY.public_hex)
         found = Assignment.of(arrived, spec_json)
         assert (found.run, found.round, found.spec) == (arrived.run, arrived.round, found.spec)
@@ -165,7 +165,7 @@ def test_any_order_that_a_key_of_ours_signed(data: st.DataObject) -> None:
 def test_any_text_as_an_order(text: str) -> None:
     """As it comes over the agent's socket: nothing but the signed one opens."""
     with contextlib.suppress(ConcordatError):
-        arrived = Arrived.read(text, "h-1")
+        arrived = ReceivedOrder.read(text, "h-1")
         arrived.require_signed(lambda key: key == KEY.public_hex)
         assert arrived.digest == ORDER.digest
 

@@ -69,7 +69,7 @@ def story(ledger: Ledger) -> None:
         held = ledger.reserve(icd, ROUND, run="demo", round=number, study="sepsis")
         ledger.settle(held, ROUND, f"sha256:release-{number}")
     unused = ledger.reserve(notes, ROUND, run="other", round=1)
-    ledger.release_unused(unused, "the data file could not be opened")
+    ledger.void(unused, "the data file could not be opened")
     doubt = ledger.reserve(notes, ROUND, run="other", round=1)
     ledger.charge_in_doubt(doubt, "the process died")
     ledger.register_dataset("icd", "sha256:icd-2", "record", 5100, 1)

@@ -23,7 +23,7 @@ from fl_client.identity.keys import require_known
 from fl_client.identity.renewal import certificate
 from fl_client.identity.rotation import follow
 from fl_client.node.confinement import describe_confinement
-from fl_client.node.handover import account, exposed
+from fl_client.node.handover import account, readable_by
 from fl_client.node.spec import SPEC_FILE
 from fl_client.node.walls import require_apart, try_walls
 from fl_client.site.config import ANY_APP, SiteConfig
@@ -33,7 +33,7 @@ from fl_shared.cli.extras import DISTRIBUTION, missing_package, require
 from fl_shared.documents.base_model import BaseModel
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConcordatError, ConfigError, EnrolmentError
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.records import is_small
 from fl_shared.ledger.service import Ledger
@@ -86,18 +86,18 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
     yield _checked("keys", lambda: _keys(home))
     yield _checked("config", configuration)
     if config is not None:
-        found = config
+        site_config = config
 
         def table() -> str:
             nonlocal data
-            data = load_unit_data(found.data, home.fingerprint_key)
-            public = "" if found.data.expected_units else "; their number counts as public (see expected_units)"
-            return row_report(data, found.data) + public
+            data = load_unit_data(site_config.data, home.fingerprint_key)
+            public = "" if site_config.data.expected_units else "; their number is taken as public (see expected_units)"
+            return row_report(data, site_config.data) + public
 
         def model() -> str:
             nonlocal base
-            base = load_base(found)
-            return _model(found, base)
+            base = load_base(site_config)
+            return _model(site_config, base)
 
         yield _checked("data", table)
         if spec is not None and data is not None:
@@ -106,13 +106,13 @@ def run_checks(home: SiteHome, site: str, spec: RunSpec | None = None) -> Iterat
         if base is not None:
             loaded = base
             yield _checked("device", lambda: _device(loaded))
-        yield _checked("policy", lambda: _policy(found))
+        yield _checked("policy", lambda: _policy(site_config))
         if spec is not None and base is not None:
             asked, loaded = spec, base
-            yield _checked("spec", lambda: _spec(found, asked, loaded))
-        yield _checked("budget", lambda: _budget(home, found, data))
-        yield _checked("separation", lambda: _separation(home, found))
-        yield from _walls(home, found)
+            yield _checked("spec", lambda: _spec(site_config, asked, loaded))
+        yield _checked("budget", lambda: _budget(home, site_config, data))
+        yield _checked("separation", lambda: _separation(home, site_config))
+        yield from _walls(home, site_config)
     if coordinator is not None:
         pinned = coordinator
         yield _checked("server", lambda: _server(home, pinned))
@@ -156,10 +156,10 @@ def _keys(home: SiteHome) -> str:
     if mode & 0o077:
         raise ConfigError(f"{home.root} is open to others (mode {mode:o})", fix=f"chmod -R go= {quote(str(home.root))}")
     key = SigningKey.load(home.signing_key)
-    told = f"private; signing key {spoken_key(key.public_hex)}"
+    detail = f"private; signing key {grouped_key(key.public_hex)}"
     if behind := open_to_others(home.root, home.untrusted):
-        told += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
-    return told
+        detail += f"; behind the closed home {behind[0].name} and {len(behind) - 1} more are not: the agent closes them"
+    return detail
 
 
 def _separation(home: SiteHome, config: SiteConfig) -> str:
@@ -167,7 +167,7 @@ def _separation(home: SiteHome, config: SiteConfig) -> str:
     require_apart([home.root, *config.secrets(home)])
     user = config.supernode.user
     if user:
-        for path in exposed(account(user), config.secrets(home)):
+        for path in readable_by(account(user), config.secrets(home)):
             raise ConfigError(f"the untrusted half's user {user} can read {path}", fix=f"chmod go= {quote(str(path))}")
     return describe_confinement(config.supernode.confine, user)
 
@@ -297,11 +297,11 @@ def _walls(home: SiteHome, config: SiteConfig) -> Iterator[Result]:
         yield Result("walls", False, error.message, error.fix)
         return
     for name, why in findings.works.items():
-        told = f"the untrusted half cannot use it: {why}" if why else "the untrusted half can use it"
-        yield Result(f"door: {name}", not why, told, "report this, with the line 'separation'" if why else "")
+        detail = f"the untrusted half cannot use it: {why}" if why else "the untrusted half can use it"
+        yield Result(f"door: {name}", not why, detail, "report this, with the line 'separation'" if why else "")
     fix = "give the untrusted half all walls, see the line 'separation', or another user (docs/security.md)"
-    for name, got in findings.open.items():
-        yield Result(f"wall: {name}", not got, f"OPEN: {got}" if got else "refused", fix if got else "")
+    for name, result in findings.open.items():
+        yield Result(f"wall: {name}", not result, f"OPEN: {result}" if result else "refused", fix if result else "")
 
 
 def _server(home: SiteHome, pinned: Coordinator) -> str:
@@ -321,6 +321,6 @@ def _server(home: SiteHome, pinned: Coordinator) -> str:
         raise ConfigError(
             f"the clocks differ by {abs(clock - time.time()):.0f} s", fix="set this machine's clock (NTP)"
         )
-    found = certificate(home)
-    told = f"{pinned.server} accepts the certificate (valid until {found.not_valid_after_utc:%Y-%m-%d})"
-    return f"{told}; its key is {spoken_key(followed.coordinator_key)}"
+    current = certificate(home)
+    detail = f"{pinned.server} accepts the certificate (valid until {current.not_valid_after_utc:%Y-%m-%d})"
+    return f"{detail}; its key is {grouped_key(followed.coordinator_key)}"

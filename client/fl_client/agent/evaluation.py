@@ -203,10 +203,10 @@ def _charged(
                 fix=f"look into the log, then: {resume_command(site, request.run)}",
             )
         mechanism = Mechanism(request.noise_multiplier, 1.0, 1, sensitivity_of(task_of(request.spec)))
-        held = ledger.reserve(dataset, mechanism, run=request.run, round=0, purpose=EVALUATION, retry=True)
+        reservation = ledger.reserve(dataset, mechanism, run=request.run, round=0, purpose=EVALUATION, retry=True)
         fault("evaluation.reserved")
         try:
-            made = {
+            body = {
                 "run": request.spec.run.name,
                 "spec_digest": request.spec.digest,
                 "adapter_digest": digest(request.adapter),
@@ -215,12 +215,12 @@ def _charged(
                 "created_at": time.time(),
                 **compute(mechanism),
             }
-            figures = canonical_bytes(made)
+            figures = canonical_bytes(body)
             write_durably(path, figures)
         except Exception as error:  # anything may fail here, and the charge must not depend on what did
-            ledger.charge_in_doubt(held, f"{type(error).__name__} {FAILED_REASON}")
+            ledger.charge_in_doubt(reservation, f"{type(error).__name__} {FAILED_REASON}")
             raise
         fault("evaluation.stored")
-        entry = ledger.settle(held, mechanism, digest(figures))
+        entry = ledger.settle(reservation, mechanism, digest(figures))
     document: dict[str, Any] = json.loads(outgoing.evaluation(entry.id, site, request.run, figures).document)
     return document

@@ -72,15 +72,15 @@ class LedgerHead:
             return ""
         except (ConfigError, OSError):
             return f"{self._path} is damaged"
-        found = ledger.head()
-        if found.entries < entries:
-            return f"it has {found.entries} entries, and had {entries} when this home last wrote to it"
+        newest = ledger.head()
+        if newest.entries < entries:
+            return f"it has {newest.entries} entries, and had {entries} when this home last wrote to it"
         if ledger.entry(entries).hash != head:
             return f"its entry {entries} is not the one that this home has seen there"
         return ""
 
 
-def entered(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, str]]:
+def reserved_rounds(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, str]]:
     """Run, round and purpose of all that the ledger has reserved for these runs."""
     return {
         (run, spend.reservation.round, spend.reservation.purpose)
@@ -92,16 +92,16 @@ def entered(ledger: LedgerReader, runs: Collection[str]) -> set[tuple[str, int, 
 def forgotten(ledger: LedgerReader, store: ReleaseStore) -> list[Forgotten]:
     """The stored releases of which the ledger has no reservation."""
     orders = list(store.all())
-    known = entered(ledger, [order.run for order in orders])
-    found = [
+    known = reserved_rounds(ledger, [order.run for order in orders])
+    missing = [
         Forgotten(order.run, order.round, TRAINING, order.executed, order.update_digest)
         for order in orders
         if order.executed and order.update_digest and (order.run, order.round, TRAINING) not in known
     ]
     for run, figures, mechanism in store.figures():
         if not any(True for _ in ledger.spends(run=run)):
-            found.append(Forgotten(run, 0, EVALUATION, mechanism, digest(figures)))
-    return found
+            missing.append(Forgotten(run, 0, EVALUATION, mechanism, digest(figures)))
+    return missing
 
 
 def require_newest(ledger: LedgerReader, head: LedgerHead, store: ReleaseStore) -> None:
@@ -131,8 +131,10 @@ def accept(ledger: Ledger, dataset: str, head: LedgerHead, store: ReleaseStore, 
     """
     lost = forgotten(ledger, store)
     ledger.witness({"what": ACCEPTED, "by": operator, "reason": reason, "forgotten": len(lost)})
-    for one in lost:
-        held = ledger.reserve(dataset, one.mechanism, run=one.run, round=one.round, purpose=one.purpose)
-        ledger.settle(held, one.mechanism, one.release_digest)
+    for release in lost:
+        reservation = ledger.reserve(
+            dataset, release.mechanism, run=release.run, round=release.round, purpose=release.purpose
+        )
+        ledger.settle(reservation, release.mechanism, release.release_digest)
     head.write(ledger)
     return len(lost)

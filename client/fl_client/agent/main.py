@@ -21,7 +21,7 @@ from fl_client.identity.renewal import Renewer, finish
 from fl_client.identity.rotation import PinnedKeys
 from fl_client.metrics.site import Metrics
 from fl_client.node.confinement import describe_confinement
-from fl_client.node.handover import account, exposed, make_meeting_place, mode_in
+from fl_client.node.handover import account, handover_mode, make_shared_directories, readable_by
 from fl_client.node.helpers import Helpers, listen_loopback
 from fl_client.node.sandbox import forbid_inspection
 from fl_client.node.spec import NodeSpec, require_own
@@ -29,7 +29,7 @@ from fl_client.node.tunnel_settings import TunnelSettings, make_local_certificat
 from fl_client.node.walls import require_apart
 from fl_client.site.config import SiteConfig, SupernodeConfig
 from fl_client.site.home import SiteHome
-from fl_client.site.locks import sole
+from fl_client.site.locks import exclusive
 from fl_shared.errors import ConfigError
 from fl_shared.files import write_durably
 from fl_shared.runtime.monitoring import serve_monitoring
@@ -63,7 +63,7 @@ def run_agent(home: SiteHome, config: SiteConfig) -> int:
 
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with sole(home.run / "agent.lock", "an agent"):
+        with exclusive(home.run / "agent.lock", "an agent"):
             keys.finish(home, config.ledger_url, config.site)
             keys.require_known(home, coordinator)
             return _serve(home, config, coordinator, ending)
@@ -80,7 +80,7 @@ def _close(home: SiteHome, config: SiteConfig) -> None:
     for path in open_to_others(home.root, home.untrusted):
         log.warning("%s can be opened by others and belongs to another user: chown it to this one", path)
     if config.supernode.user:
-        for path in exposed(account(config.supernode.user), config.secrets(home)):
+        for path in readable_by(account(config.supernode.user), config.secrets(home)):
             log.warning("the untrusted user %s can read %s: chmod go= it", config.supernode.user, path)
 
 
@@ -173,7 +173,7 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
     node = config.supernode
     _prepare(home, node)
     local_certificate, local_key = node.directory / "tunnel-ca.pem", home.run / "tunnel.key"
-    make_local_certificate(local_certificate, local_key, mode=mode_in(node.directory))
+    make_local_certificate(local_certificate, local_key, mode=handover_mode(node.directory))
     listener = listen_loopback(node.tunnel_port)
     spec = NodeSpec(
         directory=node.directory,
@@ -202,13 +202,16 @@ def _helpers(home: SiteHome, config: SiteConfig, coordinator: Coordinator) -> He
 def _prepare(home: SiteHome, node: SupernodeConfig) -> None:
     """Make what the untrusted half needs outside the home, and bring Flower's node key there."""
     if node.user:
-        make_meeting_place(node.directory, node.socket, account(node.user))
+        make_shared_directories(node.directory, node.socket, account(node.user))
     require_own(node.directory)
     if node.directory == home.supernode:
         return
     try:
         write_durably(
-            node.directory / home.node_key.name, home.node_key.read_bytes(), mode=mode_in(node.directory), exact=True
+            node.directory / home.node_key.name,
+            home.node_key.read_bytes(),
+            mode=handover_mode(node.directory),
+            exact=True,
         )
     except OSError as error:
         raise ConfigError(

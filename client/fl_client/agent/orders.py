@@ -1,4 +1,4 @@
-"""Orders as they come over the agent's socket, of either kind: read once, believed after their signature.
+"""Round orders from the agent's socket, of either kind: parsed once, trusted after their signature.
 
 A "round-order" names the run's spec by its digest, and the spec comes beside it. A "round-manifest", which coordinators
 before docs/decisions/0111 send, holds the spec. What follows from an order is the same for both: an `Assignment`.
@@ -22,7 +22,7 @@ _FIX = "send a document signed by the coordinator"
 
 
 @dataclass(frozen=True)
-class Arrived:
+class ReceivedOrder:
     """An order of which nothing is believed yet; `run` and `round` are what a refusal must name.
 
     Attributes:
@@ -36,18 +36,18 @@ class Arrived:
     digest: str
 
     @classmethod
-    def read(cls, order_json: str, site: str) -> Arrived:
+    def read(cls, order_json: str, site: str) -> ReceivedOrder:
         """Parse what came; RunError when it is too large, or there is nothing in it to sign a refusal about."""
         if len(order_json) > MAX_ORDER_BYTES:
             raise RunError("the order is too large", fix=_FIX)
         try:
             document = parse_json(order_json, "the order", limit=MAX_ORDER_BYTES)
             body = document["body"]
-            made = cls(document, body["run"], body["round"], document_digest(body))
-            Refusal.from_dict(Refusal(made.run, made.round, site, made.digest, "failed", "-", 0.0).to_dict())
+            order = cls(document, body["run"], body["round"], document_digest(body))
+            Refusal.from_dict(Refusal(order.run, order.round, site, order.digest, "failed", "-", 0.0).to_dict())
         except (ValueError, KeyError, TypeError, AttributeError, ConcordatError) as error:
             raise RunError("the order is not a round's", fix=_FIX) from error
-        return made
+        return order
 
     @property
     def key(self) -> str:
@@ -81,17 +81,17 @@ class Assignment:
     digest: str
 
     @classmethod
-    def of(cls, arrived: Arrived, spec_json: str) -> Assignment:
+    def of(cls, arrived: ReceivedOrder, spec_json: str) -> Assignment:
         """Read a signed order and its spec; ConfigError when one is not what it must be, or they do not fit."""
         body = arrived.document["body"]
         if body.get("kind") == KIND:
             order = RoundOrder.from_dict(body)
-            return cls._made(order, read_spec(spec_json, order.spec_digest), arrived.digest)
+            return cls._from_document(order, read_spec(spec_json, order.spec_digest), arrived.digest)
         manifest = RoundManifest.from_dict(body)
-        return cls._made(manifest, manifest.spec, arrived.digest)
+        return cls._from_document(manifest, manifest.spec, arrived.digest)
 
     @classmethod
-    def _made(cls, order: RoundOrder | RoundManifest, spec: RunSpec, digest: str) -> Assignment:
+    def _from_document(cls, order: RoundOrder | RoundManifest, spec: RunSpec, digest: str) -> Assignment:
         return cls(
             run=order.run,
             round=order.round,

@@ -56,9 +56,9 @@ class Outgoing:
 
     def release(self, entry_id: str, receipt: Receipt, update: bytes) -> Sealed:
         """Seal an update for leaving; LedgerError unless entry `entry_id` settled exactly these bytes."""
-        found = digest(update)
-        wrong = self._objection(entry_id, receipt.run, receipt.round, TRAINING, found)
-        if receipt.entry_id != entry_id or receipt.update_digest != found:
+        update_digest = digest(update)
+        wrong = self._objection(entry_id, receipt.run, receipt.round, TRAINING, update_digest)
+        if receipt.entry_id != entry_id or receipt.update_digest != update_digest:
             wrong = wrong or "the receipt names another entry or other bytes"
         if receipt.run[: receipt.run.rfind(":") + 1] != self._namespace:
             wrong = wrong or f"run {receipt.run} belongs to others than those who are answered here"
@@ -68,14 +68,14 @@ class Outgoing:
 
     def evaluation(self, entry_id: str, site: str, run: str, figures: bytes) -> Sealed:
         """Seal an evaluation's figures (canonical JSON); LedgerError unless `entry_id` settled exactly these bytes."""
-        found = digest(figures)
-        self._stop_if(self._objection(entry_id, run, 0, EVALUATION, found))
+        figures_digest = digest(figures)
+        self._stop_if(self._objection(entry_id, run, 0, EVALUATION, figures_digest))
         body = {
             "kind": "evaluation",
             "site": site,
             "run": run,
             "entry_id": entry_id,
-            "figures_digest": found,
+            "figures_digest": figures_digest,
             "figures": json.loads(figures),
         }
         return Sealed("ok", json.dumps(sign_document(self._key, body), sort_keys=True), b"")
@@ -89,7 +89,7 @@ class Outgoing:
                 code="no-ledger-entry",
             )
 
-    def _objection(self, entry_id: str, run: str, round_: int, purpose: str, found: str) -> str:
+    def _objection(self, entry_id: str, run: str, round_: int, purpose: str, content_digest: str) -> str:
         """Say what speaks against a release, "" when nothing does."""
         number = entry_id.partition(":")[0]
         if not number.isdigit():
@@ -97,8 +97,8 @@ class Outgoing:
         entry = self._ledger.entry(int(number))
         if entry.id != entry_id or entry.kind != "settlement" or entry.body["outcome"] != "settled":
             return f"ledger entry {number} is no settlement of a release"
-        if entry.body["release_digest"] != found:
-            return f"ledger entry {number} settled other bytes than {found}"
+        if entry.body["release_digest"] != content_digest:
+            return f"ledger entry {number} settled other bytes than {content_digest}"
         order = self._ledger.entry(int(entry.body["reservation"])).body
         if (order["run"], order["round"], order["purpose"]) != (run, round_, purpose):
             return f"ledger entry {number} belongs to {order['purpose']} of run {order['run']}, round {order['round']}"
@@ -113,12 +113,14 @@ class Outgoing:
         """
         asked, rounds = question.spec.mechanism(), question.spec.run.rounds
         stamp = timestamp(now())
-        found = standings(self._ledger, dataset, None)
-        fits = {one.name: one.rounds_that_fit(asked) if one.is_valid(stamp) else 0 for one in found}
-        full = [text for one in found if (text := _refused(one, rounds, fits[one.name], stamp))]
+        budgets = standings(self._ledger, dataset, None)
+        fits = {
+            standing.name: standing.rounds_that_fit(asked) if standing.is_valid(stamp) else 0 for standing in budgets
+        }
+        full = [text for standing in budgets if (text := _refused(standing, rounds, fits[standing.name], stamp))]
         every = [*objections, *(Objection("budget-exhausted", text) for text in full)]
-        noise = [one.noise_for(asked.sampling_probability, asked.steps * rounds) for one in found if full]
-        enough = [max(each, least_noise) for each in noise if each]
+        noise = [standing.noise_for(asked.sampling_probability, asked.steps * rounds) for standing in budgets if full]
+        enough = [max(multiplier, least_noise) for multiplier in noise if multiplier]
         answer = PlanAnswer(
             question=question.question,
             question_digest=question.digest,
@@ -126,7 +128,7 @@ class Outgoing:
             rounds_asked=rounds,
             rounds_affordable=min(MAX_ROUNDS, *fits.values()),
             noise_that_fits=0.0 if None in noise else max(enough, default=0.0),
-            objections=tuple({str(each): each for each in every}.values())[:MAX_OBJECTIONS],
+            objections=tuple({str(objection): objection for objection in every}.values())[:MAX_OBJECTIONS],
             created_at=time.time(),
         )
         return Sealed("ok", json.dumps(sign_document(self._key, answer.to_dict()), sort_keys=True), b"")
@@ -139,14 +141,14 @@ class Outgoing:
         return Sealed(status, json.dumps(sign_document(self._key, body), sort_keys=True), b"", refusal.code)
 
 
-def _refused(one: Standing, rounds: int, fits: int, stamp: str) -> str:
+def _refused(standing: Standing, rounds: int, fits: int, stamp: str) -> str:
     """Why a budget would refuse, in the same public values as a refusal of a round; "" when it would not."""
-    ceiling = f"{one.name} (epsilon {one.budget.epsilon:g} at delta {one.budget.delta:g})"
-    if not one.is_valid(stamp):
-        valid_from, valid_to = one.budget.valid_from or "ever", one.budget.valid_to or "ever"
+    ceiling = f"{standing.name} (epsilon {standing.budget.epsilon:g} at delta {standing.budget.delta:g})"
+    if not standing.is_valid(stamp):
+        valid_from, valid_to = standing.budget.valid_from or "ever", standing.budget.valid_to or "ever"
         return f"the budget {ceiling} is valid from {valid_from} to {valid_to}, and now is {stamp}"
     if fits < rounds:
-        used = one.gate.used(one.charged)
+        used = standing.gate.used(standing.charged)
         return f"{fits} of {rounds} rounds fit into the budget {ceiling}, of which {used:.1%} is used"
     return ""
 

@@ -58,7 +58,7 @@ class Progress:
 def read_progress(path: Path) -> dict[str, Any] | None:
     """What the running round last wrote; None when there is none."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-        return {name: found[name] for name in ("run", "round", "step", "steps", "started_at")}
+        progress = json.loads(path.read_text("utf-8"))
+        return {name: progress[name] for name in ("run", "round", "step", "steps", "started_at")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

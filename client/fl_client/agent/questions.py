@@ -60,8 +60,8 @@ class PlanResponder:
     def look(self) -> float:
         """Fetch and answer what there is; the seconds until the next look."""
         try:
-            found = self._call("GET", "/v1/questions").get("questions")
-            for document in found[:MAX_AT_ONCE] if isinstance(found, list) else ():
+            questions = self._call("GET", "/v1/questions").get("questions")
+            for document in questions[:MAX_AT_ONCE] if isinstance(questions, list) else ():
                 name = _name(document)
                 if name and name not in self._done and not self.loop.stopping.is_set():
                     self._remember(name)  # first: a defect met by one question must not keep back the next ones

@@ -1,4 +1,4 @@
-"""The agent's memory of rounds: `releases/<run>-<round>.{json,safetensors}`.
+"""The agent's store of rounds, orders and updates: `releases/<run>-<round>.{json,safetensors}`.
 
 The order is written before the mechanism is reserved, the update before the ledger settles. So after a
 crash the files say what an open reservation was for, and what was paid for cannot be lost. An order that the
@@ -67,17 +67,17 @@ class ReleaseStore:
         """Return the stored bytes, None when there are none (any more); DataError when they were altered."""
         path = self._path(order.run, order.round, "safetensors")
         try:
-            found = path.read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
-        if digest(found) != order.update_digest:
+        if digest(content) != order.update_digest:
             raise DataError(f"{path} was altered", fix="restore it from a backup; it will not be sent as it is")
-        return found
+        return content
 
     def all(self) -> list[Order]:
         """Return every stored order, oldest round first within a run."""
-        found = [self._read(path) for path in self._directory.glob("*.json")]
-        return sorted((each for each in found if each), key=lambda each: (each.run, each.round))
+        orders = [self._read(path) for path in self._directory.glob("*.json")]
+        return sorted((order for order in orders if order), key=lambda order: (order.run, order.round))
 
     def drop(self, order: Order) -> None:
         """Delete an order that was not granted."""
@@ -99,7 +99,7 @@ class ReleaseStore:
 
     def figures(self) -> list[tuple[str, bytes, Mechanism]]:
         """Run, stored figures and mechanism of every evaluation; DataError when they are damaged."""
-        found = []
+        evaluations = []
         for path in sorted(self._directory.glob("*.figures")):
             try:
                 content = path.read_bytes()
@@ -107,8 +107,8 @@ class ReleaseStore:
                 mechanism = Mechanism.from_dict(figures.get("mechanism") if isinstance(figures, dict) else figures)
             except (ConcordatError, OSError) as error:
                 raise _damaged(path) from error
-            found.append((path.stem.replace("_", ":"), content, mechanism))
-        return found
+            evaluations.append((path.stem.replace("_", ":"), content, mechanism))
+        return evaluations
 
     @staticmethod
     def _stem(run: str) -> str:

@@ -7,7 +7,7 @@ from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.site import open_ledger
 from fl_client.site.config import SiteConfig
 from fl_client.site.home import SiteHome
-from fl_client.site.locks import sole
+from fl_client.site.locks import exclusive
 from fl_shared.errors import ConfigError
 from fl_shared.ledger.suspension import require_words
 
@@ -21,7 +21,7 @@ def accept_ledger(home: SiteHome, config: SiteConfig, operator: str, reason: str
     """
     require_words(operator, reason)
     home.make()
-    with sole(home.run / "agent.lock", "resume"):
+    with exclusive(home.run / "agent.lock", "resume"):
         ledger, _ = open_ledger(home, config)
         try:
             store, head = ReleaseStore(home.releases), LedgerHead(home.ledger_head)

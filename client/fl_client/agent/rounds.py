@@ -32,8 +32,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fl_client.agent.head import entered
-from fl_client.agent.orders import Arrived, Assignment
+from fl_client.agent.head import reserved_rounds
+from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_client.agent.outgoing import TRAINING, Outgoing, Sealed
 from fl_client.agent.policy import check_policy
 from fl_client.agent.progress import Progress
@@ -154,7 +154,7 @@ class Rounds:
         whose order is recent stays held for a repeat; every other open one is charged in full.
         """
         orders = list(self._store.all())
-        known = {(run, number) for run, number, _ in entered(self._ledger, [order.run for order in orders])}
+        known = {(run, number) for run, number, _ in reserved_rounds(self._ledger, [order.run for order in orders])}
         for order in orders:
             if order.update_digest is None and (order.run, order.round) not in known:
                 self._store.drop(order)  # a crash came before the ledger was asked
@@ -162,11 +162,11 @@ class Rounds:
             self._remember(order)
         for reservation in self._ledger.open_reservations():
             at = {"run": reservation.run, "round": reservation.round}
-            found = self._store.find(reservation.run, reservation.round)
-            if found and found.update_digest and found.executed and self._store.update(found) is not None:
-                self._ledger.settle(reservation, found.executed, found.update_digest)
+            stored = self._store.find(reservation.run, reservation.round)
+            if stored and stored.update_digest and stored.executed and self._store.update(stored) is not None:
+                self._ledger.settle(reservation, stored.executed, stored.update_digest)
                 log.warning("settled an update that a crash had left behind", extra=at)
-            elif found and time.time() - found.ordered_at < HELD_S:
+            elif stored and time.time() - stored.ordered_at < HELD_S:
                 log.warning("a crash broke this round off; it stays held against the budget", extra=at)
             else:
                 self._ledger.charge_in_doubt(reservation, "found open at start, and nobody asked for it again")
@@ -195,7 +195,7 @@ class Rounds:
         `adapter` fetches the adapter: once for an order that a key that may sign orders signed, of no other, and of one
         order at a time, so that nobody fills the memory. `spec_json`: what came beside an order that names its spec.
         """
-        arrived = Arrived.read(order_json, self._facts.site)
+        arrived = ReceivedOrder.read(order_json, self._facts.site)
         try:
             arrived.require_signed(self._facts.accepts_key)
         except ConcordatError as error:
@@ -205,7 +205,7 @@ class Rounds:
             with self._busy:
                 return self._handle(arrived, fetched, spec_json)
 
-    def _handle(self, arrived: Arrived, adapter: bytes, spec_json: str) -> Sealed:
+    def _handle(self, arrived: ReceivedOrder, adapter: bytes, spec_json: str) -> Sealed:
         self._began, self._computed = time.monotonic(), False
         at = {"run": arrived.run, "round": arrived.round}
         try:
@@ -229,7 +229,7 @@ class Rounds:
             self.state = "idle"
         return self._refused(arrived, code, message)
 
-    def _refused(self, arrived: Arrived, code: str, message: str) -> Sealed:
+    def _refused(self, arrived: ReceivedOrder, code: str, message: str) -> Sealed:
         log.warning("refused: %s", message, extra={"run": arrived.run, "round": arrived.round, "code": code})
         refusal = Refusal(arrived.run, arrived.round, self._facts.site, arrived.digest, code, message, time.time())
         return self._outgoing.refuse(refusal)
@@ -245,7 +245,7 @@ class Rounds:
             self._stopping.wait(every - (time.monotonic() - self._began) % every)
         self._computed = False
 
-    def _answer(self, arrived: Arrived, adapter: bytes, spec_json: str) -> Sealed:
+    def _answer(self, arrived: ReceivedOrder, adapter: bytes, spec_json: str) -> Sealed:
         assigned = self._checked(arrived, adapter, spec_json)
         stored = self._repeat(assigned)
         if stored is not None:
@@ -294,24 +294,24 @@ class Rounds:
         """Write the order, then hold its mechanism against the budget (or find it held since a crash)."""
         mechanism = assigned.spec.mechanism()
         for spend in list(self._ledger.spends(run=assigned.run)):
-            held = spend.reservation
-            if held.purpose != TRAINING or spend.outcome != "open":
-                if held.round == assigned.round and spend.outcome == "in-doubt":
+            earlier = spend.reservation
+            if earlier.purpose != TRAINING or spend.outcome != "open":
+                if earlier.round == assigned.round and spend.outcome == "in-doubt":
                     raise Refused("failed", "this round failed here and was charged; it is not tried again")
                 continue
-            order = self._store.find(held.run, held.round)
+            order = self._store.find(earlier.run, earlier.round)
             same = order and (order.spec_digest, order.adapter_digest) == (
                 assigned.spec_digest,
                 assigned.adapter_digest,
             )
             # The data that is read is the data that was charged for, whatever site.toml names since the crash.
-            data = (held.dataset, held.dataset_version) == (self._facts.dataset.name, self._facts.dataset.version)
-            if held.round == assigned.round and same and data and held.mechanism == mechanism:
+            data = (earlier.dataset, earlier.dataset_version) == (self._facts.dataset.name, self._facts.dataset.version)
+            if earlier.round == assigned.round and same and data and earlier.mechanism == mechanism:
                 log.warning("computing again what a crash broke off; its charge is held", extra=assigned.at)
-                note_computed_again(self._ledger, held)
-                return held
-            self._ledger.charge_in_doubt(held, "broken off by a crash, and the run went on without it")
-            if held.round == assigned.round:
+                note_computed_again(self._ledger, earlier)
+                return earlier
+            self._ledger.charge_in_doubt(earlier, "broken off by a crash, and the run went on without it")
+            if earlier.round == assigned.round:
                 raise Refused("failed", "this round was broken off here and charged; it is not tried again")
         order = Order(
             run=assigned.run,
@@ -333,7 +333,7 @@ class Rounds:
             raise
         self._remember(order)
         if self._stopping.is_set():  # while it was prepared: no record was read for it, so it costs nothing
-            self._ledger.release_unused(reservation, "the agent was stopped before it read a record")
+            self._ledger.void(reservation, "the agent was stopped before it read a record")
             self._store.drop(order)
             raise Stopping
         return reservation
@@ -426,7 +426,7 @@ class Rounds:
         fault("round.sealed")
         return sealed
 
-    def _checked(self, arrived: Arrived, adapter: bytes, spec_json: str) -> Assignment:
+    def _checked(self, arrived: ReceivedOrder, adapter: bytes, spec_json: str) -> Assignment:
         """Return what is asked for after every check that needs no private data; Refused otherwise."""
         facts = self._facts
         try:

@@ -84,7 +84,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):  # type: ignore[misc]  # gener
 
     def Info(self, request: InfoRequest, context: grpc.ServicerContext) -> InfoReply:  # noqa: ARG002, N802
         """What the untrusted half may know."""
-        problems = [each[:300] for each in self._problems()]
+        problems = [problem[:300] for problem in self._problems()]
         return InfoReply(site=self._site, version=__version__, state=self._rounds.state, problems=problems)
 
 

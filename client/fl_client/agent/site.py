@@ -49,7 +49,7 @@ def open_ledger(home: SiteHome, config: SiteConfig) -> tuple[Ledger, SigningKey]
 
 
 def register(ledger: Ledger, config: SiteConfig, data: UnitData) -> Dataset:
-    """Enter the data set and its budget into the ledger; nothing happens when both stand there already."""
+    """Enter the data set and its budget into the ledger; nothing happens when both are recorded there already."""
     dataset = ledger.register_dataset(
         config.data.name,
         data.fingerprint,
@@ -93,7 +93,7 @@ def load_base(config: SiteConfig) -> LoadedModel:
     return model
 
 
-def tried_base(config: SiteConfig) -> LoadedModel:
+def load_and_try_base(config: SiteConfig) -> LoadedModel:
     """The base model, after one forward and one backward on its device; raises as `try_device`."""
     model = load_base(config)
     from fl_client.training.device import try_device  # torch
@@ -163,7 +163,7 @@ def open_site(
 
     `timed` wraps the training's progress callback, for whoever measures the steps.
     """
-    from fl_client.tasks.kept import KeptRecords  # torch
+    from fl_client.tasks.cache import RecordCache  # torch
     from fl_client.tasks.registry import task_of
     from fl_client.tasks.task import usable
 
@@ -174,9 +174,9 @@ def open_site(
         everything = load_unit_data(config.data, home.fingerprint_key)
         dataset = register(ledger, config, everything)
         data, holdout = split_holdout(everything, config.data.holdout, home.fingerprint_key)
-        kept = KeptRecords()
+        cache = RecordCache()
         log.info("loading the model from %s", config.model.directory.name)
-        base = functools.cache(lambda: tried_base(config))
+        base = functools.cache(lambda: load_and_try_base(config))
         ranks: RankGroup | None = None
         if config.model.processes > 1:
             model_digest = base_digest(config)
@@ -189,7 +189,7 @@ def open_site(
         ) -> TrainingResult:
             from fl_client.training.round import train_round
 
-            on = functools.partial(train_round, base(), kept=kept) if ranks is None else ranks.train
+            on = functools.partial(train_round, base(), cache=cache) if ranks is None else ranks.train
             chosen = usable(task_of(spec), data)
             if not chosen.units:
                 log.warning("no record has a label of this run: the update is noise alone")

@@ -21,22 +21,22 @@ from fl_shared.wire.agent_pb2 import InfoReply, InfoRequest
 
 def status_of(home: SiteHome, site: str) -> dict[str, Any]:
     """Return enrolment, the agent's state and the ledger's position of `site`, as plain JSON values."""
-    found: dict[str, Any] = {"site": site, "home": str(home.root)}
+    status: dict[str, Any] = {"site": site, "home": str(home.root)}
     try:
-        found["enrolled"] = Coordinator.load(home).server
+        status["enrolled"] = Coordinator.load(home).server
     except EnrolmentError:
-        found["enrolled"] = "no"
+        status["enrolled"] = "no"
     try:
         config = SiteConfig.load(home, site)
-        found["agent"] = agent_state(home, config.supernode.socket)
-        if found["agent"] == "training" and (progress := read_progress(home.progress)):
-            found["training"] = progress
-        if found["agent"] != "stopped":
-            found["problems"] = agent_problems(config.supernode.socket)
+        status["agent"] = agent_state(home, config.supernode.socket)
+        if status["agent"] == "training" and (progress := read_progress(home.progress)):
+            status["training"] = progress
+        if status["agent"] != "stopped":
+            status["problems"] = agent_problems(config.supernode.socket)
         ledger = Ledger.open(config.ledger_url, None, site)
         try:
             position = ledger.epsilon(config.data.name)
-            found["budget"] = {
+            status["budget"] = {
                 "dataset": config.data.name,
                 "spent": position.spent,
                 "reserved": position.reserved,
@@ -44,14 +44,14 @@ def status_of(home: SiteHome, site: str) -> dict[str, Any]:
                 "epsilon": position.epsilon,
                 "delta": position.delta,
             }
-            found["suspended"] = Suspensions(ledger).all()
-            found["runs"] = len({spend.reservation.run for spend in ledger.spends()})
+            status["suspended"] = Suspensions(ledger).all()
+            status["runs"] = len({spend.reservation.run for spend in ledger.spends()})
         finally:
             ledger.close()
     except ConcordatError as error:
-        found.setdefault("agent", agent_state(home))
-        found["budget"] = f"unknown: {error.message}"
-    return found
+        status.setdefault("agent", agent_state(home))
+        status["budget"] = f"unknown: {error.message}"
+    return status
 
 
 def agent_state(home: SiteHome, socket: Path | None = None) -> str:
@@ -63,7 +63,7 @@ def agent_state(home: SiteHome, socket: Path | None = None) -> str:
 def agent_problems(socket: Path) -> list[str]:
     """What the agent at `socket` says does not run, and why; nothing when no agent answers."""
     reply = _info(socket)
-    return [str(each) for each in reply.problems] if reply else []
+    return [str(problem) for problem in reply.problems] if reply else []
 
 
 def _info(socket: Path) -> InfoReply | None:

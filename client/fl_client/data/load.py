@@ -124,17 +124,17 @@ def split_holdout(data: UnitData, share: float, key_file: Path) -> tuple[UnitDat
     if share == 0.0:
         return data, None
     key = _secret(key_file)
-    kept: tuple[list[int], list[int]] = ([], [])
+    parts: tuple[list[int], list[int]] = ([], [])
     for records in data.records_by_unit():
         mac = hmac.new(key, b"holdout", hashlib.sha256)
         _absorb(mac, (part for i in records.tolist() for part in (data.texts[i], data.labels[i])))
-        held = int.from_bytes(mac.digest()[:8], "big") < share * 2**64
-        kept[held].extend(records.tolist())
-    if not kept[0] or not kept[1]:
+        held_out = int.from_bytes(mac.digest()[:8], "big") < share * 2**64
+        parts[held_out].extend(records.tolist())
+    if not parts[0] or not parts[1]:
         raise DataError(
             f"[data] holdout = {share:g} leaves one side without a unit", fix="choose another share, or 0 for none"
         )
-    return data.part(sorted(kept[0])), data.part(sorted(kept[1]))
+    return data.part(sorted(parts[0])), data.part(sorted(parts[1]))
 
 
 def fingerprint(rows: Iterable[Sequence[str]], key_file: Path) -> str:
@@ -146,12 +146,12 @@ def fingerprint(rows: Iterable[Sequence[str]], key_file: Path) -> str:
     name are recognised. Equality is all that it tells, not overlap.
     """
     key = _secret(key_file)
-    found = []
+    digests = []
     for row in rows:
         mac = hmac.new(key, b"record", hashlib.sha256)
         _absorb(mac, sorted(same for cell in row if (same := _as_in_any_export(cell))))
-        found.append(mac.digest())
-    return f"hmac-sha256:{hmac.new(key, b''.join(sorted(set(found))), hashlib.sha256).hexdigest()}"
+        digests.append(mac.digest())
+    return f"hmac-sha256:{hmac.new(key, b''.join(sorted(set(digests))), hashlib.sha256).hexdigest()}"
 
 
 def _as_in_any_export(cell: str) -> str:

@@ -40,9 +40,9 @@ def _plain(text: str) -> str:
         return text.lower().replace(" ", "")
     wide = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return "".join(
-        str(unicodedata.decimal(each, each))
-        for each in wide
-        if not each.isspace() and unicodedata.category(each) not in ("Cc", "Cf")
+        str(unicodedata.decimal(character, character))
+        for character in wide
+        if not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
     )
 
 
@@ -81,7 +81,11 @@ class UnitIds:
         otherwise."""
         written = text.strip()
         keys = lookalikes(written)
-        if keys[0] in _MISSING or _SHEET_ERROR.fullmatch(keys[0]) or not any(each.isalnum() for each in keys[0]):
+        if (
+            keys[0] in _MISSING
+            or _SHEET_ERROR.fullmatch(keys[0])
+            or not any(character.isalnum() for character in keys[0])
+        ):
             raise DataError(
                 f"{self._path}: row {row} has no {self._column!r}",
                 fix=f"every row must say which {self._unit} it belongs to",
@@ -112,7 +116,7 @@ def _rounded(written: str) -> bool:
     return (len(number.group(2)), number.group(2)) >= (len(_LARGEST), _LARGEST)
 
 
-def run_labels(found: Sequence[str], labels: Sequence[str]) -> tuple[str | None, ...]:
+def run_labels(cells: Sequence[str], labels: Sequence[str]) -> tuple[str | None, ...]:
     """For each label of the data the run's public label that it means, None when there is none.
 
     The very same text comes first; else the run's label that is the same when `folded`, if there is exactly one.
@@ -122,5 +126,5 @@ def run_labels(found: Sequence[str], labels: Sequence[str]) -> tuple[str | None,
         key = folded(label)
         meant[key] = None if key in meant else label
     exact = set(labels)
-    known = {label: label if label in exact else meant.get(folded(label)) for label in set(found)}
-    return tuple(known[label] for label in found)
+    known = {label: label if label in exact else meant.get(folded(label)) for label in set(cells)}
+    return tuple(known[label] for label in cells)

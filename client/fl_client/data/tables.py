@@ -53,13 +53,13 @@ def read_columns(path: Path, columns: list[str], encoding: str = UTF_8) -> dict[
             f"{path}: the ending {path.suffix!r} is not a known table",
             fix=f"export it as one of {', '.join(SUFFIXES)}",
         )
-    found: dict[str, list[str]] = {name: [] for name in columns}
+    cells: dict[str, list[str]] = {name: [] for name in columns}
     try:
         for number, row in enumerate(_rows(path, columns, encoding), start=1):
             for name in columns:
                 if name not in row:
                     raise _missing(path, name, row, number)
-                found[name].append(_text(path, row[name], name, number))
+                cells[name].append(_text(path, row[name], name, number))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", fix="correct [data] path in site.toml") from None
     except UnicodeError:
@@ -68,9 +68,9 @@ def read_columns(path: Path, columns: list[str], encoding: str = UTF_8) -> dict[
         raise DataError(
             f"{path}: {error.strerror or 'cannot be read'}", fix="check the file's owner and mode"
         ) from None
-    if columns and not found[columns[0]]:
+    if columns and not cells[columns[0]]:
         raise DataError(f"{path}: the table has no rows", fix="check that the export is complete")
-    return found
+    return cells
 
 
 def _undecodable(path: Path, encoding: str) -> DataError:
@@ -98,9 +98,9 @@ def _marked(path: Path) -> str | None:
     """The encoding that the file's byte order mark names; DataError for what is no text at all."""
     with path.open("rb") as handle:
         start = handle.read(16)
-    for magic, what, fix in _OTHER_KINDS:
+    for magic, kind, fix in _OTHER_KINDS:
         if start.startswith(magic):
-            raise DataError(f"{path} {what}", fix=fix)
+            raise DataError(f"{path} {kind}", fix=fix)
     if start[:2] == codecs.BOM_UTF16_LE and start[2:4] == b"\0\0":
         raise DataError(f"{path} is UTF-32 text", fix="save the table as UTF-8")
     return next((name for mark, name in _MARKS if start.startswith(mark)), None)
@@ -158,19 +158,19 @@ def _csv_lines(path: Path, handle: TextIO) -> tuple[str | None, Iterator[str]]:
 def _separator(path: Path, columns: Sequence[str], encoding: str, usual: str) -> str:
     """The separator under which the header names most of the columns; the file ending's own wins a tie."""
     best, most = usual, -1
-    for candidate in (usual, *(each for each in _SEPARATORS if each != usual)):
+    for candidate in (usual, *(separator for separator in _SEPARATORS if separator != usual)):
         with _open(path, encoding) as handle:
             named, lines = _csv_lines(path, handle)
             if named is not None:
                 return named
             try:
                 header = next(csv.reader(lines, delimiter=candidate, strict=True), [])
-                found = len(set(columns).intersection(name.strip(_BLANK) for name in header))
+                named_columns = len(set(columns).intersection(name.strip(_BLANK) for name in header))
             except csv.Error:
                 continue
-        if found > most:
-            best, most = candidate, found
-        if found == len(set(columns)):
+        if named_columns > most:
+            best, most = candidate, named_columns
+        if named_columns == len(set(columns)):
             break
     return best
 
@@ -247,10 +247,10 @@ def _parsed(path: Path, text: str, where: str) -> Any:
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object's fields; KeyError when a name comes twice, of which one value would be lost."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise KeyError
-    return made
+    return fields
 
 
 def _is_object(text: str) -> bool:
@@ -291,7 +291,7 @@ def _text(path: Path, value: object, name: str, number: int) -> str:
     if value is None or value != value:  # NaN is how table programs write a missing number
         return ""
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= each <= "\udfff" for each in value):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise DataError(
                 f"{path}: row {number}, column {name!r} holds half a character", fix="export the table again as UTF-8"
             )
@@ -313,7 +313,11 @@ def _missing(path: Path, name: str, row: Mapping[str, Any], number: int) -> Data
 
 def _unnamed(path: Path, name: str, header: Sequence[str]) -> DataError:
     """What to raise for a first line that does not name a column. It may be a record: only what is like it is shown."""
-    near = [each for each in header if each and difflib.SequenceMatcher(None, each.lower(), name.lower()).ratio() > 0.8]
+    near = [
+        column
+        for column in header
+        if column and difflib.SequenceMatcher(None, column.lower(), name.lower()).ratio() > 0.8
+    ]
     meant = f"did you mean {near[0]!r}?" if near else "its first line must name the columns"
     return DataError(
         f"{path}: the first line names {len(header)} columns, and none of them is {name!r}",

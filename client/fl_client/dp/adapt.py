@@ -166,12 +166,12 @@ def adapt(
     for name, parameter in trainable.items():
         parameter.data = parameter.data.to(device=device, dtype=torch.float32)
         parameter.requires_grad_(not core or groups[name] == "head" or ".lora_R" in name)
-    made = AdaptedModel(headed, objective, architecture, lora, trainable, groups, layers, core)
+    adapted = AdaptedModel(headed, objective, architecture, lora, trainable, groups, layers, core)
     for path, experts in _experts_left(backbone, architecture, targets).items():
-        made.plain_experts[path] = PlainExperts(experts, scope)
-        _put(backbone, path, made.plain_experts[path])
-    setattr(module, _MARK, (key, made))  # lives and dies with the module
-    return made
+        adapted.plain_experts[path] = PlainExperts(experts, scope)
+        _put(backbone, path, adapted.plain_experts[path])
+    setattr(module, _MARK, (key, adapted))  # lives and dies with the module
+    return adapted
 
 
 def _refuse_coupled_rotary(backbone: nn.Module) -> None:

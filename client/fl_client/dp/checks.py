@@ -69,10 +69,10 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engin
     _nothing_else_moves(adapted)
     chance = np.random.Generator(np.random.PCG64(PROBE_SEED))
     ids = tuple(tuple(int(i) for i in chance.integers(0, vocabulary, size=n)) for n in PROBE_LENGTHS)
-    targets = adapted.objective.made_up(len(ids), chance)
+    targets = adapted.objective.random_targets(len(ids), chance)
     owners = np.array(PROBE_UNITS)
     records = Records(ids, targets, tuple(np.flatnonzero(owners == u) for u in range(owners.max() + 1)), 0)
-    kept = {name: p.detach().clone() for name, p in adapted.trainable.items()}
+    before = {name: p.detach().clone() for name, p in adapted.trainable.items()}
     start = initial_tensors(adapted, PROBE_SEED)
     try:
         with torch.no_grad():
@@ -87,7 +87,7 @@ def check_layers(adapted: AdaptedModel, *, vocabulary: int, rows: int = 0, engin
     finally:
         with torch.no_grad():
             for name, p in adapted.trainable.items():
-                p.copy_(kept[name])
+                p.copy_(before[name])
     adapted.probe_error, adapted.probed = error, engine
     return error
 
@@ -112,18 +112,18 @@ def _by_hooks(adapted: AdaptedModel, records: Records) -> _Gradients:
         learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, engine="hooks", frozen=frozen,
     )  # fmt: skip
     trained = {name: p for name, p in adapted.trainable.items() if name not in frozen}
-    found = []
+    gradients = []
     try:
         for unit in range(records.units):
             engine.optimizer.zero_grad(set_to_none=True)
             engine.accumulate([unit])
-            held: dict[str, Any] = dict(trained)  # Opacus keeps the sum as an attribute of the parameter
-            sums = {name: p.summed_grad.detach().clone() for name, p in held.items()}
-            found.append((sums, math.sqrt(sum(float(value.square().sum()) for value in sums.values()))))
+            parameters: dict[str, Any] = dict(trained)  # Opacus keeps the sum as an attribute of the parameter
+            sums = {name: p.summed_grad.detach().clone() for name, p in parameters.items()}
+            gradients.append((sums, math.sqrt(sum(float(value.square().sum()) for value in sums.values()))))
     finally:
         engine.optimizer.zero_grad(set_to_none=True)
         engine.close()
-    return found
+    return gradients
 
 
 def _by_book(adapted: AdaptedModel, records: Records) -> _Gradients:
@@ -140,19 +140,19 @@ def _by_book(adapted: AdaptedModel, records: Records) -> _Gradients:
             fix="this architecture needs its own file under fl_client/model/architectures",
         )
     for unit, norm in enumerate(book.norms().tolist()):
-        one = torch.zeros(records.units, device=device)
-        one[unit] = 1.0
-        yield {names[id(p)]: value.detach() for p, value in book.weighted_sums(one)}, norm
+        weights = torch.zeros(records.units, device=device)
+        weights[unit] = 1.0
+        yield {names[id(p)]: value.detach() for p, value in book.weighted_sums(weights)}, norm
 
 
 def _probe(adapted: AdaptedModel, records: Records, engine: EngineName) -> float:
     dtype = precision_of(adapted)
     worst = 0.0
-    found = (_by_book if engine == "book" else _by_hooks)(adapted, records)
+    gradients = (_by_book if engine == "book" else _by_hooks)(adapted, records)
     truths = unit_gradients_by_loop(adapted, records, records.units)
-    for (got, norm), truth in zip(found, truths, strict=True):
+    for (gradient, norm), truth in zip(gradients, truths, strict=True):
         size = math.sqrt(sum(float(value.double().square().sum()) for value in truth.values()))
-        apart = math.sqrt(sum(float((got[n] - value).double().square().sum()) for n, value in truth.items()))
+        apart = math.sqrt(sum(float((gradient[n] - value).double().square().sum()) for n, value in truth.items()))
         errors = (apart, abs(norm - size))
         sound = size > 0 and all(math.isfinite(error) for error in errors)
         worst = max(worst, max(errors) / size) if sound else math.inf

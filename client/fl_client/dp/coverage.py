@@ -28,13 +28,13 @@ class ExpertCoverage:
         for layer, parameters in self._layers.items():
             if bool(self._reached[layer].all()):
                 continue
-            held: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
-            for total in (p.summed_grad for p in held if p.summed_grad is not None):
+            trained: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
+            for total in (p.summed_grad for p in trained if p.summed_grad is not None):
                 self._reached[layer] |= (total != 0).flatten(1).any(1).cpu()
 
     def report(self) -> dict[str, int]:
         """Number of routed experts in all adapted layers, and of those that a gradient reached."""
         return {
-            "experts": sum(each.numel() for each in self._reached.values()),
-            "experts_reached": sum(int(each.sum()) for each in self._reached.values()),
+            "experts": sum(reached.numel() for reached in self._reached.values()),
+            "experts_reached": sum(int(reached.sum()) for reached in self._reached.values()),
         }

@@ -171,16 +171,16 @@ class DPEngine:
     def executed(self) -> Mechanism:
         """The mechanism as the accountant heard of it; EngineError when that is not what was ordered."""
         history = self.accountant.history
-        wanted = self.mechanism
+        ordered = self.mechanism
         if self.shard is not None and not self.shard.first:
-            return wanted  # the first process takes the steps, and counts them
-        expected = [(wanted.noise_multiplier, wanted.sampling_probability, wanted.steps)] if wanted.steps else []
+            return ordered  # the first process takes the steps, and counts them
+        expected = [(ordered.noise_multiplier, ordered.sampling_probability, ordered.steps)] if ordered.steps else []
         if [tuple(entry) for entry in history] != expected:
             raise EngineError(
-                f"the accountant counted {history}, not {wanted.steps} steps of the ordered mechanism",
+                f"the accountant counted {history}, not {ordered.steps} steps of the ordered mechanism",
                 fix="report this defect; the reservation stays charged",
             )
-        return wanted
+        return ordered
 
     def report(self) -> dict[str, Any]:
         """Figures for the site's own eyes; the experts' coverage is as private as the data."""

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fl_client.dp.adapt import AdaptedModel
 from fl_client.dp.engine import book_of, precision_of
 from fl_client.dp.kernels import independent_rows
-from fl_client.dp.layers.attention import Shape, causal, heard_shapes
+from fl_client.dp.layers.attention import Shape, causal, recorded_shapes
 from fl_client.dp.layers.lora import ADAPTER, LoraExperts, PlainExperts, filled, shape_of
 from fl_client.dp.objective import Objective
 from fl_client.dp.records.packing import EVEN, TILE, heights_for, pack, tokens_of
@@ -56,7 +56,7 @@ def check_invariance(adapted: AdaptedModel, *, vocabulary: int, seed: int, rows:
     device = next(iter(adapted.trainable.values())).device
     heights = heights_for(rows)
     asked = _Asked()
-    with asked, independent_rows(device, precision_of(adapted)), heard_shapes() as shapes:
+    with asked, independent_rows(device, precision_of(adapted)), recorded_shapes() as shapes:
         _copies(adapted, heights[-1], vocabulary)
     with independent_rows(device, precision_of(adapted)):
         heights = _heights_of_products(asked.products, heights, chance, device)
@@ -109,15 +109,15 @@ def _copies(adapted: AdaptedModel, rows: int, vocabulary: int) -> None:
     device = next(iter(adapted.trainable.values())).device
     for tokens in (1, rows // MAX_UNITS):  # few gradients at a time, as in a round
         units = rows // tokens if tokens == 1 else MAX_UNITS
-        one = tuple(token % vocabulary for token in range(1, 1 + tokens))
-        target = adapted.objective.made_up(1, np.random.Generator(np.random.PCG64(0)))
-        alike = Records((one,) * units, np.repeat(target, units, 0), tuple(np.arange(units)[:, None]), 0)
+        tokens_of_one = tuple(token % vocabulary for token in range(1, 1 + tokens))
+        target = adapted.objective.random_targets(1, np.random.Generator(np.random.PCG64(0)))
+        alike = Records((tokens_of_one,) * units, np.repeat(target, units, 0), tuple(np.arange(units)[:, None]), 0)
         batch = pack(alike, range(units), device, heights=(rows,))
         with torch.no_grad():
-            found = adapted.module.packed(batch).flatten(1)
+            contributions = adapted.module.packed(batch).flatten(1)
         if tokens > 1:
-            found = torch.cat([found.double(), book_of(adapted, batch).norms().unsqueeze(1)], 1)
-        if not _alike(found):
+            contributions = torch.cat([contributions.double(), book_of(adapted, batch).norms().unsqueeze(1)], 1)
+        if not _alike(contributions):
             raise EngineError(f"at {rows} rows what a unit contributes depends on its place on this machine", fix=_FIX)
 
 
@@ -131,28 +131,28 @@ def _heights_of_products(
     """
     blocks = range(EVEN, ROW_BLOCK + 1, EVEN)
     odd: set[int] = set()
-    for each in sorted(products, key=str):
-        weight = _normal(chance, (each.outputs, each.inputs), device, each.dtype).mT
-        weight = weight if each.turned else weight.contiguous()
-        for _ in range(-(-_NUMBERS // each.outputs)):
-            row = _normal(chance, (1, each.inputs), device, each.dtype)
-            wanted: Tensor | None = None
-            for rows in reversed(blocks if each.block else heights):
+    for kind in sorted(products, key=str):
+        weight = _normal(chance, (kind.outputs, kind.inputs), device, kind.dtype).mT
+        weight = weight if kind.turned else weight.contiguous()
+        for _ in range(-(-_NUMBERS // kind.outputs)):
+            row = _normal(chance, (1, kind.inputs), device, kind.dtype)
+            expected: Tensor | None = None
+            for rows in reversed(blocks if kind.block else heights):
                 x = row.repeat(rows, 1)
-                found = x.new_zeros(rows, each.outputs)
-                found = found.addmm_(x, weight) if each.added else torch.mm(x, weight, out=found)
-                first = wanted is None
-                wanted = found[:1].clone() if wanted is None else wanted
-                if torch.equal(found, wanted.expand_as(found)):
+                results = x.new_zeros(rows, kind.outputs)
+                results = results.addmm_(x, weight) if kind.added else torch.mm(x, weight, out=results)
+                first = expected is None
+                expected = results[:1].clone() if expected is None else expected
+                if torch.equal(results, expected.expand_as(results)):
                     continue
-                if first or each.block:
+                if first or kind.block:
                     raise EngineError(
-                        f"a row's product with a weight of shape [{each.outputs}, {each.inputs}] depends on its place "
+                        f"a row's product with a weight of shape [{kind.outputs}, {kind.inputs}] depends on its place "
                         f"among {rows} rows on this machine",
                         fix=f"{_FIX}, or another LoRA rank",
                     )
                 odd.add(rows)
-    return tuple(each for each in heights if each not in odd)
+    return tuple(height for height in heights if height not in odd)
 
 
 def _normal(chance: np.random.Generator, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -171,19 +171,19 @@ def _heights_that_agree(
         witnesses = range(len(_WITNESSES))
         return [book.norms()[: len(_WITNESSES)], *(rows for unit in witnesses for rows in book.rows_of(unit))]
 
-    wanted = contributions(full, 1.0)
-    if not _same(wanted, contributions(full, 0.0)):
+    expected = contributions(full, 1.0)
+    if not _same(expected, contributions(full, 0.0)):
         raise EngineError(f"at {full} rows a unit's gradient depends on its neighbours on this machine", fix=_FIX)
-    adapted.witness = _digest(wanted)
-    return (*(each for each in heights[:-1] if _same(wanted, contributions(each, 1.0))), full)
+    adapted.witness = _digest(expected)
+    return (*(lower for lower in heights[:-1] if _same(expected, contributions(lower, 1.0))), full)
 
 
 def _digest(values: list[Tensor]) -> str:
     """Of all bits, by which processes on several devices tell whether they compute alike."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for value in values:
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -199,8 +199,8 @@ def _records(chance: np.random.Generator, vocabulary: int, objective: Objective,
         lengths.append(extra)
     return Records(
         tuple(tuple(int(i) for i in chance.integers(0, vocabulary, n)) for n in lengths),
-        objective.made_up(len(lengths), chance),
-        tuple(np.array(each) for each in owned),
+        objective.random_targets(len(lengths), chance),
+        tuple(np.array(own) for own in owned),
         0,
     )
 
@@ -275,10 +275,10 @@ def _check_rows(
     full = run(torch.zeros(ROW_BLOCK, inputs, device=device, dtype=dtype)).numel()
     for _ in range(1 if exact else min(8, -(-_ELEMENTS // full))):
         x = _normal(chance, (ROW_BLOCK, inputs), device, dtype)
-        wanted = run(x)
-        behind = experts == 1 or all(torch.equal(run(x, before), wanted) for before in (TILE, 3 * TILE))
-        fewer = (torch.equal(run(x[:rows]), wanted[:rows]) for rows in range(TILE, ROW_BLOCK, TILE))
-        places = (_alike(run(row.repeat(ROW_BLOCK, 1))) for row in x[: -(-_NUMBERS // wanted.shape[1])].split(1))
+        expected = run(x)
+        behind = experts == 1 or all(torch.equal(run(x, before), expected) for before in (TILE, 3 * TILE))
+        fewer = (torch.equal(run(x[:rows]), expected[:rows]) for rows in range(TILE, ROW_BLOCK, TILE))
+        places = (_alike(run(row.repeat(ROW_BLOCK, 1))) for row in x[: -(-_NUMBERS // expected.shape[1])].split(1))
         if not behind or not all(places) or not all(fewer):
             raise EngineError(f"{path}: a row's product depends on its neighbours on this machine", fix=_FIX)
 
@@ -292,7 +292,7 @@ def _check_attention(
 ) -> None:
     """Attention of a record alone against the same record among others, values and gradients, by length."""
     for shape in sorted(shapes, key=str):
-        for tokens in (*_LENGTHS, *(each for each in _LONG if each <= rows)):
+        for tokens in (*_LENGTHS, *(long for long in _LONG if long <= rows)):
             company = _COMPANY if tokens <= max(_LENGTHS) else 3
             widths = (
                 (shape.heads, shape.width), (shape.groups, shape.width), (shape.groups, shape.wide),
@@ -310,5 +310,5 @@ def _check_attention(
 
 def _attended(parts: list[Tensor], shape: Shape) -> list[Tensor]:
     query, key, value = (part.clone().requires_grad_() for part in parts[:3])
-    found = causal(query, key, value, shape.scaling, shape.window)
-    return [found.detach(), *torch.autograd.grad(found, (query, key, value), parts[3])]
+    output = causal(query, key, value, shape.scaling, shape.window)
+    return [output.detach(), *torch.autograd.grad(output, (query, key, value), parts[3])]

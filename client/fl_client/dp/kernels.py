@@ -37,9 +37,9 @@ class _Float32Products(TorchDispatchMode):
         target = named.pop("out", None)
         if func in (_aten.addmm_.default, _aten.baddbmm_.default):
             target = args[0]
-        wide = [each.float() if isinstance(each, Tensor) else each for each in args]
-        found = _PLAIN[func](*wide, **named)
-        return found.to(args[0].dtype) if target is None else target.copy_(found)
+        wide = [value.float() if isinstance(value, Tensor) else value for value in args]
+        product = _PLAIN[func](*wide, **named)
+        return product.to(args[0].dtype) if target is None else target.copy_(product)
 
 
 _PLAIN = {func: getattr(_aten, func.overloadpacket.__name__.rstrip("_")).default for func in _PRODUCTS}

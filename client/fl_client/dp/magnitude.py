@@ -38,13 +38,13 @@ def check_magnitude(adapted: AdaptedModel, limit: float) -> None:
     for name, value in adapted.trainable.items():
         factor = value.detach().double()
         if name.startswith(HEAD):
-            found = float(factor.square().mean().sqrt())
+            ratio = float(factor.square().mean().sqrt())
         else:
             size = factor.flatten(1).norm(dim=1) if factor.ndim == 3 else factor.norm().reshape(1)
-            found = float((size / norms[_weight_of(name)].to(size).clamp(min=usual)).max())
-        if not found <= limit:
+            ratio = float((size / norms[_weight_of(name)].to(size).clamp(min=usual)).max())
+        if not ratio <= limit:
             raise PolicyRefusal(
-                f"the adapter's {name} is {found:.3g} times as large as the base's weight, above {limit:g}",
+                f"the adapter's {name} is {ratio:.3g} times as large as the base's weight, above {limit:g}",
                 fix="start the run again from an earlier adapter, or ask the site to raise [policy] max_adapter_norm",
             )
 

@@ -31,7 +31,7 @@ class Objective(Protocol):
         """
         ...
 
-    def made_up(self, count: int, chance: np.random.Generator) -> NDArray[Any]:
+    def random_targets(self, count: int, chance: np.random.Generator) -> NDArray[Any]:
         """Targets `[count, ...]` of records that nobody has: for checks and audits, on which nothing private acts."""
         ...
 

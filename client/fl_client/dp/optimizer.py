@@ -107,10 +107,10 @@ class GridDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no typ
             held.summed_grad = total
 
     def _clipped_by_book(self, book: GradientBook) -> Sums:
-        wanted, reached = {id(p) for p in self.params}, [id(p) for p in book.parameters]
-        if len(reached) != len(set(reached)) or set(reached) != wanted:
+        trainable, reached = {id(p) for p in self.params}, [id(p) for p in book.parameters]
+        if len(reached) != len(set(reached)) or set(reached) != trainable:
             raise EngineError(
-                f"the backward pass reached {len(set(reached))} of {len(wanted)} trainable tensors",
+                f"the backward pass reached {len(set(reached))} of {len(trainable)} trainable tensors",
                 fix="a layer is shared, skipped or not to be trained: check the LoRA targets for this architecture",
             )
         return book.weighted_sums(self.clip_factors(book.norms()))

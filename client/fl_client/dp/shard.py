@@ -48,12 +48,12 @@ class Shard:
 
     def gather(self, parameters: list[nn.Parameter]) -> None:
         """Clipped sums of all processes into the first one's `summed_grad`, added in float64."""
-        held: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
-        parts = [torch.zeros_like(p) if p.summed_grad is None else p.summed_grad for p in held]
+        summed: list[Any] = list(parameters)  # Opacus keeps the sum as an attribute of the parameter
+        parts = [torch.zeros_like(p) if p.summed_grad is None else p.summed_grad for p in summed]
         flat = torch.cat([part.detach().reshape(-1).double() for part in parts]).to(self.device)
         dist.reduce(flat, 0)
         if self.first:
-            for p, part in zip(held, _split(flat, parameters), strict=True):
+            for p, part in zip(summed, _split(flat, parameters), strict=True):
                 p.summed_grad = part.to(p.device)
 
     def share(self, parameters: list[nn.Parameter]) -> None:

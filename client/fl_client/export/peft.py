@@ -43,13 +43,13 @@ def write_peft(
     values: Mapping[str, NDArray[np.float32]],
     directory: Path,
     *,
-    facts: Mapping[str, Any],
+    head_metadata: Mapping[str, Any],
     digest: str,
 ) -> None:
     """Write `values` (every trainable tensor) into `directory`, which is made when it is not there.
 
     Args:
-        facts: what the head needs beside its weights, for `head.json`.
+        head_metadata: what the head needs beside its weights, for `head.json`.
         digest: the base model's.
 
     Raises:
@@ -88,7 +88,7 @@ def write_peft(
     with filled_or_gone(directory):
         save_file(head, directory / "head.safetensors")
         (directory / "head.json").write_text(
-            json.dumps({**facts, "base_model": digest}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({**head_metadata, "base_model": digest}, indent=2) + "\n", encoding="utf-8"
         )
         save_file(factors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -107,14 +107,14 @@ def _require_loadable(backbone: Any, factors: Mapping[str, NDArray[np.float32]],
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise _unloadable(kind, reason) from error
-    wanted = {
+    expected = {
         (name.replace(f".{ADAPTER}.", "."), tuple(value.shape))
         for name, value in loaded.named_parameters()
         if ".lora_" in name
     }
-    for name, shape in sorted(wanted ^ {(name, value.shape) for name, value in factors.items()}):
-        what = "has no value" if (name, shape) in wanted else "is not read"
-        raise _unloadable(kind, f"{name} of shape {shape} {what}")
+    for name, shape in sorted(expected ^ {(name, value.shape) for name, value in factors.items()}):
+        problem = "has no value" if (name, shape) in expected else "is not read"
+        raise _unloadable(kind, f"{name} of shape {shape} {problem}")
 
 
 def _unloadable(kind: str, reason: str) -> ModelError:
@@ -127,12 +127,12 @@ def _unloadable(kind: str, reason: str) -> ModelError:
 
 def _without_cores(values: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
     """The same model without cores: `B (R A) = (B R) A`."""
-    found = {name: value for name, value in values.items() if ".lora_R" not in name}
+    merged = {name: value for name, value in values.items() if ".lora_R" not in name}
     for name, core in values.items():
         if ".lora_R" in name:
             up = name.replace(".lora_R", ".lora_B")
-            found[up] = values[up] @ core
-    return found
+            merged[up] = values[up] @ core
+    return merged
 
 
 def _stock(name: str, value: NDArray[np.float32]) -> tuple[str, NDArray[np.float32]]:
@@ -153,5 +153,5 @@ def export_peft(model: LoadedModel, spec: RunSpec, offset: Mapping[str, NDArray[
     task = task_of(spec)
     adapted = adapted_for(model, spec, task.objective)
     start = load_offset(adapted, spec, offset)
-    write_peft(adapted, start, directory, facts=task.facts(), digest=model.digest)
+    write_peft(adapted, start, directory, head_metadata=task.head_metadata(), digest=model.digest)
     (directory / "spec.json").write_text(json.dumps(spec.to_dict(), indent=2) + "\n", encoding="utf-8")

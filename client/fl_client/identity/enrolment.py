@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fl_client.identity.gateway import GatewayClient, unverified_context, verified_context
 from fl_client.site.address import server_url
 from fl_client.site.home import SiteHome
-from fl_client.site.locks import sole
+from fl_client.site.locks import exclusive
 from fl_shared.errors import EnrolmentError, SignatureError
 from fl_shared.files import sync_directory, write_durably
 from fl_shared.identity.enrolment import statement
@@ -137,7 +137,7 @@ def enrol(home: SiteHome, *, site: str, server: str, token: str, force: bool = F
     ca_pem = fetch_ca(address, parsed.ca_sha256)
     home.make()
     # Two at once would put the one's key beside the other's certificate.
-    with sole(home.run / "enrol.lock", "an enrolment"):
+    with exclusive(home.run / "enrol.lock", "an enrolment"):
         if home.coordinator.exists() and not force:
             raise _enrolled_already(home, site)
         pending = _pending_keys(home, new_node=force)

@@ -32,7 +32,7 @@ HEADERS = {"accept-encoding": "identity", ORDERS_HEADER: str(BY_DIGEST)}
 
 
 class GatewayClient:
-    """The gateway at one address. Every call reads what proves the site anew: a certificate may have been renewed."""
+    """The gateway at one address. Every call reads what proves the site again: a certificate may have been renewed."""
 
     def __init__(self, server: str, context: Callable[[], ssl.SSLContext], *, enrolled: bool = False) -> None:
         """Take `https://HOST:PORT` and what TLS to it must satisfy; `enrolled`: with the site's certificate."""
@@ -85,21 +85,21 @@ class GatewayClient:
                 return error  # somebody else's words
             body = None
         try:
-            told = ConcordatError.from_dict(body)
+            refusal = ConcordatError.from_dict(body)
         except ValueError:
-            told = ConcordatError(f"{url} answered with status {status}", code="no-answer")
-        said, fix = told.message[:500], told.fix[:500]
+            refusal = ConcordatError(f"{url} answered with status {status}", code="no-answer")
+        message, fix = refusal.message[:500], refusal.fix[:500]
         if status in PASSING:
             fix = fix or "try again in a minute"
-            return TransportError(f"the coordinator cannot answer just now: {said}", fix=fix, code=told.code)
+            return TransportError(f"the coordinator cannot answer just now: {message}", fix=fix, code=refusal.code)
         if self._enrolled:
             return EnrolmentError(
-                f"the coordinator refuses this certificate: {said}",
+                f"the coordinator refuses this certificate: {message}",
                 fix="ask the coordinator's administrator whether the site was revoked; enrol again with --force",
-                code=told.code,
+                code=refusal.code,
             )
         fix = fix or "ask the coordinator's administrator for a new token"
-        return EnrolmentError(f"the coordinator refused: {said}", fix=fix, code=told.code)
+        return EnrolmentError(f"the coordinator refused: {message}", fix=fix, code=refusal.code)
 
 
 def verified_context(ca_pem: str, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:

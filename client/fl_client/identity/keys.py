@@ -20,7 +20,7 @@ from fl_client.site.home import SiteHome
 from fl_shared.cli.output import command
 from fl_shared.errors import EnrolmentError
 from fl_shared.files import sync_directory, write_durably
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.faults import fault
 from fl_shared.ledger.service import Ledger
@@ -39,11 +39,11 @@ class Rotation:
 def publish(home: SiteHome) -> str:
     """Write the public key to `keys/signing.pub` unless it is there; 64 hex digits."""
     public = SigningKey.load(home.signing_key).public_hex
-    wanted = f"{public}\n".encode("ascii")
+    content = f"{public}\n".encode("ascii")
     with contextlib.suppress(OSError):
-        if home.public_key.read_bytes() == wanted:
+        if home.public_key.read_bytes() == content:
             return public
-    write_durably(home.public_key, wanted)
+    write_durably(home.public_key, content)
     return public
 
 
@@ -100,8 +100,8 @@ def require_known(home: SiteHome, pinned: Coordinator) -> None:
     ours = SigningKey.load(home.signing_key).public_hex
     if pinned.signing_key and pinned.signing_key != ours:
         raise EnrolmentError(
-            f"the coordinator does not know this site's new key ({spoken_key(ours)}), "
-            f"and would refuse what it signs; it knows {spoken_key(pinned.signing_key)}",
+            f"the coordinator does not know this site's new key ({grouped_key(ours)}), "
+            f"and would refuse what it signs; it knows {grouped_key(pinned.signing_key)}",
             fix=f"ask its administrator for a new token and run {enrol_again(home, pinned)}",
             code="key-not-enrolled",
         )

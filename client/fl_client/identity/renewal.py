@@ -45,10 +45,10 @@ def certificate(home: SiteHome) -> x509.Certificate:
         ) from None
 
 
-def due(found: x509.Certificate, now: datetime) -> bool:
+def due(current: x509.Certificate, now: datetime) -> bool:
     """Whether less than a third of the certificate's life is left."""
-    life: timedelta = found.not_valid_after_utc - found.not_valid_before_utc
-    return found.not_valid_after_utc - now < life * DUE_SHARE
+    life: timedelta = current.not_valid_after_utc - current.not_valid_before_utc
+    return current.not_valid_after_utc - now < life * DUE_SHARE
 
 
 def renew(home: SiteHome, pinned: Coordinator) -> x509.Certificate:
@@ -66,10 +66,10 @@ def renew(home: SiteHome, pinned: Coordinator) -> x509.Certificate:
     answer = GatewayClient.of_site(home, pinned.server).call("POST", "/v1/renew", body)
     text = str(answer.get("certificate_pem"))
     fix = "report this to the coordinator's administrator; the old certificate stays in use"
-    made = issued(text, ca_pem=home.ca.read_text("ascii"), key=key.public_key(), name=pinned.site, fix=fix)
+    renewed = issued(text, ca_pem=home.ca.read_text("ascii"), key=key.public_key(), name=pinned.site, fix=fix)
     write_durably(home.client_certificate, text.encode("ascii"))
     finish(home)
-    return made
+    return renewed
 
 
 def finish(home: SiteHome) -> None:
@@ -116,12 +116,12 @@ class Renewer:
     def look(self) -> float:
         """Renew if it is time; return the seconds until the next look."""
         try:
-            found = certificate(self._home)
-            if not due(found, datetime.now(UTC)):
+            current = certificate(self._home)
+            if not due(current, datetime.now(UTC)):
                 return EVERY_S
-            made = renew(self._home, self._pinned)
+            renewed = renew(self._home, self._pinned)
         except ConcordatError as error:
             log.warning("the certificate was not renewed: %s; trying again in %.0f min", error.message, RETRY_S / 60)
             return RETRY_S
-        log.info("renewed the certificate; valid until %s", f"{made.not_valid_after_utc:%Y-%m-%d}")
+        log.info("renewed the certificate; valid until %s", f"{renewed.not_valid_after_utc:%Y-%m-%d}")
         return EVERY_S

@@ -83,8 +83,8 @@ class PinnedKeys:
         """
         with self._lock:
             known, now = self._known(key), _uptime()
-            wanted = not known or now - self._vouched > VOUCH_EVERY_S
-            if wanted and now - self._asked[known] >= (ASK_AGAIN_S if known else ASK_EVERY_S):
+            overdue = not known or now - self._vouched > VOUCH_EVERY_S
+            if overdue and now - self._asked[known] >= (ASK_AGAIN_S if known else ASK_EVERY_S):
                 self._asked[known] = now
                 self._refresh()
             if self._known(key) and now - self._vouched > VOUCHED_S:
@@ -104,8 +104,8 @@ class PinnedKeys:
 
     def _refresh(self) -> None:
         try:
-            said = GatewayClient.of_site(self._home, self._pinned.server).hello()
-            changed = follow(self._pinned, said.get("rotations", []), time.time())
+            answer = GatewayClient.of_site(self._home, self._pinned.server).hello()
+            changed = follow(self._pinned, answer.get("rotations", []), time.time())
         except ConcordatError as error:
             log.warning("cannot ask for the coordinator's keys: %s", error.message)
             return
@@ -113,7 +113,7 @@ class PinnedKeys:
             changed.save(self._home)
             self._pinned = changed
             log.warning("the coordinator's key is now %s, vouched for by the former one", changed.coordinator_key)
-        if said.get("coordinator_key") == changed.coordinator_key:
+        if answer.get("coordinator_key") == changed.coordinator_key:
             self._vouched = _uptime()
         else:
             log.warning("the gateway names another key than the pinned one, and nothing vouches for it")

@@ -1,1 +1,1 @@
-"""What a trained adapter answers."""
+"""Predictions of a trained adapter."""

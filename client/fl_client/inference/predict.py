@@ -1,4 +1,4 @@
-"""What an adapter answers on texts, and how well it does on public records."""
+"""Predictions of an adapter on texts, and its metrics on public records."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class SiteState(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The values of now. Raises LedgerError when the ledger cannot be read."""
-        epsilon, delta, training, helpers, certificate = (_gauge(each) for each in self.describe())
+        epsilon, delta, training, helpers, certificate = (_gauge(family) for family in self.describe())
         if self.position is not None:
             dataset, ask = self.position
             now = ask()

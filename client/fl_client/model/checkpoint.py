@@ -1,4 +1,4 @@
-"""Is a directory the float model that its config.json says it is? Weights, scales and tokenizer are looked at first.
+"""Check that a directory is the float model of its config.json: its weights, scales and tokenizer.
 
 Files decide, not the config: one whose weights are float is used whatever its `quantization_config` says, and one with
 a quantised tensor is refused by name, for its scales would be dropped and the result be another model. float8 with
@@ -56,36 +56,36 @@ def float_tensors(directory: Path, model: nn.Module) -> list[Stored]:
     """
     config = read_config(directory)
     expected = dict(model.state_dict())
-    stored = {each.name: each for each in stored_tensors(directory)}
+    stored = {tensor.name: tensor for tensor in stored_tensors(directory)}
     head, embeddings = f"{OUTPUT_HEAD}.weight", "model.embed_tokens.weight"
     tied = ties_head(model)
-    left = sorted(stored.keys() - expected.keys() - _ignored(stored.keys(), model))
-    for name, each in stored.items():
-        odd = [piece for piece in each.pieces if piece.dtype not in _FLOATS and piece.scale is None]
+    extra = sorted(stored.keys() - expected.keys() - _ignored(stored.keys(), model))
+    for name, tensor in stored.items():
+        odd = [piece for piece in tensor.pieces if piece.dtype not in _FLOATS and piece.scale is None]
         if name in expected and expected[name].is_floating_point() and odd:
-            raise _quantised(directory, config, f"{odd[0].name} is stored as {odd[0].dtype}", left)
-    if left:
-        whole = any(piece.dtype not in _FLOATS for name in left for piece in stored[name].pieces)
-        if _scheme(left) or whole or "quantization_config" in config:
-            raise _quantised(directory, config, f"it holds {left[0]}", left)
+            raise _quantised(directory, config, f"{odd[0].name} is stored as {odd[0].dtype}", extra)
+    if extra:
+        whole = any(piece.dtype not in _FLOATS for name in extra for piece in stored[name].pieces)
+        if _scheme(extra) or whole or "quantization_config" in config:
+            raise _quantised(directory, config, f"it holds {extra[0]}", extra)
         raise ModelError(
-            f"{directory}: a {config['model_type']} model of this config.json has no {left[0]} ({len(left)} in all)",
+            f"{directory}: a {config['model_type']} model of this config.json has no {extra[0]} ({len(extra)} in all)",
             fix="take config.json and weights from the same release",
         )
     missing = sorted(expected.keys() - stored.keys() - ({head} if tied else set()))
     if missing:
         raise ModelError(f"{directory} lacks {missing[0]} ({len(missing)} in all)", fix="copy the model again, whole")
-    for name, each in stored.items():
-        if name in expected and (what := each.misshapen(tuple(expected[name].shape))):
-            raise ModelError(f"{directory}: {what}", fix="take config.json and weights from the same release")
+    for name, tensor in stored.items():
+        if name in expected and (mismatch := tensor.misshapen(tuple(expected[name].shape))):
+            raise ModelError(f"{directory}: {mismatch}", fix="take config.json and weights from the same release")
     if tied and head in stored:
         own, shared = stored.pop(head), stored[embeddings]
-        if not torch.equal(*(next(each.read(by_expert=False)).float() for each in (own, shared))):
+        if not torch.equal(*(next(tensor.read(by_expert=False)).float() for tensor in (own, shared))):
             raise ModelError(
                 f"{directory}: {head} differs from the embeddings that config.json ties it to",
                 fix='write "tie_word_embeddings": false into config.json if the model has a head of its own',
             )
-    return [each for name, each in stored.items() if name in expected]
+    return [tensor for name, tensor in stored.items() if name in expected]
 
 
 def require_quantised(directory: Path, model: nn.Module) -> None:
@@ -93,19 +93,19 @@ def require_quantised(directory: Path, model: nn.Module) -> None:
     expected = dict(model.state_dict())
     if ties_head(model):
         expected.pop(f"{OUTPUT_HEAD}.weight", None)
-    stored = {each.name: each.pieces[0] for each in stored_tensors(directory)}
+    stored = {tensor.name: tensor.pieces[0] for tensor in stored_tensors(directory)}
     odd = sorted(stored.keys() ^ expected.keys())
     if odd:
         raise ModelError(
             f"{directory}: weights and config differ at {odd[0]} ({len(odd)} in all)", fix="quantise the model again"
         )
-    for name, wanted in expected.items():
+    for name, parameter in expected.items():
         piece = stored[name]
-        kinds = _FLOATS if wanted.is_floating_point() else _WHOLE[wanted.dtype]
-        if piece.shape != tuple(wanted.shape) or piece.dtype not in kinds:
+        kinds = _FLOATS if parameter.is_floating_point() else _WHOLE[parameter.dtype]
+        if piece.shape != tuple(parameter.shape) or piece.dtype not in kinds:
             raise ModelError(
                 f"{directory}: {name} is {piece.dtype} {piece.shape}, config.json says {kinds[0]} "
-                f"{tuple(wanted.shape)}",
+                f"{tuple(parameter.shape)}",
                 fix="quantise the model again",
             )
 
@@ -142,8 +142,8 @@ def _scheme(names: list[str]) -> str:
 
 def _quantised(directory: Path, config: dict[str, Any], sign: str, names: list[str]) -> ModelError:
     settings = config.get("quantization_config")
-    said = settings.get("quant_method") if isinstance(settings, dict) else None
-    scheme = said if isinstance(said, str) else _scheme(names) or "a scheme that is not known here"
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    scheme = method if isinstance(method, str) else _scheme(names) or "a scheme that is not known here"
     return ModelError(
         f"{directory} is already quantised ({scheme}): {sign}",
         fix="get the model's float release (bfloat16 or float32) and quantise that: the values between are lost here",

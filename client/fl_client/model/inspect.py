@@ -69,7 +69,7 @@ def inspect_directory(directory: Path) -> Inspection:
         require_quantised(directory, with_quantised_layers(skeleton(directory), settings["bits"], settings["group"]))
     fast_tokenizer(directory, int(model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator]  # a method
     read_features(directory, int(model.config.hidden_size))  # type: ignore[union-attr,arg-type]  # every config has it
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = expert_modules(model)
     routed = sum(p.numel() for module in experts.values() for p in module.parameters())
     count = expert_count(model)

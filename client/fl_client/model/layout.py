@@ -134,8 +134,8 @@ def weight_files(directory: Path) -> list[Path]:
         return [whole]
     files = sorted(path for path in directory.glob("*.safetensors") if path.name not in _BESIDE)
     if not files:
-        found = sorted(path.name for pattern in _OTHER_WEIGHTS for path in directory.glob(pattern))
-        beside = f", but {found[0]}" if found else ""
+        others = sorted(path.name for pattern in _OTHER_WEIGHTS for path in directory.glob(pattern))
+        beside = f", but {others[0]}" if others else ""
         raise ModelError(
             f"{directory} holds no safetensors weights{beside}",
             fix="get the release in safetensors, or convert it (transformers' save_pretrained): GGUF is quantised "
@@ -210,9 +210,9 @@ class Stored:
         per = len(self.pieces) // self.experts if self.experts else 1
         if self.experts not in (0, shape[0]):
             return f"{self.name} has {self.experts} experts, config.json says {shape[0]}"
-        wanted = (shape[1] // per, *shape[2:]) if self.experts else shape
-        odd = [piece for piece in self.pieces if piece.shape != wanted]
-        return f"{odd[0].name} has shape {odd[0].shape}, config.json says {wanted}" if odd else ""
+        expected = (shape[1] // per, *shape[2:]) if self.experts else shape
+        odd = [piece for piece in self.pieces if piece.shape != expected]
+        return f"{odd[0].name} has shape {odd[0].shape}, config.json says {expected}" if odd else ""
 
     def read(self, *, by_expert: bool) -> Iterator[Tensor]:
         """The tensor whole, or expert by expert (whatever its layout on disk), so that only one is held at a time."""
@@ -258,30 +258,30 @@ def dequantise_float8(value: Tensor, scale: Tensor, block: tuple[int, int] | Non
 
 def _pieces(directory: Path) -> list[Piece]:
     """Every tensor of the directory's files, float8 ones with their scales."""
-    found: dict[str, Piece] = {}
+    pieces: dict[str, Piece] = {}
     for path in weight_files(directory):
         try:
             with safe_open(path, framework="pt") as source:
                 for name in source.keys():  # noqa: SIM118  # safe_open is no mapping
-                    if name in found:
+                    if name in pieces:
                         raise ModelError(
-                            f"{found[name].path.name} and {path.name} both hold {name}", fix="remove the stale file"
+                            f"{pieces[name].path.name} and {path.name} both hold {name}", fix="remove the stale file"
                         )
                     stored = source.get_slice(name)
-                    found[name] = Piece(path, name, str(stored.get_dtype()), tuple(stored.get_shape()))
+                    pieces[name] = Piece(path, name, str(stored.get_dtype()), tuple(stored.get_shape()))
         except (OSError, SafetensorError) as error:
             raise unreadable(path, "safetensors", error) from error
     settings = read_config(directory).get("quantization_config")
     block = _block_of(settings.get("weight_block_size")) if isinstance(settings, dict) else None
-    for name in [name for name in found if name.endswith(_SCALE)]:
-        weight = found.get(name.removesuffix(_SCALE))
+    for name in [name for name in pieces if name.endswith(_SCALE)]:
+        weight = pieces.get(name.removesuffix(_SCALE))
         if weight is not None and weight.dtype == "F8_E4M3":
-            found[weight.name] = replace(weight, scale=(found.pop(name).path, name), block=block)
-    return list(found.values())
+            pieces[weight.name] = replace(weight, scale=(pieces.pop(name).path, name), block=block)
+    return list(pieces.values())
 
 
 def _block_of(value: Any) -> tuple[int, int] | None:
-    whole = isinstance(value, list) and len(value) == 2 and all(type(each) is int and each > 0 for each in value)
+    whole = isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
     return (value[0], value[1]) if whole else None
 
 
@@ -308,7 +308,7 @@ def stored_tensors(directory: Path) -> list[Stored]:
             raise ModelError(f"{directory}: {prefix}.{expert} has no {part} matrix", fix="copy the model again")
         ordered = tuple(pieces[expert, part] for expert in range(count) for part in order)
         fused_tensors.append(Stored(f"{prefix}.{fused}", ordered, count))
-    return sorted(plain + fused_tensors, key=lambda each: each.name)
+    return sorted(plain + fused_tensors, key=lambda tensor: tensor.name)
 
 
 def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:

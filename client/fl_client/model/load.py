@@ -61,13 +61,13 @@ def resolve(directory: str | Path) -> Path:
     return TINY if str(directory) == "tiny" else Path(directory)
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda`; ModelError when CUDA is wanted and absent."""
-    if wanted == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("device 'cuda' is wanted, and this machine has none", fix='write device = "cpu" or "auto"')
-    return torch.device(wanted)
+    return torch.device(name)
 
 
 def load_model(directory: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> LoadedModel:
@@ -101,15 +101,15 @@ def _load_plain(path: Path, place: torch.device, dtype: torch.dtype) -> nn.Modul
     """The float model, its tensors read one by one: what `fl-model quantize` reads of the directory, and no more."""
     model = skeleton(path)
     tensors = float_tensors(path, model)
-    if any(piece.scale is not None for each in tensors for piece in each.pieces):
+    if any(piece.scale is not None for tensor in tensors for piece in tensor.pieces):
         raise ModelError(f"{path} is stored in float8", fix="quantise it first: `fl-model quantize` reads it")
     state: dict[str, Tensor] = {}
     for stored in tensors:
         parts = [_kept(stored.name, part, dtype).to(place) for part in stored.read(by_expert=stored.experts > 0)]
         state[stored.name] = torch.stack(parts) if stored.experts else parts[0]
-    made = _filled(path, model, state, place)
-    made.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # a method of PreTrainedModel
-    return made
+    loaded = _filled(path, model, state, place)
+    loaded.set_experts_implementation("grouped_mm")  # type: ignore[operator]  # a method of PreTrainedModel
+    return loaded
 
 
 def _kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,8 +122,10 @@ def _kept(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def with_quantised_layers(model: nn.Module, bits: int, group: int) -> nn.Module:
     """Put empty quantised layers on the meta device where a model's weights are stored quantised; the same model."""
     for name, linear in quantised_linears(model).items():
-        made = QuantLinear(linear.in_features, linear.out_features, linear.bias is not None, group, bits, device="meta")
-        _replace(model, name, made)
+        quantised = QuantLinear(
+            linear.in_features, linear.out_features, linear.bias is not None, group, bits, device="meta"
+        )
+        _replace(model, name, quantised)
     for name, experts in expert_modules(model).items():
         count, hidden, intermediate = experts.down_proj.shape  # type: ignore[misc]  # a tensor [E, H, I]
         _replace(model, name, QuantExperts(count, hidden, intermediate, group, experts.act_fn, bits, device="meta"))
@@ -150,9 +152,9 @@ def _filled(path: Path, model: nn.Module, state: dict[str, Tensor], place: torch
     if ties_head(model):
         model.tie_weights()  # type: ignore[operator]  # a method of PreTrainedModel
     make_rotary(model, place)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise ModelError(f"{path}: no value for {left[0]} ({len(left)} in all)", fix="quantise the model again")
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ModelError(f"{path}: no value for {empty[0]} ({len(empty)} in all)", fix="quantise the model again")
     return model
 
 

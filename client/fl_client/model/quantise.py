@@ -127,14 +127,14 @@ def _write_weights(
 
     for done, stored in enumerate(tensors, start=1):
         quantise = stored.name in chosen
-        size, made = _convert(stored, shapes[stored.name], quantise=quantise, bits=bits, group=group, keep=keep)
-        made_bytes = sum(t.numel() * t.element_size() for t in made.values())
+        size, converted = _convert(stored, shapes[stored.name], quantise=quantise, bits=bits, group=group, keep=keep)
+        converted_bytes = sum(t.numel() * t.element_size() for t in converted.values())
         before += size
-        after += made_bytes
+        after += converted_bytes
         if quantise:
             q_before += size
-            q_after += made_bytes
-        shard |= made
+            q_after += converted_bytes
+        shard |= converted
         if sum(t.numel() * t.element_size() for t in shard.values()) >= SHARD_BYTES:
             flush()
         if progress is not None:

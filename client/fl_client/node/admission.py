@@ -1,4 +1,4 @@
-"""Take connections up to a number: who opens more waits, and uses up nobody's descriptors."""
+"""Accept connections up to a limit: further ones wait, and use up nobody's descriptors."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ async def admit(listener: socket.socket, most: int, serve: Callable[[socket.sock
     Further ones wait in the kernel's queue. asyncio's own servers take all that come, and fill the log when no
     descriptor is left.
     """
-    places = asyncio.Semaphore(most)
+    slots = asyncio.Semaphore(most)
     loop = asyncio.get_running_loop()
     listener.setblocking(False)
-    visits: set[asyncio.Task[None]] = set()
+    serving: set[asyncio.Task[None]] = set()
 
-    async def visit(arrived: socket.socket) -> None:
+    async def serve_one(arrived: socket.socket) -> None:
         try:
             await serve(arrived)
         except* OSError:
             pass  # a connection that breaks is over
         finally:
-            places.release()
+            slots.release()
 
     while True:
-        await places.acquire()
+        await slots.acquire()
         try:
             arrived, _ = await loop.sock_accept(listener)
         except OSError:
             if listener.fileno() < 0:
                 raise
-            places.release()
+            slots.release()
             await asyncio.sleep(_PAUSE_S)
             continue
-        task = asyncio.create_task(visit(arrived))
-        visits.add(task)
-        task.add_done_callback(visits.discard)
+        task = asyncio.create_task(serve_one(arrived))
+        serving.add(task)
+        task.add_done_callback(serving.discard)

@@ -17,9 +17,9 @@ def offered_walls(mode: str, user: str) -> Walls:
         command=[], environment={}, directory="/", log="", readable=[sys.prefix, sys.base_prefix, *SYSTEM_READABLE],
         writable=["/dev/null"], connect_ports=[], bind_ports=[], user=user,
     )  # fmt: skip
-    words = [sys.executable, "-P", "-m", "fl_client.node.sandbox", "--walls"]
+    command = [sys.executable, "-P", "-m", "fl_client.node.sandbox", "--walls"]
     done = subprocess.run(
-        words, input=tried.to_line(), capture_output=True, env=keeper_environment(), cwd="/", check=False
+        command, input=tried.to_line(), capture_output=True, env=keeper_environment(), cwd="/", check=False
     )
     try:
         walls = Walls(**json.loads(done.stdout))

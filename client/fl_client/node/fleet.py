@@ -32,14 +32,14 @@ def sole_app(answer: bytes) -> tuple[str, bytes]:
     from google.protobuf.message import DecodeError
 
     try:
-        found = GetFabResponse.FromString(answer).fab
+        app = GetFabResponse.FromString(answer).fab
     except DecodeError as error:
         raise ValueError("the app that the coordinator sent cannot be read") from error
-    if not found.content:
+    if not app.content:
         raise ValueError("the coordinator sent no app")
-    digest = hashlib.sha256(found.content).hexdigest()
-    made = Fab(hash_str=digest, content=found.content, verifications=dict(found.verifications))
-    return f"sha256:{digest}", GetFabResponse(fab=made).SerializeToString(deterministic=True)
+    digest = hashlib.sha256(app.content).hexdigest()
+    hashed = Fab(hash_str=digest, content=app.content, verifications=dict(app.verifications))
+    return f"sha256:{digest}", GetFabResponse(fab=hashed).SerializeToString(deterministic=True)
 
 
 def activated_node(answer: bytes) -> int:

@@ -24,27 +24,27 @@ log = logging.getLogger("fl_client.agent")
 def account(user: str) -> pwd.struct_passwd:
     """The other user's entry; ConfigError when there is none, or when we may not become that user."""
     try:
-        found = pwd.getpwnam(user)
+        entry = pwd.getpwnam(user)
     except KeyError:
         raise ConfigError(
             f"[supernode] user = {user!r}: there is no such user on this machine",
             fix=f"create it (useradd --system --no-create-home {user}), or leave the field out",
         ) from None
-    if os.geteuid() != 0 or found.pw_uid == 0:
-        what = "that is root itself" if found.pw_uid == 0 else "the agent does not run as root"
+    if os.geteuid() != 0 or entry.pw_uid == 0:
+        reason = "that is root itself" if entry.pw_uid == 0 else "the agent does not run as root"
         raise ConfigError(
-            f"[supernode] user = {user!r}: {what}",
+            f"[supernode] user = {user!r}: {reason}",
             fix="run the agent as root with an ordinary user's name here, or use launch = false (see deploy/)",
         )
-    return found
+    return entry
 
 
-def mode_in(directory: Path) -> int:
+def handover_mode(directory: Path) -> int:
     """The mode of what is handed to the untrusted half: the group may read it where the directory is for a group."""
     return 0o640 if directory.stat().st_mode & 0o070 else 0o600
 
 
-def make_meeting_place(directory: Path, socket: Path, owner: pwd.struct_passwd) -> None:
+def make_shared_directories(directory: Path, socket: Path, owner: pwd.struct_passwd) -> None:
     """Make the directories of the untrusted half and of the agent's socket, as far as they are missing.
 
     Both are root's, and the user's group may enter and read them. ConfigError when the user could not reach them, or
@@ -62,16 +62,16 @@ def make_meeting_place(directory: Path, socket: Path, owner: pwd.struct_passwd) 
             f"[supernode] directory = {str(directory)!r}: {error.strerror}", fix=f"create it, or {group}"
         ) from None
     for name, path in (("directory", directory), ("socket", socket.parent)):
-        if not may(owner, "-x", path):
+        if not can_access(owner, "-x", path):
             raise ConfigError(f"[supernode] {name}: user {owner.pw_name!r} cannot enter {path}", fix=group)
-        if may(owner, "-w", path):
+        if can_access(owner, "-w", path):
             raise ConfigError(
                 f"[supernode] {name}: user {owner.pw_name!r} can write {path}, so that what lies there is not ours",
                 fix=f"leave the field out, or: chown root {quote(str(path))} && chmod 710 {quote(str(path))}",
             )
 
 
-def may(owner: pwd.struct_passwd, how: str, path: Path) -> bool:
+def can_access(owner: pwd.struct_passwd, how: str, path: Path) -> bool:
     """Whether the user, in no further group, may read, write or pass (`-r`, `-w`, `-x`): tried as that user."""
     done = subprocess.run(
         ["/bin/sh", "-c", 'test "$1" "$2"', "sh", how, str(path)], cwd="/", env={}, check=False,
@@ -80,6 +80,6 @@ def may(owner: pwd.struct_passwd, how: str, path: Path) -> bool:
     return done.returncode == 0
 
 
-def exposed(owner: pwd.struct_passwd, paths: Iterable[Path]) -> list[Path]:
+def readable_by(owner: pwd.struct_passwd, paths: Iterable[Path]) -> list[Path]:
     """Which of these the user can read."""
-    return [path for path in paths if may(owner, "-r", path)]
+    return [path for path in paths if can_access(owner, "-r", path)]

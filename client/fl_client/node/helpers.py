@@ -107,13 +107,13 @@ class Helpers:
 
     def problems(self) -> list[str]:
         """What does not run, or has only just been started again, and why, in one line each."""
-        found = []
+        problems = []
         for name, runs in self.states().items():
             why = self._loops[name].problem()
             young = time.monotonic() - self._began.get(name, 0.0) < _PROVEN_S
             if not runs or (why and young):
-                found.append(f"the {name} does not run" + (f": {why}" if why else ""))
-        return found
+                problems.append(f"the {name} does not run" + (f": {why}" if why else ""))
+        return problems
 
     def stop(self) -> None:
         """End both processes and everything that they started."""
@@ -173,13 +173,13 @@ class Helpers:
 
     def _launch(self, name: str) -> subprocess.Popen[bytes]:
         if name == "tunnel":
-            kept = {k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)}
+            inherited = {k: v for k, v in os.environ.items() if re.fullmatch(r"(?i)(https|no|all)_proxy|PYTHONPATH", k)}
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "fl_client.node.tunnel"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**kept, **OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env={**inherited, **OFFLINE, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 pass_fds=[self._listener.fileno()],
                 start_new_session=True,
             )

@@ -1,4 +1,4 @@
-"""A world of its own for the untrusted half: user, network, process, mount and IPC namespaces.
+"""Linux namespaces for the untrusted half: user, network, process, mount and IPC, a world of its own.
 
 Inside there is one network interface, an empty loopback; no process but its own; and a file system that holds what the
 confinement names and nothing else, so that other files cannot even be asked for their size. It needs no privilege,
@@ -43,7 +43,7 @@ def enter() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
 
 
-def furnish(readable: list[str], writable: list[str], ports: list[int], unix: str) -> list[socket.socket]:
+def build_root(readable: list[str], writable: list[str], ports: list[int], unix: str) -> list[socket.socket]:
     """Make the namespaces' only file system, and return listening sockets for `ports` and, if given, `unix`.
 
     To be called by the first process inside. Paths that do not exist are left out. The working directory is the new
@@ -156,7 +156,7 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, action: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"cannot {what}: {os.strerror(number)}")
+        raise OSError(number, f"cannot {action}: {os.strerror(number)}")

@@ -24,18 +24,18 @@ NUMBERS = {  # x86_64, aarch64
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "mq_open": (240, 180),
 }  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
-facts = json.loads(sys.argv[1])
-pid, address = int(facts["pid"]), ("127.0.0.1", int(facts["tcp"]))
-found: dict[str, str] = {}
+targets = json.loads(sys.argv[1])
+pid, address = int(targets["pid"]), ("127.0.0.1", int(targets["tcp"]))
+attempts: dict[str, str] = {}
 
 
 def attempt(name: str, act: Callable[[], object], words: str = "it was done") -> None:
     """Record what `act` got (its own words, else `words`), or that it was refused."""
     try:
-        got = act()
-        found[name] = got if isinstance(got, str) else words
+        result = act()
+        attempts[name] = result if isinstance(result, str) else words
     except OSError:
-        found[name] = ""
+        attempts[name] = ""
 
 
 def system(name: str, *arguments: object) -> int:
@@ -62,31 +62,31 @@ def done(result: object, words: str = "it was done") -> str:
 
 def connected(family: int, kind: int, protocol: int, place: Any) -> str:
     """Connect a new socket."""
-    with socket.socket(family, kind, protocol) as made:
-        made.settimeout(3)
-        made.connect(place)
+    with socket.socket(family, kind, protocol) as channel:
+        channel.settimeout(3)
+        channel.connect(place)
         return "it connected"
 
 
 def sent(kind: int, flags: int, place: Any, family: int = socket.AF_INET) -> str:
     """Send a datagram, or data with the first packet of a connection."""
-    with socket.socket(family, kind) as made:
-        made.sendto(b"probe", flags, place)
+    with socket.socket(family, kind) as channel:
+        channel.sendto(b"probe", flags, place)
         return "it was sent"
 
 
 def paired() -> str:
     """Send by name through a pair that was made without a name."""
     near, _far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    near.sendto(b"probe", facts["datagrams"])
+    near.sendto(b"probe", targets["datagrams"])
     return "it was sent"
 
 
 def listening() -> str:
     """Listen without bind; of no use to anybody in a network of one's own."""
-    with socket.socket() as made:
-        made.listen(1)
-        return "the machine's network can connect" if os.readlink("/proc/self/ns/net") == facts["network"] else ""
+    with socket.socket() as channel:
+        channel.listen(1)
+        return "the machine's network can connect" if os.readlink("/proc/self/ns/net") == targets["network"] else ""
 
 
 def sized(path: str) -> str:
@@ -106,7 +106,7 @@ def changed(act: Callable[[], None]) -> str:
     return "it was changed" if state() != before else ""
 
 
-def made(family: int, kind: int) -> str:
+def opened_socket(family: int, kind: int) -> str:
     """Open a socket."""
     socket.socket(family, kind).close()
     return "it was opened"
@@ -116,7 +116,7 @@ def memory(call: str) -> str:
     """Read or write a byte of another process."""
     mine = ctypes.create_string_buffer(8)
     one = (ctypes.c_void_p * 2)(ctypes.addressof(mine), 1)
-    other = (ctypes.c_void_p * 2)(int(facts["address"]), 1)
+    other = (ctypes.c_void_p * 2)(int(targets["address"]), 1)
     return done(system(call, pid, one, ctypes.c_ulong(1), other, ctypes.c_ulong(1), ctypes.c_ulong(0)))
 
 
@@ -162,11 +162,11 @@ def limits() -> str:
     return "it was set"
 
 
-for label, path in facts["files"].items():
+for label, path in targets["files"].items():
     attempt(f"read {label}", partial(opened, path, os.O_RDONLY))
     attempt(f"write {label}", partial(opened, path, os.O_WRONLY))
     attempt(f"see the size of {label}", partial(sized, path))
-decoy = facts["decoy"]
+decoy = targets["decoy"]
 attempt("change a file's mode", lambda: changed(lambda: os.chmod(decoy, 0o604)))
 attempt("change a file's times", lambda: changed(lambda: os.utime(decoy, (1, 1))))
 attempt("change a file's attributes", lambda: changed(lambda: os.setxattr(decoy, "user.probe", b"1")))
@@ -176,11 +176,11 @@ attempt("delete a file", lambda: os.unlink(decoy), "it was deleted")
 attempt("connect elsewhere by TCP", lambda: connected(socket.AF_INET, socket.SOCK_STREAM, 0, address))
 attempt(
     "connect to the tunnel's port on another host",
-    lambda: connected(socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.2", int(facts["port"]))),
+    lambda: connected(socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.2", int(targets["port"]))),
 )
 attempt("connect by multipath TCP", lambda: connected(socket.AF_INET, socket.SOCK_STREAM, MPTCP, address))
 attempt("send data with the first packet", lambda: sent(socket.SOCK_STREAM, FASTOPEN, address))
-attempt("send a UDP datagram", lambda: sent(socket.SOCK_DGRAM, 0, ("127.0.0.1", int(facts["udp"]))))
+attempt("send a UDP datagram", lambda: sent(socket.SOCK_DGRAM, 0, ("127.0.0.1", int(targets["udp"]))))
 attempt("send a UDP datagram by IPv6", lambda: sent(socket.SOCK_DGRAM, 0, ("::1", 9), socket.AF_INET6))
 attempt("listen without an address", listening)
 for family in ("NETLINK", "PACKET", "VSOCK", "ALG", "CAN", "BLUETOOTH", "QIPCRTR", "TIPC", "RDS"):
@@ -188,11 +188,11 @@ for family in ("NETLINK", "PACKET", "VSOCK", "ALG", "CAN", "BLUETOOTH", "QIPCRTR
     if value is not None:
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
             name = f"open a socket of family {family}"
-            if not found.get(name):
-                attempt(name, partial(made, value, kind))
-attempt("connect to another Unix socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, facts["unix"]))
-attempt("connect to an abstract socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, facts["abstract"]))
-attempt("send to a Unix socket", lambda: sent(socket.SOCK_DGRAM, 0, facts["datagrams"], socket.AF_UNIX))
+            if not attempts.get(name):
+                attempt(name, partial(opened_socket, value, kind))
+attempt("connect to another Unix socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, targets["unix"]))
+attempt("connect to an abstract socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, targets["abstract"]))
+attempt("send to a Unix socket", lambda: sent(socket.SOCK_DGRAM, 0, targets["datagrams"], socket.AF_UNIX))
 attempt("send to a Unix socket from a pair", paired)
 attempt("signal the agent", lambda: os.kill(pid, 0), "it can be killed")
 attempt("trace the agent", lambda: done(libc.ptrace(SEIZE, pid, None, None)))
@@ -220,15 +220,15 @@ attempt("mount something", lambda: done(libc.mount(b"none", b"/dev", b"tmpfs", 0
 if os.uname().machine == "x86_64":
     attempt("call another ABI", lambda: done(libc.syscall(0x40000000 | 39), "it answered"))
 works: dict[str, str] = {}
-doors: list[tuple[str, Callable[[], str]]] = [
-    ("the tunnel", lambda: connected(socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.1", int(facts["port"])))),
-    ("the agent's socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, facts["agent"])),
+permitted: list[tuple[str, Callable[[], str]]] = [
+    ("the tunnel", lambda: connected(socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.1", int(targets["port"])))),
+    ("the agent's socket", lambda: connected(socket.AF_UNIX, socket.SOCK_STREAM, 0, targets["agent"])),
     ("its own directory", lambda: opened("mine", os.O_WRONLY | os.O_CREAT)),
 ]
-for label, act in doors:
+for label, act in permitted:
     try:
         act()
         works[label] = ""
     except OSError as error:
         works[label] = errno.errorcode.get(error.errno or 0, str(error))
-print(json.dumps({"open": found, "works": works}))
+print(json.dumps({"open": attempts, "works": works}))

@@ -40,20 +40,20 @@ class Cgroup:
         try:
             above = _own_group()
             name = hashlib.sha256(os.fsencode(owner)).hexdigest()[:16]
-            made = cls(above / f"concordat-{name}")
-            made.directory.mkdir(mode=0o700, exist_ok=True)
-            made.end()
-            made.directory.mkdir(mode=0o700, exist_ok=True)
-            if not (made.directory / "cgroup.kill").exists():  # before Linux 5.14
-                made.directory.rmdir()
+            group = cls(above / f"concordat-{name}")
+            group.directory.mkdir(mode=0o700, exist_ok=True)
+            group.end()
+            group.directory.mkdir(mode=0o700, exist_ok=True)
+            if not (group.directory / "cgroup.kill").exists():  # before Linux 5.14
+                group.directory.rmdir()
                 return None
-            if limited and (made.directory / "pids.max").exists():
-                (made.directory / "pids.max").write_text(str(MOST_TASKS))
+            if limited and (group.directory / "pids.max").exists():
+                (group.directory / "pids.max").write_text(str(MOST_TASKS))
         except (OSError, LookupError, ValueError):  # ValueError: a hierarchy that is only partly to be seen here
             return None
-        return made
+        return group
 
-    def door(self) -> int:
+    def open_procs(self) -> int:
         """A descriptor; what writes `0` to it is in the group. The kernel asks who opened it, not who writes."""
         return os.open(self.directory / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
 
@@ -114,21 +114,21 @@ def descendants() -> set[int]:
 
     OSError when they cannot be listed (no descriptor is free): that is not the same as none.
     """
-    found: set[int] = set()
+    pids: set[int] = set()
     waiting = [os.getpid()]
     while waiting:
         pid = waiting.pop()
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             for task in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as source:
-                    fresh = {int(word) for word in source.read().split()} - found
-                found |= fresh
+                    fresh = {int(word) for word in source.read().split()} - pids
+                pids |= fresh
                 waiting += fresh
-    return found
+    return pids
 
 
 def reap_orphans(command: int) -> None:
-    """Take leave of ended children other than `command`: each would hold one of the places that it may have."""
+    """Reap ended children other than `command`: each would hold one of the places that it may have."""
     with contextlib.suppress(ChildProcessError):
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             if ended.si_pid == command:
@@ -149,23 +149,23 @@ def kill_descendants() -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         try:
-            found = descendants()
+            pids = descendants()
         except OSError:
             time.sleep(0.05)
             continue
-        if not found:
+        if not pids:
             return
-        fresh = found - stopped
+        fresh = pids - stopped
         if fresh and passes < _FREEZE_PASSES:
             _signal(fresh, signal.SIGSTOP)
             stopped |= fresh
             passes += 1
             continue
-        _signal(found, signal.SIGKILL)
+        _signal(pids, signal.SIGKILL)
         stopped.clear()
         passes = 0
         if time.monotonic() > complain:
-            print(f"{len(found)} processes do not end, e.g. {min(found)}", file=sys.stderr, flush=True)
+            print(f"{len(pids)} processes do not end, e.g. {min(pids)}", file=sys.stderr, flush=True)
             complain = time.monotonic() + _COMPLAIN_S
         time.sleep(0.002)
 

@@ -26,13 +26,13 @@ class Record:
 
     def _open(self) -> None:
         file = os.open(self._path, _FLAGS, 0o600)
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             os.close(file)
             raise OSError(f"{self._path} is not a file of its own")
         if self._file >= 0:  # only now: the number of a closed file may soon be another file's
             os.close(self._file)
-        self._file, self._size = file, found.st_size
+        self._file, self._size = file, status.st_size
 
     def take(self) -> bool:
         """Write down what the pipe holds, up to 64 KiB; False when it is empty or at its end for good."""

@@ -169,10 +169,10 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, action: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"cannot {what}: {os.strerror(number)}")
+        raise OSError(number, f"cannot {action}: {os.strerror(number)}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _try_namespaces(confinement: Confinement) -> str:
         first = os.fork()
         if first == 0:
             arguments = (confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
-            attempt(lambda: namespaces.furnish(*arguments))
+            attempt(lambda: namespaces.build_root(*arguments))
         os.waitpid(first, 0)
 
     def try_all() -> None:
@@ -245,13 +245,13 @@ def _start(confinement: Confinement, record: Record, group: Cgroup | None = None
         raise OSError(f"the site's configuration requires what this machine lacks: {', '.join(walls.missing())}")
     near, far = socket.socketpair()
 
-    door = group.door() if group else -1
+    procs_fd = group.open_procs() if group else -1
 
     def restrict() -> None:
         try:
             near.close()  # so that to hand sockets to a keeper that is gone fails
-            if door >= 0:
-                os.write(door, b"0")
+            if procs_fd >= 0:
+                os.write(procs_fd, b"0")
             limit_itself()
             if confinement.tasks:
                 limit_tasks(confinement.tasks)
@@ -287,8 +287,8 @@ def _start(confinement: Confinement, record: Record, group: Cgroup | None = None
     finally:
         os.close(record.entrance)
         far.close()
-        if door >= 0:
-            os.close(door)
+        if procs_fd >= 0:
+            os.close(procs_fd)
     if not walls.no_namespaces:
         targets: list[Target] = [("127.0.0.1", port) for port in confinement.tunnelled]
         targets += [confinement.agent] if confinement.agent else []
@@ -309,10 +309,12 @@ def _move_inside(confinement: Confinement, keeper: socket.socket) -> None:
     if first:
         _stand_for(first)
     die_with_parent()
-    listening = namespaces.furnish(confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent)
-    socket.send_fds(keeper, [b"."], [each.fileno() for each in listening])
-    for each in listening:
-        each.close()
+    listening = namespaces.build_root(
+        confinement.readable, confinement.writable, confinement.tunnelled, confinement.agent
+    )
+    socket.send_fds(keeper, [b"."], [listener.fileno() for listener in listening])
+    for listener in listening:
+        listener.close()
     os.chdir(confinement.directory)  # the former working directory still leads to the machine's files
 
 
@@ -373,10 +375,10 @@ def main() -> int:
         signal.signal(number, lambda _number, _frame: os.kill(keeper, signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
     os.close(0)
-    while (found := os.wait())[0] != keeper:
+    while (ended := os.wait())[0] != keeper:
         pass
     kill_descendants()
-    return min(abs(os.waitstatus_to_exitcode(found[1])), 125)
+    return min(abs(os.waitstatus_to_exitcode(ended[1])), 125)
 
 
 def _ordered() -> Confinement:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_client.node.handover import mode_in
+from fl_client.node.handover import handover_mode
 from fl_shared.errors import ConfigError
 from fl_shared.files import write_durably
 
@@ -44,7 +44,7 @@ class NodeSpec:
         """Write the spec where `fl-client supernode` finds it."""
         table = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
         text = json.dumps(table, indent=2) + "\n"
-        write_durably(self.directory / SPEC_FILE, text.encode("utf-8"), mode=mode_in(self.directory), exact=True)
+        write_durably(self.directory / SPEC_FILE, text.encode("utf-8"), mode=handover_mode(self.directory), exact=True)
 
     @property
     def home(self) -> Path:
@@ -83,12 +83,12 @@ def require_own(directory: Path, spec: Path | None = None) -> None:
         f"user {directory / 'work'} (install -d -m 700 -o USER)"
     )
     try:
-        found = directory.stat()
+        status = directory.stat()
         owner = os.geteuid() if spec is None else spec.stat(follow_symlinks=False).st_uid
     except OSError as error:
         hint = fix if spec is None else "start the site's agent first: it writes this file; check --directory"
         raise ConfigError(f"{error.filename} cannot be used: {error.strerror}", fix=hint) from None
-    if found.st_mode & 0o022 or found.st_uid != owner:
+    if status.st_mode & 0o022 or status.st_uid != owner:
         raise ConfigError(f"{directory} can be written by others than the agent's user", fix=fix)
 
 
@@ -111,9 +111,9 @@ def make_home(spec: NodeSpec) -> None:
             f"[supernode] the untrusted half has no place to work in: {error}",
             fix=f"let the user that runs it own {work}: install -d -m 700 -o USER {work}",
         ) from None
-    left = list(work.glob("old-*"))
+    leftovers = list(work.glob("old-*"))
     # An app may have closed its directories to its own user; a link that it left is not followed.
-    closed = [each for each in left if not each.is_symlink()]
-    for words, paths in ((["chmod", "-R", "u+rwx"], closed), (["rm", "-rf"], left)):
+    closed = [entry for entry in leftovers if not entry.is_symlink()]
+    for command, paths in ((["chmod", "-R", "u+rwx"], closed), (["rm", "-rf"], leftovers)):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # what is left is removed at the next start
-            subprocess.run([*words, "--", *paths], stderr=subprocess.DEVNULL, timeout=60, check=False)
+            subprocess.run([*command, "--", *paths], stderr=subprocess.DEVNULL, timeout=60, check=False)

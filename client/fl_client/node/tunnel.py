@@ -138,9 +138,9 @@ class Tunnel:
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
-        made = Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
-        made.router.redirect_slashes = False
-        return made
+        app = Starlette(routes=[Route("/v1/fleet/{call}", self.forward, methods=["POST"])])
+        app.router.redirect_slashes = False
+        return app
 
     async def forward(self, request: Request) -> Response:
         """Pass one Fleet call on; anything else is a 404 that never leaves the site."""
@@ -204,18 +204,18 @@ class Tunnel:
         refused = await self._refused(call, answer)
         if refused is not None:
             return refused
-        found = await _whole(answer, MAX_APP_BYTES)
-        if found is None:
+        content = await _whole(answer, MAX_APP_BYTES)
+        if content is None:
             log.warning("refused an answer of the coordinator to %s: larger than %d bytes", call, MAX_APP_BYTES)
             return PlainTextResponse("refused by the site: too large", status_code=403)
         kind = {k: v for k, v in _kept(answer).items() if k != "content-length"}
         if answer.status_code == 200:
             try:
-                found = self._inspected(call, found)
+                content = self._inspected(call, content)
             except ValueError as error:
                 log.warning("refused by the site: %s", error)
                 return PlainTextResponse(f"refused by the site: {error}", status_code=403)
-        return Response(found, status_code=answer.status_code, headers=kind)
+        return Response(content, status_code=answer.status_code, headers=kind)
 
     def _inspected(self, call: str, answer: bytes) -> bytes:
         """Return what is passed on in place of an answer; ValueError says why nothing is."""
@@ -314,9 +314,9 @@ async def _serve(settings: TunnelSettings) -> None:
         await asyncio.sleep(0.02)
 
     async def connect(arrived: socket.socket) -> None:
-        made = functools.partial(_Connection, config, server.server_state)
+        protocol = functools.partial(_Connection, config, server.server_state)
         _, connection = await loop.connect_accepted_socket(
-            made, arrived, ssl=config.ssl, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
+            protocol, arrived, ssl=config.ssl, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
         )
         await connection.over.wait()
 

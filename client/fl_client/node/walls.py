@@ -74,18 +74,18 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
             place.chmod(0o711)
             for path in (home, outside / "decoy"):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
-        facts = stack.enter_context(_targets(place, outside, user))
-        facts |= {"files": {name: str(path) for name, path in files.items()}, "decoy": str(outside / "decoy")}
+        targets = stack.enter_context(_targets(place, outside, user))
+        targets |= {"files": {name: str(path) for name, path in files.items()}, "decoy": str(outside / "decoy")}
         text = resources.files("fl_client.node").joinpath("probe.py").read_text("utf-8")
         confinement = Confinement(
-            command=[sys.executable, "-I", "-c", text, json.dumps(facts)], environment=node_environment(home),
+            command=[sys.executable, "-I", "-c", text, json.dumps(targets)], environment=node_environment(home),
             directory=str(home), log=str(place / "probe.log"),
             readable=[sys.prefix, sys.base_prefix, *SYSTEM_READABLE], writable=[str(home), "/dev/null"],
-            connect_ports=[int(facts["port"])], bind_ports=[], mode=mode, user=user, agent=str(facts["agent"]),
+            connect_ports=[int(targets["port"])], bind_ports=[], mode=mode, user=user, agent=str(targets["agent"]),
         )  # fmt: skip
-        words = [sys.executable, "-P", "-m", "fl_client.node.sandbox"]
+        command = [sys.executable, "-P", "-m", "fl_client.node.sandbox"]
         with subprocess.Popen(
-            words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=keeper_environment(), cwd="/"
+            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=keeper_environment(), cwd="/"
         ) as keeper:
             if keeper.stdin is None or keeper.stderr is None:
                 raise RuntimeError("the keeper has no pipes")
@@ -95,15 +95,15 @@ def try_walls(files: dict[str, Path], mode: str, user: str = "") -> Findings:
                 keeper.wait(_PROBE_S)
             except subprocess.TimeoutExpired:
                 keeper.kill()
-            said = keeper.stderr.read().decode("utf-8", "replace").strip()
+            complaint = keeper.stderr.read().decode("utf-8", "replace").strip()
         record = place / "probe.log"
         lines = record.read_text("utf-8", "replace").splitlines() if record.exists() else []
     try:
-        found = json.loads(lines[-1])
-        return Findings(found["open"], found["works"])
+        findings = json.loads(lines[-1])
+        return Findings(findings["open"], findings["works"])
     except (IndexError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"the walls around the untrusted half cannot be tried: {said or ' '.join(lines[-3:]) or 'no answer'}",
+            f"the walls around the untrusted half cannot be tried: {complaint or ' '.join(lines[-3:]) or 'no answer'}",
             fix="see what the kernel lacks in docs/security.md, or report this as a defect",
         ) from None
 
@@ -114,13 +114,13 @@ def _targets(place: Path, outside: Path, user: str) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
 
         def listen(family: int, kind: int, address: Any) -> socket.socket:
-            made = stack.enter_context(socket.socket(family, kind))
-            made.bind(address)
+            listener = stack.enter_context(socket.socket(family, kind))
+            listener.bind(address)
             if kind == socket.SOCK_STREAM:
-                made.listen()
+                listener.listen()
             if isinstance(address, str) and not address.startswith("\0"):
                 os.chmod(address, 0o777)  # noqa: S103 - a decoy in a directory of this test: only walls may hold it
-            return made
+            return listener
 
         stream, datagrams = socket.SOCK_STREAM, socket.SOCK_DGRAM
         tunnel = listen(socket.AF_INET, stream, ("127.0.0.1", 0))

@@ -70,7 +70,7 @@ def _check_host(text: str, host: str) -> str:
 
 def _wrong(text: str, why: str, better: str = EXAMPLE) -> EnrolmentError:
     """What to raise; the fix shows `better` when that is an address, and an example otherwise."""
-    text = re.sub(r"[^/]*@", "…@", text)  # what stands before the @ may be a password
+    text = re.sub(r"[^/]*@", "…@", text)  # what comes before the @ may be a password
     if better != EXAMPLE:
         try:
             better = server_url(better)

@@ -272,24 +272,24 @@ class SupernodeConfig(Document):
         """Directory and socket where they were left out; ConfigError when the other user could not reach them."""
         directory = home.meeting / "supernode" if self.user else home.supernode
         socket = home.meeting / "agent.sock" if self.user else home.socket
-        made = dataclasses.replace(
+        placed = dataclasses.replace(
             self,
             directory=directory if self.directory == Path() else self.directory,
             socket=socket if self.socket == Path() else self.socket,
         )
         short = home.root.name.replace(",", "")[:30]
-        check_grpc_socket(made.socket, fix=f'write [supernode] socket = "/run/concordat/{short}.sock" or the like')
-        if made.user or made.socket_group:
-            for name, path in (("socket", made.socket), *([("directory", made.directory)] if made.user else [])):
+        check_grpc_socket(placed.socket, fix=f'write [supernode] socket = "/run/concordat/{short}.sock" or the like')
+        if placed.user or placed.socket_group:
+            for name, path in (("socket", placed.socket), *([("directory", placed.directory)] if placed.user else [])):
                 if path.is_relative_to(home.root):
                     place = f"{home.config} [supernode]: {name} is {str(path)!r}"
                     raise ConfigError(
                         f"{place}, in the site's home, which no other user can enter",
                         fix="leave it out, or name a place outside the home"
-                        if made.user
+                        if placed.user
                         else "name one in /run/concordat",
                     )
-        return made
+        return placed
 
 
 @dataclass(frozen=True)

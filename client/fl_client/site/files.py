@@ -26,19 +26,19 @@ def filled_or_gone(directory: Path) -> Iterator[None]:
     Raises ModelError when it holds files, is none, or the disk refuses.
     """
     require_empty(directory)
-    made = not directory.exists()
+    new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
         if directory.is_dir():
-            for each in directory.iterdir():
-                each.unlink()
-            if made:
+            for path in directory.iterdir():
+                path.unlink()
+            if new:
                 directory.rmdir()
         from safetensors import SafetensorError  # here alone: commands that write no model start without it
 
         if isinstance(error, OSError | SafetensorError):
-            said = getattr(error, "strerror", None) or error
-            raise ModelError(f"{directory}: {said}", fix="make room, or name another folder") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ModelError(f"{directory}: {reason}", fix="make room, or name another folder") from error
         raise

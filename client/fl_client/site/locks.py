@@ -12,14 +12,14 @@ from fl_shared.runtime.locks import LockHeld, locked
 
 
 @contextlib.contextmanager
-def sole(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, purpose: str) -> Iterator[None]:
     """Hold the lock file `path` while the block runs; ConfigError when another process holds it.
 
     The kernel releases the lock when the process ends, however it ends.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         try:
-            held.enter_context(locked(path, note=f"{what} (process {os.getpid()})"))
+            locks.enter_context(locked(path, note=f"{purpose} (process {os.getpid()})"))
         except LockHeld as error:
             raise ConfigError(
                 f"{error.note or 'another process'} works for this site already",

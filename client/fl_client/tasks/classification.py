@@ -40,7 +40,7 @@ class CrossEntropy:
         """Logits `[B, C]` and rows `[B]` to losses `[B]`."""
         return F.cross_entropy(outputs.float(), targets, reduction="none")
 
-    def made_up(self, count: int, chance: np.random.Generator) -> NDArray[np.int64]:
+    def random_targets(self, count: int, chance: np.random.Generator) -> NDArray[np.int64]:
         """Uniform rows `[count]`."""
         return chance.integers(0, self.classes, size=count)
 
@@ -65,7 +65,7 @@ class Classification:
         return CrossEntropy(len(self.labels))
 
     @property
-    def wanted(self) -> str:
+    def requirement(self) -> str:
         """One of the first labels."""
         return f"has one of the spec's labels: {', '.join(map(repr, self.labels[:20]))}"
 
@@ -112,7 +112,7 @@ class Classification:
         right, loss = means
         return {"accuracy": right, "accuracy_deviation": deviation, "mean_loss": loss * self._most_loss}
 
-    def told(self, figures: dict[str, Any]) -> str:
+    def summary(self, figures: dict[str, Any]) -> str:
         """Accuracy and loss."""
         return (
             f"accuracy {figures['accuracy']:.3f} (noise {figures['accuracy_deviation']:.3f}), "
@@ -125,7 +125,7 @@ class Classification:
         right = int((outputs.argmax(1) == truth).sum())
         return {"accuracy": right / len(truth), "majority": int(np.bincount(truth).max()) / len(truth)}
 
-    def facts(self) -> dict[str, Any]:
+    def head_metadata(self) -> dict[str, Any]:
         """The label of each row of the head, and what the head reads."""
         return {"labels": list(self.labels), "pooling": "mean over real tokens, standardised"}
 

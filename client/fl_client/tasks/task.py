@@ -39,7 +39,7 @@ class Task(Protocol):
         ...
 
     @property
-    def wanted(self) -> str:
+    def requirement(self) -> str:
         """What a usable record has, for a message: "has one of the spec's labels: 'A', 'B'"."""
         ...
 
@@ -77,7 +77,7 @@ class Task(Protocol):
         """
         ...
 
-    def told(self, figures: dict[str, Any]) -> str:
+    def summary(self, figures: dict[str, Any]) -> str:
         """`figures`, none of them None, in words."""
         ...
 
@@ -85,7 +85,7 @@ class Task(Protocol):
         """How well the outputs `[records, ...]` do on public records; nothing is bounded, and nothing noised."""
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def head_metadata(self) -> dict[str, Any]:
         """What an exported head needs beside its weights to be used: plain JSON values."""
         ...
 
@@ -104,7 +104,7 @@ def usable(task: Task, data: UnitData) -> UnitData:
     return dataclasses.replace(part, labels=tuple(cell for cell in cells if cell is not None))
 
 
-def require_usable(task: Task, data: UnitData, what: str) -> None:
+def require_usable(task: Task, data: UnitData, where: str) -> None:
     """DataError when the run can use no record.
 
     Only for what an operator starts at the site: the answer is private, and the coordinator must not see it (an order
@@ -112,6 +112,6 @@ def require_usable(task: Task, data: UnitData, what: str) -> None:
     """
     if not any(cell is not None for cell in task.accepted(data.labels)):
         raise DataError(
-            f"no record of {what} {task.wanted}",
+            f"no record of {where} {task.requirement}",
             fix="compare them with the label column, e.g. with `fl-client check --spec`; nothing was charged",
         )

@@ -77,18 +77,18 @@ def _slower(device: torch.device) -> str:
 def explain(error: BaseException, device: torch.device) -> ConfigError:
     """What failed on the device, with the next step. No private data has been near it: the words may be shown."""
     words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-    said = f"{words} {error}".lower()
+    text = f"{words} {error}".lower()
     cache = os.environ.get("TRITON_CACHE_DIR", "~/.triton")
     if is_out_of_memory(error):
         return ConfigError(
             f"the model and a step on a few tokens do not fit into the memory of {device}",
             fix="use a smaller base, int4, a larger GPU, or end what else uses this one",
         )
-    if "c compiler" in said or _failed_compiler(error):
+    if "c compiler" in text or _failed_compiler(error):
         return ConfigError(f"the kernels of {device} cannot be built: {words}", fix=COMPILER)
-    if "failed to map segment" in said or (isinstance(error, OSError) and "cuda" not in said):
+    if "failed to map segment" in text or (isinstance(error, OSError) and "cuda" not in text):
         return ConfigError(f"the kernels of {device} cannot be kept in {cache}: {words}", fix=CACHE)
-    if any(word in said for word in ("driver", "no kernel image", "cuda", "ptxas", "nvidia")):
+    if any(word in text for word in ("driver", "no kernel image", "cuda", "ptxas", "nvidia")):
         return ConfigError(f"{device} does not compute: {words}", fix=DRIVER)
     return ConfigError(
         f"one forward and one backward failed on {device}: {words}",

@@ -26,7 +26,7 @@ from fl_client.dp.records.records import MAX_UNITS, Records
 from fl_client.dp.shard import Shard
 from fl_client.dp.start import adapted_for, frozen_tensors, load_offset
 from fl_client.model.load import LoadedModel
-from fl_client.tasks.kept import KeptRecords
+from fl_client.tasks.cache import RecordCache
 from fl_client.tasks.registry import task_of
 from fl_client.training.public import train_public
 from fl_shared.adapters.safetensors import Tensors
@@ -133,7 +133,7 @@ def train_round(
     max_units: int = MAX_UNITS,
     private: bool = True,
     shard: Shard | None = None,
-    kept: KeptRecords | None = None,
+    cache: RecordCache | None = None,
 ) -> TrainingResult:
     """Train `mechanism.steps` private steps from seeded start + `offset`.
 
@@ -147,13 +147,13 @@ def train_round(
         progress: called as `progress(step=i, steps=n)` after every step; may raise to stop.
         engine: `book`, or `hooks` for Opacus' own per-sample gradients; the model's when left out.
         expected_batch: public constant that the noisy sum is divided by; q times `data.units` when left out, which
-            then counts as public. With no unit at all it is needed, and the update is noise alone.
+            then is public. With no unit at all it is needed, and the update is noise alone.
         most_units, records_per_unit: public bounds on units, and on records of each; the data's own figures when left
-            out, which then count as public: the grid of the noise follows from both, and can be read off an update.
+            out, which then are public: the grid of the noise follows from both, and can be read off an update.
         max_units: units in a micro-batch; halved when memory runs out.
         private: False trains without clipping and noise. Only for data that the site's policy declares public.
         shard: this process's share, when several processes of the site train together (private training only).
-        kept: records of the round before, to be used again when data and task are the same.
+        cache: records of the round before, to be used again when data and task are the same.
 
     Raises:
         DataError: a record that the task cannot use. EngineError: anything that would make the result differ from what
@@ -164,7 +164,7 @@ def train_round(
         records_per_unit = int(np.bincount(data.unit_of_record).max()) if data.units else 1
     prepared = prepare_round(model, spec, offset, private=private, records_per_unit=records_per_unit)
     adapted, start, frozen = prepared.adapted, prepared.start, prepared.frozen
-    records = (KeptRecords() if kept is None else kept).of(task_of(spec), data, model.tokenizer)
+    records = (RecordCache() if cache is None else cache).of(task_of(spec), data, model.tokenizer)
     report: dict[str, Any] = {"round": round, "units": records.units, "truncated_texts": records.truncated}
     if private:
         runner = DPEngine(

@@ -11,11 +11,11 @@ import hashlib
 _DIGITS = 32
 
 
-def spoken(sha256_hex: str) -> str:
+def grouped(sha256_hex: str) -> str:
     """A SHA-256 (hex, of a certificate's DER form for example) as people read it out; empty for an empty one."""
     return " ".join(sha256_hex[start : start + 4] for start in range(0, min(len(sha256_hex), _DIGITS), 4))
 
 
-def spoken_key(public_hex: str) -> str:
+def grouped_key(public_hex: str) -> str:
     """A public signing key (hex) as people read it out: the fingerprint of its 32 bytes; empty for an empty one."""
-    return spoken(hashlib.sha256(bytes.fromhex(public_hex)).hexdigest()) if public_hex else ""
+    return grouped(hashlib.sha256(bytes.fromhex(public_hex)).hexdigest()) if public_hex else ""

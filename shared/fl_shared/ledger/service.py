@@ -158,10 +158,10 @@ class Ledger(Registry):
         if not release_digest or len(release_digest) > 200:
             raise LedgerError("a settlement needs the digest of what leaves", fix="hash the release first")
         if executed.steps < 1:
-            raise LedgerError("nothing was executed", fix="use release_unused, with the proof")
+            raise LedgerError("nothing was executed", fix="use void, with the proof")
         return self._end(reservation, SETTLED, executed.steps, release_digest, "", executed)
 
-    def release_unused(self, reservation: Reservation | int, reason: str) -> Entry:
+    def void(self, reservation: Reservation | int, reason: str) -> Entry:
         """Void a reservation, uncharged; only when recorded state proves that no private data was read.
 
         `reason` names that proof and is recorded in the ledger for good.

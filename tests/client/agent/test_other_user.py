@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fl_client.agent.check import run_checks
-from fl_client.node.handover import make_meeting_place
+from fl_client.node.handover import make_shared_directories
 from fl_client.node.spec import NodeSpec, make_home
 from fl_client.site.config import SiteConfig
 from fl_shared.errors import ConfigError
@@ -112,7 +112,7 @@ def test_a_swapped_directory_gives_nothing_away(site: RealSite) -> None:
     home, account = site.home, pwd.getpwnam(OTHER)
     (home.root / "ledger.sqlite").write_text("x")
     directory = home.meeting / "supernode"
-    make_meeting_place(directory, home.meeting / "agent.sock", account)
+    make_shared_directories(directory, home.meeting / "agent.sock", account)
     plan = NodeSpec(
         directory, home.meeting / "agent.sock", directory / "node_key", directory / "tunnel-ca.pem", 1, user=OTHER
     )

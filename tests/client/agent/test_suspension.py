@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fl_client.agent.orders import Arrived, Assignment
+from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds
 from fl_client.model.load import load_model
@@ -178,7 +178,7 @@ def test_a_coordinator_cannot_order_in_the_sites_own_name_space(small: Site) -> 
     order = small.store.find("alone:demo", 1)
     assert order is not None
     signed = json.dumps(sign_document(small.coordinator, small.manifest(run="alone:demo").to_dict()))
-    assigned = Assignment.of(Arrived.read(signed, small.facts.site), "")
+    assigned = Assignment.of(ReceivedOrder.read(signed, small.facts.site), "")
     with pytest.raises(Exception, match="belongs to others"):  # the second lock: the choke point itself
         small.rounds._release(assigned, order, receipt_entry, baseline.payload)
     assert small.order(small.manifest(run="alone")).payload != baseline.payload

@@ -167,7 +167,11 @@ def test_an_exported_core_is_plain_lora(tmp_path: Path) -> None:
     values = {name: value.detach().clone() for name, value in adapted.trainable.items()}
     wanted = _logits(adapted, values)
     write_peft(
-        adapted, {n: v.numpy() for n, v in values.items()}, tmp_path, facts={"labels": list("abcde")}, digest="sha256:0"
+        adapted,
+        {n: v.numpy() for n, v in values.items()},
+        tmp_path,
+        head_metadata={"labels": list("abcde")},
+        digest="sha256:0",
     )
     stock = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("lora_R" in name for name in stock)

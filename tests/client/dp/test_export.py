@@ -41,7 +41,7 @@ CASES += [(name, "shared_experts") for name in SHARED]
 
 def _write(adapted: AdaptedModel, directory: Path) -> None:
     values = {name: parameter.detach().numpy() for name, parameter in adapted.trainable.items()}
-    write_peft(adapted, values, directory, facts={"labels": list("abcde")}, digest="sha256:0")
+    write_peft(adapted, values, directory, head_metadata={"labels": list("abcde")}, digest="sha256:0")
 
 
 def _logits(backbone: Any, head: Any, ids: Tensor = IDS) -> Tensor:

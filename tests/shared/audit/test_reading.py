@@ -228,7 +228,7 @@ def test_verification_beside_an_agent_that_writes_all_the_time(home: Path) -> No
             number = 0
             while not go.exists():
                 number += 1
-                ledger.release_unused(ledger.reserve("icd", ROUND, run="busy", round=number), "never read")
+                ledger.void(ledger.reserve("icd", ROUND, run="busy", round=number), "never read")
         os._exit(0)
     try:
         sizes: list[int] = []

@@ -80,7 +80,7 @@ def test_an_unused_reservation_is_given_back_and_the_round_may_be_tried_again(le
     """After a release with its proof nothing is charged, and the same round can be reserved once more."""
     icd = with_budget(ledger)
     held = ledger.reserve(icd, ROUND, run="demo", round=1)
-    ledger.release_unused(held, "the model could not be loaded")
+    ledger.void(held, "the model could not be loaded")
     assert ledger.epsilon(icd).used == 0.0
     again = ledger.reserve(icd, ROUND, run="demo", round=1)
     assert again.attempt == 2
@@ -253,7 +253,7 @@ def test_unusable_words_are_refused(ledger: Ledger) -> None:
     with pytest.raises(ConfigError, match="units 0"):
         ledger.register_dataset("x", "sha256:x", "record", 0, 1)
     held = ledger.reserve(icd, ROUND, run="a", round=1)
-    for act in (ledger.release_unused, ledger.charge_in_doubt):
+    for act in (ledger.void, ledger.charge_in_doubt):
         with pytest.raises(LedgerError, match="needs its"):
             act(held, "")
     with pytest.raises(LedgerError, match="digest"):
@@ -400,7 +400,7 @@ def test_any_sequence_of_acts_keeps_the_invariants(
                         ledger.settle(one, executed, f"sha256:{one.seq}")
                         charged += 0 if repeat else executed.steps
                     elif act == "release":
-                        ledger.release_unused(one, "proof")
+                        ledger.void(one, "proof")
                     else:
                         fresh = one in ledger.open_reservations()
                         ledger.charge_in_doubt(one, "found open at start: its output may have left")

@@ -16,7 +16,7 @@ from helpers.ledgers import ROUND, SITE, charge_open, in_process, opened, releas
 PLACES = ("begin", "before-entry", "entry", "tree", "row", "before-commit", "committed")
 ENDS: dict[str, Callable[[Ledger, int], object]] = {
     "settle": lambda ledger, seq: ledger.settle(seq, ROUND, "sha256:release"),
-    "release": lambda ledger, seq: ledger.release_unused(seq, "the data file could not be opened"),
+    "release": lambda ledger, seq: ledger.void(seq, "the data file could not be opened"),
     "doubt": lambda ledger, seq: ledger.charge_in_doubt(seq, "the process died"),
 }
 

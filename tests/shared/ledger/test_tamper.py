@@ -172,7 +172,7 @@ def test_a_restored_backup_is_found_by_a_checkpoint(tmp_path: Path) -> None:
     shutil.copy(backup, path)
     with opened(url, KEY) as ledger:
         for number in (1, 2):
-            ledger.release_unused(ledger.reserve("icd", ROUND, run="other", round=number), "never read")
+            ledger.void(ledger.reserve("icd", ROUND, run="other", round=number), "never read")
     assert found(path) == []
     assert any("rewritten" in problem for problem in found(path, known))
 
@@ -226,7 +226,7 @@ def test_many_stretches_and_processes_agree_with_one(tmp_path: Path, monkeypatch
     with opened(f"sqlite:///{path}", KEY) as ledger:
         story(ledger)
         for number in range(30):
-            ledger.release_unused(ledger.reserve("notes", ROUND, run="many", round=number), "never read")
+            ledger.void(ledger.reserve("notes", ROUND, run="many", round=number), "never read")
     url = f"sqlite:///{path}"
     whole = verify_ledger(url, SITE, processes=1)
     monkeypatch.setattr(stretch, "LEVEL", 3)

@@ -109,9 +109,10 @@ def setup_of(arguments: argparse.Namespace) -> AuditSetup:
         model, device = arguments.model or str(config.model.directory), config.model.device
     spec = None if arguments.spec is None else RunSpec.from_toml(arguments.spec)
     if spec is not None:
-        one, lora = spec.mechanism(), spec.lora
+        per_round, lora = spec.mechanism(), spec.lora
         sigma, q, steps, norm = (
-            one.noise_multiplier, one.sampling_probability, one.steps * spec.run.rounds, one.clipping_norm
+            per_round.noise_multiplier, per_round.sampling_probability, per_round.steps * spec.run.rounds,
+            per_round.clipping_norm,
         )  # fmt: skip
     else:
         lora = LoraSection(rank=4, alpha=4.0, targets=LORA_TARGETS)
@@ -198,17 +199,21 @@ def audit(
     progress("model", 1, 1)
     kinds = ("records", "gradients") if arguments.canaries == "both" else (arguments.canaries,)
     sizes = {kind: _sizes(kind, arguments, adapted) for kind in kinds}
-    each = 1 - (1 - arguments.confidence) / len(kinds)  # together they accuse a right engine no more often
+    confidence = 1 - (1 - arguments.confidence) / len(kinds)  # together they accuse a right engine no more often
     reports = []
     for kind in kinds:
-        said = functools.partial(_prefixed, progress, kind)
-        reports.append(_one(kind, setup, adapted, arguments, sizes[kind], each, int(model.config["vocab_size"]), said))
+        prefixed = functools.partial(_prefixed, progress, kind)
+        reports.append(
+            _audit_one_kind(
+                kind, setup, adapted, arguments, sizes[kind], confidence, int(model.config["vocab_size"]), prefixed
+            )
+        )
     tests = check_distributions(adapted, setup.mechanism)
     return _result(setup, model.digest, arguments, reports, tests, FALSE_ALARM)
 
 
-def _prefixed(progress: Callable[[str, int, int], None], kind: str, what: str, done: int, total: int) -> None:
-    progress(f"{kind}: {what}", done, total)
+def _prefixed(progress: Callable[[str, int, int], None], kind: str, stage: str, done: int, total: int) -> None:
+    progress(f"{kind}: {stage}", done, total)
 
 
 def _check_grid(mechanism: Mechanism, adapted: AdaptedModel) -> None:
@@ -246,7 +251,7 @@ def _sizes(kind: str, arguments: argparse.Namespace, adapted: AdaptedModel) -> t
     return count, guesses
 
 
-def _one(
+def _audit_one_kind(
     kind: str,
     setup: AuditSetup,
     adapted: AdaptedModel,
@@ -302,7 +307,7 @@ def _result(
     }
 
 
-def _else(fault: str) -> str:
+def _caught_otherwise(fault: str) -> str:
     """What catches a fault that this audit is too small for."""
     return "no: tested below" if fault in TESTED_BELOW else "no: take more canaries"
 
@@ -332,7 +337,7 @@ def _show(result: dict[str, Any]) -> None:
         [
             (
                 fault, *(f"{a['power'][fault]:.2f}" for a in audits),
-                "yes" if max(a["power"][fault] for a in audits) >= ENOUGH else _else(fault),
+                "yes" if max(a["power"][fault] for a in audits) >= ENOUGH else _caught_otherwise(fault),
             )
             for fault in faults
         ],

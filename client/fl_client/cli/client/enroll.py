@@ -15,7 +15,7 @@ from fl_client.site.config import template
 from fl_shared.cli.output import command, print_json, working
 from fl_shared.errors import ConfigError
 from fl_shared.files import check_grpc_socket, write_durably
-from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.identity.fingerprints import grouped, grouped_key
 
 EXAMPLES = """
 fl-client enroll --site hospital-001 --server https://coordinator.example:9443 --token ct1....
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     with working(f"asking {address} for a certificate", quiet=arguments.quiet, json=arguments.json):
         pinned = enrol(home, site=arguments.site, server=address, token=arguments.token, force=arguments.force)
     publish(home)
-    made = not home.config.exists()
-    if made:
+    template_written = not home.config.exists()
+    if template_written:
         write_durably(home.config, template(arguments.site, address).encode("utf-8"))
     ours = own_fingerprints(home)
     if arguments.json:
@@ -62,19 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
                 "ca_sha256": pinned.ca_sha256,
                 "signing_key": ours.signing_key,
                 "certificate_fingerprint": ours.certificate,
-                "template_written": made,
+                "template_written": template_written,
             }
         )
         return 0
     print(f"{pinned.site} is enrolled at {pinned.server}; its keys were made here and stay in {home.root}")
     print("compare by telephone with what `fl-admin sites show` prints there:")
-    print(f"  coordinator's key   {spoken_key(pinned.coordinator_key)}")
-    print(f"  CA certificate      {spoken(pinned.ca_sha256)}")
-    print(f"  site's key          {spoken_key(ours.signing_key)}")
-    print(f"  site's certificate  {spoken(ours.certificate)}")
+    print(f"  coordinator's key   {grouped_key(pinned.coordinator_key)}")
+    print(f"  CA certificate      {grouped(pinned.ca_sha256)}")
+    print(f"  site's key          {grouped_key(ours.signing_key)}")
+    print(f"  site's certificate  {grouped(ours.certificate)}")
     if arguments.force:
-        print("restart the site's agent if it runs: it takes up the new certificate and node key at its start")
-    if made:
+        print("restart the site's agent if it runs: it uses the new certificate and node key from its start")
+    if template_written:
         print(f"next: edit {shlex.quote(str(home.config))}")
     where = ["--home", str(home.root)] if arguments.home else []
     print(f"then: {command('fl-client', 'check', '--site', pinned.site, *where)}")

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
     from fl_client.agent.evaluation import are_usable, evaluate_privately
     from fl_client.agent.site import open_site
-    from fl_client.site.locks import sole
+    from fl_client.site.locks import exclusive
     from fl_client.tasks.registry import task_of
     from fl_shared.adapters.safetensors import read_adapter
     from fl_shared.documents.spec import RunSpec
@@ -45,14 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     home.make()
     log_to_file(home, arguments)
     with (
-        sole(home.run / "agent.lock", "evaluate"),
+        exclusive(home.run / "agent.lock", "evaluate"),
         working("opening ledger, data and model", quiet=arguments.quiet, json=arguments.json) as say,
     ):
         site = open_site(home, config, lambda _: False)
         try:
             if not arguments.json:
-                told = f"; {task.report(site.holdout)}" if site.holdout is not None else ""
-                print(f"{site.rows}{told}", flush=True)
+                holdout_report = f"; {task.report(site.holdout)}" if site.holdout is not None else ""
+                print(f"{site.rows}{holdout_report}", flush=True)
             say("evaluating on the hold-out")
             document = evaluate_privately(site, spec, adapter, arguments.noise, force=arguments.force)
         finally:
@@ -63,5 +63,5 @@ def run(arguments: argparse.Namespace) -> int:
     elif not are_usable(figures):
         print("too few units for this noise: no accuracy can be told; it stays charged")
     else:
-        print(f"{task.told(figures)}; ledger entry {document['body']['entry_id']}")
+        print(f"{task.summary(figures)}; ledger entry {document['body']['entry_id']}")
     return 0

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ledger:
         entered = accept_ledger(home, config, arguments.by, arguments.reason)
         done: dict[str, int | str] = {"entered": entered}
-        said = f"the ledger is accepted; {entered} forgotten releases were entered again"
+        message = f"the ledger is accepted; {entered} forgotten releases were entered again"
     else:
         ledger, _ = open_ledger(home, config)
         try:
@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             ledger.close()
         done = {"run": arguments.run, "entry": entry.id}
-        said = f"{arguments.run}: this site takes part again (ledger entry {entry.seq}); what failed stays charged"
+        message = f"{arguments.run}: this site takes part again (ledger entry {entry.seq}); what failed stays charged"
     if arguments.json:
         print_json(done)
     else:
-        print(said)
+        print(message)
     return 0

@@ -24,11 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     from fl_client.agent.status import status_of
     from fl_shared.ledger.suspension import resume_command
 
-    facts = status_of(home, arguments.site)
+    status = status_of(home, arguments.site)
     if arguments.json:
-        print_json(facts)
+        print_json(status)
         return 0
-    for name, value in facts.items():
+    for name, value in status.items():
         if name == "suspended":
             for run, why in value.items():
                 print(f"{name:<10} {run}: {why}; when it may go on: {resume_command(arguments.site, run)}")

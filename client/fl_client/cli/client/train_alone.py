@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     require("client")  # before a reservation that would be charged for it
     from fl_client.agent.alone import train_alone
     from fl_client.agent.site import open_site
-    from fl_client.site.locks import sole
+    from fl_client.site.locks import exclusive
     from fl_client.tasks.registry import task_of
     from fl_shared.documents.spec import RunSpec
     from fl_shared.identity.signing import SigningKey
@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     # Nobody outside sees when a round of the site's own ends.
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, reply_every_s=0.0))
     order_key = SigningKey.generate()
-    with contextlib.ExitStack() as progress, sole(home.run / "agent.lock", "train-alone"):
+    with contextlib.ExitStack() as progress, exclusive(home.run / "agent.lock", "train-alone"):
 
-        def show(what: str) -> None:
-            progress.enter_context(working(what, quiet=arguments.quiet, json=arguments.json))
+        def show(stage: str) -> None:
+            progress.enter_context(working(stage, quiet=arguments.quiet, json=arguments.json))
 
         def say(text: str) -> None:
             progress.close()  # one thing at a time on a terminal

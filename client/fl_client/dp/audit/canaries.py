@@ -107,7 +107,7 @@ def random_records(
     ids = rng.integers(0, vocabulary, (count, tokens))
     return Records(
         tuple(tuple(int(i) for i in row) for row in ids),
-        objective.made_up(count, rng),
+        objective.random_targets(count, rng),
         tuple(np.array([unit]) for unit in range(count)),
         0,
     )
@@ -158,7 +158,7 @@ def audit_records(
     gradients = clipped_gradients(adapted, records, mechanism.clipping_norm, progress=progress)
     included = (coins or SecureStream()).words(count) % np.uint64(2) == 1
     chosen = tuple(records.of_unit[unit] for unit in np.flatnonzero(included))
-    made = engine(
+    trainer = engine(
         adapted,
         dataclasses.replace(records, of_unit=chosen),
         mechanism,
@@ -167,11 +167,11 @@ def audit_records(
         momentum=0.0,
         expected_batch=1.0,
     )
-    released = _listen(made)
-    made.run(lambda number: progress("steps", number, mechanism.steps))
+    released = _listen(trainer)
+    trainer.run(lambda number: progress("steps", number, mechanism.steps))
     scores = _decode(gradients, released[0], mechanism, _blocks(adapted))
-    found = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
-    return _report("records", mechanism, found, _separation(gradients, mechanism), progress)
+    result = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
+    return _report("records", mechanism, result, _separation(gradients, mechanism), progress)
 
 
 def audit_gradients(
@@ -197,28 +197,28 @@ def audit_gradients(
     included = (coins or SecureStream()).words(canaries) % np.uint64(2) == 1
     owners = np.flatnonzero(included)
     nothing = Records((), np.empty(0, dtype=np.int64), tuple(np.empty(0, dtype=np.int64) for _ in owners), 0)
-    made = engine(
+    trainer = engine(
         adapted, nothing, mechanism,
         learning_rate=_RATE, head_learning_rate=_RATE, momentum=0.0, expected_batch=1.0,
     )  # fmt: skip
-    released = _listen(made)
+    released = _listen(trainer)
     try:
-        for number, sampled in enumerate(made.sampler, start=1):
+        for number, sampled in enumerate(trainer.sampler, start=1):
             total = torch.zeros(dimensions)
             total[owners[sampled]] = mechanism.clipping_norm
-            made.optimizer.zero_grad(set_to_none=True)
+            trainer.optimizer.zero_grad(set_to_none=True)
             at = 0
-            for parameter in made.optimizer.params:
+            for parameter in trainer.optimizer.params:
                 part = total[at : at + parameter.numel()]
                 parameter.summed_grad = part.view_as(parameter).to(parameter.device)
                 at += parameter.numel()
-            made.optimizer.step()
+            trainer.optimizer.step()
             progress("steps", number, mechanism.steps)
     finally:
-        made.close()
+        trainer.close()
     scores = released[0][:canaries]
-    found = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
-    return _report("gradients", mechanism, found, 1.0 / mechanism.noise_multiplier, progress)
+    result = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
+    return _report("gradients", mechanism, result, 1.0 / mechanism.noise_multiplier, progress)
 
 
 def clipped_gradients(

@@ -50,19 +50,19 @@ def check_distributions(
         engine: what is tested; tests hand over engines that are broken on purpose.
     """
     nobody = np.empty(0, dtype=np.int64)
-    made = engine(
+    trainer = engine(
         adapted, Records((), nobody, (nobody,) * UNITS, 0), mechanism,
         learning_rate=0.0, head_learning_rate=0.0, momentum=0.0, expected_batch=1.0,
     )  # fmt: skip
     try:
-        applied = made.optimizer.grid.step * made.optimizer.grid.width
-        found = {
-            "noise": noise_p_value(_noise(made), applied, mechanism),
-            "sampler": sampler_p_value(_samples(made), mechanism),
+        applied = trainer.optimizer.grid.step * trainer.optimizer.grid.width
+        p_values = {
+            "noise": noise_p_value(_noise(trainer), applied, mechanism),
+            "sampler": sampler_p_value(_samples(trainer), mechanism),
         }
     finally:
-        made.close()
-    return [DistributionResult(name, value, value < FALSE_ALARM) for name, value in found.items()]
+        trainer.close()
+    return [DistributionResult(name, value, value < FALSE_ALARM) for name, value in p_values.items()]
 
 
 def _noise(engine: DPEngine) -> NDArray[np.float64]:
@@ -111,15 +111,15 @@ def sampler_p_value(drawn: NDArray[np.bool_], mechanism: Mechanism) -> float:
         drawn: `[steps, units]`.
     """
     q = mechanism.sampling_probability
-    found = [_binomial_p_value(drawn.sum(), drawn.size, q)]
+    p_values = [_binomial_p_value(drawn.sum(), drawn.size, q)]
     for table in (drawn, drawn.T):
         counts = table.sum(1)
-        found.append(len(counts) * _binomial_p_value(counts, table.shape[1], q))
-        found.append(_spread_p_value(counts, table.shape[1], q))
+        p_values.append(len(counts) * _binomial_p_value(counts, table.shape[1], q))
+        p_values.append(_spread_p_value(counts, table.shape[1], q))
         for start in (0, 1):
             shared = table[start:-1:2] & table[start + 1 :: 2]
-            found.append(_binomial_p_value(shared.sum(), shared.size, q * q))
-    return min(1.0, len(found) * min(found))
+            p_values.append(_binomial_p_value(shared.sum(), shared.size, q * q))
+    return min(1.0, len(p_values) * min(p_values))
 
 
 def _binomial_p_value(counts: NDArray[np.int64] | np.int64, trials: int, q: float) -> float:
@@ -136,7 +136,7 @@ def _spread_p_value(counts: NDArray[np.int64], trials: int, q: float) -> float:
     squares, chances = (values - centre) ** 2, stats.binom.pmf(values, trials, q)
     reach = (2 * len(counts) + 64) * float(squares @ chances) + 4096  # a sum beyond has a chance below 1e-12
     size = 1 << int(reach).bit_length()
-    one = np.fft.rfft(np.bincount(squares, chances), size)
-    sums = np.fft.irfft(one ** len(counts), size)
+    transform = np.fft.rfft(np.bincount(squares, chances), size)
+    sums = np.fft.irfft(transform ** len(counts), size)
     seen = int(((counts - centre) ** 2).sum())
     return max(0.0, 2 * min(float(sums[: seen + 1].sum()), 1 - float(sums[:seen].sum())))

@@ -23,7 +23,7 @@ from fl_shared.errors import EngineError
 
 NAME = "concordat_runs"
 _current: ContextVar[Packed] = ContextVar("packed")
-_heard: ContextVar[set[Shape] | None] = ContextVar("heard", default=None)
+_recorded: ContextVar[set[Shape] | None] = ContextVar("recorded", default=None)
 _KNOWN = {"position_ids", "use_cache", "output_attentions", "output_router_logits", "sliding_window", "cache_position"}
 
 
@@ -39,14 +39,14 @@ class Shape(NamedTuple):
 
 
 @contextlib.contextmanager
-def heard_shapes() -> Iterator[set[Shape]]:
+def recorded_shapes() -> Iterator[set[Shape]]:
     """Note what the layers ask for, as long as the context lasts."""
-    found: set[Shape] = set()
-    token = _heard.set(found)
+    shapes: set[Shape] = set()
+    token = _recorded.set(shapes)
     try:
-        yield found
+        yield shapes
     finally:
-        _heard.reset(token)
+        _recorded.reset(token)
 
 
 @contextlib.contextmanager
@@ -77,22 +77,22 @@ def attend(
         EngineError: the model asks for something that this attention does not know, dropout or a mask among it.
     """
     batch = _current.get()
-    odd = [name for name, given in rest.items() if name not in _KNOWN and given is not None and given is not False]
+    odd = [name for name, option in rest.items() if name not in _KNOWN and option is not None and option is not False]
     if odd or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise EngineError(
             f"the attention of {type(module).__name__} wants {', '.join(odd) or 'dropout, a mask or no causality'}",
             fix="private training does not support this architecture",
         )
     window = rest.get("sliding_window")
-    if (heard := _heard.get()) is not None:
-        heard.add(Shape(query.shape[1], key.shape[1], query.shape[3], value.shape[3], scaling, window))
-    parts = [each[0].split(batch.lengths, dim=1) for each in (query, key, value)]
-    found = []
+    if (recorded := _recorded.get()) is not None:
+        recorded.add(Shape(query.shape[1], key.shape[1], query.shape[3], value.shape[3], scaling, window))
+    parts = [projection[0].split(batch.lengths, dim=1) for projection in (query, key, value)]
+    outputs = []
     for (tokens, count), q, k, v in zip(batch.runs, *parts, strict=False):
-        q, k, v = (each.unflatten(1, (count, tokens)).transpose(0, 1) for each in (q, k, v))
-        found.append(causal(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1))
+        q, k, v = (part.unflatten(1, (count, tokens)).transpose(0, 1) for part in (q, k, v))
+        outputs.append(causal(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1))
     filler = query.new_zeros(batch.lengths[-1], query.shape[1], value.shape[-1])
-    return torch.cat([*found, filler]).unsqueeze(0), None
+    return torch.cat([*outputs, filler]).unsqueeze(0), None
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -110,10 +110,10 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, win
         apart = place.unsqueeze(1) - place
         mask = (apart >= 0) & (apart < window)
     with kernels.sdpa_kernel(_KERNELS[query.device.type]):
-        found: Tensor = F.scaled_dot_product_attention(
+        output: Tensor = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
-    return found[..., :wide]
+    return output[..., :wide]
 
 
 # On CUDA cuDNN's and Flash's backward passes may add in any order; this one does not under deterministic algorithms.

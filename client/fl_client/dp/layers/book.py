@@ -111,10 +111,10 @@ class GradientBook:
 
     def rows_of(self, unit: int) -> list[Tensor]:
         """All that a unit contributes, before it is weighted: its gradients, or the rows whose products they are."""
-        found = []
+        contributed = []
         for entry in self._entries:
             if isinstance(entry, _PerUnit):
-                found.append(entry.gradient[unit])
+                contributed.append(entry.gradient[unit])
             else:
                 own = entry.unit_of_row == unit
                 if entry.spans is not None:
@@ -122,8 +122,8 @@ class GradientBook:
                     for start, stop in entry.spans.tolist():
                         real[start:stop] = True
                     own &= real
-                found += [entry.a[own], entry.b[own]]
-        return found
+                contributed += [entry.a[own], entry.b[own]]
+        return contributed
 
     def norms(self) -> Tensor:
         """Each unit's L2 norm over all entries together: float64 `[U]`; not finite where an entry is not."""

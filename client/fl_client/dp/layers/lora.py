@@ -138,8 +138,8 @@ class _FrozenGrouped(torch.autograd.Function):
 
 def frozen_grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """`x_e W_e^T` for rows sorted by expert and a frozen `W [E, out, in]`, inside autograd."""
-    found: Tensor = _FrozenGrouped.apply(x, weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
-    return found
+    product: Tensor = _FrozenGrouped.apply(x, weight.detach().to(x.dtype).mT, ends)  # type: ignore[no-untyped-call]  # torch's
+    return product
 
 
 class _FrozenBase(nn.Module, LoraLayer):  # type: ignore[misc]  # PEFT ships no types
@@ -344,8 +344,8 @@ def shape_of(base: Any) -> tuple[int, int, int]:
 
 def _check_float_experts(base: Any) -> None:
     """Refuse an expert module whose layout is not the fused, gated, bias-free one."""
-    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    wrong = [name for name, value in wanted.items() if getattr(base, name, None) is not value]
+    required = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    wrong = [name for name, value in required.items() if getattr(base, name, None) is not value]
     wrong += [name for name in ("gate_up_proj", "down_proj", "act_fn") if not hasattr(base, name)]
     if wrong or getattr(base, "has_post_expert_norm", False):
         raise EngineError(

@@ -73,14 +73,14 @@ class Routing:
         if self._segments is None:
             unit = unit_of_token.repeat_interleave(self.top_k)
             key, sorting = torch.sort(self._expert * units + unit, stable=True)
-            found = find_segments(key, units, self._place.index_select(0, sorting))
-            self._segments = unit_of_token.index_select(0, self.tokens), found
+            segments = find_segments(key, units, self._place.index_select(0, sorting))
+            self._segments = unit_of_token.index_select(0, self.tokens), segments
         return self._segments
 
     def select(self, hidden: Tensor) -> Tensor:
         """Rows `[M, H]` of the tokens `[T, H]`; zeros at filler. Differentiable."""
-        found: Tensor = _Select.apply(hidden, self)  # type: ignore[no-untyped-call]  # torch's
-        return found
+        selected: Tensor = _Select.apply(hidden, self)  # type: ignore[no-untyped-call]  # torch's
+        return selected
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Each token's sum over its experts: rows `[M, H]` and weights `[T, K]` to `[T, H]`. Differentiable.
@@ -97,8 +97,8 @@ class Routing:
 
     def gather(self, values: Tensor, index: Tensor) -> Tensor:
         """One row of `values` for each sorted row; zeros at filler."""
-        found = values.index_select(0, index)
-        return found if self._filler is None else found.index_fill_(0, self._filler, 0)
+        gathered = values.index_select(0, index)
+        return gathered if self._filler is None else gathered.index_fill_(0, self._filler, 0)
 
 
 class _Select(torch.autograd.Function):

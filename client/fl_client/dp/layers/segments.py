@@ -57,9 +57,9 @@ def find_segments(key: Tensor, units: int, rows: Tensor | None = None) -> Segmen
     segment = torch.arange(order.shape[0], device=key.device).repeat_interleave(padded)
     offset = torch.arange(segment.shape[0], device=key.device)
     offset -= (torch.cumsum(padded, 0) - padded).index_select(0, segment)
-    found = order.index_select(0, segment)
-    real = offset < counts.index_select(0, found)
-    offset += (torch.cumsum(counts, 0) - counts).index_select(0, found)
+    run_of_slot = order.index_select(0, segment)
+    real = offset < counts.index_select(0, run_of_slot)
+    offset += (torch.cumsum(counts, 0) - counts).index_select(0, run_of_slot)
     offset.clamp_(max=max(0, key.shape[0] - 1))
     return Segments(
         unit=unique.index_select(0, order) % units,
@@ -93,10 +93,10 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
         a, b = b, a
     lengths = _squares(a).mul_(_squares(b)).sqrt_().index_select(0, segments.rows)
     reach = torch.where(segments.real, lengths, 0)
-    found, at = [reach[:0]], 0
+    squares, at = [reach[:0]], 0
     for length, size in segments.sizes:
         if length == 1:
-            found.append(reach[at : at + size].square())
+            squares.append(reach[at : at + size].square())
             at += size
             continue
         chunk = max(1, _CHUNK_FLOATS // (length * b.shape[1]))
@@ -107,8 +107,8 @@ def squared_norms(a: Tensor, b: Tensor, segments: Segments) -> Tensor:
                 left.masked_fill_(padding, 0)
                 right.masked_fill_(padding, 0)
             at += len(rows)
-            found.append(_squared(left, right, length))
-    squared = torch.cat(found)
+            squares.append(_squared(left, right, length))
+    squared = torch.cat(squares)
     room = add_rows(torch.zeros_like(squared), segments.segment, reach).square_()
     return squared.add_(room, alpha=ROUNDING)
 
@@ -125,8 +125,8 @@ def _squared(left: Tensor, right: Tensor, length: int) -> Tensor:
 
 def _squares(a: Tensor) -> Tensor:
     """Squared lengths of rows, float64."""
-    found: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square_()
-    return found
+    squares: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).square_()
+    return squares
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ def _add_noise(
 def discrete_gaussian(count: int, grid: Grid, stream: SecureStream) -> NDArray[np.int64]:
     """`count` independent integers of width `grid.width`."""
     draws = _Draws(grid.tables, stream, BLOCK)
-    found = [draws.next(min(BLOCK, count - at)).astype(np.int64) for at in range(0, count, BLOCK)]
-    return np.concatenate([np.empty(0, np.int64), *found])
+    blocks = [draws.next(min(BLOCK, count - at)).astype(np.int64) for at in range(0, count, BLOCK)]
+    return np.concatenate([np.empty(0, np.int64), *blocks])
 
 
 class _Draws:

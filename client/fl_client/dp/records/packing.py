@@ -63,10 +63,10 @@ def tokens_of(records: Records, unit: int) -> int:
 
 def heights_for(rows: int) -> tuple[int, ...]:
     """`HEIGHTS`, and twice the last one again until a unit of so many rows finds room."""
-    found = [*HEIGHTS]
-    while found[-1] < rows:
-        found.append(2 * found[-1])
-    return tuple(found)
+    heights = [*HEIGHTS]
+    while heights[-1] < rows:
+        heights.append(2 * heights[-1])
+    return tuple(heights)
 
 
 def height(rows: int, heights: Sequence[int] = HEIGHTS) -> int:
@@ -75,9 +75,9 @@ def height(rows: int, heights: Sequence[int] = HEIGHTS) -> int:
     Raises:
         EngineError: none does.
     """
-    for each in heights:
-        if rows <= each:
-            return each
+    for candidate in heights:
+        if rows <= candidate:
+            return candidate
     raise EngineError(
         f"a unit has {rows} tokens, and at most {heights[-1]} were tried on this machine",
         fix="lower [task] max_tokens or [data] max_records_per_unit",
@@ -95,7 +95,7 @@ def cut(
     size = {unit: tokens_of(records, unit) for unit in units}
     longest = {unit: max(len(records.ids[record]) for record in records.of_unit[unit]) for unit in units}
     waiting = sorted(units, key=lambda unit: (longest[unit], unit))
-    found = []
+    batches = []
     while waiting:
         ends: list[int] = []
         rows = 0
@@ -108,9 +108,9 @@ def cut(
             later = range(len(ends) // 2, len(ends))
             best = min(later, key=lambda at: ((height(ends[at], heights) + _PASS) / ends[at], -at))
             ends = ends[: best + 1]
-        found.append(waiting[: len(ends)])
+        batches.append(waiting[: len(ends)])
         waiting = waiting[len(ends) :]
-    return found
+    return batches
 
 
 def pack(records: Records, units: Sequence[int], device: torch.device, *, heights: Sequence[int] = HEIGHTS) -> Packed:

@@ -20,12 +20,12 @@ __all__ = ["Architecture", "architecture_of", "known_architectures"]
 @functools.cache
 def known_architectures() -> dict[str, Architecture]:
     """Every family by its Hugging Face `model_type`."""
-    found: dict[str, Architecture] = {}
+    known: dict[str, Architecture] = {}
     for module in pkgutil.iter_modules(__path__):
         if module.name != "base":
             for entry in importlib.import_module(f"{__name__}.{module.name}").ARCHITECTURES:
-                found[entry.model_type] = entry
-    return found
+                known[entry.model_type] = entry
+    return known
 
 
 def architecture_of(model_type: str) -> Architecture:

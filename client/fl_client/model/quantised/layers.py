@@ -80,12 +80,12 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, group: int = GROUP, bits: int = 8) -> QuantLinear:
         """Quantise a float layer."""
-        made = cls(linear.in_features, linear.out_features, linear.bias is not None, group, bits, device="meta")
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, group, bits, device="meta")
         qweight, scale = quantise_tensor(linear.weight.detach(), group, bits)
-        made.qweight, made.scale = _frozen(qweight), _frozen(scale)
+        layer.qweight, layer.scale = _frozen(qweight), _frozen(scale)
         if linear.bias is not None:
-            made.bias = _frozen(linear.bias.detach().float().clone())
-        return made
+            layer.bias = _frozen(linear.bias.detach().float().clone())
+        return layer
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """The whole float weight `[out, in]`, made again at each call."""
@@ -146,12 +146,12 @@ class QuantExperts(nn.Module):
     ) -> QuantExperts:
         """Quantise float experts `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`."""
         experts, hidden, intermediate = down_proj.shape
-        made = cls(experts, hidden, intermediate, group, act_fn, bits, device="meta")
+        layer = cls(experts, hidden, intermediate, group, act_fn, bits, device="meta")
         for name, weight in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
             qweight, scale = quantise_tensor(weight.detach(), group, bits)
-            setattr(made, f"{name}_qweight", _frozen(qweight))
-            setattr(made, f"{name}_scale", _frozen(scale))
-        return made
+            setattr(layer, f"{name}_qweight", _frozen(qweight))
+            setattr(layer, f"{name}_scale", _frozen(scale))
+        return layer
 
     def _stored(self, name: str) -> tuple[Tensor, Tensor, int]:
         """Quantised weight, scale and inputs of `gate_up_proj` or `down_proj`."""

@@ -80,12 +80,12 @@ def _tiles(rows: int, experts: int, ends: Tensor | None, device: Any) -> tuple[i
         ends = torch.full((1,), rows, dtype=torch.int32, device=device)
     ends = ends.long()
     begins = torch.cat([ends.new_zeros(1), ends[:-1]])
-    each = (ends - begins + tile - 1) // tile
-    last = each.cumsum(0)
+    tiles = (ends - begins + tile - 1) // tile
+    last = tiles.cumsum(0)
     number = torch.arange(triton.cdiv(rows, tile) + experts, device=device)
     owner = torch.searchsorted(last, number, right=True)
     known = owner.clamp(max=experts - 1)
-    start = begins[known] + (number - (last - each)[known]) * tile
+    start = begins[known] + (number - (last - tiles)[known]) * tile
     return tile, owner.int(), start.int(), ends[known].int()
 
 

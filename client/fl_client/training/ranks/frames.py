@@ -1,4 +1,4 @@
-"""What the agent and its ranks say to each other over a Unix socket: a JSON head and a payload of tensors.
+"""Messages between the agent and its ranks over a Unix socket: a JSON head and a payload of tensors.
 
 Nothing is pickled: a rank runs no code that a message brings.
 """
@@ -40,13 +40,13 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
 
 
 def _exactly(channel: socket.socket, size: int) -> bytes:
-    found = bytearray()
-    while len(found) < size:
+    content = bytearray()
+    while len(content) < size:
         try:
-            block = channel.recv(min(_BLOCK, size - len(found)))
+            block = channel.recv(min(_BLOCK, size - len(content)))
         except ConnectionResetError as error:
             raise EOFError from error
         if not block:
             raise EOFError
-        found += block
-    return bytes(found)
+        content += block
+    return bytes(content)

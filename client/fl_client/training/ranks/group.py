@@ -226,10 +226,10 @@ class RankGroup:
         """Accept one connection from each rank; anybody else who finds the socket is turned away."""
         if self._keeper is None:
             raise RuntimeError("no keeper was started")
-        found: dict[int, socket.socket] = {}
+        channels: dict[int, socket.socket] = {}
         listener.settimeout(0.2)
         try:
-            while len(found) < self._config.processes:
+            while len(channels) < self._config.processes:
                 if self._keeper.poll() is not None or time.monotonic() > deadline:
                     raise EngineError("the ranks did not start", fix=f"look into {self._log}")
                 try:
@@ -241,12 +241,12 @@ class RankGroup:
                     channel.close()
                     continue
                 channel.settimeout(None)
-                found[int(receive(channel)[0]["rank"])] = channel
+                channels[int(receive(channel)[0]["rank"])] = channel
         except BaseException:
-            for channel in found.values():
+            for channel in channels.values():
                 channel.close()
             raise
-        return [found[rank] for rank in range(self._config.processes)]
+        return [channels[rank] for rank in range(self._config.processes)]
 
     def _answers(self, progress: Callable[..., None]) -> list[tuple[dict[str, Any], bytes]]:
         """Each rank's final answer, by rank. Raises what the first rank that fails says, and when one dies."""
@@ -277,10 +277,10 @@ def _ended(who: str) -> EngineError:
 
 def _typed(rank: int, head: Mapping[str, Any]) -> ConcordatError:
     try:
-        said = ConcordatError.from_dict(head)
+        failure = ConcordatError.from_dict(head)
     except ValueError:
-        said = EngineError("failed, and does not say how", fix="report this defect")
-    return type(said)(f"rank {rank}: {said.message}", fix=said.fix, code=said.code)
+        failure = EngineError("failed, and does not say how", fix="report this defect")
+    return type(failure)(f"rank {rank}: {failure.message}", fix=failure.fix, code=failure.code)
 
 
 def _peer(channel: socket.socket) -> int:

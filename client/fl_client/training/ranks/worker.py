@@ -24,7 +24,7 @@ from fl_client.data.units import UnitData
 from fl_client.dp.shard import Shard
 from fl_client.model.load import choose_device, load_model
 from fl_client.node.sandbox import forbid_inspection
-from fl_client.tasks.kept import KeptRecords
+from fl_client.tasks.cache import RecordCache
 from fl_client.training.device import try_device
 from fl_client.training.ranks.frames import receive, send
 from fl_client.training.round import prepare_round, train_round
@@ -70,7 +70,7 @@ def join(directory: Path, device: str) -> Shard:
 
 
 def train(
-    model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes, channel: socket.socket, kept: KeptRecords
+    model: LoadedModel, shard: Shard, job: dict[str, Any], adapter: bytes, channel: socket.socket, cache: RecordCache
 ) -> None:
     """Train this rank's share of one round; the first rank reports progress and sends the update."""
     data = UnitData(
@@ -84,7 +84,7 @@ def train(
         if shard.first:
             send(channel, {"step": step, "steps": steps})
 
-    made = train_round(
+    result = train_round(
         model,
         data,
         RunSpec.from_dict(job["spec"]),
@@ -97,10 +97,12 @@ def train(
         records_per_unit=job["records_per_unit"],
         private=job["private"],
         shard=shard if job["private"] else None,
-        kept=kept,
+        cache=cache,
     )
     if shard.first:
-        send(channel, {"done": True, "executed": made.executed.to_dict(), "report": made.report}, pack(made.update))
+        send(
+            channel, {"done": True, "executed": result.executed.to_dict(), "report": result.report}, pack(result.update)
+        )
     else:
         send(channel, {"done": True})
 
@@ -126,13 +128,13 @@ def serve(directory: Path, channel: socket.socket) -> None:
     adopt_libraries()
     log.info("device: %s", try_device(model))
     send(channel, {"ready": True, "digest": model.digest})
-    kept = KeptRecords()
+    cache = RecordCache()
     while True:
         job, adapter = receive(channel)
         if job.get("prepare"):
             send(channel, prepare(model, job, adapter))
             continue
-        train(model, shard, job, adapter, channel, kept)
+        train(model, shard, job, adapter, channel, cache)
 
 
 def main() -> int:
@@ -149,12 +151,12 @@ def main() -> int:
         except EOFError:
             return 0
         except ConcordatError as error:
-            told = error.to_dict()
+            failure = error.to_dict()
         except Exception as error:  # the type alone is told: a message may quote data
             log.exception("the job failed")
-            told = EngineError(f"failed: {type(error).__name__}", fix="report this defect").to_dict()
+            failure = EngineError(f"failed: {type(error).__name__}", fix="report this defect").to_dict()
         try:
-            send(channel, told)
+            send(channel, failure)
             receive(channel)
         except (OSError, EOFError):
             return 1

@@ -10,7 +10,7 @@ import argparse
 from fl_server.cli.admin.options import add_common, connected
 from fl_server.cli.show import moment, plain
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 from fl_shared.wire import control_pb2 as pb
 
 EXAMPLES = """
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(plain(reply))
     else:
         print(f"concordat {reply.version}, control API since {moment(reply.started_at)}")
-        print(f"signing key {spoken_key(reply.coordinator_key)}")
+        print(f"signing key {grouped_key(reply.coordinator_key)}")
         print(f"{reply.sites} sites enrolled, {reply.running_runs} runs going")
         for each in reply.components:
             print(f"{each.name:<10} {each.state:<14} {each.address}")

@@ -15,7 +15,7 @@ from fl_server.home.layout import ServerHome
 from fl_server.operations.backup import backup
 from fl_shared.cli.output import working
 from fl_shared.cli.verbs import add_quiet
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 
 EXAMPLES = """
 fl-server backup --out /backup/coordinator.tar
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(made.to_dict(), indent=2), file=told)
         return 0
     print(f"wrote {made.files} files, {made.bytes / 1e6:.1f} MB, to {made.archive}", file=told)
-    print(f"it holds the private keys of {spoken_key(made.coordinator_key)}: keep it like them", file=told)
+    print(f"it holds the private keys of {grouped_key(made.coordinator_key)}: keep it like them", file=told)
     for name in made.damaged:
         print(f"warning: {name} is missing or not what was committed, in the home already", file=sys.stderr)
     return 0

@@ -14,7 +14,7 @@ from fl_server.identity.authority import Authority
 from fl_server.operations.setup import initialise
 from fl_shared.cli.output import command, print_json, working
 from fl_shared.cli.verbs import add_quiet
-from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.identity.fingerprints import grouped, grouped_key
 from fl_shared.identity.signing import SigningKey
 from fl_shared.wire.hosts import host_and_port
 
@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"made a coordinator at {facts['home']}")
     print(f"  gateway          {facts['gateway']}")
     print(f"  admin profile    {facts['profile']}")
-    print(f"  CA               {spoken(facts['ca_sha256'])}")
-    print(f"  signing key      {spoken_key(facts['coordinator_key'])}")
+    print(f"  CA               {grouped(facts['ca_sha256'])}")
+    print(f"  signing key      {grouped_key(facts['coordinator_key'])}")
     if not by_itself:
         print("another coordinator's profile is found first, so name this one:")
         print(f"  export FL_ADMIN_PROFILE={shlex.quote(facts['profile'])}")

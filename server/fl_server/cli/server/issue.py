@@ -16,7 +16,7 @@ from fl_server.identity.authority import Authority
 from fl_server.identity.operators import OPERATOR_DAYS, OPERATOR_ROLES, write_credentials
 from fl_shared.cli.output import print_json
 from fl_shared.cli.verbs import path
-from fl_shared.identity.fingerprints import spoken
+from fl_shared.identity.fingerprints import grouped
 
 EXAMPLES = """
 fl-server issue --role auditor --name anna-smith --out anna/
@@ -50,6 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({**facts_of(row), "profile": str(profile)})
         return 0
     print(f"{row.role} {row.name}: valid until {moment(row.expires_at)}")
-    print(f"  fingerprint  {spoken(row.fingerprint)}")
+    print(f"  fingerprint  {grouped(row.fingerprint)}")
     print(f"  profile      {profile}; its folder goes to {row.name} by a safe way")
     return 0

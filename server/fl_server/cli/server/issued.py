@@ -8,7 +8,7 @@ from fl_server.cli.server.certificates import facts_of, opened
 from fl_server.cli.server.options import add_common
 from fl_server.cli.show import moment
 from fl_shared.cli.output import print_json, table
-from fl_shared.identity.fingerprints import spoken
+from fl_shared.identity.fingerprints import grouped
 
 EXAMPLES = """
 fl-server issued
@@ -29,6 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     table(
         ["role", "name", "valid until", "revoked", "fingerprint"],
-        [[row.role, row.name, moment(row.expires_at), moment(row.revoked_at), spoken(row.fingerprint)] for row in rows],
+        [
+            [row.role, row.name, moment(row.expires_at), moment(row.revoked_at), grouped(row.fingerprint)]
+            for row in rows
+        ],
     )
     return 0

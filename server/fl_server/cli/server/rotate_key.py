@@ -14,7 +14,7 @@ from fl_server.cli.server.options import add_common
 from fl_server.cli.show import moment
 from fl_server.identity.rotation import DAY_S, GRACE_S, rotate
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 
 EXAMPLES = """
 fl-server rotate-key --grace-days 14
@@ -41,6 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(change)
         return 0
     print("orders are signed by a new key from now on")
-    print(f"  new key  {spoken_key(body['new_key'])}")
-    print(f"  old key  {spoken_key(change['key'])}; good until {moment(body['old_until'])}")
+    print(f"  new key  {grouped_key(body['new_key'])}")
+    print(f"  old key  {grouped_key(change['key'])}; good until {moment(body['old_until'])}")
     return 0

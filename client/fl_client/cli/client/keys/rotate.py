@@ -12,7 +12,7 @@ import argparse
 from fl_client.cli.client.options import add_common, home_of
 from fl_client.site.config import SiteConfig
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 
 EXAMPLES = """
 fl-client keys rotate --site hospital-001 --by "A. Officer" --reason "yearly"
@@ -32,21 +32,21 @@ def run(arguments: argparse.Namespace) -> int:
     home = home_of(arguments)
     from fl_client.identity import keys
     from fl_client.identity.enrolment import Coordinator
-    from fl_client.site.locks import sole
+    from fl_client.site.locks import exclusive
 
     config = SiteConfig.load(home, arguments.site)
     pinned = Coordinator.load(home)
     home.make()
-    with sole(home.run / "agent.lock", "keys rotate"):
+    with exclusive(home.run / "agent.lock", "keys rotate"):
         change = keys.rotate(home, config.ledger_url, config.site, arguments.by, arguments.reason)
     following = keys.enrol_again(home, pinned)
     if arguments.json:
-        told = {"new_key": change.new_key, "old_key": change.old_key, "entry": change.entry, "next": following}
-        print_json(told)
+        body = {"new_key": change.new_key, "old_key": change.old_key, "entry": change.entry, "next": following}
+        print_json(body)
         return 0
     print("the ledger is signed by a new key from now on")
-    print(f"  new key  {spoken_key(change.new_key)}")
-    print(f"  old key  {spoken_key(change.old_key)}; deleted")
+    print(f"  new key  {grouped_key(change.new_key)}")
+    print(f"  old key  {grouped_key(change.old_key)}; deleted")
     print(f"  entry    {change.entry}")
     print("next: the coordinator does not know it yet, and no agent starts before it does. Ask for a token, then")
     print(f"  {following}")

@@ -9,7 +9,7 @@ import argparse
 
 from fl_client.cli.client.options import add_common, home_of
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 
 EXAMPLES = """
 fl-client keys show --site hospital-001
@@ -32,6 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"signing_key": key, "file": str(home.public_key)})
         return 0
     print(key)
-    print(f"to be read out  {spoken_key(key)}")
+    print(f"to be read out  {grouped_key(key)}")
     print(f"in the file     {home.public_key}")
     return 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fl_server.cli.admin.options import add_common, connected
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken_key
+from fl_shared.identity.fingerprints import grouped_key
 from fl_shared.wire import control_pb2 as pb
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _print(report: Report) -> None:
     print(f"entries    {report.entries}, from {report.first or '-'} to {report.last or '-'}")
     print(f"head       {report.entries}:{report.head}")
     for key in report.keys:
-        print(f"signed by  {spoken_key(key)}")
+        print(f"signed by  {grouped_key(key)}")
     if not report.pinned:
         print("note       the log itself names that key: pin it by --public-key")
     if report.open:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fl_server.cli.show import moment, plain
 from fl_shared.cli.output import print_json
-from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.identity.fingerprints import grouped, grouped_key
 from fl_shared.wire import control_pb2 as pb
 
 
@@ -20,9 +20,9 @@ def print_site(site: pb.Site, *, as_json: bool) -> None:
         ("invited", moment(site.invited_at)),
         ("enrolled", moment(site.enrolled_at)),
         ("revoked", moment(site.revoked_at)),
-        ("site's certificate", spoken(site.certificate_fingerprint) if site.certificate_fingerprint else "-"),
+        ("site's certificate", grouped(site.certificate_fingerprint) if site.certificate_fingerprint else "-"),
         ("  valid until", moment(site.certificate_expires_at)),
-        ("site's key", spoken_key(site.signing_key) if site.signing_key else "-"),
+        ("site's key", grouped_key(site.signing_key) if site.signing_key else "-"),
         ("Flower's node", f"{site.node_id or '-'}  {site.node_key_fingerprint}"),
         ("base model", site.base_model or "not announced yet"),
         ("  its layers", f"{', '.join(site.base_targets) or '-'}, told {moment(site.base_announced_at)}"),

@@ -14,7 +14,7 @@ from fl_server.cli.admin.options import add_common, connected
 from fl_server.cli.admin.sites.facts import print_lines, print_site
 from fl_server.cli.connection import Profile
 from fl_shared.cli.verbs import argument
-from fl_shared.identity.fingerprints import spoken, spoken_key
+from fl_shared.identity.fingerprints import grouped, grouped_key
 from fl_shared.identity.x509 import fingerprint
 from fl_shared.wire import control_pb2 as pb
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             ca = x509.load_pem_x509_certificate(Profile.find(arguments.profile).ca.read_bytes())
             print_lines(
-                ("coordinator's key", spoken_key(stub.Status(pb.StatusRequest()).coordinator_key)),
-                ("CA certificate", spoken(fingerprint(ca))),
+                ("coordinator's key", grouped_key(stub.Status(pb.StatusRequest()).coordinator_key)),
+                ("CA certificate", grouped(fingerprint(ca))),
             )
     return 0

@@ -1,4 +1,4 @@
-"""The last round's records, kept so that the next round on the same data does not tokenise again."""
+"""A cache of the last round's encoded records, so that the next round on the same data does not tokenise again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fl_client.dp.records.records import Records
 from fl_client.tasks.task import Task
 
 
-class KeptRecords:
+class RecordCache:
     """One entry: the records of the last task and data. As private as the data, and as long in memory.
 
     Data are compared by value, so nothing else has to say when they changed.
