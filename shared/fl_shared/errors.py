@@ -177,7 +177,9 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay.
     """
-    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
 
 
 def shown(value: Any) -> str:

@@ -178,23 +178,23 @@ class Gateway:
         """Certify a site that proves a token and its keys."""
         self._stranger(request)
         otherwise = EnrolmentError("the request is not of the agreed form", fix="enrol with `fl-client enroll`")
-        asked = await parsed(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
+        enrolment = await parsed(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
         try:
             async with self._enrolling:
                 enrolled = await asyncio.to_thread(
                     self._sites.enrol,
-                    **vars(asked),
+                    **vars(enrolment),
                     authority=self._authority,
                     flower=self._flower,
                     days=self._settings.certificate_days,
                 )
         except EnrolmentError as error:
-            log.warning("refused to enrol %s: %s", asked.site, error.code)
+            log.warning("refused to enrol %s: %s", enrolment.site, error.code)
             return refusal(error, 403)
         except TransportError as error:
-            log.error("cannot enrol %s: %s", asked.site, error.message)
+            log.error("cannot enrol %s: %s", enrolment.site, error.message)
             return refusal(TransportError("the coordinator cannot enrol just now", fix="try again in a minute"), 503)
-        log.info("enrolled %s", asked.site)
+        log.info("enrolled %s", enrolment.site)
         return JSONResponse(
             {
                 "certificate_pem": enrolled.certificate_pem,
@@ -258,8 +258,8 @@ class Gateway:
         self._count_in(request, row.site)
         otherwise = ConfigError("the announcement is not of the agreed form", fix="the site's agent announces its base")
         base = await parsed(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
-        said = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
-        orders = int(said) if re.fullmatch("[0-9]{1,4}", said) else 0
+        header = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
+        orders = int(header) if re.fullmatch("[0-9]{1,4}", header) else 0
         await asyncio.to_thread(self._sites.announce, row.site, base, orders)
         return JSONResponse({"taken": True})
 
@@ -302,22 +302,22 @@ class Gateway:
 
         What cannot be written is left to the next call. An answer has come meanwhile, and is passed on in any case.
         """
-        left = call == fleet.DEACTIVATE and status < 400
-        if call not in fleet.SIGNS_OF_LIFE and not left:
+        deactivated = call == fleet.DEACTIVATE and status < 400
+        if call not in fleet.SIGNS_OF_LIFE and not deactivated:
             return
         now, accepted = time.monotonic(), status < 400
-        if accepted and not left and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
+        if accepted and not deactivated and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
             return
         if not accepted and site not in self._accepted and now - self._doubted < SEEN_EVERY_S:
             return  # known already
         try:
             if not accepted:
                 await asyncio.to_thread(self._flower.doubt, True)
-            await asyncio.to_thread(self._sites.node_seen, site, online=accepted and not left)
+            await asyncio.to_thread(self._sites.node_seen, site, online=accepted and not deactivated)
         except (DatabaseAway, OSError) as error:
             log.warning("cannot note that the SuperLink answered %s: %s", site, error)
             return
-        if accepted and not left:
+        if accepted and not deactivated:
             self._accepted[site] = now
             return
         self._accepted.pop(site, None)
@@ -344,8 +344,8 @@ class Gateway:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
         await self._note(row.site, call, answer.status_code)
-        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
-        return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
+        headers = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
+        return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=headers)
 
 
 def tls_context(home: ServerHome) -> ssl.SSLContext:

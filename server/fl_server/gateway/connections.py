@@ -134,10 +134,10 @@ class Connection(H11Protocol):
 
     def _fit(self, data: bytes) -> bool:
         """Whether these bytes of a head can be read in one way only; h11 itself reads folded lines, too."""
-        seen = self._tail + data
-        end = seen.find(b"\r\n\r\n")
-        self._tail = b"" if end >= 0 else seen[-3:]
-        return _UNFIT.search(seen[:end] if end >= 0 else seen) is None
+        head = self._tail + data
+        end = head.find(b"\r\n\r\n")
+        self._tail = b"" if end >= 0 else head[-3:]
+        return _UNFIT.search(head[:end] if end >= 0 else head) is None
 
     def _watch(self) -> None:
         # Not started again with every byte: the whole head must be there in time.

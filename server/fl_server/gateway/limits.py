@@ -53,7 +53,7 @@ async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
     if int(request.headers.get("content-length", "0")) > limit:
         raise too_large
     stream = aiter(request.stream())
-    seen, waited = 0, 0.0
+    received, waited = 0, 0.0
     while True:
         began = time.monotonic()
         try:
@@ -65,10 +65,10 @@ async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
             raise too_slow from None
         # Only what the client makes us wait for is added: the SuperLink may be slow, too.
         waited += time.monotonic() - began
-        seen += len(block)
-        if seen > limit:
+        received += len(block)
+        if received > limit:
             raise too_large
-        if waited > PATIENCE_S and seen < waited * LEAST_BYTES_PER_S:
+        if waited > PATIENCE_S and received < waited * LEAST_BYTES_PER_S:
             raise too_slow
         yield block
 

@@ -113,7 +113,7 @@ class CoordinatorState(Collector):
                 ).where(RoundRow.state == "committed")
             ).one()
         values["concordat_component_up"] = [
-            ((each["name"],), float(each["state"] == "ready")) for each in self._components()
+            ((component["name"],), float(component["state"] == "ready")) for component in self._components()
         ]
         if totals[3] is not None:
             values["concordat_last_commit_timestamp_seconds"] = [((), totals[3])]

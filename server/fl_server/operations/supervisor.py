@@ -153,7 +153,7 @@ class Supervisor:
             return False
 
     def _component(self, name: str) -> Component:
-        return next(each for each in self._components if each.name == name)
+        return next(component for component in self._components if component.name == name)
 
     def run(self) -> int:
         """Supervise until SIGTERM or Ctrl-C; 0 at the end.
@@ -188,15 +188,15 @@ class Supervisor:
 
     def _migrate(self) -> None:
         """Bring the database up to date, as soon as it is there: after a power cut it may come up after us."""
-        store, said = Store(self._home.database_url()), ""
+        store, logged = Store(self._home.database_url()), ""
         while not self._stopping:
             try:
                 store.migrate()
                 break
             except DatabaseAway as error:
-                if error.message != said:
+                if error.message != logged:
                     log.warning("waiting: %s", error.message)
-                said = error.message
+                logged = error.message
                 time.sleep(PROBE_S)
         store.close()
 
@@ -243,8 +243,8 @@ class Supervisor:
     def _look_after(self, component: Component) -> None:
         now = time.monotonic()
         if component.process is None:
-            wanted = all(self._component(name).state == "ready" for name in component.needs)
-            if now >= component.not_before and wanted:
+            needs_ready = all(self._component(name).state == "ready" for name in component.needs)
+            if now >= component.not_before and needs_ready:
                 command = component.before()
                 file = self._home.logs / f"{component.name}.log" if self._logs_to_files else None
                 component.process = spawn(command, environment(self._home) | self._counting, file)
@@ -268,17 +268,17 @@ class Supervisor:
                 self._say(component, "not answering")
 
     def _write_state(self) -> None:
-        shown: list[dict[str, Any]] = [
+        components: list[dict[str, Any]] = [
             {
-                "name": each.name,
-                "state": each.state,
-                "address": each.address,
-                "pid": each.process.pid if each.process else 0,
-                "why": each.why,
+                "name": component.name,
+                "state": component.state,
+                "address": component.address,
+                "pid": component.process.pid if component.process else 0,
+                "why": component.why,
             }
-            for each in self._components
+            for component in self._components
         ]
-        text = json.dumps({"pid": os.getpid(), "components": shown})
+        text = json.dumps({"pid": os.getpid(), "components": components})
         if text != self._written or time.monotonic() - self._written_at > STALE_S / 3:
             self._written, self._written_at = text, time.monotonic()
             state = json.dumps(json.loads(text) | {"at": time.time()}).encode()
@@ -332,4 +332,4 @@ def read_state(home: ServerHome) -> dict[str, Any]:
 
 def is_ready(state: dict[str, Any]) -> bool:
     """Whether every component is ready."""
-    return all(each["state"] == "ready" for each in state["components"])
+    return all(component["state"] == "ready" for component in state["components"])

@@ -33,7 +33,7 @@ class Promotions:
             RunError: no such run, or its adapter is missing or is not the one that was committed.
         """
         release_name(name)
-        rounds = {each.round: each for each in self._runs.show(run).rounds if each.state == "committed"}
+        rounds = {row.round: row for row in self._runs.show(run).rounds if row.state == "committed"}
         number = round or max(rounds, default=0)
         if number not in rounds:
             raise ConfigError(

@@ -30,12 +30,12 @@ def carrying(folder: Path, attempt: str) -> Iterator[None]:
 def liveness(folder: Path, attempt: str) -> str:
     """`alive` or `dead`; `unknown` while the attempt's process has not come so far as to take its lock."""
     try:
-        pid, held = look(_path(folder, attempt))
+        pid, locked = look(_path(folder, attempt))
     except OSError:
         return UNKNOWN
     if not pid:
         return UNKNOWN  # made, but not locked yet
-    return ALIVE if held else DEAD
+    return ALIVE if locked else DEAD
 
 
 def carrier_pid(folder: Path, attempt: str) -> int:

@@ -65,13 +65,13 @@ class Fit:
         by_reason: dict[str, list[str]] = {}
         for site, objection in self.objections.items():
             by_reason.setdefault(objection.message, []).append(site)
-        told = "; ".join(f"{_names(sites)}: {why}" for why, sites in by_reason.items())
-        return told if len(told) <= MAX_TOLD else f"{told[:MAX_TOLD]}... (all of them: `fl-admin runs plan`)"
+        text = "; ".join(f"{_names(sites)}: {why}" for why, sites in by_reason.items())
+        return text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]}... (all of them: `fl-admin runs plan`)"
 
     def _fix(self) -> str:
         fixes = []
         digests = sorted({base.digest for base in self.bases.values()})
-        if any(each.code == "unknown-base-model" for each in self.objections.values()):
+        if any(objection.code == "unknown-base-model" for objection in self.objections.values()):
             fixes.append(
                 f"set [run] base_model to {digests[0]}, which these sites have"
                 if len(digests) == 1
@@ -79,14 +79,14 @@ class Fit:
             )
         usable = [
             self.bases[site].targets
-            for site, each in self.objections.items()
-            if each.code == "unsupported-spec" or len(digests) == 1
+            for site, objection in self.objections.items()
+            if objection.code == "unsupported-spec" or len(digests) == 1
         ]
-        left = [each for each in self.spec.lora.targets if all(each in targets for targets in usable)]
-        if len(left) < len(self.spec.lora.targets):
+        common = [target for target in self.spec.lora.targets if all(target in targets for targets in usable)]
+        if len(common) < len(self.spec.lora.targets):
             fixes.append(
-                f"set [lora] targets to {', '.join(left)}"
-                if left
+                f"set [lora] targets to {', '.join(common)}"
+                if common
                 else "name [lora] targets that every base model has (`fl-admin sites list --json`)"
             )
         return f"{'; '.join(fixes)}; --force launches all the same, and these sites refuse their rounds"

@@ -54,4 +54,4 @@ class RunView:
 
     @property
     def committed(self) -> int:
-        return sum(1 for each in self.rounds if each.state == "committed")
+        return sum(1 for row in self.rounds if row.state == "committed")

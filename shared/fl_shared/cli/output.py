@@ -150,24 +150,24 @@ def working(what: str, *, quiet: bool = False, json: bool = False) -> Iterator[S
     if quiet or (json and not terminal):
         yield silent
         return
-    shown = _Line(what) if terminal else _Lines(what)
+    progress = _Line(what) if terminal else _Lines(what)
     ended = threading.Event()
-    ticking = threading.Thread(target=_tick, args=(shown, ended), name="progress", daemon=True)
+    ticking = threading.Thread(target=_tick, args=(progress, ended), name="progress", daemon=True)
     ticking.start()
     try:
-        yield shown.say
+        yield progress.say
     finally:
         ended.set()
         ticking.join()
-        shown.close()
+        progress.close()
 
 
-def _tick(shown: _Lines | _Line, ended: threading.Event) -> None:
+def _tick(progress: _Lines | _Line, ended: threading.Event) -> None:
     if ended.wait(PATIENCE_S):
         return
     while True:
-        shown.show()
-        if ended.wait(shown.every_s):
+        progress.show()
+        if ended.wait(progress.every_s):
             return
 
 

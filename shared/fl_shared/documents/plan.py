@@ -92,4 +92,4 @@ class PlanAnswer(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return super().to_dict() | {"objections": [str(each) for each in self.objections]}
+        return super().to_dict() | {"objections": [str(objection) for objection in self.objections]}

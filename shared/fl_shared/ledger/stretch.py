@@ -282,8 +282,8 @@ def _check_typed(
         if row is None:
             result.problems.append(Problem(f"{TYPED[kind].name}: row {seq} is missing", seq))
         elif len(signed) != len(columns) or not _equal(kind, signed, row):
-            said = dict(zip(columns, row, strict=True))
-            result.problems.append(Problem(_difference(kind, seq, signed, said), seq))
+            stored = dict(zip(columns, row, strict=True))
+            result.problems.append(Problem(_difference(kind, seq, signed, stored), seq))
     short = _event.get(kind)
     if short is None:
         result.events.append((seq, kind, signed, created_at))
@@ -301,10 +301,10 @@ def _equal(kind: str, signed: dict[str, Any], row: Sequence[Any]) -> bool:
         return False
 
 
-def _difference(kind: str, seq: int, signed: dict[str, Any], said: dict[str, Any]) -> str:
-    names = sorted(set(signed) ^ set(said)) or [name for name in signed if signed[name] != said[name]]
+def _difference(kind: str, seq: int, signed: dict[str, Any], stored: dict[str, Any]) -> str:
+    names = sorted(set(signed) ^ set(stored)) or [name for name in signed if signed[name] != stored[name]]
     return (
-        f"{TYPED[kind].name}.{names[0]} of row {seq} is {shown(said.get(names[0]))}, "
+        f"{TYPED[kind].name}.{names[0]} of row {seq} is {shown(stored.get(names[0]))}, "
         f"the signed entry says {shown(signed.get(names[0]))}"
     )
 
@@ -315,10 +315,10 @@ def _check_nodes(result: Result, expected: dict[tuple[int, int], str], stored: l
     for level, position, digest in stored:
         if (position + 1) << level > result.job.last:
             continue  # written after this check began; `verify` holds the number of nodes against that of entries
-        wanted = expected.pop((level, position), None)
-        if wanted is None:
+        computed = expected.pop((level, position), None)
+        if computed is None:
             result.problems.append(Problem(f"merkle_nodes: node {level}/{position} does not belong there"))
-        elif wanted != digest:
+        elif computed != digest:
             result.problems.append(Problem(f"merkle_nodes: hash of node {level}/{position} does not fit"))
     for level, position in expected:
         result.problems.append(Problem(f"merkle_nodes: node {level}/{position} is missing"))

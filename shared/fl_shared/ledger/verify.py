@@ -141,8 +141,8 @@ def _check(
             if not report.entries:
                 report.problems.append(Problem("the ledger is empty"))
             elif not keys:
-                what = "entries: the genesis entry, which names the key, is missing or unusable"
-                report.problems.append(Problem(what, 1))
+                message = "entries: the genesis entry, which names the key, is missing or unusable"
+                report.problems.append(Problem(message, 1))
             else:
                 _walk(connection, store, report, keys, pool, 2 * processes)
         finally:
@@ -158,9 +158,9 @@ class _Here(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Return a future that is done."""
-        done: Future[Any] = Future()
-        done.set_result(fn(*args, **kwargs))
-        return done
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 def _pool(processes: int, total: int) -> Executor:
@@ -219,8 +219,8 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
         report.key, report.pinned = signers[0][1], pinned is not None
         # Any key of the chain pins all of it: each proved the hash of what came before it, and signed its successor.
         if pinned is not None and pinned not in [key for _, key in signers]:
-            told = f"the ledger names key {signers[-1][1][:16]}…, the auditor knows {pinned[:16]}…"
-            report.problems.append(Problem(told, 1))
+            message = f"the ledger names key {signers[-1][1][:16]}…, the auditor knows {pinned[:16]}…"
+            report.problems.append(Problem(message, 1))
         return tuple(signers)
     return ()
 

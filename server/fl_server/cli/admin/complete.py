@@ -33,20 +33,21 @@ def _asked(arguments: argparse.Namespace, names: Callable[[ControlStub], Iterabl
 def runs(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every run."""
     request = pb.ListRunsRequest()
-    return _asked(parsed_args, lambda stub: [each.run for each in stub.ListRuns(request, timeout=PATIENCE_S).runs])
+    return _asked(parsed_args, lambda stub: [run.run for run in stub.ListRuns(request, timeout=PATIENCE_S).runs])
 
 
 def sites(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every site."""
     request = pb.ListSitesRequest()
-    return _asked(parsed_args, lambda stub: [each.site for each in stub.ListSites(request, timeout=PATIENCE_S).sites])
+    return _asked(parsed_args, lambda stub: [site.site for site in stub.ListSites(request, timeout=PATIENCE_S).sites])
 
 
 def releases(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every name under which an adapter is released."""
     request = pb.ListReleasesRequest()
     return _asked(
-        parsed_args, lambda stub: [each.name for each in stub.ListReleases(request, timeout=PATIENCE_S).releases]
+        parsed_args,
+        lambda stub: [promotion.name for promotion in stub.ListReleases(request, timeout=PATIENCE_S).releases],
     )
 
 
@@ -54,5 +55,6 @@ def rounds(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """The committed rounds of the run that stands on the line."""
     request = pb.ListAdaptersRequest(run=str(getattr(parsed_args, "run", "")))
     return _asked(
-        parsed_args, lambda stub: [str(each.round) for each in stub.ListAdapters(request, timeout=PATIENCE_S).adapters]
+        parsed_args,
+        lambda stub: [str(adapter.round) for adapter in stub.ListAdapters(request, timeout=PATIENCE_S).adapters],
     )

@@ -31,16 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
     with connected(arguments) as stub:
         if arguments.run:
             return _list_run(stub, arguments)
-        releases = stub.ListReleases(pb.ListReleasesRequest(history=arguments.history)).releases
+        promotions = stub.ListReleases(pb.ListReleasesRequest(history=arguments.history)).releases
     if arguments.json:
-        print_json({"releases": [plain(each) for each in releases]})
+        print_json({"releases": [plain(promotion) for promotion in promotions]})
         return 0
     table(
         ["name", "run", "round", "promoted", "by", "current", "digest"],
         [
-            [each.name, each.adapter.run, str(each.adapter.round), moment(each.promoted_at), each.promoted_by,
-             "yes" if each.current else "no", each.adapter.digest]
-            for each in releases
+            [promotion.name, promotion.adapter.run, str(promotion.adapter.round), moment(promotion.promoted_at),
+             promotion.promoted_by, "yes" if promotion.current else "no", promotion.adapter.digest]
+            for promotion in promotions
         ],
     )  # fmt: skip
     return 0
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _list_run(stub: ControlStub, arguments: argparse.Namespace) -> int:
     adapters = stub.ListAdapters(pb.ListAdaptersRequest(run=arguments.run)).adapters
     if arguments.json:
-        print_json({"adapters": [plain(each) for each in adapters]})
+        print_json({"adapters": [plain(adapter) for adapter in adapters]})
         return 0
     table(
         ["round", "bytes", "committed", "released as", "digest"],

@@ -35,10 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Promote it."""
     with connected(arguments) as stub:
         request = pb.PromoteAdapterRequest(run=arguments.run, round=arguments.round, name=arguments.name)
-        made = stub.PromoteAdapter(request)
+        promotion = stub.PromoteAdapter(request)
     if arguments.json:
-        print_json(plain(made))
+        print_json(plain(promotion))
     else:
-        print(f"{made.name} is round {made.adapter.round} of {made.adapter.run} since {moment(made.promoted_at)}")
-        print(made.adapter.digest)
+        adapter = promotion.adapter
+        print(f"{promotion.name} is round {adapter.round} of {adapter.run} since {moment(promotion.promoted_at)}")
+        print(adapter.digest)
     return 0
