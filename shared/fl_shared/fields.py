@@ -343,9 +343,9 @@ class Document:
 
         inner = handler(source)
         handler.resolve_ref_schema(inner)["strict"] = False  # a table is read, its fields are strict
-        checked = core_schema.no_info_after_validator_function(_after, inner)
+        checked = core_schema.no_info_after_validator_function(_check_document, inner)
         return core_schema.no_info_before_validator_function(
-            functools.partial(_before, cls), checked, json_schema_input_schema=inner
+            functools.partial(_check_table, cls), checked, json_schema_input_schema=inner
         )
 
 
@@ -363,7 +363,7 @@ class Digested(Document):
         return f"sha256:{sha256_hex(self.canonical.encode())}"
 
 
-def _before(cls: type[Document], table: Any) -> dict[Any, Any]:
+def _check_table(cls: type[Document], table: Any) -> dict[Any, Any]:
     if not isinstance(table, Mapping):
         raise _refused(f"is {shown(table)}, not a table", "", fault="document")
     if len(table) > MAX_KEYS:
@@ -379,7 +379,7 @@ def _before(cls: type[Document], table: Any) -> dict[Any, Any]:
     return {name: {} for name in optional} | dict(table)
 
 
-def _after(document: Document) -> Document:
+def _check_document(document: Document) -> Document:
     try:
         return document.checked()
     except FieldError as error:
@@ -392,16 +392,16 @@ def _plain(value: Any, rule: Any) -> Any:
         return value.to_dict()
     if isinstance(value, list | tuple):
         return [_plain(item, None) for item in value]
-    return float(value) if _bare(rule) is float and value is not None else value
+    return float(value) if _base_type(rule) is float and value is not None else value
 
 
-def _bare(rule: Any) -> Any:
+def _base_type(rule: Any) -> Any:
     """The type of a field without its rules and without None."""
     while get_origin(rule) is Annotated:
         rule = get_args(rule)[0]
     if get_origin(rule) in (Union, UnionType):
         (rule,) = (option for option in get_args(rule) if option is not NoneType)
-        return _bare(rule)
+        return _base_type(rule)
     return rule
 
 
@@ -453,7 +453,7 @@ def config_error(error: ValidationError, cls: type[Document], table: Any, where:
     while loc and _is_document(_rules(cls).get(str(loc[0]))) and (len(loc) > 1 or of_table):
         name = str(loc.pop(0))
         where = f"{where} [{name}]" if cls.SECTIONS else f"{where} {name}"
-        cls, table = _bare(_rules(cls)[name]), table[name]
+        cls, table = _base_type(_rules(cls)[name]), table[name]
     if context.get("fault") == "document":
         where += "".join(f" [{name}]" for name in loc)
         return ConfigError(f"{where} {context['problem']}", fix=context["fix"] or f"write {where} as a table of fields")
@@ -477,7 +477,7 @@ def config_error(error: ValidationError, cls: type[Document], table: Any, where:
 
 
 def _is_document(rule: Any) -> bool:
-    return isinstance(bare := _bare(rule), type) and issubclass(bare, Document)
+    return isinstance(bare := _base_type(rule), type) and issubclass(bare, Document)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

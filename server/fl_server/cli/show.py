@@ -21,14 +21,14 @@ def plain(message: Message) -> dict[str, Any]:
     table: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    return {name: _mend(name, value) for name, value in table.items()}
+    return {name: _numbers_as_int(name, value) for name, value in table.items()}
 
 
-def _mend(name: str, value: Any) -> Any:
+def _numbers_as_int(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _mend(key, item) for key, item in value.items()}
+        return {key: _numbers_as_int(key, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_mend(name, item) for item in value]
+        return [_numbers_as_int(name, item) for item in value]
     return int(value) if name in _INTEGERS and isinstance(value, str) else value
 
 

@@ -30,7 +30,7 @@ from fl_server.db.models import SiteRow
 from fl_server.db.store import DatabaseAway, Store
 from fl_server.flower.superlink import Flower
 from fl_server.gateway import connections, fleet
-from fl_server.gateway.limits import Refused, Requests, limited, parsed, refusal, whole
+from fl_server.gateway.limits import Refused, Requests, body_blocks, read_body, read_json, refusal
 from fl_server.gateway.traffic import Counted
 from fl_server.home.layout import ServerHome, ServerSettings
 from fl_server.identity.authority import Authority, Identity
@@ -105,7 +105,7 @@ class Gateway:
         self._enrolling = asyncio.Lock()
         per_second = float(settings.site_requests_per_s)
         self._rates = TokenBucket(per_second, per_second * BURST_S)
-        self._strangers = TokenBucket(ANONYMOUS_PER_S, ANONYMOUS_BURST)
+        self._anonymous = TokenBucket(ANONYMOUS_PER_S, ANONYMOUS_BURST)
         self._under_way = ConcurrencyLimit(MAX_PER_SITE)
         self._seen: dict[str, float] = {}
         self._accepted: dict[str, float] = {}
@@ -127,19 +127,19 @@ class Gateway:
                     Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
                 ],
                 exception_handlers={
-                    404: self._lost,
-                    405: self._lost,
+                    404: self._no_such_path,
+                    405: self._no_such_path,
                     Refused: self._refused,
-                    DatabaseAway: self._away,
+                    DatabaseAway: self._database_away,
                 },
             )
         )
 
-    async def _lost(self, request: Request, _error: Exception) -> Response:
+    async def _no_such_path(self, request: Request, _error: Exception) -> Response:
         who: Identity | None = request.state.who
         try:
             if who is None:
-                self._stranger(request)
+                self._take_anonymous(request)
             elif not self._rates.take(f"{who.role} {who.name}"):
                 raise Refused(_too_many(), 503)
         except Refused as refused:  # raised in a handler of exceptions, it would find none
@@ -152,13 +152,13 @@ class Gateway:
             raise error
         return refusal(error.error, error.status)
 
-    def _stranger(self, request: Request) -> None:
+    def _take_anonymous(self, request: Request) -> None:
         """One more request of an address without a (valid) certificate; Refused when there are too many."""
-        if not self._strangers.take(network(request.client.host if request.client else "")):
+        if not self._anonymous.take(network(request.client.host if request.client else "")):
             raise Refused(_too_many(), 429)
 
     @staticmethod
-    async def _away(_request: Request, error: Exception) -> Response:
+    async def _database_away(_request: Request, error: Exception) -> Response:
         """The database is being restarted: a 503, after which sites and their SuperNodes come again."""
         log.warning("%s", error)
         away = TransportError("the coordinator is not ready", fix="try again", code="no-database")
@@ -166,19 +166,19 @@ class Gateway:
 
     async def healthz(self, request: Request) -> Response:
         """The gateway lives."""
-        self._stranger(request)
+        self._take_anonymous(request)
         return PlainTextResponse("ok\n")
 
     async def ca(self, request: Request) -> Response:
         """The CA certificate; whoever fetches it compares its hash with the token's."""
-        self._stranger(request)
+        self._take_anonymous(request)
         return PlainTextResponse(self._authority.pem, media_type="application/x-pem-file")
 
     async def enroll(self, request: Request) -> Response:
         """Certify a site that proves a token and its keys."""
-        self._stranger(request)
+        self._take_anonymous(request)
         otherwise = EnrolmentError("the request is not of the agreed form", fix="enrol with `fl-client enroll`")
-        enrolment = await parsed(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
+        enrolment = await read_json(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
         try:
             async with self._enrolling:
                 enrolled = await asyncio.to_thread(
@@ -214,7 +214,7 @@ class Gateway:
                 )
             row = await asyncio.to_thread(self._sites.authorise, who)
         except EnrolmentError as error:
-            self._stranger(request)
+            self._take_anonymous(request)
             raise Refused(error, 403) from error
         if not self._rates.take(row.site):
             # Not 429: Flower's SuperNode comes again after a 503 and gives up after anything else.
@@ -242,7 +242,7 @@ class Gateway:
         who, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = EnrolmentError("the request is not of the agreed form", fix="the site's agent renews by itself")
-        csr = await parsed(request, MAX_ENROL_BYTES, lambda body: str(body["csr_pem"]), otherwise)
+        csr = await read_json(request, MAX_ENROL_BYTES, lambda body: str(body["csr_pem"]), otherwise)
         try:
             renewed = await asyncio.to_thread(
                 self._sites.renew, who, csr, self._authority, self._settings.certificate_days
@@ -257,7 +257,7 @@ class Gateway:
         _, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = ConfigError("the announcement is not of the agreed form", fix="the site's agent announces its base")
-        base = await parsed(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
+        base = await read_json(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
         header = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
         orders = int(header) if re.fullmatch("[0-9]{1,4}", header) else 0
         await asyncio.to_thread(self._sites.announce, row.site, base, orders)
@@ -273,7 +273,7 @@ class Gateway:
         _, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = ConfigError("the answer is not of the agreed form", fix="the site's agent answers")
-        answer = await parsed(request, MAX_ANSWER_BYTES, lambda body: body["answer"], otherwise)
+        answer = await read_json(request, MAX_ANSWER_BYTES, lambda body: body["answer"], otherwise)
         try:
             await asyncio.to_thread(self._plans.take, row.site, answer)
         except (SignatureError, ConfigError) as error:
@@ -327,10 +327,10 @@ class Gateway:
     async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
         content: bytes | AsyncIterator[bytes]
         if call == fleet.PUSH_MESSAGES:
-            content = await whole(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
+            content = await read_body(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
             fleet.require_own_messages(content, row)
         else:
-            content = limited(request, self._settings.max_message_bytes)
+            content = body_blocks(request, self._settings.max_message_bytes)
         try:
             outgoing = self._client.build_request(
                 "POST",

@@ -179,7 +179,7 @@ class Supervisor:
                 if superlink is not None and self._flower.rebuild_wanted():
                     end_group(superlink, STOP_S)  # its turn finds it dead, and starts it with an empty database
                 for component in self._components:
-                    self._turn(component)
+                    self._supervise(component)
                 self._write_state()
                 time.sleep(TICK_S)
         finally:
@@ -212,35 +212,35 @@ class Supervisor:
     def _ask_to_stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _say(self, component: Component, state: str, more: str = "", why: str = "") -> None:
+    def _note_state(self, component: Component, state: str, more: str = "", why: str = "") -> None:
         if (component.state, component.why) != (state, why):
             component.state, component.why = state, why
             at = f" at {component.address}" if component.address and state == "ready" else ""
             level = logging.WARNING if state in ("died", "not started", "not answering") else logging.INFO
             log.log(level, "%s: %s%s%s", component.name, state, at, more)
 
-    def _turn(self, component: Component) -> None:
+    def _supervise(self, component: Component) -> None:
         """Look after one child. Whatever this meets, the others are looked after and it is tried again."""
         try:
-            self._look_after(component)
+            self._start_or_probe(component)
         except Exception as error:  # whatever it is: the other children are looked after all the same
             if not isinstance(error, ConcordatError | OSError):
                 log.exception("%s: a turn failed", component.name)
             why = reason(error)
             if component.process is not None:
-                self._say(component, "not answering", f": {why}", why)
+                self._note_state(component, "not answering", f": {why}", why)
                 return
-            pause = self._wait(component, time.monotonic(), lived_s=0.0)
-            self._say(component, "not started", f": {why}; again in {pause:.0f} s", why)
+            pause = self._delay_start(component, time.monotonic(), lived_s=0.0)
+            self._note_state(component, "not started", f": {why}; again in {pause:.0f} s", why)
 
     @staticmethod
-    def _wait(component: Component, now: float, *, lived_s: float) -> float:
+    def _delay_start(component: Component, now: float, *, lived_s: float) -> float:
         """Put off the next start; the seconds until then."""
         component.pause = FIRST_PAUSE_S if lived_s > CALM_S else min(component.pause * 2, MOST_PAUSE_S)
         component.not_before = now + component.pause
         return component.pause
 
-    def _look_after(self, component: Component) -> None:
+    def _start_or_probe(self, component: Component) -> None:
         now = time.monotonic()
         if component.process is None:
             needs_ready = all(self._component(name).state == "ready" for name in component.needs)
@@ -249,23 +249,23 @@ class Supervisor:
                 file = self._home.logs / f"{component.name}.log" if self._logs_to_files else None
                 component.process = spawn(command, environment(self._home) | self._counting, file)
                 component.started_at, component.probed_at = now, 0.0
-                self._say(component, "starting")
+                self._note_state(component, "starting")
             return
         status = component.process.poll()
         if status is not None:
             end_group(component.process, 0.0)
             component.process = None
-            pause = self._wait(component, now, lived_s=now - component.started_at)
+            pause = self._delay_start(component, now, lived_s=now - component.started_at)
             why = f"ended with status {status}; see logs/{component.name}.log"
-            self._say(component, "died", f": {why}; again in {pause:.0f} s", why)
+            self._note_state(component, "died", f": {why}; again in {pause:.0f} s", why)
             return
         wait = PROBE_S if component.state == "ready" else TICK_S
         if now - component.probed_at > wait:
             component.probed_at = now
             if component.ready():
-                self._say(component, "ready")
+                self._note_state(component, "ready")
             elif component.state == "ready":
-                self._say(component, "not answering")
+                self._note_state(component, "not answering")
 
     def _write_state(self) -> None:
         components: list[dict[str, Any]] = [
@@ -298,7 +298,7 @@ class Supervisor:
             if component.process is not None:
                 end_group(component.process, STOP_S)
                 component.process = None
-            self._say(component, "stopped")
+            self._note_state(component, "stopped")
         self._write_state()
         os.close(self._lock)
 

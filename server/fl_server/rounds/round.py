@@ -60,7 +60,7 @@ class Interrupted(RunError):
 
 
 @dataclass
-class _Asked:
+class _AskedSite:
     """One site in the round that is under way."""
 
     site: str
@@ -74,65 +74,62 @@ class _Asked:
     problem: str = "it was never online"
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What all rounds of one attempt at a run have in common. `late`: the orders of its closed rounds."""
+
+    attempt: str
+    commits: Commits
+    events: Events
+    orders: Orders
+    sites: Sites
+    grid: Grid
+    late: Stragglers
+    scratch: Path
+
+
 class Round:
     """One round of one run."""
 
-    def __init__(
-        self,
-        commits: Commits,
-        events: Events,
-        orders: Orders,
-        sites: Sites,
-        key: SigningKey,
-        grid: Grid,
-        spec: RunSpec,
-        *,
-        attempt: str,
-        number: int,
-        base: bytes,
-        late: Stragglers,
-        scratch: Path,
-    ) -> None:
-        self._commits = commits
-        self._events = events
-        self._orders, self._key = orders, key
-        self._sites = sites
-        self._late = late
-        self._attempt = attempt
-        self._grid = grid
-        self._inbox = Inbox(grid)
+    def __init__(self, context: RunContext, spec: RunSpec, *, key: SigningKey, number: int, base: bytes) -> None:
+        """`base`: the global adapter that the round begins with. `key` signs its orders."""
+        self._context = context
+        self._key = key
+        self._inbox = Inbox(context.grid)
         self._spec = spec
         self._number = number
         self._base_bytes, self._base_digest = base, digest(base)
-        run = spec.run.name
-        self._updates = RoundAggregate(spec, base, commits.server_state(run, number - 1, base), scratch)
+        state = context.commits.server_state(spec.run.name, number - 1, base)
+        self._updates = RoundAggregate(spec, base, state, context.scratch)
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
-        every = {row.site: row for row in sites.all()}
+        every = {row.site: row for row in context.sites.all()}
         rows = [every[site] for site in spec.run.sites]
         issued = self._issue(*rows)
-        self._asked = [_Asked(row.site, int(row.node_id or 0), self._expected(row), issued[row.site]) for row in rows]
+        self._asked = [
+            _AskedSite(row.site, int(row.node_id or 0), self._expected(row), issued[row.site]) for row in rows
+        ]
 
     def _issue(self, *rows: SiteRow) -> dict[str, Issued]:
         ttl = self._spec.run.round_timeout_s + EXPIRY_MARGIN_S
         reads = {row.site: row.orders for row in rows}
-        return self._orders.issue(self._spec, self._number, reads, self._base_digest, self._key, ttl)
+        return self._context.orders.issue(self._spec, self._number, reads, self._base_digest, self._key, ttl)
 
     def _expected(self, row: SiteRow) -> Expected:
         run, number, site, adapter = self._spec.run.name, self._number, row.site, self._base_digest
 
         def issued(order_digest: str) -> bool:
-            return self._orders.issued(order_digest, run, number, site, adapter)
+            return self._context.orders.issued(order_digest, run, number, site, adapter)
 
         return Expected(self._spec, number, site, row.signing_key, issued)
 
-    def _look_at_sites(self) -> None:
+    def _refresh_sites(self) -> None:
         """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled again.
 
         One whose agent is of an older version than at the round's begin gets the order that it reads.
         """
-        rows = {row.site: row for row in self._sites.all()}
+        rows = {row.site: row for row in self._context.sites.all()}
         for asked in self._open():
             row = rows[asked.site]
             node = int(row.node_id or 0)
@@ -144,11 +141,11 @@ class Round:
             if asked.reply is None and not asked.message and asked.order.spec_json and row.orders < BY_DIGEST:
                 asked.order = self._issue(row)[row.site]
 
-    def _good(self) -> int:
+    def _averageable(self) -> int:
         """How many right replies can be averaged with one another."""
         return self._updates.most
 
-    def _open(self) -> list[_Asked]:
+    def _open(self) -> list[_AskedSite]:
         return [asked for asked in self._asked if asked.reply is None]
 
     def collect(self, still_wanted: Callable[[], bool]) -> CommittedRound:
@@ -164,19 +161,19 @@ class Round:
         while self._open():
             if not still_wanted():
                 raise Interrupted(f"round {self._number} was interrupted")
-            self._look_at_sites()
-            online = set(self._grid.get_node_ids())
-            self._late.pull()
+            self._refresh_sites()
+            online = set(self._context.grid.get_node_ids())
+            self._context.late.pull()
             self._send(online, deadline)
             self._pull()
             self._give_up_lost_orders(online)
             now = time.monotonic()
-            if self._good() >= quorum:
+            if self._averageable() >= quorum:
                 quorum_at = quorum_at or now
                 waiting_for_offline = all(asked.node not in online for asked in self._open())
                 if waiting_for_offline and now > quorum_at + OFFLINE_GRACE_S:
                     break
-            elif self._good() + len(self._open()) < quorum:
+            elif self._averageable() + len(self._open()) < quorum:
                 break
             if now > deadline:
                 break
@@ -185,12 +182,12 @@ class Round:
             asked.reply = Reply(asked.site, "missing", "no-answer", f"no answer in time: {asked.problem}")
             if asked.message:
                 until = deadline + EXPIRY_MARGIN_S
-                self._late.add(Straggler(asked.site, self._number, asked.message, asked.expected, until))
+                self._context.late.add(Straggler(asked.site, self._number, asked.message, asked.expected, until))
         self._reject_other_forms()
         replies = [asked.reply for asked in self._asked if asked.reply is not None]
         good = sum(1 for reply in replies if reply.status == "ok")
         if good < quorum:
-            self._commits.record_replies(self._spec.run.name, self._number, replies)
+            self._context.commits.record_replies(self._spec.run.name, self._number, replies)
             answers = "; ".join(
                 f"{reply.site}: {reply.code or reply.status}: {reply.message}" if reply.status != "ok" else
                 f"{reply.site}: ok"
@@ -203,7 +200,7 @@ class Round:
         adapter, state = self._updates.finish()
         return CommittedRound(
             run=self._spec.run.name,
-            attempt=self._attempt,
+            attempt=self._context.attempt,
             round=self._number,
             adapter=adapter,
             state=state,
@@ -223,11 +220,11 @@ class Round:
                 asked.reply = Reply(asked.site, "invalid", "bad-update", problem)
                 self._note(asked)
 
-    def _note(self, asked: _Asked) -> None:
+    def _note(self, asked: _AskedSite) -> None:
         if asked.reply is not None:
             text = f"{asked.reply.code}: {asked.reply.message}" if asked.reply.code else ""
             kind = f"reply-{asked.reply.status}"
-            self._events.note(self._spec.run.name, kind, text, round=self._number, site=asked.site)
+            self._context.events.note(self._spec.run.name, kind, text, round=self._number, site=asked.site)
 
     def _send(self, online: set[int], deadline: float) -> None:
         """Push the order to every site that is online and has none under way, one message at a time."""
@@ -236,7 +233,7 @@ class Round:
             now = time.monotonic()
             if asked.message or asked.node not in online or now < asked.earliest:
                 continue
-            busy = self._late.busy_with(asked.site)
+            busy = self._context.late.busy_with(asked.site)
             if busy:
                 asked.problem = f"it is still at work on round {busy}"
                 continue
@@ -250,10 +247,10 @@ class Round:
                 }
             )
             message = Message(content, dst_node_id=asked.node, message_type="train", ttl=expiry_s + 60.0)
-            pushed = list(self._grid.push_messages([message]))
+            pushed = list(self._context.grid.push_messages([message]))
             if pushed and pushed[0]:
                 asked.message, asked.problem = pushed[0], "it was asked and has not answered"
-                self._events.note(run, "site-asked", "has the order", round=self._number, site=asked.site)
+                self._context.events.note(run, "site-asked", "has the order", round=self._number, site=asked.site)
             else:
                 asked.earliest, asked.problem = now + RESEND_S, "Flower did not take the order"
 
@@ -263,7 +260,7 @@ class Round:
             asked = by_message.get(message.metadata.reply_to_message_id)
             if asked is not None:
                 asked.message = ""
-                self._take(asked, message)
+                self._handle_message(asked, message)
             del message  # before the next one is fetched: memory stays that of one update
 
     def _give_up_lost_orders(self, online: set[int]) -> None:
@@ -272,15 +269,15 @@ class Round:
         for asked in self._open():
             if asked.message and asked.node not in online:
                 asked.message, asked.problem = "", "it went off line while it was asked"
-                self._events.note(run, "order-lost", asked.problem, round=self._number, site=asked.site)
+                self._context.events.note(run, "order-lost", asked.problem, round=self._number, site=asked.site)
 
-    def _take(self, asked: _Asked, message: Message) -> None:
+    def _handle_message(self, asked: _AskedSite, message: Message) -> None:
         if message.has_error():
             asked.earliest = time.monotonic() + RESEND_S
             asked.problem = f"its SuperNode broke off (Flower error {message.error.code})"
             return
         try:
-            asked.reply = self._judge(asked, message.content)
+            asked.reply = self._read_reply(asked, message.content)
         except BadReply as error:
             asked.reply = Reply(asked.site, "invalid", error.code, error.message)
         if asked.reply is None:
@@ -289,7 +286,7 @@ class Round:
             return
         self._note(asked)
 
-    def _judge(self, asked: _Asked, content: RecordDict) -> Reply | None:
+    def _read_reply(self, asked: _AskedSite, content: RecordDict) -> Reply | None:
         status, document, update = parts(content)
         self._received += len(update)
         self._largest = max(self._largest, len(update))

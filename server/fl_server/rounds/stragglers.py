@@ -54,14 +54,14 @@ class Stragglers:
         for message in self._inbox.take(list(by_message)):
             straggler = by_message.get(message.metadata.reply_to_message_id)
             if straggler is not None and self._out.pop(straggler.site, None) is not None and not message.has_error():
-                reply = self._judged(straggler, message.content)
+                reply = self._read_reply(straggler, message.content)
                 if reply is not None:
                     self._commits.record_late(self._run, straggler.round, reply)
         now = time.monotonic()
         self._out = {site: straggler for site, straggler in self._out.items() if straggler.until > now}
 
     @staticmethod
-    def _judged(straggler: Straggler, content: object) -> Reply | None:
+    def _read_reply(straggler: Straggler, content: object) -> Reply | None:
         try:
             status, document, update = parts(content)
             if status != "ok":

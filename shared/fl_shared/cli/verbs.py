@@ -115,7 +115,7 @@ class Command:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--version", action="version", version=f"concordat {__version__}")
-        _fill(parser, self.verbs, words)
+        _add_verbs(parser, self.verbs, words)
         return parser
 
     def line(self, words: Sequence[str]) -> list[str]:
@@ -155,7 +155,7 @@ def verb_name(module: str) -> str:
     return module.rpartition(".")[2].replace("_", "-")
 
 
-def _fill(parser: Parser, listed: Sequence[Listed | Group | EntryPoints], words: Sequence[str] | None) -> None:
+def _add_verbs(parser: Parser, listed: Sequence[Listed | Group | EntryPoints], words: Sequence[str] | None) -> None:
     """Add verbs and groups; those that `words` do not name get a name and a line in the help, and are not imported."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     if words is not None:
@@ -163,19 +163,19 @@ def _fill(parser: Parser, listed: Sequence[Listed | Group | EntryPoints], words:
     for entry in listed:
         if isinstance(entry, Group):
             added = verbs.add_parser(entry.name, help=entry.help, description=_sentence(entry.help))
-            _fill(added, [entry.verbs], None if words is None else words[1:] if words[:1] == [entry.name] else [])
+            _add_verbs(added, [entry.verbs], None if words is None else words[1:] if words[:1] == [entry.name] else [])
             continue
         if isinstance(entry, EntryPoints):
-            _fill_from(verbs, entry, words)
+            _add_entry_points(verbs, entry, words)
             continue
         for module, line in entry.items():
             name = verb_name(module)
             added = verbs.add_parser(name, help=line)
             if words is None or name in words[:1]:
-                _declare(added, cast("Verb", importlib.import_module(module)))
+                _configure(added, cast("Verb", importlib.import_module(module)))
 
 
-def _fill_from(verbs: Any, points: EntryPoints, words: Sequence[str] | None) -> None:
+def _add_entry_points(verbs: Any, points: EntryPoints, words: Sequence[str] | None) -> None:
     """Add another package's verbs; one whose packages are missing says so, and what to install when it is used."""
     for entry in metadata.entry_points(group=points.group):
         chosen = words is None or entry.name in words[:1]
@@ -183,14 +183,14 @@ def _fill_from(verbs: Any, points: EntryPoints, words: Sequence[str] | None) -> 
             listed: Listed = importlib.import_module(entry.module.rpartition(".")[0]).VERBS
             added = verbs.add_parser(entry.name, help=listed[entry.module])
             if chosen:
-                _declare(added, entry.load())
+                _configure(added, entry.load())
         except ImportError as error:
             if chosen:
                 raise missing_package(error, points.package) or error from error
             verbs.add_parser(entry.name, help=f"needs packages of {points.package} that are missing")
 
 
-def _declare(parser: Parser, verb: Verb) -> None:
+def _configure(parser: Parser, verb: Verb) -> None:
     """Give a verb's parser its description, examples, options and action."""
     first, _, rest = str(verb.__doc__).partition("\n\n")
     description = f"{_sentence(' '.join(first.partition(': ')[2].split()))} {' '.join(rest.split())}".strip()

@@ -131,7 +131,7 @@ def unpack(path: Path, directory: Path) -> str:
             guards = connection.execute(sa.text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")).all()
             for name, _sql in guards:
                 connection.exec_driver_sql(f"DROP TRIGGER {name}")
-            _fill(connection, path)
+            _insert_entries(connection, path)
             for _name, sql in guards:
                 connection.exec_driver_sql(sql)
     except (LedgerError, OverflowError, UnicodeError) as error:  # the latter two: values that SQLite cannot hold
@@ -178,7 +178,7 @@ def _storable(value: Any) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _fill(connection: sa.Connection, path: Path) -> None:
+def _insert_entries(connection: sa.Connection, path: Path) -> None:
     """Write the entries, and what follows from them: typed rows, sums, tree nodes."""
     rows: dict[sa.Table, list[dict[str, Any]]] = {}
     state, tree = Replay(), merkle.Tree()
@@ -208,11 +208,11 @@ def _fill(connection: sa.Connection, path: Path) -> None:
         for level, position, node in nodes:
             rows.setdefault(merkle_nodes, []).append({"level": level, "position": position, "hash": node})
         if len(rows[entries]) >= _BATCH:
-            _write(connection, rows)
-    _write(connection, rows)
+            _insert_rows(connection, rows)
+    _insert_rows(connection, rows)
 
 
-def _write(connection: sa.Connection, rows: dict[sa.Table, list[dict[str, Any]]]) -> None:
+def _insert_rows(connection: sa.Connection, rows: dict[sa.Table, list[dict[str, Any]]]) -> None:
     for table in (entries, *TYPED.values(), tally_keys, tallies, merkle_nodes):
         if rows.get(table):
             connection.execute(table.insert(), rows[table])

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fl_shared.errors import damaged, shown
 from fl_shared.identity.signing import ed25519_key
 from fl_shared.ledger.chain import Links, is_plain
-from fl_shared.ledger.merkle import leaf_hash, whole
+from fl_shared.ledger.merkle import build_tree, leaf_hash
 from fl_shared.ledger.models import TYPED, entries
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
@@ -51,7 +51,7 @@ _values = {kind: itemgetter(*columns) for kind, columns in _COLUMNS.items()}
 _event = {kind: itemgetter(*names) for kind, names in EVENT_FIELDS.items()}
 
 
-# What differs between most rows of a frequent kind: whole numbers and one text at the most.
+# What differs between most rows of a frequent kind: build_tree numbers and one text at the most.
 _VARYING = {"reservation": ("round",), "settlement": ("release_digest", "reservation")}
 
 
@@ -237,7 +237,7 @@ def _walk(
     if links.expected != job.last + 1:
         problems.append(Problem(f"entries: {links.expected} to {job.last} missing", links.expected))
     base = (job.first - 1) >> LEVEL << LEVEL
-    nodes, result.peaks = whole(leaves)
+    nodes, result.peaks = build_tree(leaves)
     result.last_hash, result.last_time = links.prev or "", links.time
     for kind, left in typed.items():
         for seq in left:

@@ -153,7 +153,7 @@ def _check(
             _check_checkpoint(connection, report, checkpoint)
 
 
-class _Here(Executor):
+class _SameProcess(Executor):
     """Computes at once, in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -166,7 +166,7 @@ class _Here(Executor):
 def _pool(processes: int, total: int) -> Executor:
     """Workers, when there is more than one stretch to share out."""
     if processes == 1 or total <= stretch.SIZE:
-        return _Here()
+        return _SameProcess()
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     return ProcessPoolExecutor(processes, mp_context=context)
 
@@ -229,11 +229,11 @@ def _check_genesis(entry: Entry, site: str, report: Report) -> None:
     if entry.seq != 1:
         report.problems.append(Problem(f"entry {entry.seq}: a second genesis", entry.seq))
     if entry.body["site"] != site:
-        report.other_site = _whose(entry)
+        report.other_site = _site_of_genesis(entry)
         report.problems.append(Problem(f"the ledger belongs to site {entry.body['site']!r}", 1))
 
 
-def _whose(entry: Entry) -> str:
+def _site_of_genesis(entry: Entry) -> str:
     """Return the site that the genesis entry names, when its hash says that it was written so; '' when not."""
     site = str(entry.body["site"])
     message = chain.message_bytes(
