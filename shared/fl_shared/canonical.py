@@ -70,7 +70,7 @@ def canonical_bytes(document: Any) -> bytes:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is there twice")
     return table
 
 

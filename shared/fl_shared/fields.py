@@ -333,7 +333,7 @@ class Document:
             if {"type": "null"} in field.get("anyOf", ()):  # TOML has no null
                 (only,) = (option for option in field.pop("anyOf") if option != {"type": "null"})
                 field |= only
-            if field.get("default", "") in (None, "", [], field.get("exclusiveMinimum")):  # stands for "left out"
+            if field.get("default", "") in (None, "", [], field.get("exclusiveMinimum")):  # means "left out"
                 field.pop("default", None)
         return schema
 
@@ -444,7 +444,7 @@ def _twin(cls: type[Document]) -> type[Document]:
 
 
 def config_error(error: ValidationError, cls: type[Document], table: Any, where: str) -> ConfigError:
-    """The first error of pydantic in our words: where, field, value, and what to write, taken from the declaration."""
+    """The ConfigError for pydantic's first error: where, field, value, and what to write, from the declaration."""
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda problem: problem["loc"][-1:] != ("kind",))  # another kind is refused as such
     kind, context = first["type"], first.get("ctx", {})

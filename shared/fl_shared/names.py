@@ -35,9 +35,9 @@ def run_name(value: object) -> str:
     return _check(value, "run")
 
 
-def release_name(value: object) -> str:
-    """What an adapter is released as, such as `production`; ConfigError otherwise."""
-    return _check(value, "release")
+def promotion_name(value: object) -> str:
+    """The name that an adapter is promoted to, such as `production`; ConfigError otherwise."""
+    return _check(value, "promotion")
 
 
 def run_id(value: object) -> str:

@@ -43,7 +43,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.removeprefix("\ufeff"))  # a byte order mark, as Windows editors write it
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
-        raise ConfigError(f"{where}: {error}", fix="mend the TOML at that place") from error
+        raise ConfigError(f"{where}: {error}", fix="fix the TOML at that place") from error
 
 
 def _require_modest(text: str, where: str) -> None:

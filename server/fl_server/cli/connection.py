@@ -79,7 +79,7 @@ def default_profile() -> Path:
 
 
 def make_default(home: ServerHome) -> bool:
-    """Let `fl-admin` find the first admin's profile of this home by itself; False when another one stands there.
+    """Let `fl-admin` find the first admin's profile of this home by itself; False when there is another one already.
 
     The file holds paths into the home, no key.
     """
@@ -113,7 +113,7 @@ def control(profile: Profile) -> Iterator[ControlStub]:
             profile.ca.read_bytes(), profile.key.read_bytes(), profile.certificate.read_bytes()
         )
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}", fix="mend the admin profile") from error
+        raise ConfigError(f"{error.filename}: {error.strerror}", fix="fix the admin profile") from error
     options = [("grpc.enable_http_proxy", int(by_proxy(f"https://{profile.control}")))]
     with grpc.secure_channel(profile.control, credentials, options) as channel:
         try:

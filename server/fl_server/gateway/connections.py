@@ -1,4 +1,4 @@
-"""Lets connections in: counted by address until they show a certificate, by site from then on, never for ever.
+"""Connection limits: counted by address until they show a certificate, by site from then on, never for ever.
 
 A connection that does not finish its handshake, or a request's head, in time is closed; so is one more than an
 address or a site may have open. Whoever holds many connections open, or sends a byte a minute, uses up its own

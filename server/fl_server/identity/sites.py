@@ -1,4 +1,4 @@
-"""Who may speak: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
+"""Enrolled sites: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
 
 Of an invitation's token (`fl_shared.identity.token`) the secret's SHA-256 alone is kept; it is valid once, and until
 it expires.

@@ -45,7 +45,7 @@ from fl_shared.identity.signing import SigningKey
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 IN_HOME = "home"
-"""Stands for the SQLite file in the home where a database's address is asked for."""
+"""Means the SQLite file in the home where a database's address is asked for."""
 _TRANSIENT = frozenset(
     {"logs", "run", "attempts", "scratch", "supervisor.json", "supervisor.lock"}
     | {"flower/home", "flower/app", "flower/aside", "flower/superlink.json"}

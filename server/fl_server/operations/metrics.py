@@ -1,4 +1,4 @@
-"""The coordinator's Prometheus metrics, read from its SQL and from the supervisor when somebody looks.
+"""The coordinator's Prometheus metrics, read from its SQL and from the supervisor at each scrape.
 
 Nothing is measured for them: they show what the coordinator has anyway. How long a single site took is not
 among them, since the time of a round at a site may depend on its data.

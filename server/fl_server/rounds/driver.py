@@ -1,4 +1,4 @@
-"""Carries a run from its last committed round to its end. Runs in the ServerApp."""
+"""Drives a run from its last committed round to its end. Runs in the ServerApp."""
 
 from __future__ import annotations
 

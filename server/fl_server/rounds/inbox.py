@@ -1,4 +1,4 @@
-"""Takes replies out of Flower without waiting for one that does not become whole.
+"""Pulls replies from Flower without waiting for one that never becomes complete.
 
 Flower hands a reply over as soon as it is announced, and then waits for all of its parts: three minutes for a
 SuperNode that died while it was sending, hours for one that dawdles on purpose. Neither may hold up the other

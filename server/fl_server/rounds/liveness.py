@@ -1,4 +1,4 @@
-"""Does the process that carries a run still live? It holds a file lock that the kernel drops when it dies.
+"""Liveness of the process that runs an attempt: it holds a file lock that the kernel drops when it dies.
 
 A heartbeat says the same only after many missed beats; the lock says it within a second of a kill -9.
 """

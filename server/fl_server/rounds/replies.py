@@ -1,4 +1,4 @@
-"""Is a site's reply what the coordinator asked for? Nothing in it is believed before its signature."""
+"""Validation of a site's reply against its order: nothing in it is believed before its signature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold a run spec against the base models that its sites have announced, before anything runs.
+"""Compare a run spec with the base models that its sites have announced, before anything runs.
 
 Announcements come from the sites (`POST /v1/base` of the gateway). They spare a run that cannot work from being
 launched, and decide nothing: a site refuses a round that does not fit its base model, whatever it has announced.
@@ -15,7 +15,7 @@ from fl_shared.documents.plan import Objection
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 
-MAX_TOLD = 2500
+MAX_EXPLANATION = 2500
 """Characters of one message; gRPC carries 8 KiB of details."""
 
 
@@ -50,23 +50,27 @@ class Fit:
     def require(self) -> None:
         """RunError that names each site that does not fit, what differs and the fix; nothing when all fit."""
         if self.objections:
-            raise RunError(f"the spec does not fit the base models: {self._told()}", fix=self._fix(), code="unfit-spec")
+            raise RunError(
+                f"the spec does not fit the base models: {self._explanation()}", fix=self._fix(), code="unfit-spec"
+            )
 
     def warnings(self) -> tuple[str, ...]:
         """What a launch says all the same: who did not fit, and of whom nothing is known."""
         warnings = []
         if self.objections:
-            warnings.append(f"launched though the spec does not fit the base models: {self._told()}")
+            warnings.append(f"launched though the spec does not fit the base models: {self._explanation()}")
         if self.silent:
             warnings.append(f"not compared, since no base model was announced yet: {_names(self.silent)}")
         return tuple(warnings)
 
-    def _told(self) -> str:
+    def _explanation(self) -> str:
         by_reason: dict[str, list[str]] = {}
         for site, objection in self.objections.items():
             by_reason.setdefault(objection.message, []).append(site)
         text = "; ".join(f"{_names(sites)}: {why}" for why, sites in by_reason.items())
-        return text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]}... (all of them: `fl-admin runs plan`)"
+        return (
+            text if len(text) <= MAX_EXPLANATION else f"{text[:MAX_EXPLANATION]}... (all of them: `fl-admin runs plan`)"
+        )
 
     def _fix(self) -> str:
         fixes = []

@@ -1,4 +1,4 @@
-"""What is told of a run: its row with rounds and replies, and what a round brings before it is stored."""
+"""Views of a run: its row with rounds and replies, and what a round brings before it is stored."""
 
 from __future__ import annotations
 

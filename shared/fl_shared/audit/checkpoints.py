@@ -1,4 +1,4 @@
-"""What is known of a ledger from elsewhere: heads that somebody noted, and what receipts pin."""
+"""Checkpoints of a ledger from elsewhere: heads that somebody noted, and what receipts pin."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from fl_shared.privacy.mechanism import Mechanism
 def by_run(ledger: LedgerReader, all_spends: Sequence[Spend]) -> list[dict[str, Any]]:
     """Return each run by itself, at the delta of its data set's budget, in order of first use.
 
-    `cumulative` is epsilon of everything in `found` that counts against the data set, up to the run's last charge.
+    `cumulative` is epsilon of everything in `all_spends` that is charged to the data set, up to the run's last charge.
     """
     deltas = {budget.dataset: budget.delta for budget in reversed(ledger.budgets())}
     grouped: dict[tuple[str, str], list[Spend]] = {}

@@ -1,4 +1,4 @@
-"""What somebody means to run: a run spec, or noise, sampling and steps given one by one."""
+"""A proposed run: a run spec, or noise, sampling and steps given one by one."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class RoundManifest(Digested):
         if stated != manifest.spec_digest:
             raise ConfigError(
                 f"{where or cls.WHERE}: spec_digest is not the digest of the spec inside",
-                fix="ask the coordinator to sign anew",
+                fix="ask the coordinator to sign it again",
             )
         return manifest
 

@@ -1,4 +1,4 @@
-"""What TAB offers for names: runs, sites, rounds and releases, as the coordinator knows them just now.
+"""What TAB offers for names: runs, sites, rounds and promotions, as the coordinator knows them just now.
 
 A shell waits for the answer, so a coordinator that does not answer at once has no names to offer; nothing is printed.
 """
@@ -42,8 +42,8 @@ def sites(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     return _asked(parsed_args, lambda stub: [site.site for site in stub.ListSites(request, timeout=PATIENCE_S).sites])
 
 
-def releases(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Every name under which an adapter is released."""
+def promotions(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Every name that an adapter is promoted to."""
     request = pb.ListReleasesRequest()
     return _asked(
         parsed_args,
@@ -52,7 +52,7 @@ def releases(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 
 def rounds(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """The committed rounds of the run that stands on the line."""
+    """The committed rounds of the run that the line names."""
     request = pb.ListAdaptersRequest(run=str(getattr(parsed_args, "run", "")))
     return _asked(
         parsed_args,

@@ -53,7 +53,7 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
 
 
 def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
-    """Return both shares of a budget after each charge: epsilon of the ceiling, and what the gate counts."""
+    """Return both shares of a budget after each charge: epsilon of the ceiling, and the gate's."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 

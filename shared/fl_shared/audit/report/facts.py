@@ -245,7 +245,7 @@ def _accountants() -> list[dict[str, str]]:
 
 
 def _empirical(path: Path | None) -> dict[str, Any] | None:
-    """Return the result of an empirical audit as it stands in the file, with the file's digest."""
+    """Return the result of an empirical audit as the file holds it, with the file's digest."""
     if path is None:
         return None
     if not path.is_file():
@@ -286,7 +286,7 @@ def _releases(home: Path | None, spends: Sequence[Spend]) -> list[dict[str, Any]
 
 
 def _policy(home: Path | None) -> dict[str, Any] | None:
-    """Return the site's policy and the digest of the file that it stands in."""
+    """Return the site's policy and the digest of its file."""
     path = home / "site.toml" if home else None
     if path is None or not path.is_file():
         return None

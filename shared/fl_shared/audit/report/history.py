@@ -28,7 +28,7 @@ class Point:
 
 
 def history(ledger: LedgerReader, budget: BudgetRecord, most: int = 200) -> list[Point]:
-    """Return at most about `most` points of what counts against `budget`, open reservations included, in order."""
+    """Return at most about `most` points of what is charged to `budget`, open reservations included, in order."""
     names = {budget.dataset, *ledger.overlapping(budget.dataset)}
     charges: list[tuple[int, str, str, int, Key, int]] = []
     for spend in ledger.spends():

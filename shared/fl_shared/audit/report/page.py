@@ -41,7 +41,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it; a str is a paragraph."""
+    """A heading and what follows it; a str is a paragraph."""
 
     title: str
     blocks: list[str | Table | Figure | Lines] = field(default_factory=list)
@@ -57,12 +57,12 @@ def figure_of(drawn: Any, alt: str) -> Figure:
 
 
 def title(body: dict[str, Any]) -> str:
-    """Return what stands above the first page."""
+    """Return the heading of the first page."""
     return "Privacy statement" + (f" on run {body['run']}" if body["run"] else "")
 
 
 def running_head(body: dict[str, Any]) -> tuple[str, str]:
-    """Return what stands on every page, left and right: whose statement, and which."""
+    """Return the head of every page, left and right: whose statement, and which."""
     return f"Privacy statement of {body['site']}", f"Statement {body['id']}"
 
 

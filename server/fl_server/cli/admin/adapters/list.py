@@ -1,4 +1,4 @@
-"""`fl-admin adapters list`: the adapters of a run, or without one what is released under which name."""
+"""`fl-admin adapters list`: the adapters of a run, or without one what is promoted to which name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_common(parser)
     argument(parser, "run", metavar="RUN", nargs="?", default="", completer=complete.runs)
-    parser.add_argument("--history", action="store_true", help="also releases that another one has followed")
+    parser.add_argument("--history", action="store_true", help="also promotions that another one has followed")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def _list_run(stub: ControlStub, arguments: argparse.Namespace) -> int:
         print_json({"adapters": [plain(adapter) for adapter in adapters]})
         return 0
     table(
-        ["round", "bytes", "committed", "released as", "digest"],
+        ["round", "bytes", "committed", "promoted to", "digest"],
         [[str(a.round), str(a.bytes), moment(a.committed_at), ", ".join(a.released_as), a.digest] for a in adapters],
     )
     return 0

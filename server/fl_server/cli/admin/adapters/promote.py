@@ -1,6 +1,6 @@
-"""`fl-admin adapters promote`: release a committed adapter under a name.
+"""`fl-admin adapters promote`: promote a committed adapter to a name.
 
-The newest promotion of a name counts. The adapter stays where it is; earlier promotions stay known.
+The newest promotion of a name is valid. The adapter stays where it is; earlier promotions stay known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     argument(parser, "run", metavar="RUN", completer=complete.runs)
     add_round(parser)
     argument(
-        parser, "--as", dest="name", metavar="NAME", required=True, completer=complete.releases,
+        parser, "--as", dest="name", metavar="NAME", required=True, completer=complete.promotions,
         help="lower-case letters, digits, hyphens",
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`fl-admin adapters show`: one adapter: where it comes from, who took part, what it is released as."""
+"""`fl-admin adapters show`: one adapter: where it comes from, who took part, what it is promoted to."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
         require_one(arguments)
         run_name, number = arguments.run, arguments.round
         if arguments.released:
-            releases = stub.ListReleases(pb.ListReleasesRequest(name=arguments.released)).releases
-            if not releases:
+            promotions = stub.ListReleases(pb.ListReleasesRequest(name=arguments.released)).releases
+            if not promotions:
                 raise ConfigError(f"nothing was released as {arguments.released!r}", fix="see `fl-admin adapters list`")
-            run_name, number = releases[0].adapter.run, releases[0].adapter.round
+            run_name, number = promotions[0].adapter.run, promotions[0].adapter.round
         adapters = {row.round: row for row in stub.ListAdapters(pb.ListAdaptersRequest(run=run_name)).adapters}
         number = number or max(adapters, default=0)
         if number not in adapters:
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("digest", adapter.digest),
         ("bytes", str(adapter.bytes)),
         ("committed", moment(adapter.committed_at)),
-        ("released as", ", ".join(adapter.released_as) or "-"),
+        ("promoted to", ", ".join(adapter.released_as) or "-"),
         ("base model", json.loads(view.spec_json)["run"]["base_model"]),
         ("spec", view.spec_digest),
         ("sites", ", ".join(reply.site for reply in replies if reply.status == "ok")),
