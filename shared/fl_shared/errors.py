@@ -119,9 +119,9 @@ _DAMAGED_FIX = (
 )
 
 
-def damaged(what: str, *, fix: str = _DAMAGED_FIX, code: str = "ledger-damaged") -> LedgerError:
-    """Return the error for a ledger whose record is damaged; `what` names entry and column."""
-    return LedgerError(f"the record is damaged: {what}", fix=fix, code=code)
+def damaged(problem: str, *, fix: str = _DAMAGED_FIX, code: str = "ledger-damaged") -> LedgerError:
+    """Return the error for a ledger whose record is damaged; `problem` names entry and column."""
+    return LedgerError(f"the record is damaged: {problem}", fix=fix, code=code)
 
 
 class ModelError(ConcordatError):

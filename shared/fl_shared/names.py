@@ -11,10 +11,10 @@ ALONE = "alone:"
 NAME = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 
 
-def _check(value: object, what: str) -> str:
+def _check(value: object, kind: str) -> str:
     if not isinstance(value, str) or re.fullmatch(NAME, value) is None:
         raise ConfigError(
-            f"{what} {shown(value)} is not a valid name",
+            f"{kind} {shown(value)} is not a valid name",
             fix="use 1 to 63 lower-case letters, digits and hyphens, not at either end",
         )
     return value

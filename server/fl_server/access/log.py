@@ -251,12 +251,12 @@ def _next_signer(seq: int, kind: str, body: dict[str, Any], report: Report) -> E
     return signer
 
 
-def _follow(changes: Any, current: str, wanted: str) -> None:
+def _follow(changes: Any, current: str, signer: str) -> None:
     """Follow signed changes of the key (`identity.rotation`) from one key to another; SignatureError otherwise."""
     for document in changes if isinstance(changes, list) else ():
         vouched = open_document(document, current)
         if vouched.get("kind") != "coordinator-key":
             raise SignatureError("what it signed is no change of the key")
         current = str(vouched.get("new_key"))
-    if current != wanted:
-        raise SignatureError(f"nobody vouches for {wanted[:16]}…")
+    if current != signer:
+        raise SignatureError(f"nobody vouches for {signer[:16]}…")

@@ -98,33 +98,33 @@ def zip_member(path: Path, name: str) -> bytes:
         raise damaged_file(path, f"{name} cannot be read: {error}") from error
 
 
-def damaged_file(what: Path | str, how: str) -> LedgerError:
+def damaged_file(source: Path | str, how: str) -> LedgerError:
     """Return the error for a file of evidence that is not as it was written."""
     fix = "have the file sent again; if it comes the same, it was written so"
-    return damaged(f"{what}: {how}", fix=fix)
+    return damaged(f"{source}: {how}", fix=fix)
 
 
-def parse(data: bytes, what: str) -> list[StoredReceipt]:
+def parse(data: bytes, source: str) -> list[StoredReceipt]:
     """Return the receipts in the bytes of a `receipts.json`; LedgerError names what is wrong with it."""
-    content = _json(data, what, limit=_LARGEST_FILE)
+    content = _json(data, source, limit=_LARGEST_FILE)
     rows = content.get("receipts") if isinstance(content, dict) else content
     if not isinstance(rows, list):
-        raise damaged_file(what, 'it holds no receipts, {"receipts": [...]}')
+        raise damaged_file(source, 'it holds no receipts, {"receipts": [...]}')
     stored = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise damaged_file(what, f"receipt {number} is no table")
+            raise damaged_file(source, f"receipt {number} is no table")
         text = row.get("document_json")
-        document = _json(text, f"{what}, receipt {number}") if isinstance(text, str) else row.get("document", row)
+        document = _json(text, f"{source}, receipt {number}") if isinstance(text, str) else row.get("document", row)
         stored.append(StoredReceipt(document, _moment(row.get("received_at", 0.0))))
     return stored
 
 
-def _json(text: str | bytes, what: str, **options: Any) -> Any:
+def _json(text: str | bytes, source: str, **options: Any) -> Any:
     try:
-        return parse_json(text, what, **options)
+        return parse_json(text, source, **options)
     except ConfigError as error:
-        raise damaged_file(what, error.message.removeprefix(f"{what} ")) from error
+        raise damaged_file(source, error.message.removeprefix(f"{source} ")) from error
 
 
 def _moment(value: Any) -> float:

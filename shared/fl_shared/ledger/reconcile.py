@@ -111,10 +111,10 @@ def _entry_number(receipt: Receipt) -> int:
     return int(number) if re.fullmatch("[0-9]{1,18}", number) else -1
 
 
-def _named(receipt: Receipt, kind: str, what: str) -> Divergence:
+def _named(receipt: Receipt, kind: str, difference: str) -> Divergence:
     return Divergence(
         kind,
-        f"the receipt for run {receipt.run}, round {receipt.round} (entry {receipt.entry_id[:24]}…): {what}",
+        f"the receipt for run {receipt.run}, round {receipt.round} (entry {receipt.entry_id[:24]}…): {difference}",
         receipt.run,
         receipt.round,
         receipt.entry_id,

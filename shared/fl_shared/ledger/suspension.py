@@ -75,7 +75,7 @@ class Suspensions:
 
 
 def _is_note(reason: str) -> bool:
-    """Whether `what` is a kind of witness entry rather than a settlement's reason, which has words."""
+    """Whether `reason` is a kind of witness entry rather than a settlement's reason, which has words."""
     return " " not in reason
 
 
