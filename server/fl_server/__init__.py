@@ -1,1 +1,1 @@
-"""The coordinator: enrols sites, launches runs through Flower, aggregates what sites release."""
+"""The coordinator: enrols sites, launches runs through Flower, aggregates the updates that sites release."""

@@ -67,34 +67,34 @@ def canonical_bytes(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is there twice")
     return table
 
 
-def _no_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def parse_json(text: str | bytes, what: str, *, limit: int = MAX_JSON_BYTES) -> Any:
+def parse_json(text: str | bytes, source: str, *, limit: int = MAX_JSON_BYTES) -> Any:
     """Parse JSON from another party: every reader of the same bytes must see the same document.
 
     Args:
         text: the document.
-        what: how the error calls it, for example `the manifest`.
+        source: how the error calls it, for example `the manifest`.
         limit: the most bytes (or characters) accepted.
 
     Raises:
         ConfigError: too long, not JSON, a key twice in one table, or NaN and infinity.
     """
     if len(text) > limit:
-        raise ConfigError(f"{what} is longer than {limit} bytes", fix="send a smaller document")
+        raise ConfigError(f"{source} is longer than {limit} bytes", fix="send a smaller document")
     try:
-        return json.loads(text, object_pairs_hook=_no_twice, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{what} is not JSON: {error}", fix="send the document whole, as it was signed") from error
+        raise ConfigError(f"{source} is not JSON: {error}", fix="send the document whole, as it was signed") from error
 
 
 def sha256_hex(data: bytes | memoryview) -> str:

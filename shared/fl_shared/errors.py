@@ -119,9 +119,9 @@ _DAMAGED_FIX = (
 )
 
 
-def damaged(what: str, *, fix: str = _DAMAGED_FIX, code: str = "ledger-damaged") -> LedgerError:
-    """Return the error for a ledger whose record is damaged; `what` names entry and column."""
-    return LedgerError(f"the record is damaged: {what}", fix=fix, code=code)
+def damaged(problem: str, *, fix: str = _DAMAGED_FIX, code: str = "ledger-damaged") -> LedgerError:
+    """Return the error for a ledger whose record is damaged; `problem` names entry and column."""
+    return LedgerError(f"the record is damaged: {problem}", fix=fix, code=code)
 
 
 class ModelError(ConcordatError):
@@ -177,7 +177,9 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay.
     """
-    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
 
 
 def shown(value: Any) -> str:

@@ -61,19 +61,14 @@ class FieldError(Exception):
 def _refused(problem: str, fix: str, *, name: str = "", fault: str = "value") -> Exception:
     from pydantic_core import PydanticCustomError
 
-    said = {
-        "name": name,
-        "problem": printable(problem),
-        "fix": printable(fix),
-        "fault": fault,
-    }  # half surrogates escaped
-    return PydanticCustomError(_KNOWN, "refused", said)
+    context = {"name": name, "problem": printable(problem), "fix": printable(fix), "fault": fault}  # no half surrogates
+    return PydanticCustomError(_KNOWN, "refused", context)
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
     if not isinstance(value, str) or "\0" in value:
         return False
-    return value.isascii() or not any("\ud800" <= each <= "\udfff" for each in value)
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 # The vocabulary of fields. Each is metadata for `Annotated`. pydantic is imported when the first document is read, so
@@ -204,16 +199,16 @@ class Texts:
         if (
             not isinstance(value, list | tuple)
             or not self.low <= len(value) <= self.high
-            or not all(_is_text(each) and 0 < len(each) <= 512 for each in value)
+            or not all(_is_text(item) and 0 < len(item) <= 512 for item in value)
         ):
             raise ValueError("no list of texts")
         if len(set(value)) != len(value):
             (twice, _), *_ = Counter(value).most_common(1)
             raise _refused(f"names {shown(twice)} twice", "name each once")
-        for each in value:
-            if self.options and each not in self.options:
-                raise _refused(f"names {shown(each)}", f"choose from {', '.join(self.options)}")
-        return tuple(value) if self.check is None else tuple(self._checked(self.check, each) for each in value)
+        for item in value:
+            if self.options and item not in self.options:
+                raise _refused(f"names {shown(item)}", f"choose from {', '.join(self.options)}")
+        return tuple(value) if self.check is None else tuple(self._checked(self.check, item) for item in value)
 
     @staticmethod
     def _checked(check: Callable[[object], Any], text: str) -> Any:
@@ -314,7 +309,7 @@ class Document:
         try:
             return _adapter(cls).validate_python(table, context=base)  # type: ignore[no-any-return]  # cached by class
         except ValidationError as error:
-            raise told(error, cls, table, where or cls.WHERE) from None
+            raise config_error(error, cls, table, where or cls.WHERE) from None
 
     def checked(self) -> Self:
         """What holds between fields, after each was read: raises FieldError, or returns the document to use."""
@@ -327,8 +322,8 @@ class Document:
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
-        made: dict[str, Any] = handler(core_schema)
-        table = handler.resolve_ref_schema(made)
+        schema: dict[str, Any] = handler(core_schema)
+        table = handler.resolve_ref_schema(schema)
         table |= cls.SCHEMA
         if stated := [name for name in cls.STATED if name in table["properties"]]:
             table["required"] = list(dict.fromkeys([*table.get("required", ()), *stated]))
@@ -336,11 +331,11 @@ class Document:
                 table["properties"][name].pop("default", None)
         for field in table["properties"].values():
             if {"type": "null"} in field.get("anyOf", ()):  # TOML has no null
-                (only,) = (each for each in field.pop("anyOf") if each != {"type": "null"})
+                (only,) = (option for option in field.pop("anyOf") if option != {"type": "null"})
                 field |= only
-            if field.get("default", "") in (None, "", [], field.get("exclusiveMinimum")):  # stands for "left out"
+            if field.get("default", "") in (None, "", [], field.get("exclusiveMinimum")):  # means "left out"
                 field.pop("default", None)
-        return made
+        return schema
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -348,9 +343,9 @@ class Document:
 
         inner = handler(source)
         handler.resolve_ref_schema(inner)["strict"] = False  # a table is read, its fields are strict
-        checked = core_schema.no_info_after_validator_function(_after, inner)
+        checked = core_schema.no_info_after_validator_function(_check_document, inner)
         return core_schema.no_info_before_validator_function(
-            functools.partial(_before, cls), checked, json_schema_input_schema=inner
+            functools.partial(_check_table, cls), checked, json_schema_input_schema=inner
         )
 
 
@@ -368,7 +363,7 @@ class Digested(Document):
         return f"sha256:{sha256_hex(self.canonical.encode())}"
 
 
-def _before(cls: type[Document], table: Any) -> dict[Any, Any]:
+def _check_table(cls: type[Document], table: Any) -> dict[Any, Any]:
     if not isinstance(table, Mapping):
         raise _refused(f"is {shown(table)}, not a table", "", fault="document")
     if len(table) > MAX_KEYS:
@@ -378,13 +373,13 @@ def _before(cls: type[Document], table: Any) -> dict[Any, Any]:
             raise _refused("", "", name=name, fault="missing")
     optional = [
         name
-        for name, each in cls.__dataclass_fields__.items()
-        if cls.SECTIONS and each.default_factory is not MISSING and _is_document(_rules(cls)[name])
+        for name, field in cls.__dataclass_fields__.items()
+        if cls.SECTIONS and field.default_factory is not MISSING and _is_document(_rules(cls)[name])
     ]
     return {name: {} for name in optional} | dict(table)
 
 
-def _after(document: Document) -> Document:
+def _check_document(document: Document) -> Document:
     try:
         return document.checked()
     except FieldError as error:
@@ -396,17 +391,17 @@ def _plain(value: Any, rule: Any) -> Any:
     if isinstance(value, Document):
         return value.to_dict()
     if isinstance(value, list | tuple):
-        return [_plain(each, None) for each in value]
-    return float(value) if _bare(rule) is float and value is not None else value
+        return [_plain(item, None) for item in value]
+    return float(value) if _base_type(rule) is float and value is not None else value
 
 
-def _bare(rule: Any) -> Any:
+def _base_type(rule: Any) -> Any:
     """The type of a field without its rules and without None."""
     while get_origin(rule) is Annotated:
         rule = get_args(rule)[0]
     if get_origin(rule) in (Union, UnionType):
-        (rule,) = (each for each in get_args(rule) if each is not NoneType)
-        return _bare(rule)
+        (rule,) = (option for option in get_args(rule) if option is not NoneType)
+        return _base_type(rule)
     return rule
 
 
@@ -414,7 +409,7 @@ def _bare(rule: Any) -> Any:
 def _rules(cls: type[Document]) -> dict[str, Any]:
     """The fields of a document and their annotations, in order."""
     hints = get_type_hints(cls, include_extras=True)
-    return {each.name: hints[each.name] for each in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @cache
@@ -448,23 +443,23 @@ def _twin(cls: type[Document]) -> type[Document]:
     return dataclasses.make_dataclass(cls.__name__, fields, bases=(Document,), frozen=True)
 
 
-def told(error: ValidationError, cls: type[Document], table: Any, where: str) -> ConfigError:
-    """The first error of pydantic in our words: where, field, value, and what to write, taken from the declaration."""
-    every = error.errors(include_url=False)
-    first = min(every, key=lambda each: each["loc"][-1:] != ("kind",))  # a document of another kind is refused as such
+def config_error(error: ValidationError, cls: type[Document], table: Any, where: str) -> ConfigError:
+    """The ConfigError for pydantic's first error: where, field, value, and what to write, from the declaration."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda problem: problem["loc"][-1:] != ("kind",))  # another kind is refused as such
     kind, context = first["type"], first.get("ctx", {})
     loc = [*first["loc"], *([context["name"]] if kind == _KNOWN and context["name"] else [])]
-    whole = kind == "string_unicode" or context.get("fault") == "document"  # what is wrong may be a table, no field
-    while loc and _is_document(_rules(cls).get(str(loc[0]))) and (len(loc) > 1 or whole):
+    of_table = kind == "string_unicode" or context.get("fault") == "document"  # what is wrong may be a table, no field
+    while loc and _is_document(_rules(cls).get(str(loc[0]))) and (len(loc) > 1 or of_table):
         name = str(loc.pop(0))
         where = f"{where} [{name}]" if cls.SECTIONS else f"{where} {name}"
-        cls, table = _bare(_rules(cls)[name]), table[name]
+        cls, table = _base_type(_rules(cls)[name]), table[name]
     if context.get("fault") == "document":
         where += "".join(f" [{name}]" for name in loc)
         return ConfigError(f"{where} {context['problem']}", fix=context["fix"] or f"write {where} as a table of fields")
     known = list(_rules(cls))
     if not loc or loc[0] not in known:
-        name = str(loc[0] if loc else next(each for each in table if each not in known))[:80]
+        name = str(loc[0] if loc else next(key for key in table if key not in known))[:80]
         return ConfigError(f"{where}: {printable(name)} is not a field here", fix=_nearest(name, known))
     name = str(loc[0])
     shape = _shape(cls, name)
@@ -482,7 +477,7 @@ def told(error: ValidationError, cls: type[Document], table: Any, where: str) ->
 
 
 def _is_document(rule: Any) -> bool:
-    return isinstance(bare := _bare(rule), type) and issubclass(bare, Document)
+    return isinstance(bare := _base_type(rule), type) and issubclass(bare, Document)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -11,10 +11,10 @@ ALONE = "alone:"
 NAME = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 
 
-def _check(value: object, what: str) -> str:
+def _check(value: object, kind: str) -> str:
     if not isinstance(value, str) or re.fullmatch(NAME, value) is None:
         raise ConfigError(
-            f"{what} {shown(value)} is not a valid name",
+            f"{kind} {shown(value)} is not a valid name",
             fix="use 1 to 63 lower-case letters, digits and hyphens, not at either end",
         )
     return value
@@ -35,9 +35,9 @@ def run_name(value: object) -> str:
     return _check(value, "run")
 
 
-def release_name(value: object) -> str:
-    """What an adapter is released as, such as `production`; ConfigError otherwise."""
-    return _check(value, "release")
+def promotion_name(value: object) -> str:
+    """The name that an adapter is promoted to, such as `production`; ConfigError otherwise."""
+    return _check(value, "promotion")
 
 
 def run_id(value: object) -> str:

@@ -43,7 +43,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.removeprefix("\ufeff"))  # a byte order mark, as Windows editors write it
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, endless nesting
-        raise ConfigError(f"{where}: {error}", fix="mend the TOML at that place") from error
+        raise ConfigError(f"{where}: {error}", fix="fix the TOML at that place") from error
 
 
 def _require_modest(text: str, where: str) -> None:
@@ -58,10 +58,10 @@ def _require_modest(text: str, where: str) -> None:
         depth += 1 if bracket in "[{" else -1
         deepest = max(deepest, depth)
     keys = bare.count("=") + len(_TABLE.findall(bare))
-    for what, much in (
+    for problem, much in (
         (f"has more than {MAX_KEYS} keys and tables", keys > MAX_KEYS),
         (f"has a key of more than {MAX_PARTS} parts", _DOTS.search(bare) is not None),
         (f"is nested deeper than {MAX_DEPTH} levels", deepest > MAX_DEPTH),
     ):
         if much:
-            raise ConfigError(f"{where} {what}", fix="write the few tables that the documentation shows")
+            raise ConfigError(f"{where} {problem}", fix="write the few tables that the documentation shows")

@@ -12,7 +12,7 @@ from fl_shared.canonical import sha256_hex
 from fl_shared.documents.round import Receipt
 from fl_shared.identity.signing import SigningKey, sign_document
 from fl_shared.ledger import Dataset, Ledger, Spend
-from fl_shared.ledger.receipts import Kept
+from fl_shared.ledger.receipts import StoredReceipt
 from fl_shared.privacy.mechanism import Mechanism
 
 SITE = "hospital-001"
@@ -77,7 +77,7 @@ def story(ledger: Ledger) -> None:
     ledger.reserve(icd, ROUND, run="demo", round=4, study="sepsis")
 
 
-def receipt(ledger: Ledger, key: SigningKey, seq: int, **changes: Any) -> Kept:
+def receipt(ledger: Ledger, key: SigningKey, seq: int, **changes: Any) -> StoredReceipt:
     """The signed receipt that a site would send for settlement `seq` now, with `changes` to its body."""
     (spend,) = [each for each in ledger.spends() if each.settled_seq == seq]
     held, pinned, position = spend.reservation, ledger.checkpoint(), ledger.epsilon(spend.reservation.dataset)
@@ -101,10 +101,10 @@ def receipt(ledger: Ledger, key: SigningKey, seq: int, **changes: Any) -> Kept:
         entry_id=ledger.entry(seq).id,
         created_at=1.8e9,
     )
-    return Kept(sign_document(key, body.to_dict() | changes), 1.8e9)
+    return StoredReceipt(sign_document(key, body.to_dict() | changes), 1.8e9)
 
 
-def with_releases(ledger: Ledger, key: SigningKey, rounds: int = 3) -> list[Kept]:
+def with_releases(ledger: Ledger, key: SigningKey, rounds: int = 3) -> list[StoredReceipt]:
     """Settle `rounds` rounds of run `demo`; return the receipts that a coordinator keeps of them."""
     icd = with_budget(ledger)
     kept = []

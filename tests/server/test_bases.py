@@ -14,7 +14,7 @@ from alembic.config import Config
 from fl_server.db.models import EventRow, QuestionRow, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.identity.sites import Sites
-from fl_server.runs.bases import MAX_TOLD, Fit, announced
+from fl_server.runs.bases import MAX_EXPLANATION, Fit, announced
 from fl_server.runs.plans import Plans
 from fl_server.runs.service import Runs
 from fl_shared.documents.base_model import BaseModel
@@ -127,7 +127,7 @@ def test_a_thousand_sites_fit_into_one_answer() -> None:
     spec = dataclasses.replace(_spec(), run=dataclasses.replace(_spec().run, sites=tuple(names)))
     with pytest.raises(RunError) as caught:
         Fit.of(spec, rows).require()
-    assert len(caught.value.message) < MAX_TOLD + 200
+    assert len(caught.value.message) < MAX_EXPLANATION + 200
     assert "fl-admin runs plan" in caught.value.message
     silent = Fit.of(spec, [SiteRow(site=name, base_model="") for name in names])
     assert silent.warnings()[0].endswith("and 980 more")

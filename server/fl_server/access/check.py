@@ -1,8 +1,8 @@
 """Who may ask this coordinator for what: one table of actions, and one way to do an action that keeps to it.
 
-Every door (the gRPC control API, a web console) names an action of `ACTIONS` for each thing that can be asked of it,
-and does it inside `Access.acting`. The check knows nothing of the door: it takes an identity that TLS has verified,
-and raises a `ConcordatError` that the door puts into its own words.
+Every interface (the gRPC control API, a web console) names an action of `ACTIONS` for each thing that can be asked of
+it, and does it inside `Access.acting`. The check knows nothing of the interface: it takes an identity that TLS has
+verified, and raises a `ConcordatError` that the interface translates.
 """
 
 from __future__ import annotations

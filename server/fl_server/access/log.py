@@ -123,10 +123,10 @@ class AdminLog:
             return
         # Several changes may lie between two entries. A change that nobody vouches for is entered, too, and `check`
         # names it: better a mark in the log than a coordinator that can no longer be stopped.
-        ends = [current, *(each["body"]["new_key"] for each in changes)]
-        start = next((number for number, each in enumerate(changes) if each["key"] == current), len(changes))
-        stop = max((number for number, each in enumerate(ends) if each == key.public_hex), default=0)
-        vouched = [dict(each) for each in changes[start:stop]]
+        ends = [current, *(change["body"]["new_key"] for change in changes)]
+        start = next((number for number, change in enumerate(changes) if change["key"] == current), len(changes))
+        stop = max((number for number, end in enumerate(ends) if end == key.public_hex), default=0)
+        vouched = [dict(change) for change in changes[start:stop]]
         _put(connection, key, "key", {"public_key": key.public_hex, "replaces": current, "rotations": vouched})
 
     def entries(self, after: int = 0) -> Iterator[AdminLogRow]:
@@ -183,8 +183,8 @@ def check(
     signer: Ed25519PublicKey | None = None
     noted = dict(checkpoints or {})
     actions: dict[int, bool] = {}
-    for each in rows:
-        row = tuple(getattr(each, column) for column in _COLUMNS)
+    for record in rows:
+        row = tuple(getattr(record, column) for column in _COLUMNS)
         seq, kind, digest = int(row[0]), str(row[1]), str(row[4])
         body = _body(row[2], seq, report)
         if kind in ("genesis", "key"):
@@ -251,12 +251,12 @@ def _next_signer(seq: int, kind: str, body: dict[str, Any], report: Report) -> E
     return signer
 
 
-def _follow(changes: Any, current: str, wanted: str) -> None:
+def _follow(changes: Any, current: str, signer: str) -> None:
     """Follow signed changes of the key (`identity.rotation`) from one key to another; SignatureError otherwise."""
     for document in changes if isinstance(changes, list) else ():
         vouched = open_document(document, current)
         if vouched.get("kind") != "coordinator-key":
             raise SignatureError("what it signed is no change of the key")
         current = str(vouched.get("new_key"))
-    if current != wanted:
-        raise SignatureError(f"nobody vouches for {wanted[:16]}…")
+    if current != signer:
+        raise SignatureError(f"nobody vouches for {signer[:16]}…")

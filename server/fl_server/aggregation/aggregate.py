@@ -22,26 +22,28 @@ MAX_FORMS = 4  # each form costs the memory, or the disk space, of a round
 
 def rule_of(spec: RunSpec, expected: Shapes | None, scratch: Path) -> Rule:
     """The rule that `[run] aggregation` names. `ffa` and `fed-sb` differ from `fedavg` only in what sites train."""
-    given = dict(spec.aggregation)
+    parameters = dict(spec.aggregation)
     match spec.run.aggregation:
         case "median":
             return median(Spool(scratch, expected))
         case "trimmed-mean":
-            return trimmed_mean(Spool(scratch, expected), given["cut"])
+            return trimmed_mean(Spool(scratch, expected), parameters["cut"])
         case "multi-krum":
-            return MultiKrum(Spool(scratch, expected), int(given["malicious"]), int(given["select"]))
+            return MultiKrum(Spool(scratch, expected), int(parameters["malicious"]), int(parameters["select"]))
         case _:
             return StreamingMean(expected)
 
 
 def step_of(spec: RunSpec) -> ServerStep:
     """How the global adapter moves under `[run] aggregation`."""
-    given = dict(spec.aggregation)
+    parameters = dict(spec.aggregation)
     match spec.run.aggregation:
         case "fedavgm":
-            return momentum(given["server_learning_rate"], given["server_momentum"])
+            return momentum(parameters["server_learning_rate"], parameters["server_momentum"])
         case "fedadam":
-            return adam(given["server_learning_rate"], given["beta_1"], given["beta_2"], given["tau"])
+            return adam(
+                parameters["server_learning_rate"], parameters["beta_1"], parameters["beta_2"], parameters["tau"]
+            )
         case _:
             return plain()
 
@@ -122,5 +124,5 @@ class RoundAggregate:
             require_moderate(adapter)
         except DataError as error:
             raise DataError(error.message, fix="lower the learning rates, the server's included") from error
-        kept = pack(state)
-        return pack(adapter, {SERVER_STATE: digest(kept)} if kept else None), kept
+        state_bytes = pack(state)
+        return pack(adapter, {SERVER_STATE: digest(state_bytes)} if state_bytes else None), state_bytes

@@ -42,18 +42,18 @@ class ServerStep:
         after: Tensors = {}
         for name in sorted(update):
             value = update.pop(name)
-            held = np.zeros((self.moments, value.size), dtype=np.float32)
+            moments = np.zeros((self.moments, value.size), dtype=np.float32)
             if self.moments and state:
-                if name not in state or state[name].shape != held.shape:
+                if name not in state or state[name].shape != moments.shape:
                     raise DataError(
                         f"the server optimizer's state has no {name} of {value.size} values",
                         fix="restore adapters/ from the backup of the same time as the database",
                     )
-                held[...] = state[name]
-            moved = self.move(flat(value), held).reshape(value.shape)
+                moments[...] = state[name]
+            moved = self.move(flat(value), moments).reshape(value.shape)
             adapter[name] = base[name] + moved if base else moved
             if self.moments:
-                after[name] = held
+                after[name] = moments
         return adapter, after
 
 
@@ -65,10 +65,10 @@ def plain() -> ServerStep:
 def momentum(rate: float, beta: float) -> ServerStep:
     """FedAvgM (Hsu et al. 2019, arXiv 1909.06335): `v = beta v + update`, add `rate v`."""
 
-    def move(update: Values, held: Values) -> Values:
-        held[0] *= np.float32(beta)
-        held[0] += update
-        added: Values = held[0] * np.float32(rate)
+    def move(update: Values, moments: Values) -> Values:
+        moments[0] *= np.float32(beta)
+        moments[0] += update
+        added: Values = moments[0] * np.float32(rate)
         return added
 
     return ServerStep(1, move)
@@ -77,8 +77,8 @@ def momentum(rate: float, beta: float) -> ServerStep:
 def adam(rate: float, beta_1: float, beta_2: float, tau: float) -> ServerStep:
     """FedAdam: moments `m` and `v` of the update, add `rate m / (sqrt(v) + tau)`; uncorrected, as in the paper."""
 
-    def move(update: Values, held: Values) -> Values:
-        first, second = held
+    def move(update: Values, moments: Values) -> Values:
+        first, second = moments
         first *= np.float32(beta_1)
         first += np.float32(1 - beta_1) * update
         second *= np.float32(beta_2)

@@ -48,16 +48,16 @@ class Spool(Checked):
         self.expected = self.check(update)
         at = self.count * self.width * 4
         for _, value in sorted(update.items()):
-            left = memoryview(flat(value).view(np.uint8).data)
-            while left:
+            unwritten = memoryview(flat(value).view(np.uint8).data)
+            while unwritten:
                 try:
-                    written = os.pwrite(self._file, left, at)
+                    written = os.pwrite(self._file, unwritten, at)
                 except OSError as error:
                     raise DataError(
                         f"the update cannot be kept until the round is over: {error.strerror}",
                         fix="free disk space at the coordinator, or choose an aggregator that streams",
                     ) from error
-                at, left = at + written, left[written:]
+                at, unwritten = at + written, unwritten[written:]
         self.count += 1
 
     def columns(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:

@@ -53,9 +53,9 @@ class LocalArtifacts:
         """Whether there is a file for this digest."""
         return self.path(digest).is_file()
 
-    def get(self, digest: str, what: str = "artifact") -> bytes:
+    def get(self, digest: str, kind: str = "artifact") -> bytes:
         """The bytes of this digest, verified; ArtifactDamaged when they are missing or changed."""
-        return read_verified(self.path(digest), digest, what)
+        return read_verified(self.path(digest), digest, kind)
 
     def remove_unfinished(self) -> int:
         """Remove what writers left behind that were killed at least a day ago; the number of files."""
@@ -68,16 +68,16 @@ class LocalArtifacts:
         return removed
 
 
-def read_verified(path: Path, digest: str, what: str) -> bytes:
+def read_verified(path: Path, digest: str, kind: str) -> bytes:
     """The content of a file that must have this digest.
 
     Raises:
-        ArtifactDamaged: it is missing, cannot be read, or is not the `what` that was committed.
+        ArtifactDamaged: it is missing, cannot be read, or is not the `kind` that was committed.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactDamaged(f"{path}: {error.strerror}", fix="restore it from the backup") from error
     if digest_of(data) != digest:
-        raise ArtifactDamaged(f"{path} is not the {what} that was committed", fix="restore it from the backup")
+        raise ArtifactDamaged(f"{path} is not the {kind} that was committed", fix="restore it from the backup")
     return data

@@ -25,8 +25,8 @@ class ArtifactStore(Protocol):
     def has(self, digest: str) -> bool:
         """Whether there is an artifact of this digest; `get` says whether it is whole."""
 
-    def get(self, digest: str, what: str = "artifact") -> bytes:
-        """The bytes of this digest, verified; `what` they are to whoever asks, for the message.
+    def get(self, digest: str, kind: str = "artifact") -> bytes:
+        """The bytes of this digest, verified; the message of an error calls them `kind`.
 
         Raises:
             ArtifactDamaged: they are missing, cannot be read or are not what was put.

@@ -36,9 +36,9 @@ class Profile(Document):
     """Our private key."""
 
     @classmethod
-    def find(cls, given: Path | None) -> Profile:
+    def find(cls, option: Path | None) -> Profile:
         """Read `--profile`, `$FL_ADMIN_PROFILE`, the profile in the coordinator's home, or `default_profile()`."""
-        named = given or (Path(value) if (value := os.environ.get("FL_ADMIN_PROFILE")) else None)
+        named = option or (Path(value) if (value := os.environ.get("FL_ADMIN_PROFILE")) else None)
         path = (named or default_home() / "admin" / "admin.toml").expanduser()
         if named is None and not path.exists() and default_profile().exists():
             path = default_profile()
@@ -60,17 +60,17 @@ class ProfileFile(Document):
     admin: Profile
 
 
-def _require_private(path: Path, others: int, done: str) -> None:
+def _require_private(path: Path, others: int, use: str) -> None:
     """ConfigError unless `path` is ours or root's and others have none of the rights in `others`, as ssh demands it."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", fix="correct the admin profile") from error
-    if found.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()):
         raise ConfigError(f"{path} belongs to another user", fix="use a profile and a key of your own")
-    if found.st_mode & others:
-        mode = "go=" if done == "read" else "go-w"
-        raise ConfigError(f"{path} can be {done} by others", fix=command("chmod", mode, path))
+    if status.st_mode & others:
+        mode = "go=" if use == "read" else "go-w"
+        raise ConfigError(f"{path} can be {use} by others", fix=command("chmod", mode, path))
 
 
 def default_profile() -> Path:
@@ -79,16 +79,16 @@ def default_profile() -> Path:
 
 
 def make_default(home: ServerHome) -> bool:
-    """Let `fl-admin` find the first admin's profile of this home by itself; False when another one stands there.
+    """Let `fl-admin` find the first admin's profile of this home by itself; False when there is another one already.
 
     The file holds paths into the home, no key.
     """
     ours = home.admin / "admin.toml"
     if os.environ.get("FL_ADMIN_PROFILE"):
         return Path(os.environ["FL_ADMIN_PROFILE"]).expanduser().resolve() == ours
-    found = default_home() / "admin" / "admin.toml"
-    if found.exists():
-        return found.resolve() == ours
+    default = default_home() / "admin" / "admin.toml"
+    if default.exists():
+        return default.resolve() == ours
     if default_profile().exists():
         return False
     profile = Profile.find(ours)
@@ -113,7 +113,7 @@ def control(profile: Profile) -> Iterator[ControlStub]:
             profile.ca.read_bytes(), profile.key.read_bytes(), profile.certificate.read_bytes()
         )
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}", fix="mend the admin profile") from error
+        raise ConfigError(f"{error.filename}: {error.strerror}", fix="fix the admin profile") from error
     options = [("grpc.enable_http_proxy", int(by_proxy(f"https://{profile.control}")))]
     with grpc.secure_channel(profile.control, credentials, options) as channel:
         try:

@@ -21,14 +21,14 @@ def plain(message: Message) -> dict[str, Any]:
     table: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    return {name: _mend(name, value) for name, value in table.items()}
+    return {name: _numbers_as_int(name, value) for name, value in table.items()}
 
 
-def _mend(name: str, value: Any) -> Any:
+def _numbers_as_int(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _mend(key, item) for key, item in value.items()}
+        return {key: _numbers_as_int(key, item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_mend(name, item) for item in value]
+        return [_numbers_as_int(name, item) for item in value]
     return int(value) if name in _INTEGERS and isinstance(value, str) else value
 
 
@@ -48,7 +48,7 @@ def event_json(event: pb.Event) -> str:
 
 def event_text(event: pb.Event) -> str:
     """An event as one line for people."""
-    where = " ".join(each for each in (f"round {event.round}" if event.round else "", event.site) if each)
+    where = " ".join(part for part in (f"round {event.round}" if event.round else "", event.site) if part)
     return printable(f"{moment(event.at)}  {event.kind:<16} {where:<24} {event.message}".rstrip().replace("\n", " "))
 
 
@@ -64,11 +64,11 @@ def run_text(run: pb.Run) -> None:
     print(f"{run.run}: {run.state}, {run.rounds_committed} of {run.rounds} rounds")
     if run.reason:
         print(printable(f"  reason: {run.reason}"))
-    for each in run.history:
-        counted = sum(1 for reply in each.replies if reply.status == "ok")
-        size = f", {each.bytes / 1e6:.1f} MB in {each.seconds:.0f} s" if each.seconds else ""
-        print(f"  round {each.round}: {each.state}, {counted} of {len(each.replies)} replies{size}")
-        for reply in each.replies:
+    for row in run.history:
+        counted = sum(1 for reply in row.replies if reply.status == "ok")
+        size = f", {row.bytes / 1e6:.1f} MB in {row.seconds:.0f} s" if row.seconds else ""
+        print(f"  round {row.round}: {row.state}, {counted} of {len(row.replies)} replies{size}")
+        for reply in row.replies:
             if reply.status == "ok":
                 spent = f"epsilon {reply.epsilon_spent_total:.3f} spent at delta {reply.delta:g}"
                 print(f"    {reply.site}: ok, {spent}")

@@ -26,8 +26,8 @@ _WORDS = {"site-asked": "at work", "order-lost": "off line", "reply-ok": "replie
 
 def _line(event: pb.Event) -> str:
     where = f" {event.site}" if event.site else ""
-    what = event.message or event.kind
-    text = f"{event.run}:{where} {event.kind.removeprefix('reply-')}: {what}" if where else f"{event.run}: {what}"
+    message = event.message or event.kind
+    text = f"{event.run}:{where} {event.kind.removeprefix('reply-')}: {message}" if where else f"{event.run}: {message}"
     return printable(text)
 
 
@@ -62,14 +62,14 @@ class Sites:
 
 def watch(stub: ControlStub, run: str, *, as_json: bool = False) -> pb.Run:
     """Print events as they come until the run has ended; the run as it is then. Ctrl-C leaves the run going."""
-    shown: pb.Run = stub.ShowRun(pb.RunRequest(run=run))
+    view: pb.Run = stub.ShowRun(pb.RunRequest(run=run))
     events: Iterator[pb.Event] = stub.WatchRun(pb.WatchRunRequest(run=run, after=0))
     try:
         if as_json:
             for event in events:
                 print(event_json(event), flush=True)
         elif sys.stdout.isatty():
-            _live(events, shown)
+            _live(events, view)
         else:
             for event in events:
                 if event.kind not in QUIET:

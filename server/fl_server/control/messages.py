@@ -44,7 +44,7 @@ def plan_message(view: SiteView, spec: RunSpec) -> pb.SitePlan:
         rounds_asked=spec.run.rounds,
         rounds_affordable=answer.rounds_affordable if answer else 0,
         noise_that_fits=answer.noise_that_fits if answer else 0.0,
-        objections=[str(each) for each in view.objections],
+        objections=[str(objection) for objection in view.objections],
         last_seen_at=view.last_seen_at,
         document_json=view.answer_json,
     )
@@ -76,7 +76,7 @@ def _round_message(view: RunView, number: int, row: RoundRow | None) -> pb.Round
 
 def run_message(view: RunView, *, history: bool = True) -> pb.Run:
     """A run as admins see it; a round with replies but without a commit shows as failed."""
-    rows = {each.round: each for each in view.rounds}
+    rows = {row.round: row for row in view.rounds}
     numbers = sorted(set(rows) | {reply.round for reply in view.replies}) if history else []
     return pb.Run(
         run=view.row.run,

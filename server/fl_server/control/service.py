@@ -78,8 +78,8 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
             coordinator_key=coordinator_key(self._home),
             started_at=self._started_at,
             components=[
-                pb.ComponentState(name=each["name"], state=each["state"], address=each["address"])
-                for each in state["components"]
+                pb.ComponentState(name=component["name"], state=component["state"], address=component["address"])
+                for component in state["components"]
             ],
             sites=sum(1 for row in self._sites.all() if row.state == "enrolled"),
             running_runs=len(self._runs.active()),
@@ -117,18 +117,18 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         plan = self._plans.ask(spec, SigningKey.load(self._home.signing_key), wait_s)
         for view in plan.not_asked:
             yield plan_message(view, spec)
-        told: set[str] = set()
+        reported: set[str] = set()
         while context.is_active():
             over = time.time() > plan.expires_at
             for site, view in self._plans.answers(plan).items():
-                if site not in told:
-                    told.add(site)
+                if site not in reported:
+                    reported.add(site)
                     yield plan_message(view, spec)
-            if over or len(told) == len(plan.asked):
+            if over or len(reported) == len(plan.asked):
                 break
             time.sleep(PLAN_POLL_S)
         for site in plan.asked:
-            if site not in told:
+            if site not in reported:
                 yield plan_message(self._plans.silent(site), spec)
 
     def LaunchRun(self, request: pb.LaunchRunRequest, _context: grpc.ServicerContext) -> pb.Run:  # noqa: N802
@@ -200,7 +200,7 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
         if number == 0:
             raise ConfigError(f"run {run} has no committed round yet", fix="wait for its first round")
         data = self._commits.adapter(run, number)
-        row = next(each for each in view.rounds if each.round == number)
+        row = next(row for row in view.rounds if row.round == number)
         yield pb.AdapterChunk(adapter=adapter_message(view, row, self._released_as(run).get(number, ())))
         for piece in split(data):
             yield pb.AdapterChunk(data=piece)
@@ -212,17 +212,17 @@ class Control(ControlServicer):  # type: ignore[misc,unused-ignore]  # generated
     def ListReleases(  # noqa: N802
         self, request: pb.ListReleasesRequest, _context: grpc.ServicerContext
     ) -> pb.ListReleasesReply:
-        seen: set[str] = set()
+        named: set[str] = set()
         reply = pb.ListReleasesReply()
         for row in self._promotions.all(request.name):
-            if row.name not in seen or request.history:
-                reply.releases.append(self._promotion(row, current=row.name not in seen))
-            seen.add(row.name)
+            if row.name not in named or request.history:
+                reply.releases.append(self._promotion(row, current=row.name not in named))
+            named.add(row.name)
         return reply
 
     def _promotion(self, row: PromotionRow, *, current: bool) -> pb.Release:
         view = self._runs.show(row.run)
-        committed = next(each for each in view.rounds if each.round == row.round)
+        committed = next(committed_row for committed_row in view.rounds if committed_row.round == row.round)
         adapter = adapter_message(view, committed, self._released_as(row.run).get(row.round, ()))
         return promotion_message(row, adapter, current=current)
 

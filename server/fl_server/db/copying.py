@@ -70,17 +70,17 @@ def copy_rows(source: str, target: str) -> None:
     try:
         isolation = {"isolation_level": "REPEATABLE READ"} if old.dialect.name == "postgresql" else {}
         with old.connect().execution_options(**isolation) as reading, new.begin() as writing:
-            there, here = sa.MetaData(), sa.MetaData()
-            there.reflect(reading)
-            here.reflect(writing)
-            if _version(reading, there) != _version(writing, here):
+            source_schema, target_schema = sa.MetaData(), sa.MetaData()
+            source_schema.reflect(reading)
+            target_schema.reflect(writing)
+            if _version(reading, source_schema) != _version(writing, target_schema):
                 raise ConfigError(
                     "the database is not of this version of Concordat",
                     fix="run `fl-server up` of this version once, which brings it up to date",
                 )
-            for table in here.sorted_tables:
+            for table in target_schema.sorted_tables:
                 if table.name != _VERSIONS:
-                    _copy_table(reading, there.tables[table.name], writing, table)
+                    _copy_table(reading, source_schema.tables[table.name], writing, table)
     finally:
         old.dispose()
         new.dispose()

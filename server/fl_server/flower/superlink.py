@@ -29,11 +29,11 @@ COMMAND_TIMEOUT_S = 90.0
 
 def environment(home: ServerHome) -> dict[str, str]:
     """The environment of our processes and Flower's: private FLWR_HOME, no proxy, nothing is sent to Flower Labs."""
-    kept = {
+    inherited = {
         k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "FL_")) and not is_proxy_variable(k)
     }  # everything that these processes call is on loopback
-    return kept | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "/usr/bin:/bin")]),
+    return inherited | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "/usr/bin:/bin")]),
         "FLWR_HOME": str(home.flower / "home"),
         **OFFLINE,
         "PYTHONUNBUFFERED": "1",
@@ -110,8 +110,8 @@ class Flower:
 
     def set_aside(self) -> bool:
         """Move a database that is damaged, or to be made again, out of the way of the next start; whether it was."""
-        wanted = self._home.rebuild_wanted.exists()
-        if not wanted and not self.damaged():
+        requested = self._home.rebuild_wanted.exists()
+        if not requested and not self.damaged():
             return False
         aside = self._home.flower / "aside"
         shutil.rmtree(aside, ignore_errors=True)
@@ -153,7 +153,7 @@ class Flower:
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         try:
-            done = subprocess.run(
+            ended = subprocess.run(
                 [script("flwr"), *arguments, "--format", "json"],
                 env=environment(self._home),
                 capture_output=True,
@@ -166,11 +166,11 @@ class Flower:
             raise TransportError(
                 f"`flwr {arguments[0]}` gave no answer in {COMMAND_TIMEOUT_S:.0f} s", fix="see logs/superlink.log"
             ) from error
-        start = done.stdout.find("{")
+        start = ended.stdout.find("{")
         try:
-            answer = json.loads(done.stdout[start:])
+            answer = json.loads(ended.stdout[start:])
         except ValueError as error:
-            tail = (done.stdout + done.stderr).strip()[-400:]
+            tail = (ended.stdout + ended.stderr).strip()[-400:]
             raise TransportError(
                 f"`flwr {' '.join(arguments[:2])}` failed: {tail}", fix="see logs/superlink.log"
             ) from error

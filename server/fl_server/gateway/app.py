@@ -30,7 +30,7 @@ from fl_server.db.models import SiteRow
 from fl_server.db.store import DatabaseAway, Store
 from fl_server.flower.superlink import Flower
 from fl_server.gateway import connections, fleet
-from fl_server.gateway.limits import Refused, Requests, limited, parsed, refusal, whole
+from fl_server.gateway.limits import Refused, Requests, body_blocks, read_body, read_json, refusal
 from fl_server.gateway.traffic import Counted
 from fl_server.home.layout import ServerHome, ServerSettings
 from fl_server.identity.authority import Authority, Identity
@@ -105,7 +105,7 @@ class Gateway:
         self._enrolling = asyncio.Lock()
         per_second = float(settings.site_requests_per_s)
         self._rates = TokenBucket(per_second, per_second * BURST_S)
-        self._strangers = TokenBucket(ANONYMOUS_PER_S, ANONYMOUS_BURST)
+        self._anonymous = TokenBucket(ANONYMOUS_PER_S, ANONYMOUS_BURST)
         self._under_way = ConcurrencyLimit(MAX_PER_SITE)
         self._seen: dict[str, float] = {}
         self._accepted: dict[str, float] = {}
@@ -127,19 +127,19 @@ class Gateway:
                     Route(fleet.PATH + "/{call}", self.fleet, methods=["POST"]),
                 ],
                 exception_handlers={
-                    404: self._lost,
-                    405: self._lost,
+                    404: self._no_such_path,
+                    405: self._no_such_path,
                     Refused: self._refused,
-                    DatabaseAway: self._away,
+                    DatabaseAway: self._database_away,
                 },
             )
         )
 
-    async def _lost(self, request: Request, _error: Exception) -> Response:
+    async def _no_such_path(self, request: Request, _error: Exception) -> Response:
         who: Identity | None = request.state.who
         try:
             if who is None:
-                self._stranger(request)
+                self._take_anonymous(request)
             elif not self._rates.take(f"{who.role} {who.name}"):
                 raise Refused(_too_many(), 503)
         except Refused as refused:  # raised in a handler of exceptions, it would find none
@@ -152,13 +152,13 @@ class Gateway:
             raise error
         return refusal(error.error, error.status)
 
-    def _stranger(self, request: Request) -> None:
+    def _take_anonymous(self, request: Request) -> None:
         """One more request of an address without a (valid) certificate; Refused when there are too many."""
-        if not self._strangers.take(network(request.client.host if request.client else "")):
+        if not self._anonymous.take(network(request.client.host if request.client else "")):
             raise Refused(_too_many(), 429)
 
     @staticmethod
-    async def _away(_request: Request, error: Exception) -> Response:
+    async def _database_away(_request: Request, error: Exception) -> Response:
         """The database is being restarted: a 503, after which sites and their SuperNodes come again."""
         log.warning("%s", error)
         away = TransportError("the coordinator is not ready", fix="try again", code="no-database")
@@ -166,35 +166,35 @@ class Gateway:
 
     async def healthz(self, request: Request) -> Response:
         """The gateway lives."""
-        self._stranger(request)
+        self._take_anonymous(request)
         return PlainTextResponse("ok\n")
 
     async def ca(self, request: Request) -> Response:
         """The CA certificate; whoever fetches it compares its hash with the token's."""
-        self._stranger(request)
+        self._take_anonymous(request)
         return PlainTextResponse(self._authority.pem, media_type="application/x-pem-file")
 
     async def enroll(self, request: Request) -> Response:
         """Certify a site that proves a token and its keys."""
-        self._stranger(request)
+        self._take_anonymous(request)
         otherwise = EnrolmentError("the request is not of the agreed form", fix="enrol with `fl-client enroll`")
-        asked = await parsed(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
+        enrolment = await read_json(request, MAX_ENROL_BYTES, Enrolment.read, otherwise)
         try:
             async with self._enrolling:
                 enrolled = await asyncio.to_thread(
                     self._sites.enrol,
-                    **vars(asked),
+                    **vars(enrolment),
                     authority=self._authority,
                     flower=self._flower,
                     days=self._settings.certificate_days,
                 )
         except EnrolmentError as error:
-            log.warning("refused to enrol %s: %s", asked.site, error.code)
+            log.warning("refused to enrol %s: %s", enrolment.site, error.code)
             return refusal(error, 403)
         except TransportError as error:
-            log.error("cannot enrol %s: %s", asked.site, error.message)
+            log.error("cannot enrol %s: %s", enrolment.site, error.message)
             return refusal(TransportError("the coordinator cannot enrol just now", fix="try again in a minute"), 503)
-        log.info("enrolled %s", asked.site)
+        log.info("enrolled %s", enrolment.site)
         return JSONResponse(
             {
                 "certificate_pem": enrolled.certificate_pem,
@@ -214,7 +214,7 @@ class Gateway:
                 )
             row = await asyncio.to_thread(self._sites.authorise, who)
         except EnrolmentError as error:
-            self._stranger(request)
+            self._take_anonymous(request)
             raise Refused(error, 403) from error
         if not self._rates.take(row.site):
             # Not 429: Flower's SuperNode comes again after a 503 and gives up after anything else.
@@ -242,7 +242,7 @@ class Gateway:
         who, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = EnrolmentError("the request is not of the agreed form", fix="the site's agent renews by itself")
-        csr = await parsed(request, MAX_ENROL_BYTES, lambda body: str(body["csr_pem"]), otherwise)
+        csr = await read_json(request, MAX_ENROL_BYTES, lambda body: str(body["csr_pem"]), otherwise)
         try:
             renewed = await asyncio.to_thread(
                 self._sites.renew, who, csr, self._authority, self._settings.certificate_days
@@ -257,9 +257,9 @@ class Gateway:
         _, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = ConfigError("the announcement is not of the agreed form", fix="the site's agent announces its base")
-        base = await parsed(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
-        said = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
-        orders = int(said) if re.fullmatch("[0-9]{1,4}", said) else 0
+        base = await read_json(request, MAX_BASE_BYTES, BaseModel.from_dict, otherwise)
+        header = request.headers.get(ORDERS_HEADER, "")  # a site of a version before it says nothing
+        orders = int(header) if re.fullmatch("[0-9]{1,4}", header) else 0
         await asyncio.to_thread(self._sites.announce, row.site, base, orders)
         return JSONResponse({"taken": True})
 
@@ -273,7 +273,7 @@ class Gateway:
         _, row = await self._site(request)
         self._count_in(request, row.site)
         otherwise = ConfigError("the answer is not of the agreed form", fix="the site's agent answers")
-        answer = await parsed(request, MAX_ANSWER_BYTES, lambda body: body["answer"], otherwise)
+        answer = await read_json(request, MAX_ANSWER_BYTES, lambda body: body["answer"], otherwise)
         try:
             await asyncio.to_thread(self._plans.take, row.site, answer)
         except (SignatureError, ConfigError) as error:
@@ -302,22 +302,22 @@ class Gateway:
 
         What cannot be written is left to the next call. An answer has come meanwhile, and is passed on in any case.
         """
-        left = call == fleet.DEACTIVATE and status < 400
-        if call not in fleet.SIGNS_OF_LIFE and not left:
+        deactivated = call == fleet.DEACTIVATE and status < 400
+        if call not in fleet.SIGNS_OF_LIFE and not deactivated:
             return
         now, accepted = time.monotonic(), status < 400
-        if accepted and not left and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
+        if accepted and not deactivated and now - self._accepted.get(site, -SEEN_EVERY_S) < SEEN_EVERY_S:
             return
         if not accepted and site not in self._accepted and now - self._doubted < SEEN_EVERY_S:
             return  # known already
         try:
             if not accepted:
                 await asyncio.to_thread(self._flower.doubt, True)
-            await asyncio.to_thread(self._sites.node_seen, site, online=accepted and not left)
+            await asyncio.to_thread(self._sites.node_seen, site, online=accepted and not deactivated)
         except (DatabaseAway, OSError) as error:
             log.warning("cannot note that the SuperLink answered %s: %s", site, error)
             return
-        if accepted and not left:
+        if accepted and not deactivated:
             self._accepted[site] = now
             return
         self._accepted.pop(site, None)
@@ -327,10 +327,10 @@ class Gateway:
     async def _forward(self, request: Request, row: SiteRow, call: str) -> Response:
         content: bytes | AsyncIterator[bytes]
         if call == fleet.PUSH_MESSAGES:
-            content = await whole(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
+            content = await read_body(request, min(fleet.MAX_PUSH_MESSAGES_BYTES, self._settings.max_message_bytes))
             fleet.require_own_messages(content, row)
         else:
-            content = limited(request, self._settings.max_message_bytes)
+            content = body_blocks(request, self._settings.max_message_bytes)
         try:
             outgoing = self._client.build_request(
                 "POST",
@@ -344,8 +344,8 @@ class Gateway:
             log.warning("the SuperLink cannot be reached: %s", error or type(error).__name__)
             return refusal(TransportError("the coordinator is not ready", fix="try again"), 503)
         await self._note(row.site, call, answer.status_code)
-        kept = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
-        return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=kept)
+        headers = {k: v for k, v in answer.headers.items() if k.lower() not in _KEPT_BACK}
+        return StreamingResponse(answer.aiter_raw(), status_code=answer.status_code, headers=headers)
 
 
 def tls_context(home: ServerHome) -> ssl.SSLContext:

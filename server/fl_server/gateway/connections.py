@@ -1,4 +1,4 @@
-"""Lets connections in: counted by address until they show a certificate, by site from then on, never for ever.
+"""Connection limits: counted by address until they show a certificate, by site from then on, never for ever.
 
 A connection that does not finish its handshake, or a request's head, in time is closed; so is one more than an
 address or a site may have open. Whoever holds many connections open, or sends a byte a minute, uses up its own
@@ -134,10 +134,10 @@ class Connection(H11Protocol):
 
     def _fit(self, data: bytes) -> bool:
         """Whether these bytes of a head can be read in one way only; h11 itself reads folded lines, too."""
-        seen = self._tail + data
-        end = seen.find(b"\r\n\r\n")
-        self._tail = b"" if end >= 0 else seen[-3:]
-        return _UNFIT.search(seen[:end] if end >= 0 else seen) is None
+        head = self._tail + data
+        end = head.find(b"\r\n\r\n")
+        self._tail = b"" if end >= 0 else head[-3:]
+        return _UNFIT.search(head[:end] if end >= 0 else head) is None
 
     def _watch(self) -> None:
         # Not started again with every byte: the whole head must be there in time.

@@ -44,7 +44,7 @@ def refusal(error: ConcordatError, status: int) -> JSONResponse:
     return JSONResponse(error.to_dict(), status_code=status, headers=headers)
 
 
-async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def body_blocks(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body as it comes. Refused: more than `limit` bytes, a pause of `BODY_IDLE_S`, or a trickle."""
     too_slow = Refused(TransportError("the request comes too slowly", fix="send it again", code="too-slow"), 408)
     too_large = Refused(
@@ -53,7 +53,7 @@ async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
     if int(request.headers.get("content-length", "0")) > limit:
         raise too_large
     stream = aiter(request.stream())
-    seen, waited = 0, 0.0
+    received, waited = 0, 0.0
     while True:
         began = time.monotonic()
         try:
@@ -65,26 +65,26 @@ async def limited(request: Request, limit: int) -> AsyncIterator[bytes]:
             raise too_slow from None
         # Only what the client makes us wait for is added: the SuperLink may be slow, too.
         waited += time.monotonic() - began
-        seen += len(block)
-        if seen > limit:
+        received += len(block)
+        if received > limit:
             raise too_large
-        if waited > PATIENCE_S and seen < waited * LEAST_BYTES_PER_S:
+        if waited > PATIENCE_S and received < waited * LEAST_BYTES_PER_S:
             raise too_slow
         yield block
 
 
-async def whole(request: Request, limit: int) -> bytes:
-    return b"".join([block async for block in limited(request, limit)])
+async def read_body(request: Request, limit: int) -> bytes:
+    return b"".join([block async for block in body_blocks(request, limit)])
 
 
-async def parsed(request: Request, limit: int, read: Callable[[Any], T], otherwise: ConcordatError) -> T:
+async def read_json(request: Request, limit: int, read: Callable[[Any], T], otherwise: ConcordatError) -> T:
     """The JSON body, at most `limit` bytes, as `read` makes it.
 
     Raises:
         Refused: status 400, with what `read` says of it, or with `otherwise` when it is not of the agreed form.
     """
     try:
-        document = parse_json(await whole(request, limit), "the request")
+        document = parse_json(await read_body(request, limit), "the request")
     except ConfigError as error:
         raise Refused(otherwise, 400) from error
     try:

@@ -17,8 +17,8 @@ from fl_shared.wire.hosts import host_name
 
 def default_home() -> Path:
     """`$FL_SERVER_HOME`, or `~/.concordat/server`."""
-    given = os.environ.get("FL_SERVER_HOME")
-    return Path(given).expanduser() if given else Path.home() / ".concordat" / "server"
+    folder = os.environ.get("FL_SERVER_HOME")
+    return Path(folder).expanduser() if folder else Path.home() / ".concordat" / "server"
 
 
 def reachable(address: str) -> str:
@@ -113,8 +113,8 @@ class ServerSettings:
     def load(cls, path: Path) -> ServerSettings:
         """Read `server.toml`; ConfigError names the field, the value and the fix."""
         file = ServerFile.from_dict(load_toml(path), where=str(path))
-        given = file.server.to_dict()
-        return cls(**given | {"listen": file.server.listen or file.server.host}, metrics=file.metrics.listen)
+        fields = file.server.to_dict()
+        return cls(**fields | {"listen": file.server.listen or file.server.host}, metrics=file.metrics.listen)
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,9 @@ def write_credentials(
         raise ConfigError(f"the role {role!r} cannot be issued", fix=f"choose {' or '.join(OPERATOR_ROLES)}")
     operator_name(name)
     key, certificate_file, profile = (out / f"{role}.{ending}" for ending in ("key", "pem", "toml"))
-    taken = [each for each in (key, certificate_file, profile) if each.exists() and (each != key or request is None)]
-    if taken:
-        raise ConfigError(f"{taken[0]} exists", fix="choose another --out; nothing is ever overwritten")
+    existing = [path for path in (key, certificate_file, profile) if path.exists() and (path != key or request is None)]
+    if existing:
+        raise ConfigError(f"{existing[0]} exists", fix="choose another --out; nothing is ever overwritten")
     open_to_all = reachable(settings.control_host) != settings.control_host
     target = settings.host if open_to_all else settings.control_host
     text = (

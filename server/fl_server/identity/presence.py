@@ -1,4 +1,4 @@
-"""Is a site there? One answer for the admin, a console and whoever plans a run, from what the gateway has seen.
+"""Whether a site is online: one answer for admins, consoles and plans of a run, from what the gateway has seen.
 
 A round asks the SuperLink itself, which hands the orders out: a site is there while its node's calls are accepted. The
 gateway passes each of these calls on and notes what the SuperLink answered, so `is_online` is the same truth, seen

@@ -41,13 +41,13 @@ def rotations(home: ServerHome) -> tuple[str, list[dict[str, Any]]]:
     """
     current = coordinator_key(home)
     try:
-        written = json.loads(home.rotations.read_text("utf-8"))
+        changes = json.loads(home.rotations.read_text("utf-8"))
     except FileNotFoundError:
         return current, []
     except ValueError as error:
         raise ConfigError(f"{home.rotations} cannot be read: {error}", fix="restore it from the backup") from error
-    last = max((number for number, each in enumerate(written) if each["body"]["new_key"] == current), default=-1)
-    return current, written[: last + 1]
+    last = max((number for number, change in enumerate(changes) if change["body"]["new_key"] == current), default=-1)
+    return current, changes[: last + 1]
 
 
 def rotate(home: ServerHome, grace_s: float = GRACE_S) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def rotate(home: ServerHome, grace_s: float = GRACE_S) -> dict[str, Any]:
         raise ConfigError(
             f"a grace of {grace_s / DAY_S:g} days is refused", fix=f"choose 0 to {MAX_GRACE_S / DAY_S:.0f} days"
         )
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         try:
-            held.enter_context(locked(home.signing_key.parent / "rotation.lock"))
+            locks.enter_context(locked(home.signing_key.parent / "rotation.lock"))
         except LockHeld as error:
             raise ConfigError("another rotation is under way", fix="wait for its end") from error
         return _rotate(home, grace_s)
@@ -72,9 +72,11 @@ def rotate(home: ServerHome, grace_s: float = GRACE_S) -> dict[str, Any]:
 
 def _rotate(home: ServerHome, grace_s: float) -> dict[str, Any]:
     old = SigningKey.load(home.signing_key)
-    _, done = rotations(home)
-    if len(done) >= MAX_ROTATIONS:
-        raise ConfigError(f"the key was changed {len(done)} times", fix="make a new coordinator, enrol the sites again")
+    _, changes = rotations(home)
+    if len(changes) >= MAX_ROTATIONS:
+        raise ConfigError(
+            f"the key was changed {len(changes)} times", fix="make a new coordinator, enrol the sites again"
+        )
     if not home.next_signing_key.exists():
         SigningKey.generate().save(home.next_signing_key)
     new = SigningKey.load(home.next_signing_key)
@@ -83,7 +85,7 @@ def _rotate(home: ServerHome, grace_s: float) -> dict[str, Any]:
         old,
         CoordinatorKey(new_key=new.public_hex, created_at=now, old_until=now + grace_s).to_dict(),
     )
-    write_durably(home.rotations, json.dumps([*done, change]).encode("utf-8"), mode=0o644)
+    write_durably(home.rotations, json.dumps([*changes, change]).encode("utf-8"), mode=0o644)
     home.next_signing_key.replace(home.signing_key)
     sync_directory(home.signing_key.parent)
     return change

@@ -1,4 +1,4 @@
-"""Who may speak: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
+"""Enrolled sites: one-time invitations, enrolment with a proof of three keys, renewal, revocation.
 
 Of an invitation's token (`fl_shared.identity.token`) the secret's SHA-256 alone is kept; it is valid once, and until
 it expires.
@@ -73,7 +73,7 @@ def _valid(row: SiteRow) -> tuple[str, ...]:
     """The fingerprints of a site's certificates that are valid."""
     if row.state != "enrolled":
         return ()
-    return tuple(each for each in (row.certificate_fingerprint, row.next_fingerprint) if each)
+    return tuple(fingerprint for fingerprint in (row.certificate_fingerprint, row.next_fingerprint) if fingerprint)
 
 
 def _blob(openssh: str) -> bytes:
@@ -96,10 +96,10 @@ def _require_proofs(
     proofs: Mapping[str, str], key: ec.EllipticCurvePublicKey, *, token: str, csr: str, signing: str, node: str
 ) -> None:
     """EnrolmentError unless signing key and node key (`key`) have signed the statement of this enrolment."""
-    said = statement(token=token, csr_pem=csr, signing_key=signing, node_key=node)
+    message = statement(token=token, csr_pem=csr, signing_key=signing, node_key=node)
     try:
-        verify(signing, said, proofs.get("signing", ""))
-        key.verify(bytes.fromhex(proofs.get("node", "")), said, ec.ECDSA(hashes.SHA384()))
+        verify(signing, message, proofs.get("signing", ""))
+        key.verify(bytes.fromhex(proofs.get("node", "")), message, ec.ECDSA(hashes.SHA384()))
     except (SignatureError, InvalidSignature, ValueError) as error:
         raise EnrolmentError(
             "signing key and node key are not both proved", fix="enrol with `fl-client enroll`", code="not-proved"
@@ -250,14 +250,14 @@ class Sites:
 
         `others`: the same keys as keys of the other kind, which none of them may be or have been.
         """
-        if any(each in keys or session.get(SiteKeyRow, each) is not None for each in others):
+        if any(other in keys or session.get(SiteKeyRow, other) is not None for other in others):
             raise EnrolmentError(
                 "one of the keys is, or was, a key of another kind",
                 fix="make new keys: `fl-client enroll --force`, which keeps the ledger and its key",
                 code="key-taken",
             )
-        for each, kind in keys.items():
-            row = session.get(SiteKeyRow, each)
+        for key_digest, kind in keys.items():
+            row = session.get(SiteKeyRow, key_digest)
             if row is not None and (row.site, row.kind) != (site, kind):
                 raise EnrolmentError(
                     "one of the keys belongs to another site",
@@ -273,9 +273,9 @@ class Sites:
 
     @staticmethod
     def _keep(session: Session, site: str, keys: dict[str, str]) -> None:
-        for each, kind in keys.items():
-            if session.get(SiteKeyRow, each) is None:
-                session.add(SiteKeyRow(fingerprint=each, kind=kind, site=site, proved_at=time.time()))
+        for key_digest, kind in keys.items():
+            if session.get(SiteKeyRow, key_digest) is None:
+                session.add(SiteKeyRow(fingerprint=key_digest, kind=kind, site=site, proved_at=time.time()))
 
     def moved(self, site: str, node_key: str, node_id: str) -> None:
         """Note the id under which the SuperLink knows a site's node key from now on."""

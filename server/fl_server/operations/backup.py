@@ -45,7 +45,7 @@ from fl_shared.identity.signing import SigningKey
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 IN_HOME = "home"
-"""Stands for the SQLite file in the home where a database's address is asked for."""
+"""Means the SQLite file in the home where a database's address is asked for."""
 _TRANSIENT = frozenset(
     {"logs", "run", "attempts", "scratch", "supervisor.json", "supervisor.lock"}
     | {"flower/home", "flower/app", "flower/aside", "flower/superlink.json"}
@@ -127,14 +127,14 @@ def backup(home: ServerHome, out: Path | None, progress: Progress = lambda _: No
                 progress(name)
                 with contextlib.suppress(FileNotFoundError):  # a file that was there only for a while
                     files[name] = _add(archive, name, path)
-            damaged = _damaged(home, rounds, {name: each["sha256"] for name, each in files.items()})
+            damaged = _damaged(home, rounds, {name: entry["sha256"] for name, entry in files.items()})
             summary = Summary(
                 archive=str(out) if out else "-",
                 home=str(home.root),
                 created_at=made_at,
                 version=__version__,
                 files=len(files),
-                bytes=sum(each["bytes"] for each in files.values()),
+                bytes=sum(entry["bytes"] for entry in files.values()),
                 coordinator_key=SigningKey.load(home.signing_key).public_hex,
                 ca_sha256=Authority.load(home.ca_key, home.ca).sha256,
                 damaged=damaged,
@@ -167,16 +167,16 @@ def _target(out: Path | None) -> Iterator[IO[bytes]]:
 def _others(home: ServerHome, copies: Path, first: set[str], artifacts: set[Path]) -> Iterator[tuple[str, Path]]:
     """Name in the archive and file to read, without what is in it already and artifacts that no row names."""
     for folder, inner, names in os.walk(home.root, followlinks=True):
-        here = Path(folder).relative_to(home.root)
+        parent = Path(folder).relative_to(home.root)
         inner[:] = sorted(
-            each for each in inner if (here / each).as_posix() not in _TRANSIENT and not each.startswith(".")
+            name for name in inner if (parent / name).as_posix() not in _TRANSIENT and not name.startswith(".")
         )
-        for each in sorted(names):
-            name = (here / each).as_posix()
+        for file in sorted(names):
+            name = (parent / file).as_posix()
             path = home.root / name
-            left_out = name in _TRANSIENT or name in first or each.startswith(".")
+            left_out = name in _TRANSIENT or name in first or file.startswith(".")
             unnamed = path.is_relative_to(home.artifacts) and path not in artifacts
-            if left_out or unnamed or each.endswith(("-wal", "-shm", "-journal")) or not path.is_file():
+            if left_out or unnamed or file.endswith(("-wal", "-shm", "-journal")) or not path.is_file():
                 continue
             if _is_sqlite(path):
                 copy = copies / secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""The coordinator's Prometheus metrics, read from its SQL and from the supervisor when somebody looks.
+"""The coordinator's Prometheus metrics, read from its SQL and from the supervisor at each scrape.
 
 Nothing is measured for them: they show what the coordinator has anyway. How long a single site took is not
 among them, since the time of a round at a site may depend on its data.
@@ -113,7 +113,7 @@ class CoordinatorState(Collector):
                 ).where(RoundRow.state == "committed")
             ).one()
         values["concordat_component_up"] = [
-            ((each["name"],), float(each["state"] == "ready")) for each in self._components()
+            ((component["name"],), float(component["state"] == "ready")) for component in self._components()
         ]
         if totals[3] is not None:
             values["concordat_last_commit_timestamp_seconds"] = [((), totals[3])]

@@ -27,9 +27,9 @@ def missing(home: ServerHome, store: Store) -> list[str]:
     with store.read() as session:
         session.connection()
     return [
-        f"the {each['name']} is {each['state']}" + (f": {each['why']}" if each.get("why") else "")
-        for each in read_state(home)["components"]
-        if each["state"] != "ready" and each["name"] != "monitor"
+        f"the {component['name']} is {component['state']}" + (f": {component['why']}" if component.get("why") else "")
+        for component in read_state(home)["components"]
+        if component["state"] != "ready" and component["name"] != "monitor"
     ]
 
 

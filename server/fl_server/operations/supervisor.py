@@ -153,7 +153,7 @@ class Supervisor:
             return False
 
     def _component(self, name: str) -> Component:
-        return next(each for each in self._components if each.name == name)
+        return next(component for component in self._components if component.name == name)
 
     def run(self) -> int:
         """Supervise until SIGTERM or Ctrl-C; 0 at the end.
@@ -179,7 +179,7 @@ class Supervisor:
                 if superlink is not None and self._flower.rebuild_wanted():
                     end_group(superlink, STOP_S)  # its turn finds it dead, and starts it with an empty database
                 for component in self._components:
-                    self._turn(component)
+                    self._supervise(component)
                 self._write_state()
                 time.sleep(TICK_S)
         finally:
@@ -188,15 +188,15 @@ class Supervisor:
 
     def _migrate(self) -> None:
         """Bring the database up to date, as soon as it is there: after a power cut it may come up after us."""
-        store, said = Store(self._home.database_url()), ""
+        store, logged = Store(self._home.database_url()), ""
         while not self._stopping:
             try:
                 store.migrate()
                 break
             except DatabaseAway as error:
-                if error.message != said:
+                if error.message != logged:
                     log.warning("waiting: %s", error.message)
-                said = error.message
+                logged = error.message
                 time.sleep(PROBE_S)
         store.close()
 
@@ -212,73 +212,73 @@ class Supervisor:
     def _ask_to_stop(self, *_: object) -> None:
         self._stopping = True
 
-    def _say(self, component: Component, state: str, more: str = "", why: str = "") -> None:
+    def _note_state(self, component: Component, state: str, more: str = "", why: str = "") -> None:
         if (component.state, component.why) != (state, why):
             component.state, component.why = state, why
             at = f" at {component.address}" if component.address and state == "ready" else ""
             level = logging.WARNING if state in ("died", "not started", "not answering") else logging.INFO
             log.log(level, "%s: %s%s%s", component.name, state, at, more)
 
-    def _turn(self, component: Component) -> None:
+    def _supervise(self, component: Component) -> None:
         """Look after one child. Whatever this meets, the others are looked after and it is tried again."""
         try:
-            self._look_after(component)
+            self._start_or_probe(component)
         except Exception as error:  # whatever it is: the other children are looked after all the same
             if not isinstance(error, ConcordatError | OSError):
                 log.exception("%s: a turn failed", component.name)
             why = reason(error)
             if component.process is not None:
-                self._say(component, "not answering", f": {why}", why)
+                self._note_state(component, "not answering", f": {why}", why)
                 return
-            pause = self._wait(component, time.monotonic(), lived_s=0.0)
-            self._say(component, "not started", f": {why}; again in {pause:.0f} s", why)
+            pause = self._delay_start(component, time.monotonic(), lived_s=0.0)
+            self._note_state(component, "not started", f": {why}; again in {pause:.0f} s", why)
 
     @staticmethod
-    def _wait(component: Component, now: float, *, lived_s: float) -> float:
+    def _delay_start(component: Component, now: float, *, lived_s: float) -> float:
         """Put off the next start; the seconds until then."""
         component.pause = FIRST_PAUSE_S if lived_s > CALM_S else min(component.pause * 2, MOST_PAUSE_S)
         component.not_before = now + component.pause
         return component.pause
 
-    def _look_after(self, component: Component) -> None:
+    def _start_or_probe(self, component: Component) -> None:
         now = time.monotonic()
         if component.process is None:
-            wanted = all(self._component(name).state == "ready" for name in component.needs)
-            if now >= component.not_before and wanted:
+            needs_ready = all(self._component(name).state == "ready" for name in component.needs)
+            if now >= component.not_before and needs_ready:
                 command = component.before()
                 file = self._home.logs / f"{component.name}.log" if self._logs_to_files else None
                 component.process = spawn(command, environment(self._home) | self._counting, file)
                 component.started_at, component.probed_at = now, 0.0
-                self._say(component, "starting")
+                self._note_state(component, "starting")
             return
         status = component.process.poll()
         if status is not None:
             end_group(component.process, 0.0)
             component.process = None
-            pause = self._wait(component, now, lived_s=now - component.started_at)
+            pause = self._delay_start(component, now, lived_s=now - component.started_at)
             why = f"ended with status {status}; see logs/{component.name}.log"
-            self._say(component, "died", f": {why}; again in {pause:.0f} s", why)
+            self._note_state(component, "died", f": {why}; again in {pause:.0f} s", why)
             return
         wait = PROBE_S if component.state == "ready" else TICK_S
         if now - component.probed_at > wait:
             component.probed_at = now
             if component.ready():
-                self._say(component, "ready")
+                self._note_state(component, "ready")
             elif component.state == "ready":
-                self._say(component, "not answering")
+                self._note_state(component, "not answering")
 
     def _write_state(self) -> None:
-        shown: list[dict[str, Any]] = [
+        components: list[dict[str, Any]] = [
             {
-                "name": each.name,
-                "state": each.state,
-                "address": each.address,
-                "pid": each.process.pid if each.process else 0,
-                "why": each.why,
+                "name": component.name,
+                "state": component.state,
+                "address": component.address,
+                "pid": component.process.pid if component.process else 0,
+                "why": component.why,
             }
-            for each in self._components
+            for component in self._components
         ]
-        text = json.dumps({"pid": os.getpid(), "components": shown})
+        text = json.dumps({"pid": os.getpid(), "components": components})
         if text != self._written or time.monotonic() - self._written_at > STALE_S / 3:
             self._written, self._written_at = text, time.monotonic()
             state = json.dumps(json.loads(text) | {"at": time.time()}).encode()
@@ -298,7 +298,7 @@ class Supervisor:
             if component.process is not None:
                 end_group(component.process, STOP_S)
                 component.process = None
-            self._say(component, "stopped")
+            self._note_state(component, "stopped")
         self._write_state()
         os.close(self._lock)
 
@@ -332,4 +332,4 @@ def read_state(home: ServerHome) -> dict[str, Any]:
 
 def is_ready(state: dict[str, Any]) -> bool:
     """Whether every component is ready."""
-    return all(each["state"] == "ready" for each in state["components"])
+    return all(component["state"] == "ready" for component in state["components"])

@@ -14,7 +14,7 @@ from fl_server.db.store import Store
 from fl_server.runs.commits import Commits
 from fl_server.runs.service import Runs
 from fl_shared.errors import ConfigError
-from fl_shared.names import release_name
+from fl_shared.names import promotion_name
 
 
 class Promotions:
@@ -32,8 +32,8 @@ class Promotions:
             ConfigError: a name of another form, or a round that is not committed.
             RunError: no such run, or its adapter is missing or is not the one that was committed.
         """
-        release_name(name)
-        rounds = {each.round: each for each in self._runs.show(run).rounds if each.state == "committed"}
+        promotion_name(name)
+        rounds = {row.round: row for row in self._runs.show(run).rounds if row.state == "committed"}
         number = round or max(rounds, default=0)
         if number not in rounds:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Carries a run from its last committed round to its end. Runs in the ServerApp."""
+"""Drives a run from its last committed round to its end. Runs in the ServerApp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fl_server.db.store import DatabaseAway, Store
 from fl_server.home.layout import ServerHome
 from fl_server.identity.sites import Sites
 from fl_server.rounds.liveness import carrying
-from fl_server.rounds.round import Interrupted, Round
+from fl_server.rounds.round import Interrupted, Round, RunContext
 from fl_server.rounds.stragglers import Stragglers
 from fl_server.runs.commits import Commits
 from fl_server.runs.events import Events
@@ -36,8 +36,9 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
     """
     store = Store(home.database_url())
     runs, commits, events = Runs(store), Commits.of(home, store), Events(store)
-    orders, sites = Orders(store), Sites(store)
-    late = Stragglers(commits, run, grid)
+    context = RunContext(
+        attempt, commits, events, Orders(store), Sites(store), grid, Stragglers(commits, run, grid), home.scratch
+    )
 
     def one_round() -> bool:
         """Whether there may be another round."""
@@ -48,10 +49,7 @@ def drive(home: ServerHome, run: str, attempt: str, grid: Grid) -> None:
         number += 1
         events.note(run, "round-started", f"round {number} of {spec.run.rounds}", round=number)
         key = SigningKey.load(home.signing_key)  # read for every round: it may have been rotated
-        current = Round(
-            commits, events, orders, sites, key, grid, spec,
-            attempt=attempt, number=number, base=adapter, late=late, scratch=home.scratch,
-        )  # fmt: skip
+        current = Round(context, spec, key=key, number=number, base=adapter)
         commits.commit(current.collect(lambda: runs.wanted(run, attempt)))
         return number < spec.run.rounds
 

@@ -1,4 +1,4 @@
-"""Takes replies out of Flower without waiting for one that does not become whole.
+"""Pulls replies from Flower without waiting for one that never becomes complete.
 
 Flower hands a reply over as soon as it is announced, and then waits for all of its parts: three minutes for a
 SuperNode that died while it was sending, hours for one that dawdles on purpose. Neither may hold up the other
@@ -54,10 +54,10 @@ class Inbox:
         Waits `STALL_S` for a request; one that takes longer goes on by itself, and its replies come with a
         later call. Until then nothing else of that request comes, so requests stay small.
         """
-        for pull in [each for each in self._stalled if not each.is_alive()]:
+        for pull in [pull for pull in self._stalled if not pull.is_alive()]:
             self._stalled.remove(pull)
             yield from pull.result()
-        waiting = frozenset().union(*(each.orders for each in self._stalled))
+        waiting = frozenset().union(*(pull.orders for pull in self._stalled))
         free = [order for order in orders if order not in waiting]
         size = max(1, min(most, len(free) // GROUPS))
         for start in range(0, len(free), size):

@@ -1,4 +1,4 @@
-"""Carries runs: starts a Flower run for each that is pending, starts another when its ServerApp has died.
+"""The launcher of runs: starts a Flower run for each that is pending, starts another when its ServerApp has died.
 
 A run's truth is in our SQL, so a dead ServerApp, SuperLink or coordinator costs the round that was under
 way and nothing else: the next ServerApp begins after the last committed round, and the sites answer a

@@ -1,4 +1,4 @@
-"""Does the process that carries a run still live? It holds a file lock that the kernel drops when it dies.
+"""Liveness of the process that runs an attempt: it holds a file lock that the kernel drops when it dies.
 
 A heartbeat says the same only after many missed beats; the lock says it within a second of a kill -9.
 """
@@ -30,12 +30,12 @@ def carrying(folder: Path, attempt: str) -> Iterator[None]:
 def liveness(folder: Path, attempt: str) -> str:
     """`alive` or `dead`; `unknown` while the attempt's process has not come so far as to take its lock."""
     try:
-        pid, held = look(_path(folder, attempt))
+        pid, locked = look(_path(folder, attempt))
     except OSError:
         return UNKNOWN
     if not pid:
         return UNKNOWN  # made, but not locked yet
-    return ALIVE if held else DEAD
+    return ALIVE if locked else DEAD
 
 
 def carrier_pid(folder: Path, attempt: str) -> int:

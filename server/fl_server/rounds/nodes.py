@@ -39,7 +39,7 @@ class Nodes:
         self._not_before = now + PAUSE_S
         self._flower.doubt(False)
         try:
-            self._agree()
+            self._register_nodes()
         except TransportError:
             if self._flower.damaged():
                 self._flower.want_rebuild()
@@ -47,7 +47,7 @@ class Nodes:
             raise
         self._checked = started
 
-    def _agree(self) -> None:
+    def _register_nodes(self) -> None:
         known = self._flower.nodes()
         for row in self._sites.all():
             status = known.get(row.node_id, GONE)

@@ -1,4 +1,4 @@
-"""Is a site's reply what the coordinator asked for? Nothing in it is believed before its signature."""
+"""Validation of a site's reply against its order: nothing in it is believed before its signature."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ class Expected:
             raise BadReply("the document is not JSON", code="bad-document") from error
 
     def _require(self, document: Receipt | Refusal) -> None:
-        for name, value, wanted in (
+        for name, value, expected in (
             ("run", document.run, self._spec.run.name),
             ("round", document.round, self._round),
             ("site", document.site, self._site),
         ):
-            if value != wanted:
-                raise BadReply(f"the document is for {name} {value}, not {wanted}", code="wrong-round")
+            if value != expected:
+                raise BadReply(f"the document is for {name} {value}, not {expected}", code="wrong-round")
         if not self._issued(document.manifest_digest):
             raise BadReply("the document answers a manifest that was not sent", code="wrong-manifest")
         if document.created_at > time.time() + CLOCK_SKEW_S:
@@ -121,12 +121,12 @@ class Expected:
         try:
             receipt = Receipt.from_dict(self._open(text))
             self._require(receipt)
-            for name, value, wanted in (
+            for name, value, expected in (
                 ("spec_digest", receipt.spec_digest, self._spec.digest),
                 ("model_digest", receipt.model_digest, self._spec.run.base_model),
             ):
-                if value != wanted:
-                    raise BadReply(f"the receipt's {name} is {value}, not {wanted}", code="wrong-spec")
+                if value != expected:
+                    raise BadReply(f"the receipt's {name} is {value}, not {expected}", code="wrong-spec")
             if receipt.update_digest != digest(update):
                 raise BadReply("the update is not the one that the receipt names", code="wrong-digest")
             tensors = unpack(update, wire=self._spec.run.wire)

@@ -60,7 +60,7 @@ class Interrupted(RunError):
 
 
 @dataclass
-class _Asked:
+class _AskedSite:
     """One site in the round that is under way."""
 
     site: str
@@ -74,84 +74,79 @@ class _Asked:
     problem: str = "it was never online"
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What all rounds of one attempt at a run have in common. `late`: the orders of its closed rounds."""
+
+    attempt: str
+    commits: Commits
+    events: Events
+    orders: Orders
+    sites: Sites
+    grid: Grid
+    late: Stragglers
+    scratch: Path
+
+
 class Round:
     """One round of one run."""
 
-    def __init__(
-        self,
-        commits: Commits,
-        events: Events,
-        orders: Orders,
-        sites: Sites,
-        key: SigningKey,
-        grid: Grid,
-        spec: RunSpec,
-        *,
-        attempt: str,
-        number: int,
-        base: bytes,
-        late: Stragglers,
-        scratch: Path,
-    ) -> None:
-        self._commits = commits
-        self._events = events
-        self._orders, self._key = orders, key
-        self._sites = sites
-        self._late = late
-        self._attempt = attempt
-        self._grid = grid
-        self._inbox = Inbox(grid)
+    def __init__(self, context: RunContext, spec: RunSpec, *, key: SigningKey, number: int, base: bytes) -> None:
+        """`base`: the global adapter that the round begins with. `key` signs its orders."""
+        self._context = context
+        self._key = key
+        self._inbox = Inbox(context.grid)
         self._spec = spec
         self._number = number
         self._base_bytes, self._base_digest = base, digest(base)
-        run = spec.run.name
-        self._updates = RoundAggregate(spec, base, commits.server_state(run, number - 1, base), scratch)
+        state = context.commits.server_state(spec.run.name, number - 1, base)
+        self._updates = RoundAggregate(spec, base, state, context.scratch)
         self._received = 0
         self._largest = 1
         self._began = time.monotonic()
-        every = {row.site: row for row in sites.all()}
+        every = {row.site: row for row in context.sites.all()}
         rows = [every[site] for site in spec.run.sites]
         issued = self._issue(*rows)
         self._asked = [
-            _Asked(each.site, int(each.node_id or 0), self._expected(each), issued[each.site]) for each in rows
+            _AskedSite(row.site, int(row.node_id or 0), self._expected(row), issued[row.site]) for row in rows
         ]
 
     def _issue(self, *rows: SiteRow) -> dict[str, Issued]:
         ttl = self._spec.run.round_timeout_s + EXPIRY_MARGIN_S
         reads = {row.site: row.orders for row in rows}
-        return self._orders.issue(self._spec, self._number, reads, self._base_digest, self._key, ttl)
+        return self._context.orders.issue(self._spec, self._number, reads, self._base_digest, self._key, ttl)
 
     def _expected(self, row: SiteRow) -> Expected:
         run, number, site, adapter = self._spec.run.name, self._number, row.site, self._base_digest
 
-        def issued(found: str) -> bool:
-            return self._orders.issued(found, run, number, site, adapter)
+        def issued(order_digest: str) -> bool:
+            return self._context.orders.issued(order_digest, run, number, site, adapter)
 
         return Expected(self._spec, number, site, row.signing_key, issued)
 
-    def _look_at_sites(self) -> None:
+    def _refresh_sites(self) -> None:
         """Wait no longer for a site that was revoked or is not enrolled yet; follow one that enrolled again.
 
         One whose agent is of an older version than at the round's begin gets the order that it reads.
         """
-        rows = {row.site: row for row in self._sites.all()}
-        for each in self._open():
-            row = rows[each.site]
+        rows = {row.site: row for row in self._context.sites.all()}
+        for asked in self._open():
+            row = rows[asked.site]
             node = int(row.node_id or 0)
             if row.state != "enrolled":
-                each.reply = Reply(each.site, "missing", "not-enrolled", f"the site is {row.state}")
-                self._note(each)
-            elif node != each.node:
-                each.node, each.expected, each.message = node, self._expected(row), ""
-            if each.reply is None and not each.message and each.order.spec_json and row.orders < BY_DIGEST:
-                each.order = self._issue(row)[row.site]
+                asked.reply = Reply(asked.site, "missing", "not-enrolled", f"the site is {row.state}")
+                self._note(asked)
+            elif node != asked.node:
+                asked.node, asked.expected, asked.message = node, self._expected(row), ""
+            if asked.reply is None and not asked.message and asked.order.spec_json and row.orders < BY_DIGEST:
+                asked.order = self._issue(row)[row.site]
 
-    def _good(self) -> int:
+    def _averageable(self) -> int:
         """How many right replies can be averaged with one another."""
         return self._updates.most
 
-    def _open(self) -> list[_Asked]:
-        return [each for each in self._asked if each.reply is None]
+    def _open(self) -> list[_AskedSite]:
+        return [asked for asked in self._asked if asked.reply is None]
 
     def collect(self, still_wanted: Callable[[], bool]) -> CommittedRound:
         """Ask, wait and average; the round to commit.
@@ -166,46 +161,46 @@ class Round:
         while self._open():
             if not still_wanted():
                 raise Interrupted(f"round {self._number} was interrupted")
-            self._look_at_sites()
-            online = set(self._grid.get_node_ids())
-            self._late.pull()
+            self._refresh_sites()
+            online = set(self._context.grid.get_node_ids())
+            self._context.late.pull()
             self._send(online, deadline)
             self._pull()
             self._give_up_lost_orders(online)
             now = time.monotonic()
-            if self._good() >= quorum:
+            if self._averageable() >= quorum:
                 quorum_at = quorum_at or now
-                waiting_for_offline = all(each.node not in online for each in self._open())
+                waiting_for_offline = all(asked.node not in online for asked in self._open())
                 if waiting_for_offline and now > quorum_at + OFFLINE_GRACE_S:
                     break
-            elif self._good() + len(self._open()) < quorum:
+            elif self._averageable() + len(self._open()) < quorum:
                 break
             if now > deadline:
                 break
             time.sleep(POLL_S)
-        for each in self._open():
-            each.reply = Reply(each.site, "missing", "no-answer", f"no answer in time: {each.problem}")
-            if each.message:
+        for asked in self._open():
+            asked.reply = Reply(asked.site, "missing", "no-answer", f"no answer in time: {asked.problem}")
+            if asked.message:
                 until = deadline + EXPIRY_MARGIN_S
-                self._late.add(Straggler(each.site, self._number, each.message, each.expected, until))
+                self._context.late.add(Straggler(asked.site, self._number, asked.message, asked.expected, until))
         self._reject_other_forms()
-        replies = [each.reply for each in self._asked if each.reply is not None]
+        replies = [asked.reply for asked in self._asked if asked.reply is not None]
         good = sum(1 for reply in replies if reply.status == "ok")
         if good < quorum:
-            self._commits.record_replies(self._spec.run.name, self._number, replies)
-            said = "; ".join(
+            self._context.commits.record_replies(self._spec.run.name, self._number, replies)
+            answers = "; ".join(
                 f"{reply.site}: {reply.code or reply.status}: {reply.message}" if reply.status != "ok" else
                 f"{reply.site}: ok"
                 for reply in replies
             )  # fmt: skip
             raise QuorumMissed(
-                f"round {self._number} has {good} of the {quorum} replies it needs ({said})",
+                f"round {self._number} has {good} of the {quorum} replies it needs ({answers})",
                 fix="see `fl-admin runs show`; fix the cause, then `fl-admin runs resume`",
             )
         adapter, state = self._updates.finish()
         return CommittedRound(
             run=self._spec.run.name,
-            attempt=self._attempt,
+            attempt=self._context.attempt,
             round=self._number,
             adapter=adapter,
             state=state,
@@ -220,86 +215,86 @@ class Round:
             right, problem = self._updates.winner(), "its tensors are not those of most sites"
         except DataError as error:
             right, problem = (), error.message
-        for each in self._asked:
-            if each.reply is not None and each.reply.status == "ok" and each.form != right:
-                each.reply = Reply(each.site, "invalid", "bad-update", problem)
-                self._note(each)
+        for asked in self._asked:
+            if asked.reply is not None and asked.reply.status == "ok" and asked.form != right:
+                asked.reply = Reply(asked.site, "invalid", "bad-update", problem)
+                self._note(asked)
 
-    def _note(self, each: _Asked) -> None:
-        if each.reply is not None:
-            text = f"{each.reply.code}: {each.reply.message}" if each.reply.code else ""
-            kind = f"reply-{each.reply.status}"
-            self._events.note(self._spec.run.name, kind, text, round=self._number, site=each.site)
+    def _note(self, asked: _AskedSite) -> None:
+        if asked.reply is not None:
+            text = f"{asked.reply.code}: {asked.reply.message}" if asked.reply.code else ""
+            kind = f"reply-{asked.reply.status}"
+            self._context.events.note(self._spec.run.name, kind, text, round=self._number, site=asked.site)
 
     def _send(self, online: set[int], deadline: float) -> None:
         """Push the order to every site that is online and has none under way, one message at a time."""
         run = self._spec.run.name
-        for each in self._open():
+        for asked in self._open():
             now = time.monotonic()
-            if each.message or each.node not in online or now < each.earliest:
+            if asked.message or asked.node not in online or now < asked.earliest:
                 continue
-            busy = self._late.busy_with(each.site)
+            busy = self._context.late.busy_with(asked.site)
             if busy:
-                each.problem = f"it is still at work on round {busy}"
+                asked.problem = f"it is still at work on round {busy}"
                 continue
-            left = max(deadline - now, 1.0) + EXPIRY_MARGIN_S
+            expiry_s = max(deadline - now, 1.0) + EXPIRY_MARGIN_S
             content = RecordDict(
                 {
                     "arrays": ArrayRecord({"adapter": Array(np.frombuffer(self._base_bytes, dtype=np.uint8))}),
                     "config": ConfigRecord(
-                        {"manifest": each.order.document, "spec": each.order.spec_json, "timeout-s": left}
+                        {"manifest": asked.order.document, "spec": asked.order.spec_json, "timeout-s": expiry_s}
                     ),
                 }
             )
-            message = Message(content, dst_node_id=each.node, message_type="train", ttl=left + 60.0)
-            pushed = list(self._grid.push_messages([message]))
+            message = Message(content, dst_node_id=asked.node, message_type="train", ttl=expiry_s + 60.0)
+            pushed = list(self._context.grid.push_messages([message]))
             if pushed and pushed[0]:
-                each.message, each.problem = pushed[0], "it was asked and has not answered"
-                self._events.note(run, "site-asked", "has the order", round=self._number, site=each.site)
+                asked.message, asked.problem = pushed[0], "it was asked and has not answered"
+                self._context.events.note(run, "site-asked", "has the order", round=self._number, site=asked.site)
             else:
-                each.earliest, each.problem = now + RESEND_S, "Flower did not take the order"
+                asked.earliest, asked.problem = now + RESEND_S, "Flower did not take the order"
 
     def _pull(self) -> None:
-        by_message = {each.message: each for each in self._open() if each.message}
+        by_message = {asked.message: asked for asked in self._open() if asked.message}
         for message in self._inbox.take(list(by_message), PULL_BYTES // self._largest):
-            each = by_message.get(message.metadata.reply_to_message_id)
-            if each is not None:
-                each.message = ""
-                self._take(each, message)
+            asked = by_message.get(message.metadata.reply_to_message_id)
+            if asked is not None:
+                asked.message = ""
+                self._handle_message(asked, message)
             del message  # before the next one is fetched: memory stays that of one update
 
     def _give_up_lost_orders(self, online: set[int]) -> None:
         """An order dies with the SuperNode that it was given to, also when that had begun to send the reply."""
         run = self._spec.run.name
-        for each in self._open():
-            if each.message and each.node not in online:
-                each.message, each.problem = "", "it went off line while it was asked"
-                self._events.note(run, "order-lost", each.problem, round=self._number, site=each.site)
+        for asked in self._open():
+            if asked.message and asked.node not in online:
+                asked.message, asked.problem = "", "it went off line while it was asked"
+                self._context.events.note(run, "order-lost", asked.problem, round=self._number, site=asked.site)
 
-    def _take(self, each: _Asked, message: Message) -> None:
+    def _handle_message(self, asked: _AskedSite, message: Message) -> None:
         if message.has_error():
-            each.earliest = time.monotonic() + RESEND_S
-            each.problem = f"its SuperNode broke off (Flower error {message.error.code})"
+            asked.earliest = time.monotonic() + RESEND_S
+            asked.problem = f"its SuperNode broke off (Flower error {message.error.code})"
             return
         try:
-            each.reply = self._judge(each, message.content)
+            asked.reply = self._read_reply(asked, message.content)
         except BadReply as error:
-            each.reply = Reply(each.site, "invalid", error.code, error.message)
-        if each.reply is None:
-            each.earliest = time.monotonic() + RESEND_S
-            each.problem = "its agent is not running"
+            asked.reply = Reply(asked.site, "invalid", error.code, error.message)
+        if asked.reply is None:
+            asked.earliest = time.monotonic() + RESEND_S
+            asked.problem = "its agent is not running"
             return
-        self._note(each)
+        self._note(asked)
 
-    def _judge(self, each: _Asked, content: RecordDict) -> Reply | None:
+    def _read_reply(self, asked: _AskedSite, content: RecordDict) -> Reply | None:
         status, document, update = parts(content)
         self._received += len(update)
         self._largest = max(self._largest, len(update))
         if status != "ok":
-            return each.expected.refusal(status, document)
-        reply, tensors = each.expected.receipt(document, update)
+            return asked.expected.refusal(status, document)
+        reply, tensors = asked.expected.receipt(document, update)
         try:
-            each.form = self._updates.add(tensors)
+            asked.form = self._updates.add(tensors)
         except DataError as error:
             raise BadReply(error.message, code="bad-update") from error
         return reply

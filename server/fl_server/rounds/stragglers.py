@@ -50,24 +50,24 @@ class Stragglers:
 
     def pull(self) -> None:
         """Take in what has arrived since; one reply at a time, so that memory stays that of one update."""
-        by_message = {each.message: each for each in self._out.values()}
+        by_message = {straggler.message: straggler for straggler in self._out.values()}
         for message in self._inbox.take(list(by_message)):
-            each = by_message.get(message.metadata.reply_to_message_id)
-            if each is not None and self._out.pop(each.site, None) is not None and not message.has_error():
-                reply = self._judged(each, message.content)
+            straggler = by_message.get(message.metadata.reply_to_message_id)
+            if straggler is not None and self._out.pop(straggler.site, None) is not None and not message.has_error():
+                reply = self._read_reply(straggler, message.content)
                 if reply is not None:
-                    self._commits.record_late(self._run, each.round, reply)
+                    self._commits.record_late(self._run, straggler.round, reply)
         now = time.monotonic()
-        self._out = {site: each for site, each in self._out.items() if each.until > now}
+        self._out = {site: straggler for site, straggler in self._out.items() if straggler.until > now}
 
     @staticmethod
-    def _judged(each: Straggler, content: object) -> Reply | None:
+    def _read_reply(straggler: Straggler, content: object) -> Reply | None:
         try:
             status, document, update = parts(content)
             if status != "ok":
-                return each.expected.refusal(status, document)
-            reply, _ = each.expected.receipt(document, update)
+                return straggler.expected.refusal(status, document)
+            reply, _ = straggler.expected.receipt(document, update)
         except BadReply as error:
-            return Reply(each.site, "invalid", error.code, error.message)
-        message = f"arrived after round {each.round} was closed; it is in no average"
+            return Reply(straggler.site, "invalid", error.code, error.message)
+        message = f"arrived after round {straggler.round} was closed; it is in no average"
         return replace(reply, status="late", code="late", message=message)

@@ -1,4 +1,4 @@
-"""Hold a run spec against the base models that its sites have announced, before anything runs.
+"""Compare a run spec with the base models that its sites have announced, before anything runs.
 
 Announcements come from the sites (`POST /v1/base` of the gateway). They spare a run that cannot work from being
 launched, and decide nothing: a site refuses a round that does not fit its base model, whatever it has announced.
@@ -15,7 +15,7 @@ from fl_shared.documents.plan import Objection
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import RunError
 
-MAX_TOLD = 2500
+MAX_EXPLANATION = 2500
 """Characters of one message; gRPC carries 8 KiB of details."""
 
 
@@ -50,28 +50,32 @@ class Fit:
     def require(self) -> None:
         """RunError that names each site that does not fit, what differs and the fix; nothing when all fit."""
         if self.objections:
-            raise RunError(f"the spec does not fit the base models: {self._told()}", fix=self._fix(), code="unfit-spec")
+            raise RunError(
+                f"the spec does not fit the base models: {self._explanation()}", fix=self._fix(), code="unfit-spec"
+            )
 
     def warnings(self) -> tuple[str, ...]:
         """What a launch says all the same: who did not fit, and of whom nothing is known."""
         warnings = []
         if self.objections:
-            warnings.append(f"launched though the spec does not fit the base models: {self._told()}")
+            warnings.append(f"launched though the spec does not fit the base models: {self._explanation()}")
         if self.silent:
             warnings.append(f"not compared, since no base model was announced yet: {_names(self.silent)}")
         return tuple(warnings)
 
-    def _told(self) -> str:
+    def _explanation(self) -> str:
         by_reason: dict[str, list[str]] = {}
         for site, objection in self.objections.items():
             by_reason.setdefault(objection.message, []).append(site)
-        told = "; ".join(f"{_names(sites)}: {why}" for why, sites in by_reason.items())
-        return told if len(told) <= MAX_TOLD else f"{told[:MAX_TOLD]}... (all of them: `fl-admin runs plan`)"
+        text = "; ".join(f"{_names(sites)}: {why}" for why, sites in by_reason.items())
+        return (
+            text if len(text) <= MAX_EXPLANATION else f"{text[:MAX_EXPLANATION]}... (all of them: `fl-admin runs plan`)"
+        )
 
     def _fix(self) -> str:
         fixes = []
         digests = sorted({base.digest for base in self.bases.values()})
-        if any(each.code == "unknown-base-model" for each in self.objections.values()):
+        if any(objection.code == "unknown-base-model" for objection in self.objections.values()):
             fixes.append(
                 f"set [run] base_model to {digests[0]}, which these sites have"
                 if len(digests) == 1
@@ -79,14 +83,14 @@ class Fit:
             )
         usable = [
             self.bases[site].targets
-            for site, each in self.objections.items()
-            if each.code == "unsupported-spec" or len(digests) == 1
+            for site, objection in self.objections.items()
+            if objection.code == "unsupported-spec" or len(digests) == 1
         ]
-        left = [each for each in self.spec.lora.targets if all(each in targets for targets in usable)]
-        if len(left) < len(self.spec.lora.targets):
+        common = [target for target in self.spec.lora.targets if all(target in targets for targets in usable)]
+        if len(common) < len(self.spec.lora.targets):
             fixes.append(
-                f"set [lora] targets to {', '.join(left)}"
-                if left
+                f"set [lora] targets to {', '.join(common)}"
+                if common
                 else "name [lora] targets that every base model has (`fl-admin sites list --json`)"
             )
         return f"{'; '.join(fixes)}; --force launches all the same, and these sites refuse their rounds"

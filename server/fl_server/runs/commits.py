@@ -41,7 +41,7 @@ class Commits:
         """The rounds of the coordinator at `home`."""
         return cls(store, LocalArtifacts(home.artifacts), home.adapters)
 
-    def commit(self, done: CommittedRound) -> None:
+    def commit(self, result: CommittedRound) -> None:
         """Store a round. One that is committed already stays as it is.
 
         Raises:
@@ -49,39 +49,39 @@ class Commits:
         """
         now = time.time()
         with self._store.write() as session:
-            row = session.get_one(RunRow, done.run, with_for_update=True)
-            if row.attempt != done.attempt or row.state not in GOING:
+            row = session.get_one(RunRow, result.run, with_for_update=True)
+            if row.attempt != result.attempt or row.state not in GOING:
                 raise RunError(
-                    f"round {done.round} of {done.run} came from an attempt that is no longer valid",
+                    f"round {result.round} of {result.run} came from an attempt that is no longer valid",
                     fix="nothing to do",
                     code="superseded",
                 )
-            earlier = session.get(RoundRow, (done.run, done.round))
+            earlier = session.get(RoundRow, (result.run, result.round))
             if earlier is not None and earlier.state == "committed":
-                raise RunError(f"round {done.round} of {done.run} is committed already", fix="nothing to do")
+                raise RunError(f"round {result.round} of {result.run} is committed already", fix="nothing to do")
             # Inside the transaction: what an attempt brings that has been replaced is not even written.
-            state_digest = self._artifacts.put(done.state) if done.state else ""
+            state_digest = self._artifacts.put(result.state) if result.state else ""
             session.merge(
                 RoundRow(
-                    run=done.run,
-                    round=done.round,
+                    run=result.run,
+                    round=result.round,
                     state="committed",
-                    adapter_digest=self._artifacts.put(done.adapter),
-                    adapter_bytes=len(done.adapter),
+                    adapter_digest=self._artifacts.put(result.adapter),
+                    adapter_bytes=len(result.adapter),
                     state_digest=state_digest,
-                    bytes=done.received_bytes,
-                    seconds=done.seconds,
+                    bytes=result.received_bytes,
+                    seconds=result.seconds,
                     committed_at=now,
                 )
             )
-            _put_replies(session, done.run, done.round, done.replies)
-            ok = sum(1 for reply in done.replies if reply.status == "ok")
-            text = f"round {done.round} committed with {ok} of {len(done.replies)} replies"
-            add_event(session, done.run, "round-committed", text, round=done.round)
+            _put_replies(session, result.run, result.round, result.replies)
+            ok = sum(1 for reply in result.replies if reply.status == "ok")
+            text = f"round {result.round} committed with {ok} of {len(result.replies)} replies"
+            add_event(session, result.run, "round-committed", text, round=result.round)
             row.updated_at, row.restarts = now, 0
-            if done.round >= row.rounds:
+            if result.round >= row.rounds:
                 row.state, row.reason, row.reason_code = "completed", "", ""
-                add_event(session, done.run, "completed", f"{done.round} rounds committed")
+                add_event(session, result.run, "completed", f"{result.round} rounds committed")
 
     def last_adapter(self, run: str) -> tuple[int, bytes]:
         """Number and adapter of the last committed round; (0, no bytes) before the first.
@@ -109,16 +109,16 @@ class Commits:
         Raises:
             RunError: the artifact is missing or is not the one that was committed.
         """
-        wanted = metadata(adapter).get(SERVER_STATE)
-        if wanted is None:
+        state_digest = metadata(adapter).get(SERVER_STATE)
+        if state_digest is None:
             return b""
-        return self._bytes(wanted, self._adapters / run / f"{round}.state.safetensors", "state")
+        return self._bytes(state_digest, self._adapters / run / f"{round}.state.safetensors", "state")
 
-    def _bytes(self, digest: str, earlier: Path, what: str) -> bytes:
+    def _bytes(self, digest: str, earlier: Path, kind: str) -> bytes:
         """An artifact, or the file that an earlier version committed."""
         if not self._artifacts.has(digest) and earlier.exists():
-            return read_verified(earlier, digest, what)
-        return self._artifacts.get(digest, what)
+            return read_verified(earlier, digest, kind)
+        return self._artifacts.get(digest, kind)
 
     def record_replies(self, run: str, round: int, replies: list[Reply]) -> None:
         """Keep what came in a round that was not committed, so that an admin sees it."""

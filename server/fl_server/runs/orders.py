@@ -51,22 +51,22 @@ class Orders:
         """Sign and store the orders of a round, by site; `sites`: each site and the orders that it reads."""
         issued, rows = {}, []
         for site, reads in sites.items():
-            made = _made(spec, round, site, adapter_digest, ttl_s, by_digest=reads >= BY_DIGEST)
-            document = sign_document(key, made.to_dict())
+            order = _made(spec, round, site, adapter_digest, ttl_s, by_digest=reads >= BY_DIGEST)
+            document = sign_document(key, order.to_dict())
             text = json.dumps(document, sort_keys=True)
-            beside = spec.canonical if isinstance(made, RoundOrder) else ""
+            beside = spec.canonical if isinstance(order, RoundOrder) else ""
             issued[site] = Issued(text, document_digest(document["body"]), beside)
             rows.append(
                 {
                     "digest": issued[site].digest,
-                    "run": made.run,
+                    "run": order.run,
                     "round": round,
                     "site": site,
                     "adapter_digest": adapter_digest,
                     "document_json": "" if beside else text,
-                    "nonce": made.nonce,
-                    "issued_at": made.issued_at,
-                    "expires_at": made.expires_at,
+                    "nonce": order.nonce,
+                    "issued_at": order.issued_at,
+                    "expires_at": order.expires_at,
                 }
             )
         with self._store.write() as session:

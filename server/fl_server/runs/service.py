@@ -109,14 +109,14 @@ class Runs:
         with self._store.read() as session:
             rows = list(session.scalars(select(RunRow).order_by(RunRow.created_at.desc())))
             rounds = list(session.scalars(select(RoundRow)))
-        return [RunView(row, [each for each in rounds if each.run == row.run]) for row in rows]
+        return [RunView(row, [round_row for round_row in rounds if round_row.run == row.run]) for row in rows]
 
     def active(self) -> list[RunRow]:
         """Runs that should be carried on: pending and running."""
         with self._store.read() as session:
             return list(session.scalars(select(RunRow).where(RunRow.state.in_(GOING)).order_by(RunRow.created_at)))
 
-    def change(self, run: str, wanted: str, allowed: tuple[str, ...], reason: str, code: str) -> RunView:
+    def change(self, run: str, state: str, allowed: tuple[str, ...], reason: str, code: str) -> RunView:
         """Move a run to another state, with the reason in words and as a code.
 
         Raises:
@@ -128,12 +128,12 @@ class Runs:
                 raise RunError(f"there is no run {run!r}", fix="see `fl-admin runs list`", code="unknown-run")
             if row.state not in allowed:
                 raise RunError(
-                    f"run {run} is {row.state}", fix=f"only a run that is {' or '.join(allowed)} can become {wanted}"
+                    f"run {run} is {row.state}", fix=f"only a run that is {' or '.join(allowed)} can become {state}"
                 )
-            row.state, row.reason, row.reason_code, row.updated_at = wanted, reason, code, time.time()
-            if wanted == "pending":
+            row.state, row.reason, row.reason_code, row.updated_at = state, reason, code, time.time()
+            if state == "pending":
                 row.restarts, row.flower_run, row.attempt = 0, "", ""
-            add_event(session, run, wanted, reason)
+            add_event(session, run, state, reason)
         return self.show(run)
 
     def stop(self, run: str) -> RunView:

@@ -1,4 +1,4 @@
-"""What is told of a run: its row with rounds and replies, and what a round brings before it is stored."""
+"""Views of a run: its row with rounds and replies, and what a round brings before it is stored."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ class RunView:
 
     @property
     def committed(self) -> int:
-        return sum(1 for each in self.rounds if each.state == "committed")
+        return sum(1 for row in self.rounds if row.state == "committed")

@@ -252,8 +252,8 @@ def require_finite(tensors: Mapping[str, NDArray[np.float32]]) -> None:
 def require_same_shapes(tensors: Mapping[str, NDArray[np.float32]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """DataError naming the first tensor that is missing, unexpected or of another shape."""
     for name in sorted(set(tensors) ^ set(expected)):
-        what = "is missing" if name in expected else "is not expected"
-        raise DataError(f"adapter tensor {name} {what}", fix="sender and receiver must use the same run spec")
+        problem = "is missing" if name in expected else "is not expected"
+        raise DataError(f"adapter tensor {name} {problem}", fix="sender and receiver must use the same run spec")
     for name, value in tensors.items():
         if value.shape != tuple(expected[name]):
             raise DataError(

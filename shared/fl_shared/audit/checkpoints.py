@@ -1,4 +1,4 @@
-"""What is known of a ledger from elsewhere: heads that somebody noted, and what receipts pin."""
+"""Checkpoints of a ledger from elsewhere: heads that somebody noted, and what receipts pin."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fl_shared.ledger import receipts
 from fl_shared.ledger.verify import Checkpoint
 
 
-def pins(kept: Sequence[receipts.Kept]) -> list[Checkpoint]:
+def pins(stored: Sequence[receipts.StoredReceipt]) -> list[Checkpoint]:
     """Return what receipts say of the ledger, without asking who signed them: a wrong one is named either way."""
-    found = []
-    for one in kept:
-        claims = one.claims
+    pinned = []
+    for receipt in stored:
+        claims = receipt.claims
         size, head, root = (claims.get(name) for name in ("ledger_entries", "ledger_head", "merkle_root"))
         if type(size) is int and isinstance(head, str) and isinstance(root, str):
             source = f"receipt for run {claims.get('run')}, round {claims.get('round')}"
-            found.append(Checkpoint(size, head, root, source))
-    return found
+            pinned.append(Checkpoint(size, head, root, source))
+    return pinned
 
 
 def parse_checkpoint(text: str) -> Checkpoint:

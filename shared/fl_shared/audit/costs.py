@@ -12,17 +12,17 @@ from fl_shared.privacy.accounting.renyi import curve_epsilon
 from fl_shared.privacy.mechanism import Mechanism
 
 
-def by_run(ledger: LedgerReader, found: Sequence[Spend]) -> list[dict[str, Any]]:
+def by_run(ledger: LedgerReader, all_spends: Sequence[Spend]) -> list[dict[str, Any]]:
     """Return each run by itself, at the delta of its data set's budget, in order of first use.
 
-    `cumulative` is epsilon of everything in `found` that counts against the data set, up to the run's last charge.
+    `cumulative` is epsilon of everything in `all_spends` that is charged to the data set, up to the run's last charge.
     """
     deltas = {budget.dataset: budget.delta for budget in reversed(ledger.budgets())}
     grouped: dict[tuple[str, str], list[Spend]] = {}
-    for spend in found:
+    for spend in all_spends:
         if spend.charged is not None:
             grouped.setdefault((spend.reservation.run, spend.reservation.dataset), []).append(spend)
-    totals = _totals(ledger, found, {max(map(_ended, spends)): place[1] for place, spends in grouped.items()})
+    totals = _totals(ledger, all_spends, {max(map(_ended, spends)): place[1] for place, spends in grouped.items()})
     rows = []
     for (name, dataset), spends in grouped.items():
         mechanisms: list[Mechanism] = [spend.charged for spend in spends if spend.charged is not None]
@@ -51,12 +51,12 @@ def _ended(spend: Spend) -> int:
     return spend.settled_seq or spend.reservation.seq
 
 
-def _totals(ledger: LedgerReader, found: Sequence[Spend], ends: dict[int, str]) -> dict[int, dict[Key, int]]:
+def _totals(ledger: LedgerReader, spends: Sequence[Spend], ends: dict[int, str]) -> dict[int, dict[Key, int]]:
     """Return what counted against a data set when the entry was written, for each (entry, data set) in `ends`."""
     names = {dataset: {dataset, *ledger.overlapping(dataset)} for dataset in set(ends.values())}
     charged: dict[str, dict[Key, int]] = {}
     totals = {}
-    for spend in sorted((spend for spend in found if spend.charged is not None), key=_ended):
+    for spend in sorted((spend for spend in spends if spend.charged is not None), key=_ended):
         own = charged.setdefault(spend.reservation.dataset, {})
         if spend.charged is not None:
             own[key_of(spend.charged)] = own.get(key_of(spend.charged), 0) + spend.charged.steps

@@ -1,4 +1,4 @@
-"""What somebody means to run: a run spec, or noise, sampling and steps given one by one."""
+"""A proposed run: a run spec, or noise, sampling and steps given one by one."""
 
 from __future__ import annotations
 
@@ -53,8 +53,12 @@ def proposal_of(arguments: argparse.Namespace, ledger: LedgerReader, dataset: st
         for spend in ledger.spends(dataset=dataset):
             if spend.reservation.purpose == "training":
                 base, source = spend.reservation.mechanism, f"the newest round of run {spend.reservation.run}"
-    given = {"noise_multiplier": arguments.noise, "sampling_probability": arguments.sampling, "steps": arguments.steps}
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {
+        "noise_multiplier": arguments.noise,
+        "sampling_probability": arguments.sampling,
+        "steps": arguments.steps,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
     if base is None:
         missing = [name for name in ("noise", "sampling", "steps") if getattr(arguments, name) is None]
         if missing:
@@ -62,10 +66,10 @@ def proposal_of(arguments: argparse.Namespace, ledger: LedgerReader, dataset: st
                 f"the ledger has no round of {dataset!r} to go by",
                 fix=f"give --spec FILE, or --{' and --'.join(missing)}",
             )
-        base = Mechanism(**given, clipping_norm=1.0)
-    elif given:
-        base = dataclasses.replace(base, **given)
-        source = f"{source}, with {', '.join(sorted(given))} changed"
+        base = Mechanism(**options, clipping_norm=1.0)
+    elif options:
+        base = dataclasses.replace(base, **options)
+        source = f"{source}, with {', '.join(sorted(options))} changed"
     for value, name in ((base.steps, "--steps"), (1 if rounds is None else rounds, "--rounds")):
         if value < 1:
             raise ConfigError(f"{name} {value} is not usable", fix="use a whole number from 1")

@@ -65,17 +65,17 @@ def ledger_url(arguments: argparse.Namespace) -> str:
 @contextlib.contextmanager
 def reachable(arguments: argparse.Namespace) -> Iterator[str]:
     """Give the address of the ledger that the options name; a bundle is unpacked for as long as this lasts."""
-    given = Path(arguments.ledger) if arguments.ledger and "://" not in arguments.ledger else None
-    if given is None:
+    path = Path(arguments.ledger) if arguments.ledger and "://" not in arguments.ledger else None
+    if path is None:
         yield ledger_url(arguments)
         return
-    if not bundle.is_bundle(given):
+    if not bundle.is_bundle(path):
         raise ConfigError(
             f"--ledger {arguments.ledger!r} is neither a bundle nor a database address",
             fix="give a file of fl-audit export, or sqlite:////path/ledger.sqlite",
         )
     with tempfile.TemporaryDirectory(prefix="concordat-bundle-") as directory:
-        yield bundle.unpack(given, Path(directory))
+        yield bundle.unpack(path, Path(directory))
 
 
 @contextlib.contextmanager
@@ -121,15 +121,15 @@ def home_key(arguments: argparse.Namespace) -> str | None:
     return key_text(str(file))
 
 
-def key_text(given: str) -> str:
+def key_text(value: str) -> str:
     """Return the key in 64 hex digits or in the file that holds them; ConfigError for anything else."""
-    source = f"the file {given}" if Path(given).is_file() else "--public-key"
-    text = Path(given).read_text(encoding="utf-8", errors="replace") if Path(given).is_file() else given
-    found = text.strip().lower()
+    source = f"the file {value}" if Path(value).is_file() else "--public-key"
+    text = Path(value).read_text(encoding="utf-8", errors="replace") if Path(value).is_file() else value
+    public_hex = text.strip().lower()
     try:
-        ed25519_key(found)
+        ed25519_key(public_hex)
     except SignatureError as error:
         raise ConfigError(
             f"{source} holds no Ed25519 public key: {error.message}", fix="give 64 hex digits or the file with them"
         ) from error
-    return found
+    return public_hex

@@ -23,7 +23,7 @@ def completed_words() -> list[str] | None:
 def known_sites(**_: Any) -> list[str]:
     """The sites that have their home in the usual place on this machine."""
     try:
-        return sorted(each.name for each in (Path.home() / ".concordat" / "site").iterdir() if each.is_dir())
+        return sorted(folder.name for folder in (Path.home() / ".concordat" / "site").iterdir() if folder.is_dir())
     except OSError:
         return []
 

@@ -33,9 +33,9 @@ def cli_main(
         sys.stdout.flush()  # here, not at the interpreter's exit, where a lost reader could not be handled
         return code
     except ConcordatError as error:
-        return _tell(error.message, error.fix, error.code, error.exit_code, as_json=as_json)
+        return _print_error(error.message, error.fix, error.code, error.exit_code, as_json=as_json)
     except KeyboardInterrupt:
-        return _tell("interrupted", "", "interrupted", INTERRUPTED, as_json=as_json)
+        return _print_error("interrupted", "", "interrupted", INTERRUPTED, as_json=as_json)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             # Point stdout elsewhere, so that the exit's flush stays quiet.
@@ -45,21 +45,21 @@ def cli_main(
         _trace()
         if isinstance(error, ConnectionError | TimeoutError):
             fix = "check that the other side runs, its address and the network"
-            return _tell(f"the connection failed: {error}", fix, "transport", 16, as_json=as_json)
+            return _print_error(f"the connection failed: {error}", fix, "transport", 16, as_json=as_json)
         where = f"{error.filename}: " if error.filename is not None else ""
         fix = "check the path, its permissions and the free space"
-        return _tell(f"{where}{error.strerror or error}", fix, "system", SYSTEM, as_json=as_json)
+        return _print_error(f"{where}{error.strerror or error}", fix, "system", SYSTEM, as_json=as_json)
     except Exception as error:  # noqa: BLE001  # the last line of defence: no traceback for a person
         _trace()
         if isinstance(error, ImportError):
             missing = missing_package(error, package)
             if missing is not None:
-                return _tell(missing.message, missing.fix, missing.code, missing.exit_code, as_json=as_json)
+                return _print_error(missing.message, missing.fix, missing.code, missing.exit_code, as_json=as_json)
         fix = "this is a defect; run again with CONCORDAT_DEBUG=1 and report what it prints, with the log"
-        return _tell(f"internal error: {type(error).__name__}: {error}", fix, "defect", DEFECT, as_json=as_json)
+        return _print_error(f"internal error: {type(error).__name__}: {error}", fix, "defect", DEFECT, as_json=as_json)
 
 
-def _tell(message: str, fix: str, code: str, exit_code: int, *, as_json: bool) -> int:
+def _print_error(message: str, fix: str, code: str, exit_code: int, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(as_dict(message, fix, code, exit_code)), file=sys.stderr)
         return exit_code

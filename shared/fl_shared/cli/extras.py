@@ -31,8 +31,8 @@ _OURS = ("fl_shared", "fl_server", "fl_client")
 
 def install_command(extra: str = "") -> str:
     """The shell command that adds `extra` to this very environment; what is installed already is kept as it is."""
-    wanted = f"{DISTRIBUTION}[{extra}]" if extra else DISTRIBUTION
-    return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(wanted)}"
+    requirement = f"{DISTRIBUTION}[{extra}]" if extra else DISTRIBUTION
+    return f"{shlex.quote(sys.executable)} -m pip install {shlex.quote(requirement)}"
 
 
 def extra_of(module: str, ours: str) -> str:
@@ -50,18 +50,18 @@ def missing_package(error: ImportError, ours: str) -> ConfigError | None:
     extra = extra_of(module, ours)
     whose = f"the extra {extra!r}" if extra else f"what {DISTRIBUTION} needs"
     if isinstance(error, ModuleNotFoundError):
-        said = f"the package {module} is not installed; it takes {whose}"
+        message = f"the package {module} is not installed; it takes {whose}"
     else:  # an older version, or a library of the system that it needs
-        said = f"the package {module or '(unnamed)'} cannot be used: {error}; it takes {whose}"
-    return ConfigError(said, fix=install_command(extra), code="missing-package")
+        message = f"the package {module or '(unnamed)'} cannot be used: {error}; it takes {whose}"
+    return ConfigError(message, fix=install_command(extra), code="missing-package")
 
 
 def require(extra: str) -> None:
     """ConfigError naming what is missing of an extra, before anything is started that would need it later."""
     absent = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
     if absent:
-        what = f"package {absent[0]} is" if len(absent) == 1 else f"packages {', '.join(absent)} are"
+        packages = f"package {absent[0]} is" if len(absent) == 1 else f"packages {', '.join(absent)} are"
         raise ConfigError(
-            f"the {what} not installed; it takes the extra {extra!r}",
+            f"the {packages} not installed; it takes the extra {extra!r}",
             fix=install_command(extra), code="missing-package",
         )  # fmt: skip

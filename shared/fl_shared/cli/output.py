@@ -131,16 +131,16 @@ def command(*words: str | Path) -> str:
 class Say(Protocol):
     """Tells what is being done now, and how much of it is done."""
 
-    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        """`what` is being done; `done` of `total` parts are, when there are parts."""
+    def __call__(self, activity: str, done: int = 0, total: int = 0) -> None:
+        """`activity` is being done; `done` of `total` parts are, when there are parts."""
 
 
-def silent(what: str, done: int = 0, total: int = 0) -> None:
+def silent(activity: str, done: int = 0, total: int = 0) -> None:
     """Say nothing."""
 
 
 @contextlib.contextmanager
-def working(what: str, *, quiet: bool = False, json: bool = False) -> Iterator[Say]:
+def working(activity: str, *, quiet: bool = False, json: bool = False) -> Iterator[Say]:
     """Show on standard error what is being done while the body runs, once it has taken `PATIENCE_S`.
 
     On a terminal one line that changes and is gone at the end; otherwise a line for each thing that is done, and one
@@ -150,24 +150,24 @@ def working(what: str, *, quiet: bool = False, json: bool = False) -> Iterator[S
     if quiet or (json and not terminal):
         yield silent
         return
-    shown = _Line(what) if terminal else _Lines(what)
+    progress = _Line(activity) if terminal else _Lines(activity)
     ended = threading.Event()
-    ticking = threading.Thread(target=_tick, args=(shown, ended), name="progress", daemon=True)
+    ticking = threading.Thread(target=_tick, args=(progress, ended), name="progress", daemon=True)
     ticking.start()
     try:
-        yield shown.say
+        yield progress.say
     finally:
         ended.set()
         ticking.join()
-        shown.close()
+        progress.close()
 
 
-def _tick(shown: _Lines | _Line, ended: threading.Event) -> None:
+def _tick(progress: _Lines | _Line, ended: threading.Event) -> None:
     if ended.wait(PATIENCE_S):
         return
     while True:
-        shown.show()
-        if ended.wait(shown.every_s):
+        progress.show()
+        if ended.wait(progress.every_s):
             return
 
 
@@ -176,24 +176,24 @@ class _Lines:
 
     every_s = 1.0
 
-    def __init__(self, what: str) -> None:
-        self._what, self._done, self._total = what, 0, 0
+    def __init__(self, activity: str) -> None:
+        self._activity, self._done, self._total = activity, 0, 0
         self._begun = time.monotonic()
-        self._told, self._told_at = "", 0.0
+        self._shown, self._shown_at = "", 0.0
 
-    def say(self, what: str, done: int = 0, total: int = 0) -> None:
+    def say(self, activity: str, done: int = 0, total: int = 0) -> None:
         """Take note; the ticking thread shows it."""
-        self._what, self._done, self._total = what, done, total
+        self._activity, self._done, self._total = activity, done, total
 
     def _text(self) -> str:
         share = f" {100 * self._done // self._total} %" if self._total else ""
-        return printable(f"{self._what}{share} ({time.monotonic() - self._begun:.0f} s)").replace("\n", " ")
+        return printable(f"{self._activity}{share} ({time.monotonic() - self._begun:.0f} s)").replace("\n", " ")
 
     def show(self) -> None:
         """One line, when what is done has changed or nothing was said for a while."""
         now = time.monotonic()
-        if self._what != self._told or now - self._told_at >= REPEAT_S:
-            self._told, self._told_at = self._what, now
+        if self._activity != self._shown or now - self._shown_at >= REPEAT_S:
+            self._shown, self._shown_at = self._activity, now
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more; the work goes on
                 print(self._text(), file=sys.stderr, flush=True)
 
@@ -206,9 +206,9 @@ class _Line(_Lines):
 
     every_s = 0.2
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self._spinner = Spinner("dots", Text(what))
+    def __init__(self, activity: str) -> None:
+        super().__init__(activity)
+        self._spinner = Spinner("dots", Text(activity))
         # Standard output is not ours to redirect: it may be a file.
         self._live = Live(self._spinner, console=on(sys.stderr), transient=True, redirect_stdout=False)
 

@@ -108,15 +108,15 @@ class Command:
 
         Raises ConfigError when that verb needs a package that is missing.
         """
-        made = Parser(
+        parser = Parser(
             prog=self.name,
             description=self.description,
             epilog=self._epilog(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made.add_argument("--version", action="version", version=f"concordat {__version__}")
-        _fill(made, self.verbs, words)
-        return made
+        parser.add_argument("--version", action="version", version=f"concordat {__version__}")
+        _add_verbs(parser, self.verbs, words)
+        return parser
 
     def line(self, words: Sequence[str]) -> list[str]:
         """The words, with the default verb in front when they name none."""
@@ -128,9 +128,9 @@ class Command:
         """Parse a line (by default the process's own), run its verb, return the exit code."""
         words = self.line(sys.argv[1:] if argv is None else argv)
         typing = completed_words()
-        made = self.parser(words if typing is None else typing)
-        complete(made)
-        arguments = made.parse_args(words)
+        parser = self.parser(words if typing is None else typing)
+        complete(parser)
+        arguments = parser.parse_args(words)
         return int(arguments.handler(arguments))
 
     def main(self, argv: Sequence[str] | None = None) -> int:
@@ -155,47 +155,47 @@ def verb_name(module: str) -> str:
     return module.rpartition(".")[2].replace("_", "-")
 
 
-def _fill(parser: Parser, listed: Sequence[Listed | Group | EntryPoints], words: Sequence[str] | None) -> None:
+def _add_verbs(parser: Parser, listed: Sequence[Listed | Group | EntryPoints], words: Sequence[str] | None) -> None:
     """Add verbs and groups; those that `words` do not name get a name and a line in the help, and are not imported."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     if words is not None:
         words = list(itertools.dropwhile(lambda word: word[:1] == "-", words))
-    for each in listed:
-        if isinstance(each, Group):
-            made = verbs.add_parser(each.name, help=each.help, description=_sentence(each.help))
-            _fill(made, [each.verbs], None if words is None else words[1:] if words[:1] == [each.name] else [])
+    for entry in listed:
+        if isinstance(entry, Group):
+            added = verbs.add_parser(entry.name, help=entry.help, description=_sentence(entry.help))
+            _add_verbs(added, [entry.verbs], None if words is None else words[1:] if words[:1] == [entry.name] else [])
             continue
-        if isinstance(each, EntryPoints):
+        if isinstance(entry, EntryPoints):
             if not words or words[0] not in verbs.choices:  # else no need to read every installed package's metadata
-                _fill_from(verbs, each, words)
+                _add_entry_points(verbs, entry, words)
             continue
-        for module, line in each.items():
+        for module, line in entry.items():
             name = verb_name(module)
-            made = verbs.add_parser(name, help=line)
+            added = verbs.add_parser(name, help=line)
             if words is None or name in words[:1]:
-                _declare(made, cast("Verb", importlib.import_module(module)))
+                _configure(added, cast("Verb", importlib.import_module(module)))
 
 
-def _fill_from(verbs: Any, points: EntryPoints, words: Sequence[str] | None) -> None:
+def _add_entry_points(verbs: Any, points: EntryPoints, words: Sequence[str] | None) -> None:
     """Add another package's verbs; one whose packages are missing says so, and what to install when it is used."""
     for entry in metadata.entry_points(group=points.group):
-        wanted = words is None or entry.name in words[:1]
+        chosen = words is None or entry.name in words[:1]
         try:
             listed: Listed = importlib.import_module(entry.module.rpartition(".")[0]).VERBS
-            made = verbs.add_parser(entry.name, help=listed[entry.module])
-            if wanted:
-                _declare(made, entry.load())
+            added = verbs.add_parser(entry.name, help=listed[entry.module])
+            if chosen:
+                _configure(added, entry.load())
         except ImportError as error:
-            if wanted:
+            if chosen:
                 raise missing_package(error, points.package) or error from error
             verbs.add_parser(entry.name, help=f"needs packages of {points.package} that are missing")
 
 
-def _declare(parser: Parser, verb: Verb) -> None:
+def _configure(parser: Parser, verb: Verb) -> None:
     """Give a verb's parser its description, examples, options and action."""
     first, _, rest = str(verb.__doc__).partition("\n\n")
-    said = f"{_sentence(' '.join(first.partition(': ')[2].split()))} {' '.join(rest.split())}".strip()
-    parser.description = textwrap.fill(said, 100)
+    description = f"{_sentence(' '.join(first.partition(': ')[2].split()))} {' '.join(rest.split())}".strip()
+    parser.description = textwrap.fill(description, 100)
     parser.epilog = "examples:\n" + textwrap.indent(textwrap.dedent(verb.EXAMPLES).strip(), "  ")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.add_arguments(parser)
@@ -215,9 +215,9 @@ def path(text: str) -> Path:
 
 def argument(parser: Parser, *names: str, completer: Callable[..., Any] | None = None, **options: Any) -> None:
     """Add an argument whose values TAB completes."""
-    made = parser.add_argument(*names, **options)
+    action = parser.add_argument(*names, **options)
     if completer is not None:
-        completed_by(made, completer)
+        completed_by(action, completer)
 
 
 def add_json(parser: Parser) -> None:

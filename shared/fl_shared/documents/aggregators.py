@@ -89,14 +89,14 @@ def check_quorum(name: str, parameters: Parameters, quorum: int) -> None:
         ConfigError: a trimmed mean that trims nobody, or Krum with fewer than `2 malicious + 3` replies (Blanchard et
             al. 2017, Proposition 4.2) or with more to select than are left of them.
     """
-    given = dict(parameters)
-    if name == "trimmed-mean" and int(given["cut"] * quorum) < 1:
+    values = dict(parameters)
+    if name == "trimmed-mean" and int(values["cut"] * quorum) < 1:
         raise ConfigError(
-            f"cut {given['cut']:g} trims nobody from a quorum of {quorum}",
+            f"cut {values['cut']:g} trims nobody from a quorum of {quorum}",
             fix=f"write a cut of at least {1 / quorum:.3g}, or raise the quorum",
         )
     if name == "multi-krum":
-        malicious, select = int(given["malicious"]), int(given["select"])
+        malicious, select = int(values["malicious"]), int(values["select"])
         needed = 2 * malicious + 3
         if quorum < needed:
             raise ConfigError(

@@ -31,8 +31,8 @@ class BaseModel(Document):
 
 def other_base(spec: RunSpec, model_digest: str) -> str:
     """Say that the run is for another base model than the site's; "" when it is not."""
-    asked = spec.run.base_model
-    return "" if asked == model_digest else f"the run is for base model {asked}, this site has {model_digest}"
+    digest = spec.run.base_model
+    return "" if digest == model_digest else f"the run is for base model {digest}, this site has {model_digest}"
 
 
 def absent_targets(spec: RunSpec, targets: tuple[str, ...]) -> str:

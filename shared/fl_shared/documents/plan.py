@@ -15,7 +15,7 @@ from fl_shared.documents.spec import MOST_ROUNDS, RunSpec
 from fl_shared.errors import ConfigError, printable, shown
 from fl_shared.fields import Between, Choice, Digest, Digested, Document, Named, SiteName, Texts, Time, Whole
 
-# How one site stands to a plan: it answered, or why it did not.
+# One site's answer to a plan's question, or why there is none.
 AFFORDABLE, REFUSED = "affordable", "refused"
 SILENT, NOT_ONLINE, NOT_ENROLLED = "silent", "not-online", "not-enrolled"
 WAIT_S = 20.0
@@ -92,4 +92,4 @@ class PlanAnswer(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return super().to_dict() | {"objections": [str(each) for each in self.objections]}
+        return super().to_dict() | {"objections": [str(objection) for objection in self.objections]}

@@ -71,15 +71,15 @@ class RoundManifest(Digested):
         """Read and check a manifest's body; ConfigError on anything else, also when `spec_digest` is another."""
         stated = table.get("spec_digest") if isinstance(table, Mapping) else None
         body = {name: value for name, value in table.items() if name != "spec_digest"} if stated is not None else table
-        made = super().from_dict(body, where=where, base=base)
+        manifest = super().from_dict(body, where=where, base=base)
         if stated is None:
             raise ConfigError(f"{where or cls.WHERE}: spec_digest is missing", fix="add spec_digest: a name")
-        if stated != made.spec_digest:
+        if stated != manifest.spec_digest:
             raise ConfigError(
                 f"{where or cls.WHERE}: spec_digest is not the digest of the spec inside",
-                fix="ask the coordinator to sign anew",
+                fix="ask the coordinator to sign it again",
             )
-        return made
+        return manifest
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ class RunSpec(Digested):
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
         """Add what pydantic cannot know: each aggregator has its own [aggregation]."""
-        made = super().__get_pydantic_json_schema__(core_schema, handler)
-        table = handler.resolve_ref_schema(made)
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        table = handler.resolve_ref_schema(schema)
         kinds = table["properties"]["aggregation"].pop("anyOf")
         table["properties"]["aggregation"]["type"] = "object"
         of_kind = dict(zip(dict.fromkeys(AGGREGATORS.values()), kinds, strict=True))
@@ -173,4 +173,4 @@ class RunSpec(Digested):
             }
             for name, kind in AGGREGATORS.items()
         ]
-        return made
+        return schema

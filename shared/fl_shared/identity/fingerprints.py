@@ -1,6 +1,6 @@
 """Fingerprints that two people can compare by telephone: eight groups of four hex digits.
 
-The first 128 bits of a SHA-256. Whoever stands in between would need another key or certificate with the same 128
+The first 128 bits of a SHA-256. A machine in the middle would need another key or certificate with the same 128
 bits as one that he did not choose, which takes about 2^128 attempts.
 """
 

@@ -27,7 +27,7 @@ from fl_shared.files import sqlite_url
 from fl_shared.ledger import chain, merkle, receipts
 from fl_shared.ledger.models import TYPED, entries, merkle_nodes, tallies, tally_keys
 from fl_shared.ledger.reader import LedgerReader
-from fl_shared.ledger.receipts import UNREADABLE_ZIP, Kept, damaged_file, zip_member
+from fl_shared.ledger.receipts import UNREADABLE_ZIP, StoredReceipt, damaged_file, zip_member
 from fl_shared.ledger.reconcile import site_keys
 from fl_shared.ledger.replay import Replay, Total
 from fl_shared.ledger.store import Store
@@ -53,13 +53,13 @@ over the 32 bytes of each hash.
 """
 
 
-def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[str, Any]:
+def write(ledger: LedgerReader, path: Path, stored: Iterable[StoredReceipt] = ()) -> dict[str, Any]:
     """Write the ledger to `path`, which must not exist; return what `bundle.json` says.
 
     Raises ConfigError when the file exists; OSError when the disk refuses.
     """
     pinned = ledger.checkpoint()
-    kept = list(kept)
+    stored = list(stored)
     about = {
         "format": FORMAT,
         "site": ledger.site,
@@ -67,7 +67,7 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
         "program": f"concordat {__version__}",
         **pinned,
         "public_keys": site_keys(ledger),
-        "receipts": len(kept),
+        "receipts": len(stored),
     }
     try:
         target = path.open("xb")
@@ -79,7 +79,7 @@ def write(ledger: LedgerReader, path: Path, kept: Iterable[Kept] = ()) -> dict[s
             for row in connection.execute(query.execution_options(yield_per=1000)).mappings():
                 line = json.dumps({name: row[name] for name in _COLUMNS}, ensure_ascii=False, separators=(",", ":"))
                 sink.write(line.encode() + b"\n")
-        document = {"format": receipts.FORMAT, "receipts": [one.to_dict() for one in kept]}
+        document = {"format": receipts.FORMAT, "receipts": [receipt.to_dict() for receipt in stored]}
         archive.writestr("receipts.json", json.dumps(document, indent=1, ensure_ascii=False))
         archive.writestr("bundle.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         name = shlex.quote(path.name)
@@ -101,9 +101,9 @@ def about(path: Path) -> dict[str, Any]:
         document = parse_json(zip_member(path, "bundle.json"), "bundle.json")
     except ConfigError as error:
         raise damaged_file(path, error.message) from error
-    wanted = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
+    types = {"format": str, "site": str, "entries": int, "head": str, "merkle_root": str, "public_keys": list}
     table: dict[str, Any] = document if isinstance(document, dict) else {}
-    if table.get("format") != FORMAT or not all(type(table.get(name)) is kind for name, kind in wanted.items()):
+    if table.get("format") != FORMAT or not all(type(table.get(name)) is kind for name, kind in types.items()):
         raise damaged_file(path, f"bundle.json is not of the form {FORMAT}")
     try:
         return table | {"site": site_id(table["site"])}
@@ -111,7 +111,7 @@ def about(path: Path) -> dict[str, Any]:
         raise damaged_file(path, f"bundle.json: {error.message}") from error
 
 
-def receipts_in(path: Path) -> list[Kept]:
+def receipts_in(path: Path) -> list[StoredReceipt]:
     """Return the coordinator's receipts that were packed with the ledger."""
     return receipts.parse(zip_member(path, "receipts.json"), f"{path}, receipts.json")
 
@@ -131,13 +131,13 @@ def unpack(path: Path, directory: Path) -> str:
             guards = connection.execute(sa.text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")).all()
             for name, _sql in guards:
                 connection.exec_driver_sql(f"DROP TRIGGER {name}")
-            _fill(connection, path)
+            _insert_entries(connection, path)
             for _name, sql in guards:
                 connection.exec_driver_sql(sql)
     except (LedgerError, OverflowError, UnicodeError) as error:  # the latter two: values that SQLite cannot hold
-        what = error.message if isinstance(error, LedgerError) else str(error)
+        reason = error.message if isinstance(error, LedgerError) else str(error)
         raise damaged(
-            f"{path} holds no ledger: {what.removeprefix(f'ledger {store.name}: ')}",
+            f"{path} holds no ledger: {reason.removeprefix(f'ledger {store.name}: ')}",
             fix="have the bundle sent again; if it comes the same, it was forged",
             code="bundle-broken",
         ) from error
@@ -178,7 +178,7 @@ def _storable(value: Any) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _fill(connection: sa.Connection, path: Path) -> None:
+def _insert_entries(connection: sa.Connection, path: Path) -> None:
     """Write the entries, and what follows from them: typed rows, sums, tree nodes."""
     rows: dict[sa.Table, list[dict[str, Any]]] = {}
     state, tree = Replay(), merkle.Tree()
@@ -208,14 +208,14 @@ def _fill(connection: sa.Connection, path: Path) -> None:
         for level, position, node in nodes:
             rows.setdefault(merkle_nodes, []).append({"level": level, "position": position, "hash": node})
         if len(rows[entries]) >= _BATCH:
-            _write(connection, rows)
-    _write(connection, rows)
+            _insert_rows(connection, rows)
+    _insert_rows(connection, rows)
 
 
-def _write(connection: sa.Connection, rows: dict[sa.Table, list[dict[str, Any]]]) -> None:
+def _insert_rows(connection: sa.Connection, rows: dict[sa.Table, list[dict[str, Any]]]) -> None:
     for table in (entries, *TYPED.values(), tally_keys, tallies, merkle_nodes):
         if rows.get(table):
             connection.execute(table.insert(), rows[table])
-    for kept in rows.values():
-        kept.clear()
+    for batch in rows.values():
+        batch.clear()
     rows.setdefault(entries, [])

@@ -34,7 +34,7 @@ def misfits(store: Store) -> list[Problem]:
     with contextlib.suppress(LedgerError), store.read() as connection:
         for table in metadata.sorted_tables:
             with contextlib.suppress(sa.exc.DBAPIError):
-                problems += _wrong_types(connection, table) if store.sqlite else _nothing(connection, table)
+                problems += _wrong_types(connection, table) if store.sqlite else _empty_values(connection, table)
     if store.sqlite:
         with contextlib.suppress(LedgerError), store.read() as connection:
             driver: Any = connection.connection.driver_connection
@@ -42,20 +42,20 @@ def misfits(store: Store) -> list[Problem]:
             try:
                 for table in metadata.sorted_tables:
                     with contextlib.suppress(store.driver_error):
-                        problems += _no_text(driver, table)
+                        problems += _undecodable_texts(driver, table)
             finally:
                 driver.text_factory = str
     return problems
 
 
-def _wanted(column: sa.Column[Any]) -> tuple[str, str]:
+def _expected_type(column: sa.Column[Any]) -> tuple[str, str]:
     return next((name, words) for kind, name, words in _TYPES if isinstance(column.type, kind))
 
 
 def _wrong_types(connection: sa.Connection, table: sa.Table) -> list[Problem]:
     columns = list(table.columns)
     kinds = ", ".join(f'typeof("{column.name}")' for column in columns)
-    allowed = {column.name: {_wanted(column)[0], *(["null"] if column.nullable else [])} for column in columns}
+    allowed = {column.name: {_expected_type(column)[0], *(["null"] if column.nullable else [])} for column in columns}
     wrong = " OR ".join(
         f'typeof("{name}") NOT IN ({", ".join(repr(kind) for kind in sorted(types))})'
         for name, types in allowed.items()
@@ -64,30 +64,33 @@ def _wrong_types(connection: sa.Connection, table: sa.Table) -> list[Problem]:
     row = f'CASE typeof("{first}") WHEN \'integer\' THEN "{first}" ELSE rowid END'
     query = f'SELECT {row}, {kinds} FROM "{table.name}" WHERE {wrong} LIMIT {MOST}'  # noqa: S608  # our own names
     return [
-        Problem(f"{table.name}.{column.name} of row {number} is {_said(kind)}, not {_wanted(column)[1]}", number)
+        Problem(
+            f"{table.name}.{column.name} of row {number} is {_type_in_words(kind)}, not {_expected_type(column)[1]}",
+            number,
+        )
         for number, *kinds_ in connection.exec_driver_sql(query)
         for column, kind in zip(columns, kinds_, strict=True)
         if kind not in allowed[column.name]
     ]
 
 
-def _said(kind: str) -> str:
+def _type_in_words(kind: str) -> str:
     return {"null": "empty", "blob": "bytes", "real": "a fraction", "integer": "a whole number"}.get(kind, kind)
 
 
-def _nothing(connection: sa.Connection, table: sa.Table) -> list[Problem]:
+def _empty_values(connection: sa.Connection, table: sa.Table) -> list[Problem]:
     """PostgreSQL keeps to its types; only NOT NULL can have been taken away."""
     needed = [column for column in table.columns if not column.nullable]
     query = sa.select(table).where(sa.or_(*(column.is_(None) for column in needed))).limit(MOST)
     return [
-        Problem(f"{table.name}.{column.name} of row {row[0]} is empty, not {_wanted(column)[1]}", row[0])
+        Problem(f"{table.name}.{column.name} of row {row[0]} is empty, not {_expected_type(column)[1]}", row[0])
         for row in connection.execute(query)
         for column, value in zip(table.columns, row, strict=True)
         if value is None and not column.nullable
     ]
 
 
-def _no_text(driver: Any, table: sa.Table) -> list[Problem]:
+def _undecodable_texts(driver: Any, table: sa.Table) -> list[Problem]:
     texts = [column.name for column in table.columns if isinstance(column.type, sa.String)]
     if not texts:
         return []

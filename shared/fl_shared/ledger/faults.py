@@ -16,10 +16,10 @@ _passed: dict[str, int] = {}
 
 def fault(point: str) -> None:
     """Kill this process if `FL_FAULT` names `point`."""
-    wanted = os.environ.get(VARIABLE)
-    if not wanted:
+    configured = os.environ.get(VARIABLE)
+    if not configured:
         return
-    name, _, count = wanted.partition(":")
+    name, _, count = configured.partition(":")
     if name != point:
         return
     _passed[point] = _passed.get(point, 0) + 1

@@ -59,7 +59,7 @@ class Tree:
         return fold(node for _level, node in self._peaks)
 
 
-def whole(leaves: Sequence[bytes]) -> tuple[dict[tuple[int, int], bytes], list[tuple[int, bytes]]]:
+def build_tree(leaves: Sequence[bytes]) -> tuple[dict[tuple[int, int], bytes], list[tuple[int, bytes]]]:
     """Return the inner nodes by (level, position) over `leaves`, and the peaks, largest first: a tree in one go."""
     nodes: dict[tuple[int, int], bytes] = {}
     peaks: list[tuple[int, bytes]] = []

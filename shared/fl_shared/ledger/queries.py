@@ -236,7 +236,7 @@ def spend_of(row: sa.RowMapping) -> Spend:
             kind=row["kind"],
         )
 
-    held = Reservation(
+    reservation = Reservation(
         seq=row["seq"],
         dataset=row["dataset"],
         dataset_version=row["dataset_version"],
@@ -251,7 +251,7 @@ def spend_of(row: sa.RowMapping) -> Spend:
     ended = row["settled_seq"] is not None
     outcome = str(row["outcome"]) if ended else "open"
     return Spend(
-        reservation=held,
+        reservation=reservation,
         outcome=outcome,
         charged=None if outcome == VOIDED else mechanism(int(row["charged_steps"] if ended else row["steps"])),
         release_digest=row["release_digest"],

@@ -45,15 +45,15 @@ class ReadableFile:
         url: the address for SQLAlchemy.
     """
 
-    def __init__(self, given: Path) -> None:
+    def __init__(self, path: Path) -> None:
         """Choose the way; raises LedgerError when there is no such file or a part of it cannot be read."""
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         self._seen: _Stamp | None = None
         self._held: sqlite3.Connection | None = None
         try:
-            if not given.is_file():
-                raise LedgerError(f"no ledger at {given}", fix="check --site and --home, or give --ledger")
-            self.path = given.resolve()
+            if not path.is_file():
+                raise LedgerError(f"no ledger at {path}", fix="check --site and --home, or give --ledger")
+            self.path = path.resolve()
             self._choose()
         except PermissionError as error:
             raise _unreadable(Path(str(error.filename))) from error
@@ -120,9 +120,9 @@ def _address(path: Path, *, immutable: bool = False) -> URL:
 
 
 def _unreadable(path: Path) -> LedgerError:
-    what = ", which holds the ledger's last entries," if path.name.endswith("-wal") else ""
+    which = ", which holds the ledger's last entries," if path.name.endswith("-wal") else ""
     return LedgerError(
-        f"{path}{what} cannot be read by this user",
+        f"{path}{which} cannot be read by this user",
         fix="ask its owner for the right to read it, or for a bundle: fl-audit export",
         code="ledger-unreadable",
     )
@@ -187,9 +187,9 @@ def _refuse_hidden_log(path: Path) -> None:
     with path.open("rb") as source:
         if source.read(_FORMAT_AT + 1)[_FORMAT_AT:] != b"\2":
             return
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCK_FIRST, _LOCK_BYTES, 0)
+        request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCK_FIRST, _LOCK_BYTES, 0)
         try:
-            kind = struct.unpack(_FLOCK, fcntl.fcntl(source.fileno(), fcntl.F_GETLK, asked))[0]
+            kind = struct.unpack(_FLOCK, fcntl.fcntl(source.fileno(), fcntl.F_GETLK, request))[0]
         except OSError:  # a file system without locks
             return
     if kind != fcntl.F_UNLCK and not _beside(path, "-wal").exists():

@@ -38,7 +38,7 @@ _REPLIES = sa.text(
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredReceipt:
     """One receipt as the coordinator keeps it; `received_at` in Unix seconds, 0 when it was not said."""
 
     document: Any
@@ -67,7 +67,7 @@ class Kept:
         return {"document": self.document, "received_at": self.received_at}
 
 
-def load(source: str, site: str) -> list[Kept]:
+def load(source: str, site: str) -> list[StoredReceipt]:
     """Return the receipts of `site` from a file, or from the coordinator's database (`sqlite:///`, `postgresql://`).
 
     Raises ConfigError when there is no such file, LedgerError when it or the database cannot be read or understood.
@@ -79,7 +79,7 @@ def load(source: str, site: str) -> list[Kept]:
         raise ConfigError(f"no receipts at {source!r}", fix="give the file, or the coordinator's database as a URL")
     # A bundle carries them, too.
     data = zip_member(path, "receipts.json") if zipfile.is_zipfile(path) else path.read_bytes()
-    return [kept for kept in parse(data, str(path)) if kept.claims.get("site", site) == site]
+    return [receipt for receipt in parse(data, str(path)) if receipt.claims.get("site", site) == site]
 
 
 UNREADABLE_ZIP = (
@@ -98,33 +98,33 @@ def zip_member(path: Path, name: str) -> bytes:
         raise damaged_file(path, f"{name} cannot be read: {error}") from error
 
 
-def damaged_file(what: Path | str, how: str) -> LedgerError:
+def damaged_file(source: Path | str, how: str) -> LedgerError:
     """Return the error for a file of evidence that is not as it was written."""
     fix = "have the file sent again; if it comes the same, it was written so"
-    return damaged(f"{what}: {how}", fix=fix)
+    return damaged(f"{source}: {how}", fix=fix)
 
 
-def parse(data: bytes, what: str) -> list[Kept]:
+def parse(data: bytes, source: str) -> list[StoredReceipt]:
     """Return the receipts in the bytes of a `receipts.json`; LedgerError names what is wrong with it."""
-    content = _json(data, what, limit=_LARGEST_FILE)
+    content = _json(data, source, limit=_LARGEST_FILE)
     rows = content.get("receipts") if isinstance(content, dict) else content
     if not isinstance(rows, list):
-        raise damaged_file(what, 'it holds no receipts, {"receipts": [...]}')
-    kept = []
+        raise damaged_file(source, 'it holds no receipts, {"receipts": [...]}')
+    stored = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise damaged_file(what, f"receipt {number} is no table")
+            raise damaged_file(source, f"receipt {number} is no table")
         text = row.get("document_json")
-        document = _json(text, f"{what}, receipt {number}") if isinstance(text, str) else row.get("document", row)
-        kept.append(Kept(document, _moment(row.get("received_at", 0.0))))
-    return kept
+        document = _json(text, f"{source}, receipt {number}") if isinstance(text, str) else row.get("document", row)
+        stored.append(StoredReceipt(document, _moment(row.get("received_at", 0.0))))
+    return stored
 
 
-def _json(text: str | bytes, what: str, **options: Any) -> Any:
+def _json(text: str | bytes, source: str, **options: Any) -> Any:
     try:
-        return parse_json(text, what, **options)
+        return parse_json(text, source, **options)
     except ConfigError as error:
-        raise damaged_file(what, error.message.removeprefix(f"{what} ")) from error
+        raise damaged_file(source, error.message.removeprefix(f"{source} ")) from error
 
 
 def _moment(value: Any) -> float:
@@ -134,7 +134,7 @@ def _moment(value: Any) -> float:
         return 0.0
 
 
-def _from_database(url: str, site: str) -> Iterator[Kept]:
+def _from_database(url: str, site: str) -> Iterator[StoredReceipt]:
     store = Store(url, read_only=True)
     try:
         with store.read() as connection:
@@ -145,6 +145,6 @@ def _from_database(url: str, site: str) -> Iterator[Kept]:
             for text, at in connection.execute(_REPLIES, {"site": site}):
                 if not isinstance(text, str):
                     raise damaged_file(store.name, f"replies.document_json is {shown(text)}")
-                yield Kept(_json(text, f"{store.name}, a receipt"), _moment(at))
+                yield StoredReceipt(_json(text, f"{store.name}, a receipt"), _moment(at))
     finally:
         store.close()

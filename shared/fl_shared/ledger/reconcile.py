@@ -19,7 +19,7 @@ from fl_shared.errors import ConcordatError
 from fl_shared.ledger import chain, merkle
 from fl_shared.ledger.models import SETTLED, entries
 from fl_shared.ledger.reader import LedgerReader, entry_hash
-from fl_shared.ledger.receipts import Kept
+from fl_shared.ledger.receipts import StoredReceipt
 from fl_shared.ledger.records import Spend
 from fl_shared.ledger.replay import Replay
 from fl_shared.ledger.stretch import EVENT_FIELDS
@@ -46,16 +46,16 @@ class Divergence:
     entry: str
 
 
-def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
+def reconcile(ledger: LedgerReader, stored: Iterable[StoredReceipt]) -> list[Divergence]:
     """Return every divergence between the ledger and the receipts, in the order of the ledger."""
     keys = site_keys(ledger)
     divergences: list[Divergence] = []
     opened: list[Receipt] = []
-    for one in kept:
+    for stored_receipt in stored:
         try:
-            receipt = one.opened(keys)
+            receipt = stored_receipt.opened(keys)
         except ConcordatError as error:
-            claims = one.claims
+            claims = stored_receipt.claims
             number = claims.get("round")
             divergences.append(
                 Divergence(
@@ -84,15 +84,16 @@ def reconcile(ledger: LedgerReader, kept: Iterable[Kept]) -> list[Divergence]:
             if not _same(is_, should)
         ]
     for seq, spend in spends.items():
-        held = spend.reservation
-        alone = held.run.startswith(ALONE)  # never leaves the site, and has no receipt
-        if seq not in with_receipt and held.purpose == "training" and not alone:
+        reservation = spend.reservation
+        alone = reservation.run.startswith(ALONE)  # never leaves the site, and has no receipt
+        if seq not in with_receipt and reservation.purpose == "training" and not alone:
             divergences.append(
                 Divergence(
                     "missing",
-                    f"entry {seq} released run {held.run}, round {held.round}; the coordinator has no receipt for it",
-                    held.run,
-                    held.round,
+                    f"entry {seq} released run {reservation.run}, round {reservation.round}; "
+                    "the coordinator has no receipt for it",
+                    reservation.run,
+                    reservation.round,
                     str(seq),
                 )
             )
@@ -110,10 +111,10 @@ def _entry_number(receipt: Receipt) -> int:
     return int(number) if re.fullmatch("[0-9]{1,18}", number) else -1
 
 
-def _named(receipt: Receipt, kind: str, what: str) -> Divergence:
+def _named(receipt: Receipt, kind: str, difference: str) -> Divergence:
     return Divergence(
         kind,
-        f"the receipt for run {receipt.run}, round {receipt.round} (entry {receipt.entry_id[:24]}…): {what}",
+        f"the receipt for run {receipt.run}, round {receipt.round} (entry {receipt.entry_id[:24]}…): {difference}",
         receipt.run,
         receipt.round,
         receipt.entry_id,
@@ -124,7 +125,7 @@ def _fields(
     ledger: LedgerReader, receipt: Receipt, spend: Spend, epsilon: float | None
 ) -> Mapping[str, tuple[Any, Any]]:
     """Return (receipt's, ledger's) value of everything that both know."""
-    held, seq = spend.reservation, spend.settled_seq
+    reservation, seq = spend.reservation, spend.settled_seq
     with ledger.reading() as connection:
         last = chain.last_entry(connection)
         size = receipt.ledger_entries
@@ -134,8 +135,8 @@ def _fields(
         digest = entry_hash(connection, int(seq or 0))
     compared: dict[str, tuple[Any, Any]] = {
         "entry_id": (receipt.entry_id, f"{seq}:{digest}"),
-        "run": (receipt.run, held.run),
-        "round": (receipt.round, held.round),
+        "run": (receipt.run, reservation.run),
+        "round": (receipt.round, reservation.round),
         "update_digest": (receipt.update_digest, spend.release_digest),
         "mechanism": (receipt.mechanism, spend.charged),
         "steps_executed": (receipt.steps_executed, spend.charged.steps if spend.charged else 0),
@@ -156,9 +157,9 @@ def _same(first: Any, second: Any) -> bool:
 
 def _epsilons(ledger: LedgerReader, opened: list[Receipt], spends: Mapping[int | None, Spend]) -> dict[int, float]:
     """Return what each receipt's epsilon must be: recomputed from the entries that it pins, by its index."""
-    wanted: dict[int, list[int]] = {}
+    by_entries: dict[int, list[int]] = {}
     for index, receipt in enumerate(opened):
-        wanted.setdefault(receipt.ledger_entries, []).append(index)
+        by_entries.setdefault(receipt.ledger_entries, []).append(index)
     expected: dict[int, float] = {}
     state = Replay()
     with ledger.reading() as connection:
@@ -168,7 +169,7 @@ def _epsilons(ledger: LedgerReader, opened: list[Receipt], spends: Mapping[int |
             short = EVENT_FIELDS.get(entry.kind)
             body = entry.body if short is None else tuple(entry.body.get(name) for name in short)
             state.feed(entry.seq, entry.kind, body, entry.created_at)
-            for index in wanted.get(entry.seq, ()):
+            for index in by_entries.get(entry.seq, ()):
                 receipt = opened[index]
                 spend = spends.get(_entry_number(receipt))
                 if spend is not None and 0.0 < receipt.delta < 1.0:

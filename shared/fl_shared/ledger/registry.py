@@ -47,12 +47,12 @@ class Registry(LedgerWriter):
             ConfigError: the privacy unit changed, because sums over different units mean nothing; the same data are
                 registered under another name; `shares_with` names a data set that is not, or has another unit.
         """
-        for text, what in ((name, "name"), (fingerprint, "fingerprint"), (privacy_unit, "privacy unit")):
+        for text, field in ((name, "name"), (fingerprint, "fingerprint"), (privacy_unit, "privacy unit")):
             if not text or len(text) > 200:
-                raise ConfigError(f"data set {what} {text!r} is not usable", fix="use 1 to 200 characters")
-        for number, what in ((units, "units"), (bound_per_unit, "bound_per_unit")):
+                raise ConfigError(f"data set {field} {text!r} is not usable", fix="use 1 to 200 characters")
+        for number, field in ((units, "units"), (bound_per_unit, "bound_per_unit")):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"data set {what} {number!r} is not usable", fix="use a whole number from 1")
+                raise ConfigError(f"data set {field} {number!r} is not usable", fix="use a whole number from 1")
         with self._store.write() as connection:
             last = queries.latest_dataset(connection, name)
             shared = self._sharing(connection, name, fingerprint, privacy_unit, shares_with)
@@ -135,8 +135,8 @@ class Registry(LedgerWriter):
             self._overlap(connection, names[0], names[1], reason)
         fault("overlap.committed")
 
-    def _overlap(self, connection: sa.Connection, one: str, other: str, reason: str) -> None:
-        first, second = sorted((one, other))
+    def _overlap(self, connection: sa.Connection, dataset: str, other: str, reason: str) -> None:
+        first, second = sorted((dataset, other))
         body = {"first": first, "second": second, "reason": reason}
         entry = self._append(connection, "overlap", body, point="overlap")
         connection.execute(overlaps.insert().values(seq=entry.seq, **body))

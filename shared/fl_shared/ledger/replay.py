@@ -89,8 +89,8 @@ class Replay:
         try:
             return handler(seq, body, created_at)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, ConcordatError) as error:
-            what = f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})"
-            self.problems.append(Problem(what, seq))
+            message = f"entry {seq}: this {kind} cannot be understood ({type(error).__name__}: {error})"
+            self.problems.append(Problem(message, seq))
             return None
 
     def charges(self, place: Place) -> tuple[dict[Key, int], dict[Key, int]]:

@@ -16,13 +16,15 @@ from fl_shared.ledger.store import Store, migrations, upgrade
 
 def schema_problems(connection: sa.Connection, store: Store) -> list[Problem]:
     """Name each table, index, constraint or trigger that differs from what the migrations make."""
-    actual, wanted = (_sqlite(connection), _fresh_sqlite()) if store.sqlite else (_postgresql(connection), _expected())
+    actual, expected = (
+        (_sqlite(connection), _fresh_sqlite()) if store.sqlite else (_postgresql(connection), _expected())
+    )
     problems = [
-        Problem(f"schema: {what} was {'changed' if what in actual else 'removed'}")
-        for what, text in sorted(wanted.items())
-        if actual.get(what) != text
+        Problem(f"schema: {name} was {'changed' if name in actual else 'removed'}")
+        for name, text in sorted(expected.items())
+        if actual.get(name) != text
     ]
-    return problems + [Problem(f"schema: {what} does not belong there") for what in sorted(set(actual) - set(wanted))]
+    return problems + [Problem(f"schema: {name} does not belong there") for name in sorted(set(actual) - set(expected))]
 
 
 def _sqlite(connection: sa.Connection) -> dict[str, str]:
@@ -68,17 +70,17 @@ def _postgresql(connection: sa.Connection) -> dict[str, str]:
 
 
 def _expected() -> dict[str, str]:
-    wanted = {}
+    expected = {}
     for table in metadata.sorted_tables:
         for action in ("change", "truncate"):
-            wanted[f"trigger {table.name}_refuse_{action} on {table.name}"] = "on"
+            expected[f"trigger {table.name}_refuse_{action} on {table.name}"] = "on"
         for constraint in table.constraints:
             if not isinstance(constraint, sa.PrimaryKeyConstraint):
-                wanted[f"constraint {constraint.name} on {table.name}"] = "on"
-    wanted["trigger entries_follow on entries"] = "on"
-    wanted["trigger settlements_fit on settlements"] = "on"
+                expected[f"constraint {constraint.name} on {table.name}"] = "on"
+    expected["trigger entries_follow on entries"] = "on"
+    expected["trigger settlements_fit on settlements"] = "on"
     for migration in migrations():
-        wanted |= {f"function {name}": body for name, body in migration.FUNCTIONS.items()}
+        expected |= {f"function {name}": body for name, body in migration.FUNCTIONS.items()}
         for suffix, tables in (("of_its_kind", "KINDS"), ("fit", "RULES")):
-            wanted |= {f"trigger {table}_{suffix} on {table}": "on" for table in getattr(migration, tables, ())}
-    return wanted
+            expected |= {f"trigger {table}_{suffix} on {table}": "on" for table in getattr(migration, tables, ())}
+    return expected

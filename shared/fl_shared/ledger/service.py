@@ -192,14 +192,14 @@ class Ledger(Registry):
             spend = queries.find_spend(connection, seq)
             if spend is None:
                 raise LedgerError(f"entry {seq} is no reservation", fix="fl-audit spends lists what there is")
-            held = spend.reservation.mechanism
-            if executed is not None and not _fits(executed, held):
+            reserved = spend.reservation.mechanism
+            if executed is not None and not _fits(executed, reserved):
                 raise LedgerError(
-                    f"executed {executed} is not what entry {seq} reserved: {held}",
+                    f"executed {executed} is not what entry {seq} reserved: {reserved}",
                     fix="charge it in doubt and stop: more may have been computed than was granted",
                     code="not-as-reserved",
                 )
-            charged = held.steps if steps is None else steps
+            charged = reserved.steps if steps is None else steps
             if spend.settled_seq is not None:
                 entry = self._entry(connection, spend.settled_seq)
                 if (entry.body["outcome"], entry.body["release_digest"]) == (outcome, digest) and entry.body[
@@ -227,9 +227,9 @@ class Ledger(Registry):
                 entry.seq,
                 named.dataset,
                 named.study,
-                key_of(held),
+                key_of(reserved),
                 point=point,
-                held=-held.steps,
+                held=-reserved.steps,
                 spent=charged,
             )
             fault(f"{point}.before-commit")
@@ -237,10 +237,10 @@ class Ledger(Registry):
         return entry
 
 
-def _fits(executed: Mechanism, held: Mechanism) -> bool:
+def _fits(executed: Mechanism, reserved: Mechanism) -> bool:
     """Say whether `executed` is the reserved mechanism with as many steps or fewer."""
     return (
-        key_of(executed) == key_of(held)
-        and executed.clipping_norm == held.clipping_norm
-        and 0 < executed.steps <= held.steps
+        key_of(executed) == key_of(reserved)
+        and executed.clipping_norm == reserved.clipping_norm
+        and 0 < executed.steps <= reserved.steps
     )

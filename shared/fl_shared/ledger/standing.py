@@ -33,9 +33,9 @@ class Standing:
 
     def after(self, mechanism: Mechanism) -> dict[Key, int]:
         """Everything charged, and `mechanism`."""
-        found = dict(self.charged)
-        found[key_of(mechanism)] = found.get(key_of(mechanism), 0) + mechanism.steps
-        return found
+        charged = dict(self.charged)
+        charged[key_of(mechanism)] = charged.get(key_of(mechanism), 0) + mechanism.steps
+        return charged
 
     def rounds_that_fit(self, mechanism: Mechanism) -> int:
         """How many more rounds of `mechanism` the budget's gate would grant."""
@@ -56,15 +56,15 @@ class Standing:
 def standings(ledger: LedgerReader, dataset: str, study: str | None) -> list[Standing]:
     """Return every budget that must agree to a run on `dataset`; LedgerError when there is none."""
     names = {dataset, *ledger.overlapping(dataset)}
-    found = [
+    budgets = [
         Standing(budget, ledger.charges(budget.dataset, budget.study).together)
         for budget in ledger.budgets()
         if budget.dataset in names and budget.study in (None, study)
     ]
-    own = {each.budget.study for each in found if each.budget.dataset == dataset}
+    own = {standing.budget.study for standing in budgets if standing.budget.dataset == dataset}
     if study not in own:
         raise LedgerError(
             f"data set {dataset!r} has no budget {f'for study {study!r}' if study else 'overall'}",
             fix="have the privacy officer set one",
         )
-    return found
+    return budgets

@@ -164,7 +164,7 @@ class Store:
         try:
             yield
         except DBAPIError as error:
-            raise _in_our_words(error, self.name) from error
+            raise _ledger_error(error, self.name) from error
         except SQLAlchemyError as error:
             raise LedgerError(f"ledger {self.name}: {error}", fix="run fl-audit verify") from error
         except UnicodeDecodeError as error:  # SQLite quotes a damaged name in its own message
@@ -222,7 +222,7 @@ def _schema_version(connection: sa.Connection) -> str | None:
 _CORRUPT = ("malformed", "not a database", "could not decode", "no such", "too big", "unsupported file format")
 
 
-def _in_our_words(error: DBAPIError, name: str) -> LedgerError:
+def _ledger_error(error: DBAPIError, name: str) -> LedgerError:
     text = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
     lowered = text.lower()
     hints = (

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fl_shared.errors import damaged, shown
 from fl_shared.identity.signing import ed25519_key
 from fl_shared.ledger.chain import Links, is_plain
-from fl_shared.ledger.merkle import leaf_hash, whole
+from fl_shared.ledger.merkle import build_tree, leaf_hash
 from fl_shared.ledger.models import TYPED, entries
 from fl_shared.ledger.records import Problem
 from fl_shared.ledger.store import Store
@@ -51,7 +51,7 @@ _values = {kind: itemgetter(*columns) for kind, columns in _COLUMNS.items()}
 _event = {kind: itemgetter(*names) for kind, names in EVENT_FIELDS.items()}
 
 
-# What differs between most rows of a frequent kind: whole numbers and one text at the most.
+# What differs between most rows of a frequent kind: build_tree numbers and one text at the most.
 _VARYING = {"reservation": ("round",), "settlement": ("release_digest", "reservation")}
 
 
@@ -237,7 +237,7 @@ def _walk(
     if links.expected != job.last + 1:
         problems.append(Problem(f"entries: {links.expected} to {job.last} missing", links.expected))
     base = (job.first - 1) >> LEVEL << LEVEL
-    nodes, result.peaks = whole(leaves)
+    nodes, result.peaks = build_tree(leaves)
     result.last_hash, result.last_time = links.prev or "", links.time
     for kind, left in typed.items():
         for seq in left:
@@ -282,8 +282,8 @@ def _check_typed(
         if row is None:
             result.problems.append(Problem(f"{TYPED[kind].name}: row {seq} is missing", seq))
         elif len(signed) != len(columns) or not _equal(kind, signed, row):
-            said = dict(zip(columns, row, strict=True))
-            result.problems.append(Problem(_difference(kind, seq, signed, said), seq))
+            stored = dict(zip(columns, row, strict=True))
+            result.problems.append(Problem(_difference(kind, seq, signed, stored), seq))
     short = _event.get(kind)
     if short is None:
         result.events.append((seq, kind, signed, created_at))
@@ -301,10 +301,10 @@ def _equal(kind: str, signed: dict[str, Any], row: Sequence[Any]) -> bool:
         return False
 
 
-def _difference(kind: str, seq: int, signed: dict[str, Any], said: dict[str, Any]) -> str:
-    names = sorted(set(signed) ^ set(said)) or [name for name in signed if signed[name] != said[name]]
+def _difference(kind: str, seq: int, signed: dict[str, Any], stored: dict[str, Any]) -> str:
+    names = sorted(set(signed) ^ set(stored)) or [name for name in signed if signed[name] != stored[name]]
     return (
-        f"{TYPED[kind].name}.{names[0]} of row {seq} is {shown(said.get(names[0]))}, "
+        f"{TYPED[kind].name}.{names[0]} of row {seq} is {shown(stored.get(names[0]))}, "
         f"the signed entry says {shown(signed.get(names[0]))}"
     )
 
@@ -315,10 +315,10 @@ def _check_nodes(result: Result, expected: dict[tuple[int, int], str], stored: l
     for level, position, digest in stored:
         if (position + 1) << level > result.job.last:
             continue  # written after this check began; `verify` holds the number of nodes against that of entries
-        wanted = expected.pop((level, position), None)
-        if wanted is None:
+        computed = expected.pop((level, position), None)
+        if computed is None:
             result.problems.append(Problem(f"merkle_nodes: node {level}/{position} does not belong there"))
-        elif wanted != digest:
+        elif computed != digest:
             result.problems.append(Problem(f"merkle_nodes: hash of node {level}/{position} does not fit"))
     for level, position in expected:
         result.problems.append(Problem(f"merkle_nodes: node {level}/{position} is missing"))

@@ -63,20 +63,20 @@ class Suspensions:
             for row in connection.execute(notes).mappings():
                 entry = chain.entry_of(row)
                 events.append((entry.seq, str(entry.body.get("what")), str(entry.body.get("run"))))
-        for _seq, what, run in sorted(events):
-            if what == CONFIRMED:
+        for _seq, reason, run in sorted(events):
+            if reason == CONFIRMED:
                 self._failed.pop(run, None)
                 self._broken.pop(run, None)
-            elif what.endswith(FAILED_REASON):
+            elif reason.endswith(FAILED_REASON):
                 self._failed[run] = self._failed.get(run, 0) + 1
-            elif what == RESUMED or not _is_note(what):
+            elif reason == RESUMED or not _is_note(reason):
                 self._broken[run] = self._broken.get(run, 0) + 1
         self._seen = last.seq if last is not None else 0
 
 
-def _is_note(what: str) -> bool:
-    """Whether `what` is a kind of witness entry rather than a settlement's reason, which has words."""
-    return " " not in what
+def _is_note(reason: str) -> bool:
+    """Whether `reason` is a kind of witness entry rather than a settlement's reason, which has words."""
+    return " " not in reason
 
 
 def require_words(operator: str, reason: str) -> None:

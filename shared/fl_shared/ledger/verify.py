@@ -141,8 +141,8 @@ def _check(
             if not report.entries:
                 report.problems.append(Problem("the ledger is empty"))
             elif not keys:
-                what = "entries: the genesis entry, which names the key, is missing or unusable"
-                report.problems.append(Problem(what, 1))
+                message = "entries: the genesis entry, which names the key, is missing or unusable"
+                report.problems.append(Problem(message, 1))
             else:
                 _walk(connection, store, report, keys, pool, 2 * processes)
         finally:
@@ -153,20 +153,20 @@ def _check(
             _check_checkpoint(connection, report, checkpoint)
 
 
-class _Here(Executor):
+class _SameProcess(Executor):
     """Computes at once, in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Return a future that is done."""
-        done: Future[Any] = Future()
-        done.set_result(fn(*args, **kwargs))
-        return done
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 def _pool(processes: int, total: int) -> Executor:
     """Workers, when there is more than one stretch to share out."""
     if processes == 1 or total <= stretch.SIZE:
-        return _Here()
+        return _SameProcess()
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     return ProcessPoolExecutor(processes, mp_context=context)
 
@@ -219,8 +219,8 @@ def _keys(connection: sa.Connection, site: str, pinned: str | None, report: Repo
         report.key, report.pinned = signers[0][1], pinned is not None
         # Any key of the chain pins all of it: each proved the hash of what came before it, and signed its successor.
         if pinned is not None and pinned not in [key for _, key in signers]:
-            told = f"the ledger names key {signers[-1][1][:16]}…, the auditor knows {pinned[:16]}…"
-            report.problems.append(Problem(told, 1))
+            message = f"the ledger names key {signers[-1][1][:16]}…, the auditor knows {pinned[:16]}…"
+            report.problems.append(Problem(message, 1))
         return tuple(signers)
     return ()
 
@@ -229,11 +229,11 @@ def _check_genesis(entry: Entry, site: str, report: Report) -> None:
     if entry.seq != 1:
         report.problems.append(Problem(f"entry {entry.seq}: a second genesis", entry.seq))
     if entry.body["site"] != site:
-        report.other_site = _whose(entry)
+        report.other_site = _site_of_genesis(entry)
         report.problems.append(Problem(f"the ledger belongs to site {entry.body['site']!r}", 1))
 
 
-def _whose(entry: Entry) -> str:
+def _site_of_genesis(entry: Entry) -> str:
     """Return the site that the genesis entry names, when its hash says that it was written so; '' when not."""
     site = str(entry.body["site"])
     message = chain.message_bytes(

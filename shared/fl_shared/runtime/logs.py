@@ -72,9 +72,9 @@ def set_up(
     if withhold:
         adopt_libraries()
     if terminal is not None:
-        shown = logging.StreamHandler(stream or sys.stderr)
-        shown.setFormatter(_formatter(always, terminal, withhold=withhold))
-        root.addHandler(shown)
+        stream_handler = logging.StreamHandler(stream or sys.stderr)
+        stream_handler.setFormatter(_formatter(always, terminal, withhold=withhold))
+        root.addHandler(stream_handler)
     if file is not None:
         root.addHandler(_file_handler(file, _formatter(always, "json", withhold=withhold), rotate=rotate))
 

@@ -108,8 +108,8 @@ def serve_monitoring(
             return answer(start, "200 OK", "ok\n")
         try:
             if path == "/metrics":
-                shown: Iterable[bytes] = metrics(environ, start)
-                return shown
+                pages: Iterable[bytes] = metrics(environ, start)
+                return pages
             if path == "/readyz":
                 lacking = missing()
                 if not lacking:

@@ -1,4 +1,4 @@
-"""Nothing phones home: what libraries must be told so that no process looks up a name or dials out.
+"""Offline mode: what libraries must be told so that no process looks up a name or dials out.
 
 The same words for every process of coordinator and site, whoever starts it. `tests/operations` runs a whole
 federation where each packet that leaves loopback is seen.

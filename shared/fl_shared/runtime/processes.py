@@ -74,13 +74,13 @@ def free_port() -> int:
         return port
 
 
-def raise_file_limit(wanted: int = resource.RLIM_INFINITY) -> None:
-    """Let this process have `wanted` descriptors, or as many as the system allows it; the soft limit is often 1024.
+def raise_file_limit(limit: int = resource.RLIM_INFINITY) -> None:
+    """Let this process have `limit` descriptors, or as many as the system allows it; the soft limit is often 1024.
 
     A limit that is high enough already, and the hard one, stay as they are.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = hard if wanted == resource.RLIM_INFINITY else wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    most = hard if limit == resource.RLIM_INFINITY else limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     if soft != resource.RLIM_INFINITY and (most == resource.RLIM_INFINITY or soft < most):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 

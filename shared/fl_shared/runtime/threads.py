@@ -1,4 +1,4 @@
-"""Threads that do not die alone: work that raises is begun again after a pause, and says meanwhile what is wrong."""
+"""Threads whose work is started again after a pause when it raises, and that report meanwhile what is wrong."""
 
 from __future__ import annotations
 

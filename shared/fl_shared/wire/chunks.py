@@ -26,17 +26,17 @@ def join(pieces: Iterable[bytes], *, expected_bytes: int, expected_digest: str, 
     """
     if expected_bytes > limit:
         raise TransportError(f"{expected_bytes} bytes were announced", fix=f"the limit is {limit}")
-    whole = bytearray()
+    data = bytearray()
     sha = hashlib.sha256()
     for piece in pieces:
         if not piece:
             raise TransportError("an empty piece arrived", fix="send pieces of 1 byte to 1 MiB")
-        if len(whole) + len(piece) > expected_bytes:
+        if len(data) + len(piece) > expected_bytes:
             raise TransportError(f"more than the {expected_bytes} announced bytes arrived", fix="send it again")
-        whole += piece
+        data += piece
         sha.update(piece)
-    if len(whole) != expected_bytes:
-        raise TransportError(f"{len(whole)} of {expected_bytes} announced bytes arrived", fix="send it again")
+    if len(data) != expected_bytes:
+        raise TransportError(f"{len(data)} of {expected_bytes} announced bytes arrived", fix="send it again")
     if f"sha256:{sha.hexdigest()}" != expected_digest:
         raise TransportError("the bytes that arrived have another digest than announced", fix="send it again")
-    return bytes(whole)
+    return bytes(data)

@@ -18,7 +18,7 @@ from fl_server.db.models import ManifestRow, RunRow, SiteRow
 from fl_server.db.store import Store
 from fl_server.home.layout import ServerHome
 from fl_server.identity.sites import Sites
-from fl_server.rounds.round import Round
+from fl_server.rounds.round import Round, RunContext
 from fl_server.rounds.stragglers import Stragglers
 from fl_server.runs.commits import Commits
 from fl_server.runs.events import Events
@@ -164,20 +164,20 @@ def test_a_site_that_goes_back_a_version_before_it_is_asked_gets_the_order_that_
     for site in SITES:
         sites.announce(site, BASE, BY_DIGEST)
     grid: Any = Nobody()
-    made = Round( commits, Events(store), orders, sites, key, grid, dataclasses.replace(SPEC), attempt="a", number=1,
-        base=b"", late=Stragglers(commits, "demo", grid), scratch=home.scratch,
-    )  # fmt: skip
+    late = Stragglers(commits, "demo", grid)
+    context = RunContext("a", commits, Events(store), orders, sites, grid, late, home.scratch)
+    made = Round(context, dataclasses.replace(SPEC), key=key, number=1, base=b"")
     first, second, third = made._asked
     before = [each.order for each in made._asked]
     second.message = "under way"
     sites.announce("h-1", BASE)
     sites.announce("h-2", BASE)
-    made._look_at_sites()
+    made._refresh_sites()
     assert isinstance(opened(first.order, key), RoundManifest)
     assert orders.issued(first.order.digest, "demo", 1, "h-1", ADAPTER)
     assert [second.order, third.order] == before[1:]
     again = first.order
-    made._look_at_sites()
+    made._refresh_sites()
     assert first.order is again
     with store.read() as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(ManifestRow)) == 4

@@ -21,7 +21,7 @@ from fl_shared.audit.cli import main
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import bundle
 from fl_shared.ledger.models import metadata
-from fl_shared.ledger.receipts import Kept
+from fl_shared.ledger.receipts import StoredReceipt
 from helpers.ledgers import ROUND, SITE, opened, receipt, story
 
 KEY = SigningKey.generate()
@@ -57,7 +57,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Record:
         story(ledger)
         held = ledger.reserve("notes", ROUND, run="third", round=1)
         entry = ledger.settle(held, ROUND, f"sha256:{'7' * 64}")
-        kept: list[Kept] = [receipt(ledger, KEY, entry.seq)]
+        kept: list[StoredReceipt] = [receipt(ledger, KEY, entry.seq)]
         fresh = SigningKey.generate()
         ledger.rotate_key(fresh, "DPO", "rotation")
         bundle.write(ledger, made.bundle, kept)

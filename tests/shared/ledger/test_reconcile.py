@@ -11,12 +11,12 @@ import pytest
 from fl_shared.errors import ConfigError, LedgerError
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger import Ledger
-from fl_shared.ledger.receipts import Kept, load
+from fl_shared.ledger.receipts import StoredReceipt, load
 from fl_shared.ledger.reconcile import reconcile
 from helpers.ledgers import ROUND, SITE, opened, receipt, with_releases
 
 
-def kinds(ledger: Ledger, kept: list[Kept]) -> list[tuple[str, int | None]]:
+def kinds(ledger: Ledger, kept: list[StoredReceipt]) -> list[tuple[str, int | None]]:
     return [(each.kind, each.round) for each in reconcile(ledger, kept)]
 
 
@@ -80,7 +80,7 @@ def test_what_the_site_never_signed(ledger: Ledger, key: SigningKey) -> None:
     altered["body"]["steps_executed"] = 1
     seq = int(str(kept[0].claims["entry_id"]).partition(":")[0])
     stranger = receipt(ledger, SigningKey.generate(), seq)
-    found = kinds(ledger, [*kept, Kept(altered), stranger, Kept("nothing")])
+    found = kinds(ledger, [*kept, StoredReceipt(altered), stranger, StoredReceipt("nothing")])
     assert found == [("unsigned", 1), ("unsigned", 1), ("unsigned", None)]
 
 

@@ -12,7 +12,7 @@ from fl_shared.cli.verbs import add_json
 
 EXAMPLES = """
 fl-client schema spec
-fl-client schema site > site.schema.json
+fl-client schema site
 """
 SCHEMAS = {"site": "fl_client.site", "spec": "fl_shared.documents"}
 """The documents, and the package that each one's schema ships with."""

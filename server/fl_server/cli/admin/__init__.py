@@ -1,4 +1,4 @@
-"""The command `fl-admin`: invite sites, plan, launch and follow runs, release adapters, read the record of it all."""
+"""The command `fl-admin`: invite sites, plan, launch and follow runs, promote adapters, read the record of it all."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ RUNS = {
 }
 
 ADAPTERS = {
-    "fl_server.cli.admin.adapters.list": "the adapters of a run, or without one what is released under which name",
-    "fl_server.cli.admin.adapters.show": "one adapter: where it comes from, who took part, what it is released as",
-    "fl_server.cli.admin.adapters.promote": "release a committed adapter under a name",
+    "fl_server.cli.admin.adapters.list": "the adapters of a run, or without one what is promoted to which name",
+    "fl_server.cli.admin.adapters.show": "one adapter: where it comes from, who took part, what it is promoted to",
+    "fl_server.cli.admin.adapters.promote": "promote a committed adapter to a name",
     "fl_server.cli.admin.adapters.export": "write a committed adapter to a file",
 }
 
@@ -48,12 +48,12 @@ AUDIT = {
 COMMAND = Command(
     name="fl-admin",
     package="fl_server",
-    description="Invite sites, plan, launch and follow runs, release adapters, read the record of it all.",
+    description="Invite sites, plan, launch and follow runs, promote adapters, read the record of it all.",
     verbs=[
         STATUS,
         Group("sites", "who may take part", SITES),
         Group("runs", "plan, launch and follow runs", RUNS),
-        Group("adapters", "the committed adapters and their releases", ADAPTERS),
+        Group("adapters", "the committed adapters and their promotions", ADAPTERS),
         Group("receipts", "what sites signed about their rounds", RECEIPTS),
         Group("audit", "the record of what admins did", AUDIT),
         SCHEMA,
@@ -76,8 +76,8 @@ COMMAND = Command(
         17: "the certificate is not valid (any more)",
         18: "a run cannot do this, or did not complete",
     },
-    notes="environment: FL_ADMIN_PROFILE stands in for --profile; without both it is admin/admin.toml in the "
-    "coordinator's home.",
+    notes="environment: FL_ADMIN_PROFILE is used where --profile is not given; without both it is admin/admin.toml in "
+    "the coordinator's home.",
     completes="verbs, options and names",
 )
 

@@ -1,4 +1,4 @@
-"""What TAB offers for names: runs, sites, rounds and releases, as the coordinator knows them just now.
+"""What TAB offers for names: runs, sites, rounds and promotions, as the coordinator knows them just now.
 
 A shell waits for the answer, so a coordinator that does not answer at once has no names to offer; nothing is printed.
 """
@@ -33,26 +33,28 @@ def _asked(arguments: argparse.Namespace, names: Callable[[ControlStub], Iterabl
 def runs(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every run."""
     request = pb.ListRunsRequest()
-    return _asked(parsed_args, lambda stub: [each.run for each in stub.ListRuns(request, timeout=PATIENCE_S).runs])
+    return _asked(parsed_args, lambda stub: [run.run for run in stub.ListRuns(request, timeout=PATIENCE_S).runs])
 
 
 def sites(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Every site."""
     request = pb.ListSitesRequest()
-    return _asked(parsed_args, lambda stub: [each.site for each in stub.ListSites(request, timeout=PATIENCE_S).sites])
+    return _asked(parsed_args, lambda stub: [site.site for site in stub.ListSites(request, timeout=PATIENCE_S).sites])
 
 
-def releases(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Every name under which an adapter is released."""
+def promotions(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Every name that an adapter is promoted to."""
     request = pb.ListReleasesRequest()
     return _asked(
-        parsed_args, lambda stub: [each.name for each in stub.ListReleases(request, timeout=PATIENCE_S).releases]
+        parsed_args,
+        lambda stub: [promotion.name for promotion in stub.ListReleases(request, timeout=PATIENCE_S).releases],
     )
 
 
 def rounds(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """The committed rounds of the run that stands on the line."""
+    """The committed rounds of the run that the line names."""
     request = pb.ListAdaptersRequest(run=str(getattr(parsed_args, "run", "")))
     return _asked(
-        parsed_args, lambda stub: [str(each.round) for each in stub.ListAdapters(request, timeout=PATIENCE_S).adapters]
+        parsed_args,
+        lambda stub: [str(adapter.round) for adapter in stub.ListAdapters(request, timeout=PATIENCE_S).adapters],
     )

@@ -12,7 +12,7 @@ from fl_shared.cli.verbs import add_json
 
 EXAMPLES = """
 fl-admin schema spec
-fl-admin schema server > server.schema.json
+fl-admin schema server
 """
 SCHEMAS = {"server": "fl_server.home", "spec": "fl_shared.documents"}
 """The documents, and the package that each one's schema ships with."""

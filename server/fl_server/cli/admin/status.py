@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"concordat {reply.version}, control API since {moment(reply.started_at)}")
         print(f"signing key {grouped_key(reply.coordinator_key)}")
         print(f"{reply.sites} sites enrolled, {reply.running_runs} runs going")
-        for each in reply.components:
-            print(f"{each.name:<10} {each.state:<14} {each.address}")
-    return 0 if all(each.state == "ready" for each in reply.components) else 1
+        for component in reply.components:
+            print(f"{component.name:<10} {component.state:<14} {component.address}")
+    return 0 if all(component.state == "ready" for component in reply.components) else 1

@@ -42,7 +42,7 @@ COMMAND = Command(
         16: "the database does not answer",
         18: "a run cannot go on",
     },
-    notes="environment: FL_SERVER_HOME stands in for --home; without both it is ~/.concordat/server;\n"
+    notes="environment: FL_SERVER_HOME is used where --home is not given; without both it is ~/.concordat/server;\n"
     "  FL_LOG_FORMAT=json makes the output of `fl-server up` JSON lines",
 )
 

@@ -34,17 +34,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Write it, and say what is in it."""
     to_output = arguments.out == "-"
     with working("backup", quiet=arguments.quiet, json=arguments.json) as say:
-        made = backup(
+        saved = backup(
             ServerHome.open(arguments.home),
             None if to_output else Path(arguments.out).expanduser().absolute(),
             lambda name: say(f"backup: {name}"),
         )
-    told = sys.stderr if to_output else sys.stdout
+    output = sys.stderr if to_output else sys.stdout
     if arguments.json:
-        print(json.dumps(made.to_dict(), indent=2), file=told)
+        print(json.dumps(saved.to_dict(), indent=2), file=output)
         return 0
-    print(f"wrote {made.files} files, {made.bytes / 1e6:.1f} MB, to {made.archive}", file=told)
-    print(f"it holds the private keys of {grouped_key(made.coordinator_key)}: keep it like them", file=told)
-    for name in made.damaged:
+    print(f"wrote {saved.files} files, {saved.bytes / 1e6:.1f} MB, to {saved.archive}", file=output)
+    print(f"it holds the private keys of {grouped_key(saved.coordinator_key)}: keep it like them", file=output)
+    for name in saved.damaged:
         print(f"warning: {name} is missing or not what was committed, in the home already", file=sys.stderr)
     return 0

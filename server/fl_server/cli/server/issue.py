@@ -38,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Issue it, and record that."""
     at = opened(arguments)
     authority = Authority.load(at.home.ca_key, at.home.ca)
-    told = {"role": arguments.role, "name": arguments.name, "days": float(arguments.days)}
-    with at.log.recorded(local_user(), "certificates issue", told):
+    logged = {"role": arguments.role, "name": arguments.name, "days": float(arguments.days)}
+    with at.log.recorded(local_user(), "certificates issue", logged):
         certificate = write_credentials(
             authority, at.home.settings(), role=arguments.role, name=arguments.name, out=arguments.out,
             request=arguments.request, days=arguments.days,

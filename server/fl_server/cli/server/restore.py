@@ -36,15 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Restore it, and say where every run goes on."""
     home = ServerHome(arguments.home.expanduser().resolve())
     with working("restore", quiet=arguments.quiet, json=arguments.json) as say:
-        made = restore(arguments.archive, home, arguments.database, lambda name: say(f"restore: {name}"))
+        restored = restore(arguments.archive, home, arguments.database, lambda name: say(f"restore: {name}"))
     if arguments.json:
-        print_json(made)
+        print_json(restored)
         return 0
-    print(f"{made['home']} is the coordinator of {moment(made['created_at'])}, {made['files']} files")
-    for run_name, number in made["runs"].items():
+    print(f"{restored['home']} is the coordinator of {moment(restored['created_at'])}, {restored['files']} files")
+    for run_name, number in restored["runs"].items():
         print(f"  run {run_name} goes on after round {number}")
-    for name in made["damaged"]:
+    for name in restored["damaged"]:
         print(f"warning: {name} was missing or changed when the backup was made", file=sys.stderr)
     print("next: make sure that the old one does not run, then")
-    print(f"  {command('fl-server', 'up', '--home', made['home'])}")
+    print(f"  {command('fl-server', 'up', '--home', restored['home'])}")
     return 0

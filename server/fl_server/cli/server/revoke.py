@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Revoke them, and record that."""
     at = opened(arguments)
-    told = {"role": arguments.role, "name": arguments.name}
-    with at.log.recorded(local_user(), "certificates revoke", told):
+    logged = {"role": arguments.role, "name": arguments.name}
+    with at.log.recorded(local_user(), "certificates revoke", logged):
         rows = at.operators.revoke(arguments.role, arguments.name)
     if arguments.json:
         print_json({"revoked": [facts_of(row) for row in rows]})

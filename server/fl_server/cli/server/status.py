@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"ready": ready, **state})
     else:
-        for each in state["components"]:
-            why = f"  {each['why']}" if each.get("why") else ""
-            print(f"{each['name']:<10} {each['state']:<14} {each['address']}{why}")
+        for component in state["components"]:
+            why = f"  {component['why']}" if component.get("why") else ""
+            print(f"{component['name']:<10} {component['state']:<14} {component['address']}{why}")
     return 0 if ready else 1

@@ -2,7 +2,7 @@
 
 This file travels to the sites with the app, beside `agent_pb2.py`, and imports nothing of ours: which version of
 Concordat a site runs does not matter, so long as its agent speaks `concordat.agent.v1` (`fl_shared/wire/agent.proto`;
-what may change in it stands there and in docs/decisions/0110). What arrives is checked where it is believed: the
+what may change in it is written there and in docs/decisions/0110). What arrives is checked where it is believed: the
 order by the agent, the update's digest by the coordinator, against the signed receipt.
 """
 

@@ -48,7 +48,7 @@ COMMAND = Command(
         14: "model",
         19: "the engine is accused",
     },
-    notes="environment: FL_CLIENT_HOME stands in for --home.",
+    notes="environment: FL_CLIENT_HOME is used where --home is not given.",
     completes="verbs, options and sites",
 )
 

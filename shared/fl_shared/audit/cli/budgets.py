@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def budget_row(ledger: LedgerReader, budget: BudgetRecord) -> dict[str, Any]:
     """Return one budget with its position, as `--json` prints it."""
-    found = ledger.charges(budget.dataset, budget.study)
-    position = position_of(budget, found)
+    charges = ledger.charges(budget.dataset, budget.study)
+    position = position_of(budget, charges)
     dataset = ledger.dataset(budget.dataset)
     return {
         "dataset": budget.dataset,
@@ -54,7 +54,7 @@ def budget_row(ledger: LedgerReader, budget: BudgetRecord) -> dict[str, Any]:
         "reserved": position.reserved,
         "left": position.left,
         "used": position.used,
-        "spent_pld": steps_epsilon(found.spent, budget.delta),
+        "spent_pld": steps_epsilon(charges.spent, budget.delta),
         "steps": position.steps,
         "accountant": position.accountant,
         "filter_order": budget.filter_order,

@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the bundle and say what is in it."""
     path = Path(arguments.out)
     with open_ledger(arguments) as ledger:
-        kept = receipts.load(arguments.receipts, ledger.site) if arguments.receipts else []
-        about = bundle.write(ledger, path, kept)
+        stored = receipts.load(arguments.receipts, ledger.site) if arguments.receipts else []
+        about = bundle.write(ledger, path, stored)
     if arguments.json:
         print_json({"bundle": str(path), **about})
         return 0

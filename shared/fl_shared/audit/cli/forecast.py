@@ -41,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
         require("report")
     with open_ledger(arguments) as ledger:
         name = dataset_name(arguments, ledger)
-        found = standings(ledger, name, arguments.study)
+        budgets = standings(ledger, name, arguments.study)
         proposal = proposal_of(arguments, ledger, name)
-        left = {one.name: one.rounds_that_fit(proposal.mechanism) for one in found}
-        tightest = min(found, key=lambda one: left[one.name])
+        rounds_left = {standing.name: standing.rounds_that_fit(proposal.mechanism) for standing in budgets}
+        tightest = min(budgets, key=lambda standing: rounds_left[standing.name])
         past = history(ledger, tightest.budget)
-    rows = [_row(one, left[one.name], proposal) for one in found]
-    rounds = left[tightest.name]
+    rows = [_row(standing, rounds_left[standing.name], proposal) for standing in budgets]
+    rounds = rounds_left[tightest.name]
     ahead = _ahead(tightest, proposal.over, rounds)
     if arguments.out is not None:
         title = f"{arguments.site}: {tightest.name} (delta {tightest.budget.delta:g})"
@@ -75,25 +75,27 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(one: Standing, left: int, proposal: Proposal) -> dict[str, Any]:
-    asked, rounds = proposal.mechanism, proposal.rounds
-    fits = None if rounds is None else one.noise_for(asked.sampling_probability, asked.steps * rounds)
+def _row(standing: Standing, rounds_left: int, proposal: Proposal) -> dict[str, Any]:
+    mechanism, rounds = proposal.mechanism, proposal.rounds
+    fits = None if rounds is None else standing.noise_for(mechanism.sampling_probability, mechanism.steps * rounds)
     return {
-        "budget": one.name,
-        "epsilon": one.budget.epsilon,
-        "delta": one.budget.delta,
-        "spent": curve_epsilon(one.charged, one.budget.delta),
-        "used": one.gate.used(one.charged),
-        "rounds_left": left,
+        "budget": standing.name,
+        "epsilon": standing.budget.epsilon,
+        "delta": standing.budget.delta,
+        "spent": curve_epsilon(standing.charged, standing.budget.delta),
+        "used": standing.gate.used(standing.charged),
+        "rounds_left": rounds_left,
         "noise_that_fits": fits,
     }
 
 
-def _ahead(one: Standing, over: Any, rounds: int) -> list[tuple[int, float]]:
+def _ahead(standing: Standing, over: Any, rounds: int) -> list[tuple[int, float]]:
     """Return (further rounds, epsilon then), at most MOST_AHEAD points."""
     step = max(1, -(-rounds // MOST_AHEAD))
     numbers = sorted({*range(0, rounds + 1, step), rounds})
-    return [(n, curve_epsilon(one.after(over(n)) if n else one.charged, one.budget.delta)) for n in numbers]
+    return [
+        (n, curve_epsilon(standing.after(over(n)) if n else standing.charged, standing.budget.delta)) for n in numbers
+    ]
 
 
 def _print(document: dict[str, Any], tightest: Standing, past: list[Point], ahead: list[tuple[int, float]]) -> None:
@@ -109,8 +111,8 @@ def _print(document: dict[str, Any], tightest: Standing, past: list[Point], ahea
         )
         if document["rounds_asked"] is not None:
             fits = row["noise_that_fits"]
-            said = f"noise {fits:.3f} fits" if fits is not None else "no noise fits"
-            print(f"  {said} {document['rounds_asked']} rounds more")
+            fitting = f"noise {fits:.3f} fits" if fits is not None else "no noise fits"
+            print(f"  {fitting} {document['rounds_asked']} rounds more")
     print()
     for line in chart.lines(tightest.budget.epsilon, past, ahead):
         print(line)

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         proposal = proposal_of(arguments, ledger, name)
         if proposal.rounds is None:
             raise ConfigError("a plan needs a number of rounds", fix="give --spec FILE or --rounds K")
-        rows = [_row(one, proposal, proposal.rounds) for one in standings(ledger, name, arguments.study)]
+        rows = [_row(standing, proposal, proposal.rounds) for standing in standings(ledger, name, arguments.study)]
     granted = all(row["granted"] for row in rows)
     if arguments.json:
         print_json(
@@ -66,35 +66,37 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if granted else REFUSED
 
 
-def _row(one: Standing, proposal: Proposal, rounds: int) -> dict[str, Any]:
-    whole, delta = proposal.over(rounds), one.budget.delta
-    after = one.after(whole)
-    fits = min(rounds, one.rounds_that_fit(proposal.mechanism))
+def _row(standing: Standing, proposal: Proposal, rounds: int) -> dict[str, Any]:
+    mechanism, delta = proposal.over(rounds), standing.budget.delta
+    after = standing.after(mechanism)
+    fits = min(rounds, standing.rounds_that_fit(proposal.mechanism))
     return {
-        "budget": one.name,
-        "epsilon": one.budget.epsilon,
+        "budget": standing.name,
+        "epsilon": standing.budget.epsilon,
         "delta": delta,
-        "granted": one.gate.admits(after),
+        "granted": standing.gate.admits(after),
         "rounds_granted": fits,
-        "noise_that_fits": one.noise_for(whole.sampling_probability, whole.steps) if fits < rounds else None,
-        "before": curve_epsilon(one.charged, delta),
+        "noise_that_fits": standing.noise_for(mechanism.sampling_probability, mechanism.steps)
+        if fits < rounds
+        else None,
+        "before": curve_epsilon(standing.charged, delta),
         "after": curve_epsilon(after, delta),
         "after_pld": steps_epsilon(after, delta),
-        "used_before": one.gate.used(one.charged),
-        "used_after": one.gate.used(after),
-        "alone": rdp_epsilon([whole], delta),
-        "alone_pld": pld_epsilon([whole], delta),
+        "used_before": standing.gate.used(standing.charged),
+        "used_after": standing.gate.used(after),
+        "alone": rdp_epsilon([mechanism], delta),
+        "alone_pld": pld_epsilon([mechanism], delta),
     }
 
 
 def _words(row: dict[str, Any]) -> str:
-    said = (
+    text = (
         f"{row['budget']}: epsilon {row['before']:.3f} -> {row['after']:.3f} of {row['epsilon']:g} at delta "
         f"{row['delta']:g} (PLD {row['after_pld']:.3f}); gate {row['used_before']:.0%} -> {row['used_after']:.0%}; "
         f"the run alone {row['alone']:.3f} (PLD {row['alone_pld']:.3f})"
     )
     if row["granted"]:
-        return said
+        return text
     noise = row["noise_that_fits"]
     other = f"noise {noise:.3f} would fit all" if noise is not None else "no noise would fit all"
-    return f"{said}\n  refused: {row['rounds_granted']} rounds would be granted; {other}"
+    return f"{text}\n  refused: {row['rounds_granted']} rounds would be granted; {other}"

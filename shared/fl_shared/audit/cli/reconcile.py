@@ -33,27 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print each divergence; exit code 13 when there is one."""
     with open_ledger(arguments) as ledger:
-        kept = receipts.load(arguments.receipts, ledger.site)
-        found = reconcile(ledger, kept)
+        stored = receipts.load(arguments.receipts, ledger.site)
+        divergences = reconcile(ledger, stored)
         releases = sum(spend.outcome == "settled" for spend in ledger.spends())
         site = ledger.site
-    if not kept and not releases:
+    if not stored and not releases:
         raise ConfigError("neither the ledger nor the coordinator knows a release", fix="check --site and --receipts")
     if arguments.json:
         print_json(
             {
                 "site": site,
-                "agree": not found,
-                "receipts": len(kept),
+                "agree": not divergences,
+                "receipts": len(stored),
                 "releases": releases,
-                "divergences": [asdict(each) for each in found],
+                "divergences": [asdict(divergence) for divergence in divergences],
             }
         )
     elif arguments.csv:
-        print_csv([asdict(each) for each in found])
+        print_csv([asdict(divergence) for divergence in divergences])
     else:
-        for each in found:
-            print(printable(f"{each.kind.upper():<10} {each.message}"))
-        print(f"{len(kept)} receipts, {releases} releases in the ledger of {site}")
-        print("AGREE" if not found else f"DIVERGE: {len(found)} divergences")
-    return DIVERGED if found else 0
+        for divergence in divergences:
+            print(printable(f"{divergence.kind.upper():<10} {divergence.message}"))
+        print(f"{len(stored)} receipts, {releases} releases in the ledger of {site}")
+        print("AGREE" if not divergences else f"DIVERGE: {len(divergences)} divergences")
+    return DIVERGED if divergences else 0

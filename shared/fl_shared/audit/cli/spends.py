@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the spends."""
     with open_ledger(arguments) as ledger:
-        found = list(ledger.spends(run=arguments.run, dataset=arguments.dataset))
-        rows = [spend_row(spend) for spend in found if spend.charged is not None]
+        spends = list(ledger.spends(run=arguments.run, dataset=arguments.dataset))
+        rows = [spend_row(spend) for spend in spends if spend.charged is not None]
         if arguments.csv:
             print_csv(rows)
             return 0
-        released = [spend_row(spend) for spend in found if spend.charged is None]
-        runs = by_run(ledger, found)
+        released = [spend_row(spend) for spend in spends if spend.charged is None]
+        runs = by_run(ledger, spends)
         if arguments.json:
             print_json(
                 {
@@ -53,23 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 def spend_row(spend: Spend) -> dict[str, Any]:
     """Return one spend as `--json` prints it; `mechanism` is what is charged."""
-    held = spend.reservation
+    reservation = spend.reservation
     return {
-        "run": held.run,
-        "round": held.round,
-        "purpose": held.purpose,
-        "attempt": held.attempt,
-        "dataset": held.dataset,
-        "dataset_version": held.dataset_version,
-        "study": held.study,
+        "run": reservation.run,
+        "round": reservation.round,
+        "purpose": reservation.purpose,
+        "attempt": reservation.attempt,
+        "dataset": reservation.dataset,
+        "dataset_version": reservation.dataset_version,
+        "study": reservation.study,
         "outcome": spend.outcome,
-        "mechanism": (spend.charged or held.mechanism).to_dict(),
-        "steps_reserved": held.mechanism.steps,
+        "mechanism": (spend.charged or reservation.mechanism).to_dict(),
+        "steps_reserved": reservation.mechanism.steps,
         "release_digest": spend.release_digest,
         "reason": spend.reason,
-        "reserved_at": held.created_at,
+        "reserved_at": reservation.created_at,
         "settled_at": spend.settled_at,
-        "reservation_entry": held.seq,
+        "reservation_entry": reservation.seq,
         "settlement_entry": spend.settled_seq,
     }
 

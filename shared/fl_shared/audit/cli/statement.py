@@ -65,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
         run_id(arguments.run)
     require("report")  # now, and not after the whole ledger was verified
     home = home_of(arguments)
-    said = stated_of(arguments, home)
+    stated = stated_of(arguments, home)
     key = SigningKey.load(arguments.key or home / "keys" / "signing.pem")
-    kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
+    stored = receipts.load(arguments.receipts, site) if arguments.receipts else []
     with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
-        report = verify_ledger(url, site, public_key=public_key(arguments), checkpoints=pins(kept))
+        report = verify_ledger(url, site, public_key=public_key(arguments), checkpoints=pins(stored))
         if not report.intact:
             if report.damaged:
                 raise damaged(summary(report.damaged))
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
                 run=arguments.run,
                 home=home if home.is_dir() else None,
                 empirical=arguments.empirical,
-                stated=said,
+                stated=stated,
             )
     names = write(sign_document(key, body), key, arguments.out)
     if arguments.json:
@@ -105,17 +105,17 @@ def write(document: dict[str, Any], key: SigningKey, directory: Path) -> list[Pa
     suffix = f"-{body['run'].replace(':', '_')}" if body["run"] else ""
     stem = f"statement-{body['site']}{suffix}"
     sections = list(page.sections(body))
-    made = {
+    contents = {
         f"{stem}.json": (json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode(),
         f"{stem}.html": html.render(sections, document).encode(),
         f"{stem}.pdf": pdf.render(sections, document, f"{stem}.json"),
     }
-    files = {"kind": "statement-files", "files": {name: sha256_hex(data) for name, data in made.items()}}
-    made[f"{stem}.signatures.json"] = (json.dumps(sign_document(key, files), indent=1) + "\n").encode()
+    files = {"kind": "statement-files", "files": {name: sha256_hex(data) for name, data in contents.items()}}
+    contents[f"{stem}.signatures.json"] = (json.dumps(sign_document(key, files), indent=1) + "\n").encode()
     directory.mkdir(parents=True, exist_ok=True)
-    for name, data in made.items():
+    for name, data in contents.items():
         (directory / name).write_bytes(data)
-    return [directory / name for name in made]
+    return [directory / name for name in contents]
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -52,29 +52,31 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.site:
         raise ConfigError("no ledger is named", fix="give a bundle, or --site")
     site = site_id(arguments.site)
-    kept = receipts.load(arguments.receipts, site) if arguments.receipts else []
+    stored = receipts.load(arguments.receipts, site) if arguments.receipts else []
     known = [parse_checkpoint(text) for text in arguments.checkpoint]
     if arguments.bundle:
-        kept += bundle.receipts_in(Path(arguments.bundle))
-        said = bundle.about(Path(arguments.bundle))
-        known.append(Checkpoint(int(said["entries"]), str(said["head"]), str(said["merkle_root"]), "bundle.json"))
-    told = public_key(arguments)
-    beside = home_key(arguments) if told is None else None
+        stored += bundle.receipts_in(Path(arguments.bundle))
+        about = bundle.about(Path(arguments.bundle))
+        known.append(Checkpoint(int(about["entries"]), str(about["head"]), str(about["merkle_root"]), "bundle.json"))
+    given_key = public_key(arguments)
+    beside = home_key(arguments) if given_key is None else None
     with working("verifying the ledger", quiet=arguments.quiet, json=arguments.json), reachable(arguments) as url:
         report = verify_ledger(
             url,
             site,
-            public_key=told or beside,
-            checkpoints=[*known, *pins(kept)],
+            public_key=given_key or beside,
+            checkpoints=[*known, *pins(stored)],
             processes=arguments.processes,
         )
-        if kept and report.intact:
+        if stored and report.intact:
             with Ledger.open(url, None, site) as ledger:
-                found = reconcile(ledger, kept)
-            report.problems += [Problem(each.message) for each in found if each.kind != "missing"]
-    report.pinned = told is not None  # what lies beside the ledger is not what the auditor knows
+                divergences = reconcile(ledger, stored)
+            report.problems += [
+                Problem(divergence.message) for divergence in divergences if divergence.kind != "missing"
+            ]
+    report.pinned = given_key is not None  # what lies beside the ledger is not what the auditor knows
     if arguments.json:
-        print_json({**asdict(report), "intact": report.intact, "receipts": len(kept)})
+        print_json({**asdict(report), "intact": report.intact, "receipts": len(stored)})
     else:
         _print(report, beside)
     return 0 if report.intact else BROKEN

@@ -23,7 +23,7 @@ def lines(ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, floa
     for point in _thinned(past):
         label = f"{point.run[:14]} {point.round}"
         yield f"{label:>22} {_bar(point.epsilon / ceiling, '█')}| {point.epsilon:.3f}  {point.at[:10]}"
-    for number, epsilon in _thinned([each for each in ahead if each[0]]):
+    for number, epsilon in _thinned([point for point in ahead if point[0]]):
         yield f"{f'+{number} rounds':>22} {_bar(epsilon / ceiling, '░')}| {epsilon:.3f}"
 
 
@@ -40,8 +40,8 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
     """Return the curve."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = made.subplots()
+    drawing = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = drawing.subplots()
     axes.step([0, *range(1, len(past) + 1)], [0.0, *(point.epsilon for point in past)], where="post", label="charged")
     if len(ahead) > 1:
         last = len(past)
@@ -49,16 +49,16 @@ def figure(title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tu
     axes.axhline(ceiling, color="black", linewidth=1, label="ceiling")
     axes.set(title=title, xlabel="charges", ylabel="epsilon", ylim=(0, 1.08 * ceiling))
     axes.legend(loc="lower right", frameon=False)
-    return made
+    return drawing
 
 
 def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
-    """Return both shares of a budget after each charge: epsilon of the ceiling, and what the gate counts."""
+    """Return both shares of a budget after each charge: epsilon of the ceiling, and the gate's."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    made = Figure(figsize=(7, 3.0), layout="constrained")
-    axes = made.subplots()
+    drawing = Figure(figsize=(7, 3.0), layout="constrained")
+    axes = drawing.subplots()
     at = range(len(past) + 1)
     axes.step(
         at, [0.0, *(point.epsilon / ceiling for point in past)], where="post", label="epsilon, share of the ceiling"
@@ -71,21 +71,21 @@ def burn_down(title: str, ceiling: float, past: Sequence[Point]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="lower right", frameon=False)
-    return made
+    return drawing
 
 
 def privacy_curve(title: str, curves: dict[str, list[tuple[float, float]]], at: float) -> Figure:
     """Return epsilon against delta, one line of (delta, epsilon) for each accountant, the budget's delta marked."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = made.subplots()
+    drawing = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = drawing.subplots()
     for label, points in curves.items():
         axes.plot([delta for delta, _ in points], [epsilon for _, epsilon in points], label=label)
     axes.axvline(at, color="black", linewidth=1, linestyle=":", label=f"delta {at:g}")
     axes.set(title=title, xlabel="delta", ylabel="epsilon", xscale="log")
     axes.legend(loc="upper right", frameon=False)
-    return made
+    return drawing
 
 
 def draw(path: Path, title: str, ceiling: float, past: Sequence[Point], ahead: Sequence[tuple[int, float]]) -> None:

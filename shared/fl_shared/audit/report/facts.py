@@ -45,11 +45,11 @@ def statement(
     Raises ConfigError for a run that the ledger does not know or an empirical result that cannot be read.
     """
     everything = list(ledger.spends())
-    shown = [spend for spend in everything if run in (None, spend.reservation.run)]
-    if run is not None and not shown:
+    spends = [spend for spend in everything if run in (None, spend.reservation.run)]
+    if run is not None and not spends:
         known = sorted({spend.reservation.run for spend in everything})
         raise ConfigError(f"the ledger has no run {run!r}", fix=f"choose from {', '.join(known) or 'none'}")
-    used = {spend.reservation.dataset for spend in shown}
+    used = {spend.reservation.dataset for spend in spends}
     names = sorted(used if run is not None else {dataset.name for dataset in ledger.datasets()})
     runs = [row for row in by_run(ledger, everything) if run in (None, row["run"])]
     body = {
@@ -76,16 +76,16 @@ def statement(
             "composition": words.COMPOSITION,
         },
         "datasets": [_dataset(ledger, name) for name in names],
-        "runs": [row | {"mechanisms": _mechanisms(shown, row["run"], row["dataset"])} for row in runs],
+        "runs": [row | {"mechanisms": _mechanisms(spends, row["run"], row["dataset"])} for row in runs],
         "curves": [_curve(ledger, name) for name in names if ledger.budgets(name)],
-        "failures": [_failure(spend) for spend in shown if spend.outcome != "settled"][:MOST_FAILURES],
+        "failures": [_failure(spend) for spend in spends if spend.outcome != "settled"][:MOST_FAILURES],
         "accountants": _accountants(),
         "randomness": words.RANDOMNESS,
         "mechanism": words.MECHANISM,
         "outside": list(words.OUTSIDE),
         "empirical_audit": _empirical(empirical),
         "digests": {
-            "releases": _releases(home, shown),
+            "releases": _releases(home, spends),
             "code": code_digests(),
             "policy": _policy(home),
         },
@@ -109,8 +109,8 @@ def _dataset(ledger: LedgerReader, name: str) -> dict[str, Any]:
     budgets = []
     for budget in ledger.budgets(name):
         past = [point.to_dict() for point in history(ledger, budget)]
-        found = ledger.charges(name, budget.study)
-        position = position_of(budget, found)
+        charges = ledger.charges(name, budget.study)
+        position = position_of(budget, charges)
         budgets.append(
             {
                 "study": budget.study,
@@ -118,7 +118,7 @@ def _dataset(ledger: LedgerReader, name: str) -> dict[str, Any]:
                 "delta": budget.delta,
                 "delta_times_units": budget.delta * dataset.units,
                 "spent": position.spent,
-                "spent_pld": steps_epsilon(found.spent, budget.delta),
+                "spent_pld": steps_epsilon(charges.spent, budget.delta),
                 "reserved": position.reserved,
                 "gate_used": position.used,
                 "filter_order": budget.filter_order,
@@ -159,17 +159,17 @@ def _mechanisms(spends: Sequence[Spend], run: str, dataset: str) -> list[dict[st
     """Return each kind of step that a run took: what was reserved (claimed) and what was charged (executed)."""
     rows: dict[tuple[str, float, Key], dict[str, Any]] = {}
     for spend in spends:
-        held = spend.reservation
-        if (held.run, held.dataset) != (run, dataset):
+        reservation = spend.reservation
+        if (reservation.run, reservation.dataset) != (run, dataset):
             continue
-        key = key_of(held.mechanism)
+        key = key_of(reservation.mechanism)
         row = rows.setdefault(
-            (held.purpose, held.mechanism.clipping_norm, key),
+            (reservation.purpose, reservation.mechanism.clipping_norm, key),
             {
-                "purpose": held.purpose,
+                "purpose": reservation.purpose,
                 "kind": key.kind,
                 "neighbouring": key.neighbouring,
-                "clipping_norm": held.mechanism.clipping_norm,
+                "clipping_norm": reservation.mechanism.clipping_norm,
                 "noise_multiplier": key.noise_multiplier,
                 "sampling_probability_claimed": key.sampling_probability,
                 "sampling_probability_executed": None,
@@ -178,7 +178,7 @@ def _mechanisms(spends: Sequence[Spend], run: str, dataset: str) -> list[dict[st
                 "steps_charged_without_release": 0,
             },
         )
-        row["steps_claimed"] += held.mechanism.steps
+        row["steps_claimed"] += reservation.mechanism.steps
         if spend.charged is not None and spend.outcome == "settled":
             row["sampling_probability_executed"] = spend.charged.sampling_probability
             row["steps_executed"] += spend.charged.steps
@@ -191,11 +191,11 @@ def _curve(ledger: LedgerReader, name: str) -> dict[str, Any]:
     """Return epsilon at every delta for all that is charged to the data set."""
     budget = ledger.budgets(name)[0]
     spent = ledger.charges(name, None).spent
-    wanted = {name, *ledger.overlapping(name)}
+    names = {name, *ledger.overlapping(name)}
     own = [
         spend.charged
         for spend in ledger.spends()
-        if spend.charged is not None and spend.outcome != "open" and spend.reservation.dataset in wanted
+        if spend.charged is not None and spend.outcome != "open" and spend.reservation.dataset in names
     ]
     return {
         "dataset": name,
@@ -208,18 +208,18 @@ def _curve(ledger: LedgerReader, name: str) -> dict[str, Any]:
 
 
 def _failure(spend: Spend) -> dict[str, Any]:
-    held = spend.reservation
+    reservation = spend.reservation
     return {
-        "run": held.run,
-        "round": held.round,
-        "dataset": held.dataset,
-        "attempt": held.attempt,
+        "run": reservation.run,
+        "round": reservation.round,
+        "dataset": reservation.dataset,
+        "attempt": reservation.attempt,
         "outcome": spend.outcome,
-        "steps_reserved": held.mechanism.steps,
+        "steps_reserved": reservation.mechanism.steps,
         "steps_charged": 0 if spend.charged is None else spend.charged.steps,
         "meaning": words.OUTCOMES[spend.outcome],
         "reason": spend.reason,
-        "entry": spend.settled_seq or held.seq,
+        "entry": spend.settled_seq or reservation.seq,
     }
 
 
@@ -245,48 +245,48 @@ def _accountants() -> list[dict[str, str]]:
 
 
 def _empirical(path: Path | None) -> dict[str, Any] | None:
-    """Return the result of an empirical audit as it stands in the file, with the file's digest."""
+    """Return the result of an empirical audit as the file holds it, with the file's digest."""
     if path is None:
         return None
     if not path.is_file():
         raise ConfigError(f"no empirical audit at {str(path)!r}", fix="give the JSON file that the audit wrote")
-    found = parse_json(path.read_bytes(), str(path))
-    if not isinstance(found, dict):
+    result = parse_json(path.read_bytes(), str(path))
+    if not isinstance(result, dict):
         raise ConfigError(f"{path} holds no result", fix="give the JSON file that the audit wrote")
-    return {"file_sha256": file_sha256(path), "result": found}
+    return {"file_sha256": file_sha256(path), "result": result}
 
 
-def _releases(home: Path | None, shown: Sequence[Spend]) -> list[dict[str, Any]]:
+def _releases(home: Path | None, spends: Sequence[Spend]) -> list[dict[str, Any]]:
     """Return the digests of each release: of the update from the ledger, of its surroundings from the site's files."""
     rows = []
-    for spend in shown:
+    for spend in spends:
         if spend.outcome != "settled":
             continue
-        held = spend.reservation
+        reservation = spend.reservation
         row = {
-            "run": held.run,
-            "round": held.round,
+            "run": reservation.run,
+            "round": reservation.round,
             "update": spend.release_digest,
             "base_model": None,
             "adapter": None,
             "spec": None,
             "entry": spend.settled_seq,
         }
-        order = home / "releases" / f"{held.run.replace(':', '_')}-{held.round}.json" if home else None
+        order = home / "releases" / f"{reservation.run.replace(':', '_')}-{reservation.round}.json" if home else None
         if order is not None and order.is_file():
-            kept = parse_json(order.read_bytes(), str(order))
-            if isinstance(kept, dict) and kept.get("update_digest") == spend.release_digest:
+            record = parse_json(order.read_bytes(), str(order))
+            if isinstance(record, dict) and record.get("update_digest") == spend.release_digest:
                 row |= {
-                    "base_model": kept.get("model_digest"),
-                    "adapter": kept.get("adapter_digest"),
-                    "spec": kept.get("spec_digest"),
+                    "base_model": record.get("model_digest"),
+                    "adapter": record.get("adapter_digest"),
+                    "spec": record.get("spec_digest"),
                 }
         rows.append(row)
     return rows
 
 
 def _policy(home: Path | None) -> dict[str, Any] | None:
-    """Return the site's policy and the digest of the file that it stands in."""
+    """Return the site's policy and the digest of its file."""
     path = home / "site.toml" if home else None
     if path is None or not path.is_file():
         return None
@@ -296,7 +296,7 @@ def _policy(home: Path | None) -> dict[str, Any] | None:
 
 def code_digests() -> dict[str, str]:
     """Return versions, and one digest over the Python files of each of our packages that is installed."""
-    found = {
+    digests = {
         "concordat": __version__,
         "python": platform.python_version(),
         "cryptography": packages.version("cryptography"),
@@ -307,5 +307,5 @@ def code_digests() -> dict[str, str]:
         if spec is not None and spec.submodule_search_locations:
             root = Path(spec.submodule_search_locations[0])
             lines = [f"{file_sha256(path)}  {path.relative_to(root)}" for path in sorted(root.rglob("*.py"))]
-            found[name] = f"sha256:{sha256_hex(chr(10).join(lines).encode())}"
-    return found
+            digests[name] = f"sha256:{sha256_hex(chr(10).join(lines).encode())}"
+    return digests

@@ -28,15 +28,15 @@ class Point:
 
 
 def history(ledger: LedgerReader, budget: BudgetRecord, most: int = 200) -> list[Point]:
-    """Return at most about `most` points of what counts against `budget`, open reservations included, in order."""
+    """Return at most about `most` points of what is charged to `budget`, open reservations included, in order."""
     names = {budget.dataset, *ledger.overlapping(budget.dataset)}
     charges: list[tuple[int, str, str, int, Key, int]] = []
     for spend in ledger.spends():
-        held = spend.reservation
-        if spend.charged is None or held.dataset not in names or budget.study not in (None, held.study):
+        reservation = spend.reservation
+        if spend.charged is None or reservation.dataset not in names or budget.study not in (None, reservation.study):
             continue
-        seq, at = spend.settled_seq or held.seq, spend.settled_at or held.created_at
-        charges.append((seq, at, held.run, held.round, key_of(spend.charged), spend.charged.steps))
+        seq, at = spend.settled_seq or reservation.seq, spend.settled_at or reservation.created_at
+        charges.append((seq, at, reservation.run, reservation.round, key_of(spend.charged), spend.charged.steps))
     charges.sort(key=lambda charge: charge[0])
     gate, total = filter_of(budget), dict[Key, int]()
     step = max(1, len(charges) // most)

@@ -1,4 +1,4 @@
-"""The page as one HTML file: no script runs, nothing is fetched, the signed JSON stands inside."""
+"""The page as one HTML file: no script runs, nothing is fetched, the signed JSON is embedded."""
 
 from __future__ import annotations
 

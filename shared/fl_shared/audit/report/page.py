@@ -41,7 +41,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it; a str is a paragraph."""
+    """A heading and what follows it; a str is a paragraph."""
 
     title: str
     blocks: list[str | Table | Figure | Lines] = field(default_factory=list)
@@ -57,12 +57,12 @@ def figure_of(drawn: Any, alt: str) -> Figure:
 
 
 def title(body: dict[str, Any]) -> str:
-    """Return what stands above the first page."""
+    """Return the heading of the first page."""
     return "Privacy statement" + (f" on run {body['run']}" if body["run"] else "")
 
 
 def running_head(body: dict[str, Any]) -> tuple[str, str]:
-    """Return what stands on every page, left and right: whose statement, and which."""
+    """Return the head of every page, left and right: whose statement, and which."""
     return f"Privacy statement of {body['site']}", f"Statement {body['id']}"
 
 
@@ -82,8 +82,8 @@ def sections(body: dict[str, Any]) -> Iterator[Section]:
             f"Composition. {guarantee['composition']}",
         ],
     )
-    yield Section("Outside the guarantee", [f"• {each}" for each in body["outside"]])
-    yield Section("What this statement does not claim", [f"• {each}" for each in body["not_claimed"]])
+    yield Section("Outside the guarantee", [f"• {text}" for text in body["outside"]])
+    yield Section("What this statement does not claim", [f"• {text}" for text in body["not_claimed"]])
     yield _empirical(body)
     yield Section("Signatures", [words.SIGN, Lines(words.SIGNERS)])
     yield _runs(body)
@@ -91,10 +91,10 @@ def sections(body: dict[str, Any]) -> Iterator[Section]:
     yield _mechanisms(body)
     yield Section("Randomness", [body["randomness"]])
     yield _failures(body)
-    rows = [(each["name"], each["library"], each["source"]) for each in body["accountants"]]
+    rows = [(accountant["name"], accountant["library"], accountant["source"]) for accountant in body["accountants"]]
     yield Section("Accountants and versions", [Table(("accountant", "library", "source"), rows, (3, 2, 3))])
     yield Section("What NIST SP 800-226 asks for, and where it stands", [Table(("asked", "section"), words.NIST)])
-    crosswalk = [tuple(str(each[name]) for name in each) for each in body["crosswalk"]]
+    crosswalk = [tuple(str(row[name]) for name in row) for row in body["crosswalk"]]
     yield Section(
         "Crosswalk to the law",
         [
@@ -109,10 +109,10 @@ def sections(body: dict[str, Any]) -> Iterator[Section]:
 def _about(body: dict[str, Any]) -> Section:
     stated = body["stated"]
     approvals = [
-        f"{each['name']}{', study ' + budget['study'] if budget['study'] else ''}: {budget['approver']}, "
+        f"{dataset['name']}{', study ' + budget['study'] if budget['study'] else ''}: {budget['approver']}, "
         f"entered in the ledger on {budget['entered_at'][:10]} (entry {budget['entry']})"
-        for each in body["datasets"]
-        for budget in each["budgets"]
+        for dataset in body["datasets"]
+        for budget in dataset["budgets"]
     ]
     rows = [
         ("Institution", stated["institution"] or NOT_STATED),
@@ -137,50 +137,50 @@ def _about(body: dict[str, Any]) -> Section:
 
 
 def _summary(body: dict[str, Any]) -> Section:
-    made = Section("In short")
+    section = Section("In short")
     for dataset in body["datasets"]:
         if not dataset["private"]:
-            made.blocks.append(f"Data set {dataset['name']}. {words.PUBLIC}")
+            section.blocks.append(f"Data set {dataset['name']}. {words.PUBLIC}")
             continue
         for budget in dataset["budgets"]:
             study = f", study {budget['study']}" if budget["study"] else ""
-            made.blocks.append(
+            section.blocks.append(
                 f"Data set {dataset['name']}{study}: everything that was and will be released under its budget is "
                 f"(epsilon {budget['epsilon']:g}, delta {budget['delta']:g})-differentially private for each "
                 f"{dataset['privacy_unit']} of {dataset['units']}, however later runs are chosen in the light of "
                 f"earlier results. This ceiling (version {budget['version']}) was approved by {budget['approver']}."
             )
-            made.blocks.append(
+            section.blocks.append(
                 f"Charged to it so far: epsilon {budget['spent']:.4g} at the same delta, {budget['spent_pld']:.4g} by "
                 "privacy loss distributions. These two hold as guarantees of their own where the runs so far would "
                 "have been the same whatever the earlier results."
             )
     if not body["datasets"]:
-        made.blocks.append("The ledger has no data set.")
-    return made
+        section.blocks.append("The ledger has no data set.")
+    return section
 
 
 def _meaning(body: dict[str, Any]) -> Section:
-    made = Section("What epsilon means")
-    private = [each for each in body["datasets"] if each["private"] and each["budgets"]]
+    section = Section("What epsilon means")
+    private = [dataset for dataset in body["datasets"] if dataset["private"] and dataset["budgets"]]
     if not private:
-        made.blocks.append("No private data set has a budget, so there is no epsilon to speak of.")
-        return made
-    for unit in sorted({each["privacy_unit"] for each in private}):
-        made.blocks.extend(text.format(unit=unit) for text in words.MEANING)
-    for each in private:
-        budget = each["budgets"][0]
+        section.blocks.append("No private data set has a budget, so there is no epsilon to speak of.")
+        return section
+    for unit in sorted({dataset["privacy_unit"] for dataset in private}):
+        section.blocks.extend(text.format(unit=unit) for text in words.MEANING)
+    for dataset in private:
+        budget = dataset["budgets"][0]
         factor = f"{math.exp(budget['epsilon']):,.0f}" if budget["epsilon"] < 30 else f"e^{budget['epsilon']:g}"
         example = words.EXAMPLE.format(
-            unit=each["privacy_unit"],
+            unit=dataset["privacy_unit"],
             ceiling=_percent(budget["best_guess_at_ceiling"]),
             so_far=_percent(budget["best_guess_so_far"]),
             epsilon=budget["epsilon"],
             spent=budget["spent"],
             factor=factor,
         )
-        made.blocks.append(f"{each['name']}. {example}" if len(private) > 1 else example)
-    return made
+        section.blocks.append(f"{dataset['name']}. {example}" if len(private) > 1 else example)
+    return section
 
 
 def _percent(share: float) -> str:
@@ -190,15 +190,15 @@ def _percent(share: float) -> str:
 
 def _budgets(body: dict[str, Any]) -> Iterator[Section]:
     """Yield each data set with its budgets, what the percentages mean, and how each budget was used up."""
-    made = Section("Data sets and budgets")
-    for each in body["datasets"]:
-        bound = f"at most {each['bound_per_unit']} records of each are used"
-        made.blocks.append(
-            f"{each['name']}, version {each['version']}: {each['units']} units; the unit is one "
-            f"{each['privacy_unit']}, {bound}. Overlaps: {', '.join(each['overlaps']) or 'none declared'}. "
-            f"Fingerprint (keyed): {each['fingerprint']}"
+    section = Section("Data sets and budgets")
+    for dataset in body["datasets"]:
+        bound = f"at most {dataset['bound_per_unit']} records of each are used"
+        section.blocks.append(
+            f"{dataset['name']}, version {dataset['version']}: {dataset['units']} units; the unit is one "
+            f"{dataset['privacy_unit']}, {bound}. Overlaps: {', '.join(dataset['overlaps']) or 'none declared'}. "
+            f"Fingerprint (keyed): {dataset['fingerprint']}"
         )
-        made.blocks.append(
+        section.blocks.append(
             Table(
                 ("budget", "ceiling", "charged", "of ceiling", "by PLD", "held", "gate", "delta", "delta x units"),
                 [
@@ -213,25 +213,25 @@ def _budgets(body: dict[str, Any]) -> Iterator[Section]:
                         f"{budget['delta']:g}",
                         f"{budget['delta_times_units']:.3g}",
                     )
-                    for budget in each["budgets"]
+                    for budget in dataset["budgets"]
                 ],
                 (1.8, 1.2, 1.4, 1.5, 1.4, 1.3, 1.1, 1.3, 1.8),
             )
         )
-    yield made
-    for each in body["datasets"]:
-        for budget in each["budgets"]:
+    yield section
+    for dataset in body["datasets"]:
+        for budget in dataset["budgets"]:
             study = f"study {budget['study']}" if budget["study"] else "overall"
-            name = f"{each['name']}, {study}"
+            name = f"{dataset['name']}, {study}"
             yield _burn_down(name, budget)
 
 
 def _burn_down(name: str, budget: dict[str, Any]) -> Section:
-    made = Section(f"How the budget was used: {name}")
+    section = Section(f"How the budget was used: {name}")
     if not budget["burn_down"]:
-        made.blocks.append("Nothing has been charged to it yet: epsilon 0, and the gate at 0 %.")
-        return made
-    made.blocks.append(
+        section.blocks.append("Nothing has been charged to it yet: epsilon 0, and the gate at 0 %.")
+        return section
+    section.blocks.append(
         words.TWO_SHARES.format(
             share=f"{budget['spent'] / budget['epsilon']:.0%}",
             gate=f"{budget['gate_used']:.0%}",
@@ -241,8 +241,8 @@ def _burn_down(name: str, budget: dict[str, Any]) -> Section:
     )
     past = [Point(**point) for point in budget["burn_down"]]
     drawn = chart.burn_down(f"{name}: ceiling epsilon {budget['epsilon']:g}", budget["epsilon"], past)
-    made.blocks.append(figure_of(drawn, f"epsilon and the gate after each charge to {name}; open rounds included"))
-    return made
+    section.blocks.append(figure_of(drawn, f"epsilon and the gate after each charge to {name}; open rounds included"))
+    return section
 
 
 def _runs(body: dict[str, Any]) -> Section:
@@ -270,24 +270,24 @@ def _runs(body: dict[str, Any]) -> Section:
 
 
 def _curves(body: dict[str, Any]) -> Iterator[Section]:
-    for each in body["curves"]:
-        title = f"{each['dataset']}: everything charged so far"
+    for curve in body["curves"]:
+        title = f"{curve['dataset']}: everything charged so far"
         pld = [
             (delta, value)
-            for delta, value in zip(each["deltas"], each["epsilon_pld"], strict=True)
+            for delta, value in zip(curve["deltas"], curve["epsilon_pld"], strict=True)
             if value is not None
         ]
         drawn = chart.privacy_curve(
             title,
             {
-                "Rényi": list(zip(each["deltas"], each["epsilon_rdp"], strict=True)),
+                "Rényi": list(zip(curve["deltas"], curve["epsilon_rdp"], strict=True)),
                 "privacy loss distributions": pld,
             },
-            each["delta"],
+            curve["delta"],
         )
         yield Section(
-            f"Curve of {each['dataset']}",
-            [figure_of(drawn, f"epsilon against delta for everything charged to {each['dataset']}")],
+            f"Curve of {curve['dataset']}",
+            [figure_of(drawn, f"epsilon against delta for everything charged to {curve['dataset']}")],
         )
 
 
@@ -296,17 +296,19 @@ def _mechanisms(body: dict[str, Any]) -> Section:
     rows = [
         (
             row["run"],
-            each["purpose"],
-            f"{each['clipping_norm']:g}",
-            f"{each['noise_multiplier']:g}",
-            f"{each['sampling_probability_claimed']:g}",
-            "-" if each["sampling_probability_executed"] is None else f"{each['sampling_probability_executed']:g}",
-            str(each["steps_claimed"]),
-            str(each["steps_executed"]),
-            str(each["steps_charged_without_release"]),
+            mechanism["purpose"],
+            f"{mechanism['clipping_norm']:g}",
+            f"{mechanism['noise_multiplier']:g}",
+            f"{mechanism['sampling_probability_claimed']:g}",
+            "-"
+            if mechanism["sampling_probability_executed"] is None
+            else f"{mechanism['sampling_probability_executed']:g}",
+            str(mechanism["steps_claimed"]),
+            str(mechanism["steps_executed"]),
+            str(mechanism["steps_charged_without_release"]),
         )
         for row in body["runs"]
-        for each in row["mechanisms"]
+        for mechanism in row["mechanisms"]
     ]
     return Section("Mechanisms", [body["mechanism"], Table(head, rows, (3, 2, 1, 1.3, 1.6, 1.7, 1.9, 1.6, 1.6))])
 
@@ -330,15 +332,15 @@ def _failures(body: dict[str, Any]) -> Section:
 
 
 def _empirical(body: dict[str, Any]) -> Section:
-    found = body["empirical_audit"]
-    if found is None:
+    audit = body["empirical_audit"]
+    if audit is None:
         return Section("Empirical audit", ["None was run for this statement."])
-    result = found["result"]
+    result = audit["result"]
     plain = {name: value for name, value in result.items() if not isinstance(value, list)}
     section = Section(
         "Empirical audit",
         [
-            f"A lower bound found by attack. Result file SHA-256 {found['file_sha256']}.",
+            f"A lower bound found by attack. Result file SHA-256 {audit['file_sha256']}.",
             Table(("figure", "value"), [(name, str(value)) for name, value in plain.items()]),
         ],
     )
@@ -358,7 +360,7 @@ def _empirical(body: dict[str, Any]) -> Section:
 
 def _digests(body: dict[str, Any]) -> Section:
     digests = body["digests"]
-    made = Section("Digests")
+    section = Section("Digests")
     rows = [
         (
             f"{row['run']} {row['round']}",
@@ -366,27 +368,29 @@ def _digests(body: dict[str, Any]) -> Section:
         )
         for row in digests["releases"]
     ]
-    made.blocks.append(Table(("run, round", "base model", "global adapter", "run spec", "update sent"), rows))
-    made.blocks.append(Table(("code", "version or digest"), [tuple(pair) for pair in digests["code"].items()], (1, 4)))
+    section.blocks.append(Table(("run, round", "base model", "global adapter", "run spec", "update sent"), rows))
+    section.blocks.append(
+        Table(("code", "version or digest"), [tuple(pair) for pair in digests["code"].items()], (1, 4))
+    )
     policy = digests["policy"]
     if policy is None:
-        made.blocks.append("Policy: the site's configuration was not at hand.")
+        section.blocks.append("Policy: the site's configuration was not at hand.")
     else:
         rows = [(name, str(value)) for name, value in policy["policy"].items()]
-        made.blocks.append(f"Policy (site.toml SHA-256 {policy['file_sha256']}):")
-        made.blocks.append(Table(("limit", "value"), rows))
-    return made
+        section.blocks.append(f"Policy (site.toml SHA-256 {policy['file_sha256']}):")
+        section.blocks.append(Table(("limit", "value"), rows))
+    return section
 
 
 def _ledger(body: dict[str, Any]) -> Section:
     ledger = body["ledger"]
-    held = ledger["checkpoints_held_against"]
+    pinned = ledger["checkpoints_held_against"]
     rows = [
         ("entries", f"{ledger['entries']}, {ledger['first']} to {ledger['last']}"),
         ("head", ledger["head"]),
         ("Merkle root", ledger["merkle_root"]),
         ("site's first key", ledger["key"]),
-        ("verified", f"{'yes' if ledger['verified'] else 'NO'}, against {held} checkpoints of the coordinator"),
+        ("verified", f"{'yes' if ledger['verified'] else 'NO'}, against {pinned} checkpoints of the coordinator"),
     ]
     return Section("The ledger that this was read from", [Table(("", ""), rows, (1, 4))])
 

@@ -43,13 +43,13 @@ def stated_of(arguments: argparse.Namespace, home: Path) -> dict[str, Any]:
     """Return what the options say, and where they say nothing what [statement] in the home's site.toml says."""
     config = home / "site.toml"
     table = load_toml(config).get(SECTION, {}) if config.is_file() else {}
-    found = Statement.from_dict(table, where=f"{config} [{SECTION}]").to_dict()
-    given = {
+    configured = Statement.from_dict(table, where=f"{config} [{SECTION}]").to_dict()
+    options = {
         "purpose": arguments.purpose,
         "partners": arguments.partner or None,
         "approved_on": None if arguments.approved_on is None else _approved_on(arguments.approved_on),
     }
-    return found | {name: value for name, value in given.items() if value is not None}
+    return configured | {name: value for name, value in options.items() if value is not None}
 
 
 def _approved_on(text: str) -> str:

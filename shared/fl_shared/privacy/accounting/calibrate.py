@@ -72,14 +72,14 @@ def steps_that_fit(ceiling: Filter, spent: Mapping[Key, int], mechanism: Mechani
     return guess
 
 
-def _smallest(excess: Callable[[float], float], wanted: str) -> float:
+def _smallest(excess: Callable[[float], float], target: str) -> float:
     """Return the smallest sigma, within 1e-4, at which the falling function `excess` is not above 0."""
     low, high = 0.0, 1.0
     while not excess(high) <= 0.0:
         low, high = high, high * 2.0
         if high > _LARGEST:
             raise ConfigError(
-                f"no noise multiplier up to {_LARGEST:g} fits {wanted}",
+                f"no noise multiplier up to {_LARGEST:g} fits {target}",
                 fix="lower the number of steps or the sampling probability, or raise the budget",
             )
     while low == 0.0:

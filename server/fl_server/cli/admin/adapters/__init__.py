@@ -1,1 +1,1 @@
-"""`fl-admin adapters`: the committed adapters, and the names under which they are released."""
+"""`fl-admin adapters`: the committed adapters, and the names that they are promoted to."""

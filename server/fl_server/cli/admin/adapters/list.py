@@ -1,4 +1,4 @@
-"""`fl-admin adapters list`: the adapters of a run, or without one what is released under which name."""
+"""`fl-admin adapters list`: the adapters of a run, or without one what is promoted to which name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_common(parser)
     argument(parser, "run", metavar="RUN", nargs="?", default="", completer=complete.runs)
-    parser.add_argument("--history", action="store_true", help="also releases that another one has followed")
+    parser.add_argument("--history", action="store_true", help="also promotions that another one has followed")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,16 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
     with connected(arguments) as stub:
         if arguments.run:
             return _list_run(stub, arguments)
-        releases = stub.ListReleases(pb.ListReleasesRequest(history=arguments.history)).releases
+        promotions = stub.ListReleases(pb.ListReleasesRequest(history=arguments.history)).releases
     if arguments.json:
-        print_json({"releases": [plain(each) for each in releases]})
+        print_json({"releases": [plain(promotion) for promotion in promotions]})
         return 0
     table(
         ["name", "run", "round", "promoted", "by", "current", "digest"],
         [
-            [each.name, each.adapter.run, str(each.adapter.round), moment(each.promoted_at), each.promoted_by,
-             "yes" if each.current else "no", each.adapter.digest]
-            for each in releases
+            [promotion.name, promotion.adapter.run, str(promotion.adapter.round), moment(promotion.promoted_at),
+             promotion.promoted_by, "yes" if promotion.current else "no", promotion.adapter.digest]
+            for promotion in promotions
         ],
     )  # fmt: skip
     return 0
@@ -49,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _list_run(stub: ControlStub, arguments: argparse.Namespace) -> int:
     adapters = stub.ListAdapters(pb.ListAdaptersRequest(run=arguments.run)).adapters
     if arguments.json:
-        print_json({"adapters": [plain(each) for each in adapters]})
+        print_json({"adapters": [plain(adapter) for adapter in adapters]})
         return 0
     table(
-        ["round", "bytes", "committed", "released as", "digest"],
+        ["round", "bytes", "committed", "promoted to", "digest"],
         [[str(a.round), str(a.bytes), moment(a.committed_at), ", ".join(a.released_as), a.digest] for a in adapters],
     )
     return 0

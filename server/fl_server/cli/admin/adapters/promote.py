@@ -1,6 +1,6 @@
-"""`fl-admin adapters promote`: release a committed adapter under a name.
+"""`fl-admin adapters promote`: promote a committed adapter to a name.
 
-The newest promotion of a name counts. The adapter stays where it is; earlier promotions stay known.
+The newest promotion of a name is valid. The adapter stays where it is; earlier promotions stay known.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     argument(parser, "run", metavar="RUN", completer=complete.runs)
     add_round(parser)
     argument(
-        parser, "--as", dest="name", metavar="NAME", required=True, completer=complete.releases,
+        parser, "--as", dest="name", metavar="NAME", required=True, completer=complete.promotions,
         help="lower-case letters, digits, hyphens",
     )  # fmt: skip
 
@@ -35,10 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Promote it."""
     with connected(arguments) as stub:
         request = pb.PromoteAdapterRequest(run=arguments.run, round=arguments.round, name=arguments.name)
-        made = stub.PromoteAdapter(request)
+        promotion = stub.PromoteAdapter(request)
     if arguments.json:
-        print_json(plain(made))
+        print_json(plain(promotion))
     else:
-        print(f"{made.name} is round {made.adapter.round} of {made.adapter.run} since {moment(made.promoted_at)}")
-        print(made.adapter.digest)
+        adapter = promotion.adapter
+        print(f"{promotion.name} is round {adapter.round} of {adapter.run} since {moment(promotion.promoted_at)}")
+        print(adapter.digest)
     return 0

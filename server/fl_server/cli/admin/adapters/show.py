@@ -1,4 +1,4 @@
-"""`fl-admin adapters show`: one adapter: where it comes from, who took part, what it is released as."""
+"""`fl-admin adapters show`: one adapter: where it comes from, who took part, what it is promoted to."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ def run(arguments: argparse.Namespace) -> int:
         require_one(arguments)
         run_name, number = arguments.run, arguments.round
         if arguments.released:
-            releases = stub.ListReleases(pb.ListReleasesRequest(name=arguments.released)).releases
-            if not releases:
+            promotions = stub.ListReleases(pb.ListReleasesRequest(name=arguments.released)).releases
+            if not promotions:
                 raise ConfigError(f"nothing was released as {arguments.released!r}", fix="see `fl-admin adapters list`")
-            run_name, number = releases[0].adapter.run, releases[0].adapter.round
-        adapters = {each.round: each for each in stub.ListAdapters(pb.ListAdaptersRequest(run=run_name)).adapters}
+            run_name, number = promotions[0].adapter.run, promotions[0].adapter.round
+        adapters = {row.round: row for row in stub.ListAdapters(pb.ListAdaptersRequest(run=run_name)).adapters}
         number = number or max(adapters, default=0)
         if number not in adapters:
             raise ConfigError(
                 f"run {run_name} has no committed round {number or 'yet'}", fix=f"see `fl-admin runs show {run_name}`"
             )
-        shown = stub.ShowRun(pb.RunRequest(run=run_name))
-    history = [each for each in shown.history if each.round == number]
-    replies = [reply for each in history for reply in each.replies]
-    one = adapters[number]
+        view = stub.ShowRun(pb.RunRequest(run=run_name))
+    history = [entry for entry in view.history if entry.round == number]
+    replies = [reply for entry in history for reply in entry.replies]
+    adapter = adapters[number]
     if arguments.json:
         print_json(
-            plain(one)
+            plain(adapter)
             | {
-                "spec": json.loads(shown.spec_json),
-                "spec_digest": shown.spec_digest,
+                "spec": json.loads(view.spec_json),
+                "spec_digest": view.spec_digest,
                 "replies": [plain(reply) for reply in replies],
             }
         )
         return 0
     for name, value in (
-        ("run", f"{run_name}, round {number} of {shown.rounds}"),
-        ("digest", one.digest),
-        ("bytes", str(one.bytes)),
-        ("committed", moment(one.committed_at)),
-        ("released as", ", ".join(one.released_as) or "-"),
-        ("base model", json.loads(shown.spec_json)["run"]["base_model"]),
-        ("spec", shown.spec_digest),
+        ("run", f"{run_name}, round {number} of {view.rounds}"),
+        ("digest", adapter.digest),
+        ("bytes", str(adapter.bytes)),
+        ("committed", moment(adapter.committed_at)),
+        ("promoted to", ", ".join(adapter.released_as) or "-"),
+        ("base model", json.loads(view.spec_json)["run"]["base_model"]),
+        ("spec", view.spec_digest),
         ("sites", ", ".join(reply.site for reply in replies if reply.status == "ok")),
     ):
         print(f"{name:<12} {value}")

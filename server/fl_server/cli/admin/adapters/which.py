@@ -1,4 +1,4 @@
-"""How a line of `fl-admin` names one adapter: a run and a round, or the name under which it is released."""
+"""How a line of `fl-admin` names one adapter: a run and a round, or the name that it is promoted to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def add_which(parser: argparse.ArgumentParser) -> None:
     argument(parser, "run", metavar="RUN", nargs="?", default="", completer=complete.runs)
     add_round(parser)
     argument(
-        parser, "--released", default="", metavar="NAME", completer=complete.releases,
-        help="what is released under this name, instead of RUN",
+        parser, "--released", default="", metavar="NAME", completer=complete.promotions,
+        help="what is promoted to this name, instead of RUN",
     )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         from fl_shared.ledger.chain import GENESIS_HASH  # SQL and all; TAB must not wait for it
 
-        shown = [plain(each) | {"body": json.loads(each.body)} for each in entries]
-        print_json({"entries": shown, "head": entries[-1].hash if entries else GENESIS_HASH})
+        rows = [plain(entry) | {"body": json.loads(entry.body)} for entry in entries]
+        print_json({"entries": rows, "head": entries[-1].hash if entries else GENESIS_HASH})
         return 0
     table(["number", "time", "who", "action", "arguments", "outcome"], list(_rows(entries)))
     return 0
@@ -42,14 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rows(entries: Iterable[pb.AdminLogEntry]) -> Iterable[list[str]]:
     """One row for each action, with the outcome that a later entry tells."""
-    bodies = [(each, json.loads(each.body)) for each in entries]
-    outcomes = {body["of"]: body for each, body in bodies if each.kind == "outcome"}
-    for each, body in bodies:
-        at = each.created_at[:19].replace("T", " ") + "Z"
-        if each.kind in ("genesis", "key"):
-            yield [str(each.seq), at, "coordinator", f"signs by {body['public_key']}", "", ""]
-        if each.kind == "action":
-            ended = outcomes.get(each.seq)
-            told = "unknown: broken off" if ended is None else " ".join([ended["result"], ended["code"]]).strip()
-            given = ", ".join(f"{name}={value}" for name, value in sorted(body["arguments"].items()))
-            yield [str(each.seq), at, f"{body['role']} {body['name']}", body["action"], given, told]
+    bodies = [(entry, json.loads(entry.body)) for entry in entries]
+    outcomes = {body["of"]: body for entry, body in bodies if entry.kind == "outcome"}
+    for entry, body in bodies:
+        at = entry.created_at[:19].replace("T", " ") + "Z"
+        if entry.kind in ("genesis", "key"):
+            yield [str(entry.seq), at, "coordinator", f"signs by {body['public_key']}", "", ""]
+        if entry.kind == "action":
+            ended = outcomes.get(entry.seq)
+            outcome = "unknown: broken off" if ended is None else " ".join([ended["result"], ended["code"]]).strip()
+            arguments = ", ".join(f"{name}={value}" for name, value in sorted(body["arguments"].items()))
+            yield [str(entry.seq), at, f"{body['role']} {body['name']}", body["action"], arguments, outcome]

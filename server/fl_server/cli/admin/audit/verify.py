@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fl_shared.audit.source import key_text
 
     with connected(arguments) as stub:
-        noted = {one.entries: one.head for one in map(parse_checkpoint, arguments.checkpoint)}
+        noted = {checkpoint.entries: checkpoint.head for checkpoint in map(parse_checkpoint, arguments.checkpoint)}
         key = key_text(arguments.public_key) if arguments.public_key else None
         report = check(stub.ListAdminLog(pb.ListAdminLogRequest()), public_key=key, checkpoints=noted)
     if arguments.json:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write them."""
-    from fl_shared.ledger.receipts import FORMAT, Kept  # SQL and all; TAB must not wait for it
+    from fl_shared.ledger.receipts import FORMAT, StoredReceipt  # SQL and all; TAB must not wait for it
 
     out: Path = arguments.out
     with connected(arguments) as stub:
@@ -42,15 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
             stub.ShowSite(pb.SiteRequest(site=arguments.site))
         if arguments.run:
             stub.ShowRun(pb.RunRequest(run=arguments.run))
-        kept = [
-            Kept(json.loads(each.document_json), each.received_at)
-            for each in stub.ListReceipts(pb.ListReceiptsRequest(site=arguments.site, run=arguments.run))
+        receipts = [
+            StoredReceipt(json.loads(row.document_json), row.received_at)
+            for row in stub.ListReceipts(pb.ListReceiptsRequest(site=arguments.site, run=arguments.run))
         ]
-    document = {"format": FORMAT, "receipts": [each.to_dict() for each in kept]}
+    document = {"format": FORMAT, "receipts": [receipt.to_dict() for receipt in receipts]}
     write_file(out, json.dumps(document, sort_keys=True).encode("utf-8"))
-    sites = sorted({str(each.claims.get("site")) for each in kept})
+    sites = sorted({str(receipt.claims.get("site")) for receipt in receipts})
     if arguments.json:
-        print_json({"file": str(out), "receipts": len(kept), "sites": sites})
+        print_json({"file": str(out), "receipts": len(receipts), "sites": sites})
     else:
-        print(f"wrote {out}: {len(kept)} receipts of {len(sites)} sites")
+        print(f"wrote {out}: {len(receipts)} receipts of {len(sites)} sites")
     return 0

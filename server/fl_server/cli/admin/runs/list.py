@@ -24,14 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
     with connected(arguments) as stub:
         runs = stub.ListRuns(pb.ListRunsRequest()).runs
     if arguments.json:
-        print_json({"runs": [run_plain(each) for each in runs]})
+        print_json({"runs": [run_plain(run) for run in runs]})
         return 0
     table(
         ["run", "state", "rounds", "sites", "launched", "reason"],
         [
-            [each.run, each.state, f"{each.rounds_committed}/{each.rounds}", str(len(each.sites)),
-             moment(each.created_at), each.reason]
-            for each in runs
+            [run.run, run.state, f"{run.rounds_committed}/{run.rounds}", str(len(run.sites)),
+             moment(run.created_at), run.reason]
+            for run in runs
         ],
     )  # fmt: skip
     return 0

@@ -55,64 +55,64 @@ def _ask(stub: ControlStub, arguments: argparse.Namespace) -> int:
     say = not arguments.json and sys.stderr.isatty()
     if say:
         print(f"asking {len(spec.run.sites)} sites, at most {arguments.wait:g} s", file=sys.stderr)
-    found: list[pb.SitePlan] = []
-    for each in stub.PlanRun(pb.PlanRunRequest(spec_toml=spec_text(arguments.spec), wait_s=arguments.wait)):
-        found.append(each)
+    plans: list[pb.SitePlan] = []
+    for plan in stub.PlanRun(pb.PlanRunRequest(spec_toml=spec_text(arguments.spec), wait_s=arguments.wait)):
+        plans.append(plan)
         if say:
-            print(f"  {each.site}: {each.status}", file=sys.stderr)
-    found.sort(key=lambda each: spec.run.sites.index(each.site))
-    everywhere, with_quorum = _rounds(found, spec)
+            print(f"  {plan.site}: {plan.status}", file=sys.stderr)
+    plans.sort(key=lambda plan: spec.run.sites.index(plan.site))
+    everywhere, with_quorum = _rounds(plans, spec)
     if arguments.json:
         print_json(
             {
                 "run": spec.run.name,
                 "rounds": spec.run.rounds,
                 "quorum": spec.run.quorum,
-                "affordable": all(each.status == AFFORDABLE for each in found),
+                "affordable": all(plan.status == AFFORDABLE for plan in plans),
                 "rounds_everywhere": everywhere,
                 "rounds_with_quorum": with_quorum,
-                "sites": [_plain(each) for each in found],
+                "sites": [_plain(plan) for plan in plans],
             }
         )
     else:
-        _print(found, spec, everywhere, with_quorum)
-    if any(each.status == REFUSED for each in found):
+        _print(plans, spec, everywhere, with_quorum)
+    if any(plan.status == REFUSED for plan in plans):
         return WOULD_REFUSE
-    return 0 if all(each.status == AFFORDABLE for each in found) else UNKNOWN
+    return 0 if all(plan.status == AFFORDABLE for plan in plans) else UNKNOWN
 
 
-def _granted(one: pb.SitePlan) -> int:
+def _granted(plan: pb.SitePlan) -> int:
     """Rounds in which the site would take part: none when it is silent, or when more than the budget objects."""
-    answered = one.status in (AFFORDABLE, REFUSED)
-    only_budget = all(text.startswith("budget-exhausted: ") for text in one.objections)
-    return min(one.rounds_affordable, one.rounds_asked) if answered and only_budget else 0
+    answered = plan.status in (AFFORDABLE, REFUSED)
+    only_budget = all(text.startswith("budget-exhausted: ") for text in plan.objections)
+    return min(plan.rounds_affordable, plan.rounds_asked) if answered and only_budget else 0
 
 
-def _rounds(found: Sequence[pb.SitePlan], spec: RunSpec) -> tuple[int, int]:
+def _rounds(plans: Sequence[pb.SitePlan], spec: RunSpec) -> tuple[int, int]:
     """Rounds that every site affords, and rounds that at least the quorum of sites affords."""
-    granted = sorted((_granted(each) for each in found), reverse=True)
+    granted = sorted((_granted(plan) for plan in plans), reverse=True)
     return granted[-1], granted[spec.run.quorum - 1]
 
 
-def _plain(one: pb.SitePlan) -> dict[str, Any]:
-    made = plain(one)
-    made["answer"] = json.loads(made.pop("document_json") or "null")
-    return made
+def _plain(plan: pb.SitePlan) -> dict[str, Any]:
+    document = plain(plan)
+    document["answer"] = json.loads(document.pop("document_json") or "null")
+    return document
 
 
-def _print(found: Sequence[pb.SitePlan], spec: RunSpec, everywhere: int, with_quorum: int) -> None:
+def _print(plans: Sequence[pb.SitePlan], spec: RunSpec, everywhere: int, with_quorum: int) -> None:
     rows = []
-    for each in found:
-        answered = each.status in (AFFORDABLE, REFUSED)
-        why = "\n".join(each.objections) or _WORDS.get(each.status, "")
-        if each.status == NOT_ONLINE and each.last_seen_at:
-            why += f" since {moment(each.last_seen_at)}"
-        if each.noise_that_fits:
-            why += f"\nnoise {each.noise_that_fits:.3f} would fit all rounds"
-        rows.append([each.site, each.status, str(each.rounds_affordable) if answered else "-", why])
+    for plan in plans:
+        answered = plan.status in (AFFORDABLE, REFUSED)
+        why = "\n".join(plan.objections) or _WORDS.get(plan.status, "")
+        if plan.status == NOT_ONLINE and plan.last_seen_at:
+            why += f" since {moment(plan.last_seen_at)}"
+        if plan.noise_that_fits:
+            why += f"\nnoise {plan.noise_that_fits:.3f} would fit all rounds"
+        rows.append([plan.site, plan.status, str(plan.rounds_affordable) if answered else "-", why])
     table(["site", "answer", "rounds affordable", "why"], rows)
     asked = spec.run.rounds
-    if all(each.status == AFFORDABLE for each in found):
+    if all(plan.status == AFFORDABLE for plan in plans):
         print(f"all {asked} rounds of {spec.run.name} are affordable at every site")
     else:
         print(f"of {asked} rounds {everywhere} with every site, {with_quorum} with the quorum of {spec.run.quorum}")

@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     table(
         ["site", "state", "online", "last seen", "certificate until"],
         [
-            [each.site, each.state, "yes" if each.online else "no", moment(each.last_seen_at),
-             moment(each.certificate_expires_at)]
-            for each in sites
+            [site.site, site.state, "yes" if site.online else "no", moment(site.last_seen_at),
+             moment(site.certificate_expires_at)]
+            for site in sites
         ],
     )  # fmt: skip
     return 0

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this verb's options."""
     add_common(parser)
     argument(parser, "site", metavar="SITE", completer=complete.sites)
-    parser.add_argument("--reason", default="", help="why; it stands in the admin log")
+    parser.add_argument("--reason", default="", help="why; it is recorded in the admin log")
 
 
 def run(arguments: argparse.Namespace) -> int:

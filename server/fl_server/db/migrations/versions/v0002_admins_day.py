@@ -1,4 +1,4 @@
-"""The admin log (append-only, chained), released adapters, and the questions of a plan."""
+"""The admin log (append-only, chained), promoted adapters, and the questions of a plan."""
 
 from __future__ import annotations
 

@@ -33,12 +33,12 @@ def upgrade() -> None:
         sa.column("enrolled_at"),
     )  # fmt: skip
     for row in op.get_bind().execute(sa.select(sites)).mappings().all():
-        found = {}
+        public_keys = {}
         if row["signing_key"]:
-            found["signing"] = bytes.fromhex(row["signing_key"])
+            public_keys["signing"] = bytes.fromhex(row["signing_key"])
         if row["node_public_key"]:
-            found["node"] = base64.b64decode(row["node_public_key"].split()[1])
-        for kind, data in found.items():
+            public_keys["node"] = base64.b64decode(row["node_public_key"].split()[1])
+        for kind, data in public_keys.items():
             retired = time.time() if row["state"] == "revoked" and kind != "signing" else 0.0
             op.bulk_insert(
                 keys,

@@ -79,9 +79,9 @@ FUNCTIONS = {
         "RAISE EXCEPTION 'a row of % needs an entry of its kind', TG_TABLE_NAME; END IF; RETURN NEW; END"
     )
 } | {
-    f"ledger_{table}_fit": f"BEGIN IF {wrong} THEN RAISE EXCEPTION '{said.replace(chr(39), chr(39) * 2)}'; END IF; "
+    f"ledger_{table}_fit": f"BEGIN IF {wrong} THEN RAISE EXCEPTION '{message.replace(chr(39), chr(39) * 2)}'; END IF; "
     "RETURN NEW; END"
-    for table, (wrong, said) in RULES.items()
+    for table, (wrong, message) in RULES.items()
 }
 
 
@@ -101,11 +101,11 @@ def upgrade() -> None:
                 f"WHEN (SELECT kind FROM entries WHERE seq = NEW.seq) NOT IN ({words}) "
                 f"BEGIN SELECT RAISE(ABORT, 'a row of {table} needs an entry of its kind'); END",
             )
-    for table, (wrong, said) in RULES.items():
+    for table, (wrong, message) in RULES.items():
         if op.get_bind().dialect.name == "postgresql":
             _trigger(f"{table}_fit", table, f"FOR EACH ROW EXECUTE FUNCTION ledger_{table}_fit()")
         else:
-            words = said.replace("'", "''")
+            words = message.replace("'", "''")
             _trigger(f"{table}_fit", table, f"WHEN {wrong} BEGIN SELECT RAISE(ABORT, '{words}'); END")
 
 
