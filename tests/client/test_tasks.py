@@ -50,9 +50,9 @@ from fl_client.training.ranks import worker
 from fl_client.training.ranks.frames import receive
 from fl_client.training.round import initial_adapter, train_round
 from fl_shared.adapters.safetensors import pack
+from fl_shared.declaration import Document
 from fl_shared.documents.spec import LoraSection, RunSpec
 from fl_shared.errors import ConfigError, EngineError
-from fl_shared.fields import Document
 from fl_shared.identity.signing import SigningKey
 from fl_shared.names import ALONE
 from fl_shared.privacy.mechanism import Mechanism

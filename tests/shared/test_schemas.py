@@ -20,9 +20,9 @@ from jsonschema import Draft202012Validator
 
 from fl_client.site.config import SiteFile, template
 from fl_server.home.layout import ServerFile
+from fl_shared.declaration import Document, json_schema, shipped_schema
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Document, json_schema, shipped_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES: dict[str, tuple[type[Document], Path]] = {

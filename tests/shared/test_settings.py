@@ -15,8 +15,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fl_shared.declaration import Document
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Between, Choice, Document, OneOf, PathField, SiteName, Text, Texts, Whole
+from fl_shared.fields import Between, Choice, OneOf, PathField, SiteName, Text, Texts, Whole
 from fl_shared.names import run_id, run_name, site_id
 from fl_shared.toml import load_toml, parse_toml
 

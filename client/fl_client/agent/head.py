@@ -19,8 +19,9 @@ from fl_client.agent.outgoing import EVALUATION, TRAINING
 from fl_client.agent.releases import ReleaseStore
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import parse_json
+from fl_shared.declaration import Document
 from fl_shared.errors import ConfigError, LedgerError
-from fl_shared.fields import Document, Text, Whole
+from fl_shared.fields import Text, Whole
 from fl_shared.files import write_durably
 from fl_shared.ledger.reader import LedgerReader
 from fl_shared.ledger.service import Ledger

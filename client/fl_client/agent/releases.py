@@ -17,9 +17,10 @@ from pathlib import Path
 
 from fl_shared.adapters.safetensors import digest
 from fl_shared.canonical import parse_json
+from fl_shared.declaration import Document
 from fl_shared.documents.round import Round
 from fl_shared.errors import ConcordatError, DataError
-from fl_shared.fields import Document, RunId, Text, Time
+from fl_shared.fields import RunId, Text, Time
 from fl_shared.files import write_durably
 from fl_shared.names import ALONE
 from fl_shared.privacy.mechanism import Mechanism

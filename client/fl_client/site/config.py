@@ -18,12 +18,12 @@ from fl_client.site.address import server_url
 from fl_client.site.home import SiteHome
 from fl_shared.audit.report.stated import Statement
 from fl_shared.canonical import DIGEST, check_digest
+from fl_shared.declaration import Document
 from fl_shared.documents.spec import LORA_TARGETS
 from fl_shared.errors import ConfigError, shown
 from fl_shared.fields import (
     Between,
     Choice,
-    Document,
     FieldError,
     MaybeEmpty,
     Named,

@@ -14,8 +14,9 @@ import grpc
 
 from fl_server.home.layout import ServerHome, default_home
 from fl_shared.cli.output import command
+from fl_shared.declaration import Document
 from fl_shared.errors import ConcordatError, ConfigError, TransportError
-from fl_shared.fields import Document, PathField, Text
+from fl_shared.fields import PathField, Text
 from fl_shared.files import write_durably
 from fl_shared.toml import load_toml
 from fl_shared.wire.control_pb2_grpc import ControlStub

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
+from fl_shared.declaration import Document
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Document, FieldError, MaybeEmpty, Named, Whole
+from fl_shared.fields import FieldError, MaybeEmpty, Named, Whole
 from fl_shared.files import sqlite_url
 from fl_shared.toml import load_toml
 from fl_shared.wire.hosts import host_name

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from fl_shared.declaration import Document
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Between, Document, Whole
+from fl_shared.fields import Between, Whole
 
 Parameters = tuple[tuple[str, float], ...]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+from fl_shared.declaration import Document
 from fl_shared.documents.plan import Objection
 from fl_shared.documents.spec import LORA_TARGETS, RunSpec
-from fl_shared.fields import Choice, Digest, Document, Texts
+from fl_shared.fields import Choice, Digest, Texts
 
 
 @dataclass(frozen=True)

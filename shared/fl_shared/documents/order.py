@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from fl_shared.canonical import canonical_bytes, parse_json, sha256_hex
+from fl_shared.declaration import Digested
 from fl_shared.documents.round import Round
 from fl_shared.documents.spec import RunSpec
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Choice, Digest, Digested, RunId, SiteName, Text, Time
+from fl_shared.fields import Choice, Digest, RunId, SiteName, Text, Time
 
 KIND = "round-order"
 BY_DIGEST = 2

@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from fl_shared.declaration import Digested, Document
 from fl_shared.documents.spec import MOST_ROUNDS, RunSpec
 from fl_shared.errors import ConfigError, printable, shown
-from fl_shared.fields import Between, Choice, Digest, Digested, Document, Named, SiteName, Texts, Time, Whole
+from fl_shared.fields import Between, Choice, Digest, Named, SiteName, Texts, Time, Whole
 
 # One site's answer to a plan's question, or why there is none.
 AFFORDABLE, REFUSED = "affordable", "refused"

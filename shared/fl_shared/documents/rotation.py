@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from fl_shared.fields import Choice, Document, Text, Time
+from fl_shared.declaration import Document
+from fl_shared.fields import Choice, Text, Time
 
 
 @dataclass(frozen=True)

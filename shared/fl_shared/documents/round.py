@@ -11,21 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
+from fl_shared.declaration import Digested, Document
 from fl_shared.documents.spec import MOST_ROUNDS, RunSpec
 from fl_shared.errors import ConfigError, printable
-from fl_shared.fields import (
-    Between,
-    Choice,
-    Digest,
-    Digested,
-    Document,
-    Hash,
-    RunId,
-    SiteName,
-    Text,
-    Time,
-    Whole,
-)
+from fl_shared.fields import Between, Choice, Digest, Hash, RunId, SiteName, Text, Time, Whole
 from fl_shared.privacy.mechanism import Mechanism
 
 REFUSAL_CODES = (

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from fl_shared.adapters.safetensors import WIRES
+from fl_shared.declaration import Digested, Document
 from fl_shared.documents.aggregators import AGGREGATIONS, AGGREGATORS, Parameters, check_quorum, read_parameters
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Between, Choice, Digest, Digested, Document, FieldError, OneOf, RunName, Texts, Whole
+from fl_shared.fields import Between, Choice, Digest, FieldError, OneOf, RunName, Texts, Whole
 from fl_shared.names import NAME, site_id
 from fl_shared.privacy.mechanism import LEAST_CLIPPING_NORM, LEAST_NOISE, LEAST_SAMPLING, MOST_NOISE, Mechanism
 from fl_shared.toml import load_toml, parse_toml

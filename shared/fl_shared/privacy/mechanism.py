@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from fl_shared.fields import Between, Choice, Document, Whole, require_fields
+from fl_shared.declaration import Document, require_fields
+from fl_shared.fields import Between, Choice, Whole
 
 NEIGHBOURING = "add-or-remove-one"
 KIND = "poisson-gaussian"

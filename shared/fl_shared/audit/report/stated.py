@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from fl_shared.declaration import Document
 from fl_shared.errors import ConfigError
-from fl_shared.fields import Document, Named, Text, Texts
+from fl_shared.fields import Named, Text, Texts
 from fl_shared.toml import load_toml
 
 SECTION = "statement"
