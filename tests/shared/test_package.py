@@ -27,7 +27,10 @@ def test_the_version_is_written_in_one_place() -> None:
 
 def test_importing_the_core_is_light() -> None:
     """The core modules import neither torch nor Flower nor SQL, so that every command starts fast."""
-    modules = "errors canonical signing privacy settings names manifest adapter wire.chunks wire.agent_pb2_grpc"
+    modules = (
+        "errors canonical names fields declaration identity.signing privacy.mechanism adapters.safetensors "
+        "documents.round wire.chunks wire.agent_pb2_grpc"
+    )
     source = f"import sys; [__import__('fl_shared.' + m) for m in '{modules}'.split()]; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=60
