@@ -35,7 +35,10 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.parametrize("component", ["gateway", "control", "monitor"])
+MODULES = {"gateway": "gateway.app", "control": "control.server", "monitor": "operations.monitor"}
+
+
+@pytest.mark.parametrize("component", MODULES)
 def test_a_component_ends_with_0_on_sigterm(home: ServerHome, component: str) -> None:
     """It listens, is asked to end, and its port is free again; its output is JSON lines or nothing."""
     settings = home.settings()
@@ -43,7 +46,7 @@ def test_a_component_ends_with_0_on_sigterm(home: ServerHome, component: str) ->
     ports = {"gateway": settings.gateway_port, "control": settings.control_port, "monitor": settings.metrics[1]}
     port = ports[component]
     process = subprocess.Popen(
-        [sys.executable, "-m", f"fl_server.{component}", "--home", str(home.root)],
+        [sys.executable, "-m", f"fl_server.{MODULES[component]}", "--home", str(home.root)],
         env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:

@@ -63,7 +63,7 @@ class Launching(RealSite):
         assert self.process is not None
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.Error):
-                if f"fl_client.{module}" in child.cmdline():
+                if f"fl_client.node.{module}" in child.cmdline():
                     return child
         return None
 
