@@ -49,6 +49,7 @@ def locked(path: Path, *, note: str = "", wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that is just being started
         os.close(descriptor)
 
 
