@@ -21,8 +21,8 @@ settings.load_profile("repeatable")
 
 
 LONGEST = (
-    "test_recovery.py", "test_main_job.py", "test_versions.py", "test_coordinator.py", "test_nodes.py", "test_survival.py",
-    "test_process.py", "test_operations.py", "test_rollback.py", "test_missing_packages.py", "test_label_spellings.py",
+    "test_recovery.py", "test_main_job.py", "test_versions.py", "test_coordinator.py", "test_nodes.py",
+    "test_survival.py", "test_process.py", "test_operations.py", "test_rollback.py", "test_missing_packages.py", "test_label_spellings.py",
     "test_all.py", "test_suspension.py", "test_ranks.py",
 )  # fmt: skip
 
