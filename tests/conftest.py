@@ -22,14 +22,16 @@ settings.load_profile("repeatable")
 
 LONGEST = (
     "test_recovery.py", "test_main_job.py", "test_versions.py", "test_coordinator.py", "test_nodes.py",
-    "test_survival.py", "test_process.py", "test_operations.py", "test_rollback.py", "test_missing_packages.py", "test_label_spellings.py",
-    "test_all.py", "test_suspension.py", "test_ranks.py",
+    "test_survival.py", "test_process.py", "test_operations.py", "test_rollback.py", "test_missing_packages.py",
+    "test_label_spellings.py", "test_all.py", "test_suspension.py", "test_ranks.py",
 )  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--quick`."""
-    parser.addoption("--quick", action="store_true", help="no process, no PostgreSQL, no model, ten cases of each test")
+    parser.addoption(
+        "--quick", action="store_true", help="no process, no PostgreSQL, no model, five cases of each test"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

