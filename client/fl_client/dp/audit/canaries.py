@@ -158,15 +158,7 @@ def audit_records(
     gradients = clipped_gradients(adapted, records, mechanism.clipping_norm, progress=progress)
     included = (coins or SecureStream()).words(count) % np.uint64(2) == 1
     chosen = tuple(records.of_unit[unit] for unit in np.flatnonzero(included))
-    trainer = engine(
-        adapted,
-        dataclasses.replace(records, of_unit=chosen),
-        mechanism,
-        learning_rate=_RATE,
-        head_learning_rate=_RATE,
-        momentum=0.0,
-        expected_batch=1.0,
-    )
+    trainer = _trainer(engine, adapted, dataclasses.replace(records, of_unit=chosen), mechanism)
     released = _listen(trainer)
     trainer.run(lambda number: progress("steps", number, mechanism.steps))
     scores = _decode(gradients, released[0], mechanism, _blocks(adapted))
@@ -197,10 +189,7 @@ def audit_gradients(
     included = (coins or SecureStream()).words(canaries) % np.uint64(2) == 1
     owners = np.flatnonzero(included)
     nothing = Records((), np.empty(0, dtype=np.int64), tuple(np.empty(0, dtype=np.int64) for _ in owners), 0)
-    trainer = engine(
-        adapted, nothing, mechanism,
-        learning_rate=_RATE, head_learning_rate=_RATE, momentum=0.0, expected_batch=1.0,
-    )  # fmt: skip
+    trainer = _trainer(engine, adapted, nothing, mechanism)
     released = _listen(trainer)
     try:
         for number, sampled in enumerate(trainer.sampler, start=1):
@@ -219,6 +208,14 @@ def audit_gradients(
     scores = released[0][:canaries]
     result = audit(scores, included, guesses=guesses, delta=delta, confidence=confidence)
     return _report("gradients", mechanism, result, 1.0 / mechanism.noise_multiplier, progress)
+
+
+def _trainer(engine: type[DPEngine], adapted: AdaptedModel, records: Records, mechanism: Mechanism) -> DPEngine:
+    """The engine that is audited; its parameters stay where they are, and its sums are not scaled."""
+    return engine(
+        adapted, records, mechanism,
+        learning_rate=_RATE, head_learning_rate=_RATE, momentum=0.0, expected_batch=1.0,
+    )  # fmt: skip
 
 
 def clipped_gradients(

@@ -3,6 +3,7 @@ factors, clipped and noised together with them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fl_client.dp.records.packing import EVEN, Packed
 _BLOCK = 2 * EVEN
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """A task's head. Each output follows from its own record's hidden states alone.
 
     Every parameter that is trained writes its gradient into the book when one is open (mode `book`), and is used as a
@@ -23,17 +24,17 @@ class Head(nn.Module):
     """
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the outputs of one record."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed(self, hidden: Tensor, batch: Packed) -> Tensor:
         """Float32 hidden states `[M, H]` of a packed micro-batch to outputs `[R, ...]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def padded(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Float32 hidden states `[B, T, H]` and 0/1 mask `[B, T]`, padded on the right, to outputs `[B, ...]`."""
-        raise NotImplementedError
 
 
 class PooledLinear(nn.Linear, Head):
