@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from fl_client.agent.check import run_checks
 from fl_client.model.layout import target_groups
-from fl_client.model.load import load_model
 from fl_client.site.config import SiteConfig
 from fl_shared.documents.spec import RunSpec
 from helpers.agents import SITE, RealSite, spec
 from helpers.gateway import Gateway
 from helpers.random_models import float_model, small_config
+from helpers.smallest import smallest_digest
 
-TINY = Path(str(resources.files("fl_client"))) / "model" / "tiny"
 OTHER = "sha256:" + "0" * 64
 WITHOUT_SHARED = ("qwen3_moe", "olmoe", "mixtral", "granitemoe")
 
@@ -25,7 +23,7 @@ WITHOUT_SHARED = ("qwen3_moe", "olmoe", "mixtral", "granitemoe")
 def test_check_with_a_spec_says_what_a_round_would_refuse(tmp_path: Path, gateway: Gateway) -> None:
     """A spec that fits passes; another base, a policy limit, a missing site each fail with a fix; all of it is free."""
     site = RealSite(tmp_path / "home", gateway)
-    right = spec(load_model(TINY, device="cpu").digest)
+    right = spec(smallest_digest())
     training = dataclasses.replace(right.training, noise_multiplier=0.1)
     cases: dict[str, tuple[RunSpec, str]] = {
         "fits": (right, ""),

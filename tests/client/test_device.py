@@ -21,6 +21,7 @@ from fl_client.training.device import CACHE, COMPILER, DRIVER, explain, try_devi
 from fl_shared.errors import ConfigError, EngineError
 from helpers.agents import SITE, RealSite
 from helpers.gateway import Gateway
+from helpers.smallest import smallest_base
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
 CUDA = torch.device("cuda")
@@ -62,7 +63,7 @@ def site(tmp_path: Path, gateway: Gateway) -> Iterator[RealSite]:
 def use(site: RealSite, directory: Path) -> None:
     """Let the site train this base."""
     text = site.home.config.read_text()
-    site.home.config.write_text(text.replace('directory = "tiny"', f'directory = "{directory}"'))
+    site.home.config.write_text(text.replace(str(smallest_base()), str(directory)))
 
 
 def test_a_device_that_computes_is_a_line_of_the_check(site: RealSite) -> None:

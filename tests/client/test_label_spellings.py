@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fl_client.model.layout import directory_digest
-from fl_client.model.load import TINY
 from fl_shared.adapters.safetensors import pack
+from helpers import warm
 from helpers.agents import MARKER, SITE, RealSite, spec
 from helpers.gateway import Gateway
+from helpers.smallest import smallest_base, smallest_digest
 from helpers.specs import to_toml
 
 
 def write_spec(path: Path, labels: list[str]) -> Path:
     """A spec for the shipped base, as TOML with a byte order mark."""
-    table = spec(directory_digest(TINY), rounds=1).to_dict()
+    table = spec(smallest_digest(), rounds=1).to_dict()
     table["task"]["labels"] = labels
     path.write_text(to_toml(table), encoding="utf-8-sig")
     return path
@@ -42,8 +41,7 @@ def site(tmp_path: Path, gateway: Gateway) -> RealSite:
 def run(site: RealSite, *arguments: Any) -> subprocess.CompletedProcess[str]:
     """`fl-client` as a process."""
     verb, *rest = map(str, arguments)
-    line = [sys.executable, "-m", "fl_client.cli.client", verb, "--site", SITE, "--home", str(site.home.root), *rest]
-    return subprocess.run(line, env=site.environment(), capture_output=True, text=True, check=False)
+    return warm.run("fl-client", verb, "--site", SITE, "--home", str(site.home.root), *rest, env=site.environment())
 
 
 def test_check_tells_rows_and_labels_and_nothing_is_charged(site: RealSite, tmp_path: Path) -> None:
@@ -73,7 +71,7 @@ def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_char
     """train-alone and evaluate: exit code 15, and no reservation is in the ledger."""
     made = write_spec(tmp_path / "spec.toml", ["1", "2"])
     alone = run(site, "train-alone", "--spec", made, "--out", tmp_path / "alone")
-    hidden = json.loads((TINY / "config.json").read_text())["hidden_size"]
+    hidden = json.loads((smallest_base() / "config.json").read_text())["hidden_size"]
     (tmp_path / "adapter").write_bytes(pack({"classifier.weight": np.zeros((2, hidden), np.float32)}))
     judged = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "adapter", "--force")
     for done, what in ((alone, "the training data"), (judged, "the hold-out")):

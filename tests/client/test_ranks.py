@@ -22,7 +22,7 @@ import torch
 from fl_client.agent import check
 from fl_client.agent.status import agent_state
 from fl_client.data.units import UnitData
-from fl_client.model.load import TINY, load_model
+from fl_client.model.load import load_model
 from fl_client.site.config import ModelConfig
 from fl_client.training.ranks import frames
 from fl_client.training.ranks import group as ranks_group
@@ -33,8 +33,9 @@ from fl_shared.errors import ConfigError, DataError, EngineError
 from fl_shared.privacy.mechanism import Mechanism
 from helpers.agents import MARKER, RealSite, body, spec
 from helpers.gateway import Gateway
+from helpers.smallest import smallest_base, smallest_digest
 
-CONFIG = ModelConfig(directory=TINY, device="cpu", threads=1, processes=2)
+CONFIG = ModelConfig(directory=smallest_base(), device="cpu", threads=1, processes=2)
 # So little noise that the update is the data's, and everybody is in: any process count must give the same one.
 ALMOST_NONE = Mechanism(noise_multiplier=1e-4, sampling_probability=1.0, steps=2, clipping_norm=1.0)
 MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=0.5, steps=500, clipping_norm=1.0)
@@ -44,7 +45,7 @@ MECHANISM = Mechanism(noise_multiplier=1.0, sampling_probability=0.5, steps=500,
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
     """Two ranks on the CPU, started when a test needs them."""
     home = tmp_path_factory.mktemp("g")
-    digest = load_model(TINY, device="cpu").digest
+    digest = smallest_digest()
     made = RankGroup(CONFIG, digest=digest, directory=home / "ranks", log_file=home / "ranks.log")
     yield made
     made.stop()
@@ -79,7 +80,9 @@ def test_a_round_on_two_ranks_is_one_process_round(group: RankGroup) -> None:
     """With next to no noise two ranks and one process make the same update, and report the same mechanism."""
     heard: list[int] = []
     made = ask(group, ALMOST_NONE, progress=lambda step, steps: heard.append(step))
-    alone = train_round(load_model(TINY, device="cpu"), data(), spec("sha256:" + "0" * 64), ALMOST_NONE, {}, round=1)
+    alone = train_round(
+        load_model(smallest_base(), device="cpu"), data(), spec("sha256:" + "0" * 64), ALMOST_NONE, {}, round=1
+    )
     assert made.executed == ALMOST_NONE == alone.executed
     assert heard == [1, 2]
     assert made.update.keys() == alone.update.keys()
@@ -159,7 +162,7 @@ def test_ranks_work_for_an_agent_and_die_with_it(tmp_path: Path, gateway: Gatewa
     site = RealSite(tmp_path / "home", gateway)
     text = site.home.config.read_text()
     site.home.config.write_text(text.replace('device = "cpu"', 'device = "cpu"\nprocesses = 2'))
-    digest = load_model(TINY, device="cpu").digest
+    digest = smallest_digest()
     try:
         process = site.start()
         children = psutil.Process(process.pid).children(recursive=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from harness import Coordinator, Site, command_json, running
+from harness import Coordinator, Site, running
+from helpers.smallest import smallest_base, smallest_digest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -39,7 +40,7 @@ text_column = "text"
 label_column = "label"
 privacy_unit = "record"
 [model]
-directory = "tiny"
+directory = "{base}"
 device = "cpu"
 threads = 1
 [policy]
@@ -116,13 +117,14 @@ def train(root: Path, coordinator_version: Path | None, site_version: Path) -> t
             data = root / f"{site.id}.csv"
             rows = [f"cough number {number},{LABELS[number % 2]}" for number in range(120)]
             data.write_text("\n".join(["text,label", *rows]) + "\n")
-            site.configure(SITE_TOML.format(site=site.id, url=coordinator.url, data=data))
+            site.configure(SITE_TOML.format(site=site.id, url=coordinator.url, data=data, base=smallest_base()))
             site.start()
         with running(*(site.service for site in sites)):
             _wait_for_announcements(coordinator, sites)
-            base = command_json("fl-model", "inspect", "tiny")["digest"]
             spec = root / "versions.toml"
-            spec.write_text(SPEC.format(base=base, sites=json.dumps([OLD, NEW]), labels=json.dumps(LABELS)))
+            spec.write_text(
+                SPEC.format(base=smallest_digest(), sites=json.dumps([OLD, NEW]), labels=json.dumps(LABELS))
+            )
             shown = coordinator.wait(coordinator.launch(spec), timeout=500)
             assert (shown["state"], shown["rounds_committed"]) == ("completed", 2), shown
     for site in sites:

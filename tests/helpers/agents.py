@@ -29,8 +29,10 @@ from fl_shared.ledger.service import Ledger
 from fl_shared.wire import agent_pb2_grpc
 from fl_shared.wire.agent_pb2 import Chunk, RoundHeader
 from fl_shared.wire.chunks import split
+from helpers import warm
 from helpers.gateway import Gateway
 from helpers.ports import free_port
+from helpers.smallest import smallest_base
 from helpers.specs import run_spec, site_toml
 
 SITE = "hospital-001"
@@ -56,6 +58,7 @@ class RealSite:
             "data": {"unit_column": "patient", "privacy_unit": "patient", "max_records_per_unit": 2},
             "policy": {"max_steps_per_round": 100_000},
             "budget": {"epsilon": epsilon, "approver": "officer"},
+            "model": {"directory": smallest_base()},
             "supernode": {"launch": False, "tunnel_port": free_port()},
             "agent": {"stop_grace_s": 0.5},
         }
@@ -65,18 +68,22 @@ class RealSite:
             writer.writerow(["text", "label", "patient"])
             for number in range(120):
                 writer.writerow([f"{MARKER} cough number {number}", LABELS[number % 2], f"{MARKER}-{number // 2}"])
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | warm.Forked | None = None
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("FL_")}
         return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
-    def start(self, *, wait: bool = True, **extra: str) -> subprocess.Popen[str]:
+    def start(self, *, wait: bool = True, **extra: str) -> subprocess.Popen[str] | warm.Forked:
         """Start the agent and wait until its socket answers."""
-        line = [sys.executable, "-m", "fl_client.cli.client", "--site", SITE, "--home", str(self.home.root)]
-        self.process = subprocess.Popen(
-            line, env=self.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        words = ["--site", SITE, "--home", str(self.home.root)]
+        if any(name.startswith("PYTHON") for name in extra):
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fl_client.cli.client", *words],
+                env=self.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+        else:
+            self.process = warm.start("fl-client", *words, env=self.environment(**extra), together=True)
         deadline = time.monotonic() + 120
         while wait and agent_state(self.home) == "stopped":
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -95,7 +102,7 @@ class RealSite:
         assert self.process is not None
         self.process.send_signal(number)
         self.finish()
-        return self.process.returncode
+        return self.process.wait()
 
     def finish(self) -> str:
         """Wait for the process's end and return what it printed."""

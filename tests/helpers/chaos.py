@@ -32,8 +32,9 @@ from fl_shared.documents.spec import RunSpec
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
-from harness import Coordinator, Site, command, command_json
+from harness import Coordinator, Site, command
 from helpers.postgres import PostgreSQL
+from helpers.smallest import smallest_base, smallest_digest
 from helpers.specs import site_toml, write_spec
 
 PATIENCE_S = 600.0
@@ -77,7 +78,11 @@ class Federation:
             site.enroll(self.coordinator.url, self.coordinator.invite(site.id))
             site.configure(
                 site_toml(
-                    site.id, self.coordinator.url, data={"name": "records", "path": data}, budget={"epsilon": 50.0}
+                    site.id,
+                    self.coordinator.url,
+                    data={"name": "records", "path": data},
+                    model={"directory": smallest_base()},
+                    budget={"epsilon": 50.0},
                 )
             )
             site.start()
@@ -102,7 +107,7 @@ class Federation:
         spec = write_spec(
             self.root / f"{name}.toml",
             name=name,
-            base_model=command_json("fl-model", "inspect", "tiny")["digest"],
+            base_model=smallest_digest(),
             sites=[site.id for site in self.sites],
             rounds=rounds,
             quorum=quorum,

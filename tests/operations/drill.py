@@ -1,6 +1,6 @@
 """One federation from its start to a disaster and on: run by `test_operations.py`, in a network of its own.
 
-    python drill.py ROOT [--alone]
+    python drill.py ROOT BASE [--alone]
 
 A coordinator and a site, both with metrics; a run; a backup in mid-run; kill -9 of the whole coordinator, its home
 deleted; restored, brought up, the run completed; both ended by SIGTERM. The site's agent is stopped (SIGSTOP) in the
@@ -78,8 +78,8 @@ def processes() -> list[dict[str, Any]]:
 class Drill:
     """The parties and what was seen of them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, base: Path) -> None:
+        self.root, self.base = root, base
         self.coordinator = harness.Coordinator(root)
         self.site = harness.Site(SITE, root)
         self.ports = dict(zip(("coordinator", "site"), harness.free_ports(2), strict=True))
@@ -110,12 +110,13 @@ class Drill:
                 self.coordinator.url,
                 data={"unit_column": "patient", "privacy_unit": "patient", "max_records_per_unit": 2},
                 policy={"max_sampling_probability": 0.01},
+                model={"directory": self.base},
                 budget={"delta": 1e-6},
                 metrics={"listen": f"127.0.0.1:{self.ports['site']}"},
             )
         )
         self.site.start()
-        base = harness.command_json("fl-model", "inspect", "tiny")["digest"]
+        base = harness.command_json("fl-model", "inspect", str(self.base))["digest"]
         spec = write_spec(
             self.root / "spec.toml",
             name=RUN,
@@ -217,7 +218,7 @@ class Drill:
 
 def main() -> int:
     """Do it all; the result is written whatever happens."""
-    root = Path(sys.argv[1])
+    root, base = map(Path, sys.argv[1:3])
     harness.environment = bare_environment
     recorder, control = None, []
     if "--alone" in sys.argv:
@@ -225,7 +226,7 @@ def main() -> int:
         subprocess.run([sys.executable, str(HERE / "network.py")], check=True)
         time.sleep(0.2)
         control, recorder.seen = recorder.seen, []
-    drill = Drill(root)
+    drill = Drill(root, base)
     drill.seen["control"] = control
     try:
         drill.begin()

@@ -33,9 +33,10 @@ from fl_shared.documents.round import Receipt
 from fl_shared.identity.signing import SigningKey, open_document, sign_document
 from fl_shared.ledger import receipts
 from fl_shared.privacy.mechanism import Mechanism
-from harness import Site, command_json, running
+from harness import Site, running
 from helpers.coordinators import BIN, Coordinator, Keys, environment, in_process, until
 from helpers.ports import free_port
+from helpers.smallest import smallest_base, smallest_digest
 from helpers.specs import run_spec, site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -50,7 +51,7 @@ class Day:
 
     def __init__(self, one: Coordinator) -> None:
         self.one = one
-        self.base: str = command_json("fl-model", "inspect", "tiny")["digest"]
+        self.base: str = smallest_digest()
         self.site = Site(REAL, one.root)
 
     def enrol(self) -> None:
@@ -61,7 +62,16 @@ class Day:
             rows = ((f"cough number {number}", ("A", "B")[number % 2]) for number in range(120))
             csv.writer(sink).writerows([("text", "label"), *rows])
         node = {"launch": False, "tunnel_port": free_port()}
-        self.site.configure(site_toml(REAL, self.one.url, data={"path": data}, budget={"epsilon": 0.8}, supernode=node))
+        self.site.configure(
+            site_toml(
+                REAL,
+                self.one.url,
+                data={"path": data},
+                model={"directory": smallest_base()},
+                budget={"epsilon": 0.8},
+                supernode=node,
+            )
+        )
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`fl-admin` in this process: a new one for each of a hundred calls would be most of this module's time."""

@@ -44,7 +44,7 @@ def off_the_grid(moved: NDArray[np.float32], *, dimensions: int, units: int) -> 
 def test_the_noise_does_not_tell_how_many_units_have_the_runs_labels(tmp_path: Path, gateway: Gateway) -> None:
     """All records, half of them, none: a real agent answers each with noise of one deviation, on one and the same
     grid, that of the number of all units."""
-    site = RealSite(tmp_path / "home", gateway)
+    site = RealSite(tmp_path / "home", gateway, model={"directory": "tiny"})
     made_for = spec(directory_digest(TINY), steps=1).to_dict()
     site.start()
     deviations = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,14 +13,15 @@ import grpc
 import pytest
 
 from fl_client.agent.status import agent_state
-from fl_client.model.load import load_model
 from fl_shared.adapters.safetensors import digest
 from fl_shared.documents.spec import RunSpec
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.privacy.mechanism import Mechanism
+from helpers import warm
 from helpers.agents import MARKER, SITE, RealSite, body, spec
 from helpers.gateway import Gateway
+from helpers.smallest import smallest_digest
 
 KILLS = [
     "round.checked",
@@ -53,14 +52,6 @@ def site(tmp_path: Path, gateway: Gateway) -> Iterator[RealSite]:
         made.kill()
 
 
-@pytest.fixture(scope="module")
-def model_digest() -> str:
-    """The shipped model's digest."""
-    from importlib import resources
-
-    return load_model(Path(str(resources.files("fl_client"))) / "model" / "tiny", device="cpu").digest
-
-
 def stored(site: RealSite, number: int) -> bytes | None:
     """The update's bytes in the store."""
     path = site.home.releases / f"demo-1-{number}.safetensors"
@@ -68,9 +59,9 @@ def stored(site: RealSite, number: int) -> bytes | None:
 
 
 @pytest.mark.timeout(300)
-def test_one_round_survives_being_killed_again_and_again(site: RealSite, model_digest: str) -> None:
+def test_one_round_survives_being_killed_again_and_again(site: RealSite) -> None:
     """kill -9 five times in one round: charged once, trained bytes served unchanged, the ledger intact."""
-    made_for = spec(model_digest)
+    made_for = spec(smallest_digest())
     held: bytes | None = None
     for point in CHAIN:
         process = site.start(wait=False, FL_FAULT=point)
@@ -97,13 +88,13 @@ def test_one_round_survives_being_killed_again_and_again(site: RealSite, model_d
 
 @pytest.mark.timeout(600)
 @pytest.mark.skipif("FL_TEST_FULL" not in os.environ, reason="two minutes: set FL_TEST_FULL=1 to run it")
-def test_kill_at_every_step_of_a_round_never_loses_or_doubles_a_charge(site: RealSite, model_digest: str) -> None:
+def test_kill_at_every_step_of_a_round_never_loses_or_doubles_a_charge(site: RealSite) -> None:
     """For each fault point: die there, start again, order the round again.
 
     The round is then answered; it is charged exactly once; epsilon charged equals that of the rounds released;
     bytes that were on disk at the crash are served unchanged; a further repeat gives the same bytes and entry.
     """
-    made_for = spec(model_digest)
+    made_for = spec(smallest_digest())
     one = [made_for.mechanism()]
     for number, point in enumerate(KILLS, start=1):
         site.start(FL_FAULT=point)
@@ -150,20 +141,17 @@ def _epsilon(site: RealSite, mechanisms: list[Mechanism]) -> float:
         ledger.close()
 
 
-def test_signals_and_a_second_launch(site: RealSite, model_digest: str) -> None:
+def test_signals_and_a_second_launch(site: RealSite) -> None:
     """A second agent is refused by the lock; SIGTERM and Ctrl-C in mid-round leave a state that starts again."""
     site.start()
-    second = subprocess.run(
-        [sys.executable, "-m", "fl_client.cli.client", "--site", SITE, "--home", str(site.home.root)],
-        env=site.environment(), capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
+    second = warm.run("fl-client", "--site", SITE, "--home", str(site.home.root), env=site.environment())
     assert second.returncode == 2
     assert "works for this site already" in second.stderr
     assert "fix: " in second.stderr
     assert "Traceback" not in second.stderr + second.stdout
     assert agent_state(site.home) == "idle"
 
-    long = spec(model_digest, steps=4000)
+    long = spec(smallest_digest(), steps=4000)
     for sign in (signal.SIGTERM, signal.SIGINT):
         ended = _order_in_background(site, 1, long)
         _wait_for(lambda: agent_state(site.home) == "training")
@@ -172,7 +160,7 @@ def test_signals_and_a_second_launch(site: RealSite, model_digest: str) -> None:
         assert ended.wait(60)
         assert [spend.outcome for spend in site.spends()] == ["open"]
         site.start()
-    assert site.order(site.manifest(1, spec(model_digest), run="demo-2")).status == "ok"
+    assert site.order(site.manifest(1, spec(smallest_digest()), run="demo-2")).status == "ok"
     assert site.stop() == 0
     report = verify_ledger(f"sqlite:///{site.home.ledger}", SITE)
     assert report.intact, report.problems

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fl_client.model.load import load_model
 from fl_shared.ledger.verify import verify_ledger
+from helpers import warm
 from helpers.agents import SITE, RealSite, spec
 from helpers.gateway import Gateway
+from helpers.smallest import smallest_digest
 
 
 @pytest.fixture
@@ -28,9 +28,8 @@ def site(tmp_path: Path, gateway: Gateway) -> Iterator[RealSite]:
 
 def client(site: RealSite, *words: str) -> subprocess.CompletedProcess[str]:
     """Run one verb of fl-client at the site."""
-    line = [sys.executable, "-m", "fl_client.cli.client", words[0], "--site", SITE, "--home", str(site.home.root)]
-    return subprocess.run(
-        [*line, *words[1:]], env=site.environment(), capture_output=True, text=True, timeout=120, check=False
+    return warm.run(
+        "fl-client", words[0], "--site", SITE, "--home", str(site.home.root), *words[1:], env=site.environment()
     )
 
 
@@ -45,10 +44,7 @@ def put_back(site: RealSite, old: Path) -> None:
 @pytest.mark.parametrize("known_by", ["head", "releases"])
 def test_an_old_copy_of_the_ledger_is_not_taken_up(site: RealSite, tmp_path: Path, known_by: str) -> None:
     """The agent ends with the next step; the operator's recorded word enters what the home knows, and it goes on."""
-    from importlib import resources
-
-    digest = load_model(Path(str(resources.files("fl_client"))) / "model" / "tiny", device="cpu").digest
-    made_for, old = spec(digest), tmp_path / "old.sqlite"
+    made_for, old = spec(smallest_digest()), tmp_path / "old.sqlite"
     site.start()
     assert site.order(site.manifest(1, made_for)).status == "ok"
     assert site.stop() == 0

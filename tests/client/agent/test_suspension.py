@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,13 +17,14 @@ import pytest
 from fl_client.agent.orders import Assignment, ReceivedOrder
 from fl_client.agent.releases import ReleaseStore
 from fl_client.agent.rounds import Rounds
-from fl_client.model.load import load_model
 from fl_shared.errors import EngineError
 from fl_shared.identity.signing import sign_document
 from fl_shared.ledger.suspension import MAX_FAILED_RUNS, confirm_run
+from helpers import warm
 from helpers.agents import SITE, RealSite, body, spec
 from helpers.gateway import Gateway
 from helpers.sites import POLICY, Site, site_spec
+from helpers.smallest import smallest_digest
 
 # Training fails, after it has read the data, because of one record: as an adapter can make it that overflows on a word.
 FAILS_ON_ONE_RECORD = """
@@ -51,31 +51,20 @@ def site(tmp_path: Path, gateway: Gateway) -> Iterator[RealSite]:
         made.kill()
 
 
-@pytest.fixture(scope="module")
-def model_digest() -> str:
-    """The shipped model's digest."""
-    from importlib import resources
-
-    return load_model(Path(str(resources.files("fl_client"))) / "model" / "tiny", device="cpu").digest
-
-
 def client(site: RealSite, *words: str) -> subprocess.CompletedProcess[str]:
     """Run one verb of fl-client at the site."""
-    line = [sys.executable, "-m", "fl_client.cli.client", words[0], "--site", SITE, "--home", str(site.home.root)]
-    return subprocess.run(
-        [*line, *words[1:]], env=site.environment(), capture_output=True, text=True, timeout=120, check=False
+    return warm.run(
+        "fl-client", words[0], "--site", SITE, "--home", str(site.home.root), *words[1:], env=site.environment()
     )
 
 
 @pytest.mark.timeout(600)
-def test_a_record_that_makes_training_fail_is_told_once_a_run(
-    site: RealSite, model_digest: str, tmp_path: Path
-) -> None:
+def test_a_record_that_makes_training_fail_is_told_once_a_run(site: RealSite, tmp_path: Path) -> None:
     """Fresh rounds, repeats, a restart and a restored home change nothing; the operator's word does, in the ledger."""
     patched = tmp_path / "patched"
     patched.mkdir()
     (patched / "sitecustomize.py").write_text(FAILS_ON_ONE_RECORD)
-    made_for = spec(model_digest)
+    made_for = spec(smallest_digest())
     path = os.pathsep.join(filter(None, [str(patched), os.environ.get("PYTHONPATH", "")]))
 
     def codes(run: str, *numbers: int) -> list[str]:
