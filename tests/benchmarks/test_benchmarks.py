@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from helpers import warm
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted(file for file in HERE.glob("*.py") if not file.name.startswith("test_"))
@@ -18,8 +21,7 @@ SHORT = {"dp_step.py", "quantisation.py", "invariance.py", "orders.py"}
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.name)
 def test_help_says_what_it_measures_and_how(script: Path, tmp_path: Path) -> None:
     """`--help` works in any directory, names --json, and --quick where the default takes long."""
-    line = [sys.executable, str(script), "--help"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    done = warm.run(str(script), "--help", env=os.environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
     assert script.name in SHORT or "--quick" in done.stdout

@@ -18,7 +18,7 @@ import pytest
 from fl_client.node.reaping import Cgroup
 from fl_client.node.sandbox import Confinement
 
-HARD = 200
+HARD = 100
 """No test's program may ever have more processes than this, whatever the code under test does."""
 
 BOMBS = {
@@ -102,7 +102,7 @@ def capped() -> None:
 def test_the_loop_ends_whatever_forks(bomb: str) -> None:
     """Without a cgroup: stop and kill until none is left."""
     user = 61178
-    line = ["timeout", "-k", "1", "120", sys.executable, "-c", KEEP, str(user), "150", START + BOMBS[bomb]]
+    line = ["timeout", "-k", "1", "120", sys.executable, "-c", KEEP, str(user), "60", START + BOMBS[bomb]]
     with subprocess.Popen(line, stdin=subprocess.PIPE, preexec_fn=capped) as keeper:
         wait_for(lambda: len(of_user(user)) > 20)
         keeper.communicate(b".")
@@ -115,7 +115,7 @@ def test_the_loop_ends_whatever_forks(bomb: str) -> None:
 def test_the_keeper_ends_whatever_forks(tmp_path: Path, bomb: str) -> None:
     """The real keeper, without the walls that would hide the rest of the machine: no process is left, and none ever
     were more than allowed."""
-    user, tasks = pwd.getpwnam("nobody"), 100
+    user, tasks = pwd.getpwnam("nobody"), 40
     before = len(of_user(user.pw_uid))
     confinement = Confinement(
         command=["/usr/bin/perl", "-e", f"{PERL_START} if (fork) {{ sleep 60 }} {PERL_BOMBS[bomb]}"],

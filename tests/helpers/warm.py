@@ -1,4 +1,4 @@
-"""A warm interpreter for tests: a site's commands as forks of a process that has imported what they import.
+"""A warm interpreter for tests: a site's commands, and scripts, as forks of a process that has imported PyTorch.
 
 A forked command is a process of its own, with its own pid, arguments, environment, directory, output, signals and end,
 and runs the product from its first line; only the seconds of importing PyTorch and Transformers are not spent again.
@@ -7,6 +7,7 @@ Where an interpreter's own start matters (its search path, its user, a limit), a
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import importlib
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 MODULES = {"fl-client": "fl_client.cli.client", "fl-model": "fl_client.cli.model", "fl-audit": "fl_shared.audit.cli"}
@@ -78,24 +80,29 @@ def _interpreter() -> socket.socket:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen([sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
     its.close()
+    atexit.register(ours.close)
     return ours
 
 
-def start(command: str, *words: str, env: Mapping[str, str], together: bool = False) -> Forked:
-    """Start a command with this environment; `together`: its errors go where its output goes."""
+def start(command: str, *words: str, env: Mapping[str, str], cwd: Path | None = None, together: bool = False) -> Forked:
+    """Start a command, or a script that is named by its path; `together`: its errors go where its output goes."""
     output, errors = (tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2))  # noqa: SIM115 - read after its end
     status, told = os.pipe()
     with open(os.devnull, "rb") as nothing:
         files = [nothing.fileno(), output.fileno(), (output if together else errors).fileno(), told]
-        order = json.dumps({"words": [command, *words], "environment": dict(env), "directory": os.getcwd()}).encode()
+        order = json.dumps(
+            {"words": [command, *words], "environment": dict(env), "directory": str(cwd or Path.cwd())}
+        ).encode()
         socket.send_fds(_interpreter(), [order], files)
     os.close(told)
     return Forked(command, int(_interpreter().recv(16)), status, output, errors)
 
 
-def run(command: str, *words: str, env: Mapping[str, str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    process = start(command, *words, env=env)
+def run(
+    command: str, *words: str, env: Mapping[str, str], cwd: Path | None = None, timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, or a script that is named by its path, to its end."""
+    process = start(command, *words, env=env, cwd=cwd)
     try:
         output, errors = process.communicate(timeout)
     except subprocess.TimeoutExpired:
@@ -174,7 +181,12 @@ def main() -> None:
         os.environ.update(order["environment"])
         os.chdir(order["directory"])
         sys.argv = order["words"]
-        runpy.run_module(MODULES[sys.argv[0]], run_name="__main__", alter_sys=True)
+        sys.path[0] = order["directory"]
+        if sys.argv[0] in MODULES:
+            runpy.run_module(MODULES[sys.argv[0]], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(sys.argv[0]).parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.date import now as flower_now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from fl_server.db.models import SiteRow
 from fl_server.db.store import Store
 from fl_server.flower.superlink import Flower
 from fl_server.home.layout import ServerHome
@@ -99,6 +100,11 @@ def gets_through(one: Coordinator, site: str) -> int:
     return nodes[-1]
 
 
+def known(one: Coordinator, site: str) -> SiteRow:
+    """What the coordinator has stored of a site."""
+    return Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(site)
+
+
 def online(one: Coordinator) -> dict[str, bool]:
     """What `fl-admin sites list` says."""
     return {each["site"]: each["online"] for each in one.admin("sites", "list")["sites"]}
@@ -119,10 +125,11 @@ def test_online_is_who_flower_lets_through(one: Coordinator) -> None:
 
 def test_a_node_that_leaves_is_not_online_at_once_as_in_flowers_grid(one: Coordinator) -> None:
     """A SuperNode that is stopped says so: the admin need not wait for silence, and a new start is seen at once."""
+    leave(one, A, int(known(one, A).node_id))  # a node that is on line already is not let on line again
     node = gets_through(one, A)
     until(lambda: online(one)[A], "the node is online", 30.0)
     assert leave(one, A, node) == 200
-    row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
+    row = known(one, A)
     assert Flower(ServerHome(one.home)).nodes()[row.node_id] == "offline"
     assert online(one)[A] is False
     assert activate(one, A) == node
@@ -224,7 +231,7 @@ def test_a_lost_or_damaged_superlink_database_locks_nobody_out(one: Coordinator,
     assert gets_through(one, B)
     node = gets_through(one, A)
     assert beat(one, A, node) == 200
-    row = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
+    row = known(one, A)
     assert row.node_id == str(node)
     found = online(one)  # among sites of other tests
     assert (found[A], found[B]) == (True, True)
@@ -246,8 +253,7 @@ def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [no_nodes, emptied], ids=lambda each: each.__name__)
 def test_damage_under_a_running_superlink_is_noticed_and_repaired(one: Coordinator, damage: object) -> None:
     """The next refused call sets it off; nobody has to restart anything, and until then the site is not online."""
-    known = Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(A)
-    leave(one, A, int(known.node_id))  # a node that is on line already is not let on line again
+    leave(one, A, int(known(one, A).node_id))  # a node that is on line already is not let on line again
     node = gets_through(one, A)
     assert callable(damage)
     damage(one.home / "flower" / "superlink.db")

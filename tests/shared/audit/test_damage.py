@@ -28,7 +28,7 @@ KEY = SigningKey.generate()
 COLUMNS = [(table, column) for table in metadata.sorted_tables for column in table.columns]
 DAMAGED = 13
 SAMPLES = settings(
-    max_examples=int(os.environ.get("AUDIT_DAMAGE_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("AUDIT_DAMAGE_EXAMPLES", "25")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
