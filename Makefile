@@ -6,6 +6,8 @@ STAMP  := $(VENV)/.installed
 # One thread per process: several agents share the machine.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
+# Byte code is kept, whatever the shell says: a thousand processes would compile the same sources again.
+export PYTHONDONTWRITEBYTECODE =
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help

@@ -30,9 +30,11 @@ import importlib.machinery, os
 
 hidden = set(os.environ["HIDDEN"].split(","))
 found = importlib.machinery.PathFinder.find_spec
+asked = set()
 
 
 def find_spec(name, path=None, target=None):
+    asked.add(name.partition(".")[0])
     return None if name.partition(".")[0] in hidden else found(name, path, target)
 
 
@@ -127,7 +129,7 @@ SWEPT = {
 
 # One interpreter for each package: what a command imported in vain is not in sys.modules, so the next one tries again.
 SWEEP = """
-import contextlib, io, json, shlex, sys
+import contextlib, io, json, shlex, sitecustomize, sys
 from importlib import metadata
 
 scripts = {script.name: script for script in metadata.entry_points(group="console_scripts")}
@@ -141,36 +143,39 @@ for line in sys.argv[1:]:
         except SystemExit as end:
             code = end.code
     told[sys.argv[0]] = [code or 0, err.getvalue()]
-print(json.dumps(told))
+print(json.dumps({"told": told, "asked": sorted(sitecustomize.asked)}))
 """
-INSPECTING = EXTRAS["client"]
-"""What `fl-model inspect` needs. It imports torch, which takes seconds: what it need not have is hidden at once."""
 
 Told = dict[str, tuple[int, str]]
 
 
-def sweep(place: Path, lines: list[str], *hidden: str) -> Told:
-    """What each line's command ends with and says on standard error without the hidden packages."""
+def sweep(place: Path, lines: list[str], *hidden: str) -> tuple[Told, set[str]]:
+    """What each line's command ends with and says on standard error without the hidden packages; what they looked for,
+    found or not."""
     done = subprocess.run(
         [sys.executable, "-c", SWEEP, *lines],
         cwd=place, env=environment(place, *hidden), capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    told: Told = json.loads(done.stdout.splitlines()[-1])
-    return told
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["told"], set(answer["asked"])
 
 
 @pytest.fixture(scope="module")
-def inspected(place: Path) -> Told:
-    """The model is inspected without any of the packages that this does not need."""
-    return sweep(place, [SWEPT["fl-model"]], *(module for module in OPTIONAL if module not in INSPECTING))
+def whole(place: Path) -> dict[str, tuple[Told, set[str]]]:
+    """Each command where nothing is missing: what it says, and which modules it looks for."""
+    return {command: sweep(place, [line]) for command, line in SWEPT.items()}
 
 
 @pytest.fixture(scope="module", params=OPTIONAL)
-def swept(request: pytest.FixtureRequest, place: Path, inspected: Told) -> tuple[str, Told]:
-    """A package, and what each command ends with and says on standard error without it."""
+def swept(request: pytest.FixtureRequest, place: Path, whole: dict[str, tuple[Told, set[str]]]) -> tuple[str, Told]:
+    """A package, and what each command ends with and says on standard error without it.
+
+    A command that does not look for the package cannot miss it: it is not run again.
+    """
     module: str = request.param
-    lines = [line for command, line in SWEPT.items() if command != "fl-model" or module in INSPECTING]
-    return module, inspected | sweep(place, lines, module)
+    lines = [line for command, line in SWEPT.items() if module in whole[command][1]]
+    same = {name: said for told, _ in whole.values() for name, said in told.items()}
+    return module, same | (sweep(place, lines, module)[0] if lines else {})
 
 
 @pytest.mark.parametrize("command", sorted(SWEPT))

@@ -16,6 +16,7 @@ from fl_client.identity.renewal import certificate, renew
 from fl_client.site.home import SiteHome
 from fl_shared.documents.spec import LORA_TARGETS
 from harness import CommandError, Coordinator, Site, command, command_json, running
+from helpers.smallest import smallest_base
 from helpers.specs import SpecFields, site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -49,7 +50,7 @@ class Federation:
         self.sites = [Site(name, root) for name in SITES]
         train, _ = hospital_split()
         self.labels = sorted({label for _, label in train})
-        self.base: str = command_json("fl-model", "inspect", "tiny")["digest"]
+        self.base: str = command_json("fl-model", "inspect", str(smallest_base()))["digest"]
         for index, site in enumerate(self.sites):
             rows = train[index : 2400 : len(SITES)]
             with (root / f"{site.id}.csv").open("w", newline="", encoding="utf-8") as sink:
@@ -57,7 +58,8 @@ class Federation:
 
     def configure(self, site: Site, epsilon: float = 5.0) -> None:
         data = {"path": self.root / f"{site.id}.csv", "label_column": "chapter"}
-        site.configure(site_toml(site.id, self.coordinator.url, data=data, budget={"epsilon": epsilon}))
+        model = {"directory": smallest_base()}
+        site.configure(site_toml(site.id, self.coordinator.url, data=data, model=model, budget={"epsilon": epsilon}))
 
     def launch(self, name: str, **changes: Any) -> str:
         fields: Any = USUAL | changes

@@ -6,6 +6,7 @@ The points are derived here from the curve's equation (RFC 8032, 5.1), not taken
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from pathlib import Path
@@ -55,13 +56,12 @@ def root(value: int) -> int | None:
 
 
 def torsion() -> set[Point]:
-    """The eight points of small order: L times points of the whole curve, which has 8 L of them."""
-    found: set[Point] = set()
-    for y in range(2, 100):
+    """The eight points of small order: the multiples of one of order 8, which is L times a point of the whole curve."""
+    for y in itertools.count(2):
         x = root((y * y - 1) * pow(D * y * y + 1, P - 2, P) % P)
-        if x is not None:
-            found.add(times(L, (x, y)))
-    return found
+        if x is not None and times(4, found := times(L, (x, y))) != (0, 1):
+            return {times(n, found) for n in range(8)}
+    raise AssertionError
 
 
 def encoded(y: int, sign: int) -> str:

@@ -7,9 +7,9 @@ split would leak siblings of a category into the held-out set; here a whole cate
 from __future__ import annotations
 
 import hashlib
+import importlib
 from functools import cache
-
-import simple_icd_10_cm as icd
+from types import ModuleType
 
 HELD_OUT_SHARE = 0.2
 
@@ -26,20 +26,26 @@ def is_held_out(category: str) -> bool:
 
 
 @cache
+def _icd() -> ModuleType:
+    """The package: its import reads all of its XML, which takes seconds that only who needs it has to spend."""
+    return importlib.import_module("simple_icd_10_cm")
+
+
+@cache
 def _coded() -> tuple[str, ...]:
-    return tuple(c for c in icd.get_all_codes(True) if icd.is_category(c) or icd.is_subcategory(c))
+    return tuple(c for c in _icd().get_all_codes(True) if _icd().is_category(c) or _icd().is_subcategory(c))
 
 
 @cache
 def chapter_of(code: str) -> str:
     """The chapter's number, `1` to `22`."""
-    return str(icd.get_ancestors(code)[-1])
+    return str(_icd().get_ancestors(code)[-1])
 
 
 def chapter_titles() -> dict[str, str]:
     """Chapter number to its title, without the code range."""
-    chapters = [c for c in icd.get_all_codes(True) if icd.is_chapter(c)]
-    return {c: icd.get_description(c).rsplit(" (", 1)[0] for c in chapters}
+    chapters = [c for c in _icd().get_all_codes(True) if _icd().is_chapter(c)]
+    return {c: _icd().get_description(c).rsplit(" (", 1)[0] for c in chapters}
 
 
 def hospital_split() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -51,7 +57,7 @@ def hospital_split() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     test: dict[str, str] = {}
     for code in _coded():
         side = test if is_held_out(category_of(code)) else train
-        for term in icd.get_inclusion_term(code):
+        for term in _icd().get_inclusion_term(code):
             side.setdefault(term.strip(), chapter_of(code))
     return list(train.items()), [(term, chapter) for term, chapter in test.items() if term not in train]
 
@@ -64,6 +70,6 @@ def public_descriptions() -> list[tuple[str, tuple[str, ...]]]:
     rows = []
     for code in _coded():
         if not is_held_out(category_of(code)):
-            parents = tuple(icd.get_description(parent).rsplit(" (", 1)[0] for parent in icd.get_ancestors(code))
-            rows.append((icd.get_description(code), parents))
+            parents = tuple(_icd().get_description(parent).rsplit(" (", 1)[0] for parent in _icd().get_ancestors(code))
+            rows.append((_icd().get_description(code), parents))
     return rows

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
+from types import ModuleType
 
-import simple_icd_10_cm as icd
+import pytest
 
 from fl_client.data.icd10 import category_of, chapter_titles, hospital_split, is_held_out, public_descriptions
 
@@ -20,7 +22,13 @@ SIDES = {
 }
 
 
-def _categories_by_term() -> dict[str, set[str]]:
+@pytest.fixture(scope="module")
+def icd() -> ModuleType:
+    """The terminology's package; its import takes seconds."""
+    return importlib.import_module("simple_icd_10_cm")
+
+
+def _categories_by_term(icd: ModuleType) -> dict[str, set[str]]:
     """Inclusion term -> every category it stands under, read from the package itself."""
     found: dict[str, set[str]] = {}
     for code in icd.get_all_codes(True):
@@ -30,10 +38,10 @@ def _categories_by_term() -> dict[str, set[str]]:
     return found
 
 
-def test_no_category_has_rows_on_both_sides() -> None:
+def test_no_category_has_rows_on_both_sides(icd: ModuleType) -> None:
     """A held-out text stands under held-out categories only, a training text under a training one."""
     train, test = hospital_split()
-    categories = _categories_by_term()
+    categories = _categories_by_term(icd)
     assert all(all(is_held_out(c) for c in categories[text]) for text, _ in test)
     assert all(any(not is_held_out(c) for c in categories[text]) for text, _ in train)
     assert not {text for text, _ in train} & {text for text, _ in test}
@@ -57,7 +65,7 @@ def test_the_split_is_pinned() -> None:
     assert category_of("S72.001A") == "S72"
 
 
-def test_labels_are_the_chapters_of_the_classification() -> None:
+def test_labels_are_the_chapters_of_the_classification(icd: ModuleType) -> None:
     """A row's label is the chapter that ICD-10-CM puts its term under."""
     train, _ = hospital_split()
     rows = dict(train)
@@ -67,7 +75,7 @@ def test_labels_are_the_chapters_of_the_classification() -> None:
     assert chapter_titles()["9"].lower() == "diseases of the circulatory system"
 
 
-def test_public_text_holds_no_inclusion_term_row_and_no_held_out_category() -> None:
+def test_public_text_holds_no_inclusion_term_row_and_no_held_out_category(icd: ModuleType) -> None:
     """What the base may be pretrained on: descriptions under training categories, none under a held-out one."""
     public = public_descriptions()
     allowed = Counter(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import simple_icd_10_cm as icd
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,12 +59,18 @@ def test_a_missing_wordnet_is_said(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def icd() -> ModuleType:
+    """The terminology's package; its import takes seconds."""
+    return importlib.import_module("simple_icd_10_cm")
+
+
+@pytest.fixture(scope="module")
 def codes() -> list[str]:
     """The corpus' ICD-10 lines of seed 0."""
     return icd_lines(0)
 
 
-def test_the_corpus_holds_nothing_that_is_held_out(codes: list[str]) -> None:
+def test_the_corpus_holds_nothing_that_is_held_out(icd: ModuleType, codes: list[str]) -> None:
     """No line starts with a held-out description or with any held-out row of the hospital task."""
     starts = {line.split(": ")[0] for line in codes}
     held_out = {icd.get_description(c) for c in icd.get_all_codes(True) if icd.is_category(c) and is_held_out(c)}
@@ -74,7 +81,7 @@ def test_the_corpus_holds_nothing_that_is_held_out(codes: list[str]) -> None:
     assert not {start.lower() for start in starts} & {text.lower() for text, _ in test}
 
 
-def test_no_category_dominates_the_corpus(codes: list[str]) -> None:
+def test_no_category_dominates_the_corpus(icd: ModuleType, codes: list[str]) -> None:
     """Each training category gives at most twelve lines, and the seed alone decides which."""
     titles = {icd.get_description(c) for c in icd.get_all_codes(True) if icd.is_category(c) and not is_held_out(c)}
     assert PER_CATEGORY < len(codes) < 0.9 * PER_CATEGORY * len(titles)
