@@ -21,10 +21,13 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
-LONGEST = (
-    "test_recovery.py", "test_main_job.py", "test_versions.py", "test_coordinator.py", "test_nodes.py",
-    "test_survival.py", "test_process.py", "test_operations.py", "test_rollback.py", "test_missing_packages.py",
-    "test_label_spellings.py", "test_all.py", "test_suspension.py", "test_ranks.py",
+# The longest files, those that wait for processes and those that compute by turns: one may compute while one waits.
+FIRST = (
+    "test_main_job.py", "test_invariance.py", "test_coordinator.py", "test_nodes.py", "test_all.py", "test_versions.py",
+    "test_damage.py", "test_survival.py", "test_operations.py", "test_missing_packages.py", "test_recovery.py",
+    "test_exact.py", "test_suspension.py", "test_aggregators_e2e.py", "test_checks.py", "test_readme.py",
+    "test_admin_day.py", "test_training.py", "test_tunnel.py", "test_limits.py", "test_launch.py",
+    "test_supervision.py", "test_process.py", "test_site_key.py", "test_rollback.py",
 )  # fmt: skip
 
 
@@ -46,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def turn(item: pytest.Item) -> tuple[int, bool]:
         name = item.path.name
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST), item.get_closest_marker("e2e") is None
+        return FIRST.index(name) if name in FIRST else len(FIRST), item.get_closest_marker("e2e") is None
 
     items.sort(key=turn)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.gateway import Gateway
+from helpers.smallest import smallest_base
 
 BIN = Path(sys.executable).parent
 SITE = "hospital-001"
@@ -43,6 +44,8 @@ def test_the_next_lines_of_enroll_and_check_run(gateway: Gateway, place: Path) -
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if line.startswith(("next: ", "then: ")))
     assert shell(told["next"].replace("edit", "test -f"), place).returncode == 0
     (place / "site" / "keys" / "signing.pem").chmod(0o644)
+    settings = place / "site" / "site.toml"
+    settings.write_text(settings.read_text().replace('directory = "tiny"', f'directory = "{smallest_base()}"'))
     check = shell(told["then"], place)
     assert "PASS  enrolled" in check.stdout
     fix = next(line.split("fix:")[1].strip() for line in check.stdout.splitlines() if "chmod 600" in line)

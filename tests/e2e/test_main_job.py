@@ -16,7 +16,7 @@ from fl_client.identity.renewal import certificate, renew
 from fl_client.site.home import SiteHome
 from fl_shared.documents.spec import LORA_TARGETS
 from harness import CommandError, Coordinator, Site, command, command_json, running
-from helpers.smallest import smallest_base
+from helpers.smallest import smallest_base, smallest_digest
 from helpers.specs import SpecFields, site_toml, write_spec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -50,7 +50,7 @@ class Federation:
         self.sites = [Site(name, root) for name in SITES]
         train, _ = hospital_split()
         self.labels = sorted({label for _, label in train})
-        self.base: str = command_json("fl-model", "inspect", str(smallest_base()))["digest"]
+        self.base = smallest_digest()
         for index, site in enumerate(self.sites):
             rows = train[index : 2400 : len(SITES)]
             with (root / f"{site.id}.csv").open("w", newline="", encoding="utf-8") as sink:

@@ -133,11 +133,11 @@ class Coordinator:
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.agents: list[subprocess.Popen[bytes]] = []
         self.keys: dict[str, Keys] = {}
-        done = self.run(
-            "fl-server", "init", "--home", str(self.home), "--gateway-port", str(self.gateway),
-            "--control-port", str(self.control), "--json",
-        )  # fmt: skip
-        self.facts: dict[str, Any] = json.loads(done.stdout)
+        line = ["init", "--home", str(self.home), "--gateway-port", str(self.gateway)]
+        code, out, err = in_process(server.main, [*line, "--control-port", str(self.control), "--json"])
+        if code != 0:
+            raise AssertionError(f"fl-server {' '.join(line)}: {code}\n{out}{err}")
+        self.facts: dict[str, Any] = json.loads(out)
 
     def run(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one of our commands."""

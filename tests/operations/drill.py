@@ -1,6 +1,6 @@
 """One federation from its start to a disaster and on: run by `test_operations.py`, in a network of its own.
 
-    python drill.py ROOT BASE [--alone]
+    python drill.py ROOT BASE DIGEST [--alone]
 
 A coordinator and a site, both with metrics; a run; a backup in mid-run; kill -9 of the whole coordinator, its home
 deleted; restored, brought up, the run completed; both ended by SIGTERM. The site's agent is stopped (SIGSTOP) in the
@@ -78,8 +78,8 @@ def processes() -> list[dict[str, Any]]:
 class Drill:
     """The parties and what was seen of them."""
 
-    def __init__(self, root: Path, base: Path) -> None:
-        self.root, self.base = root, base
+    def __init__(self, root: Path, base: Path, digest: str) -> None:
+        self.root, self.base, self.digest = root, base, digest
         self.coordinator = harness.Coordinator(root)
         self.site = harness.Site(SITE, root)
         self.ports = dict(zip(("coordinator", "site"), harness.free_ports(2), strict=True))
@@ -116,11 +116,10 @@ class Drill:
             )
         )
         self.site.start()
-        base = harness.command_json("fl-model", "inspect", str(self.base))["digest"]
         spec = write_spec(
             self.root / "spec.toml",
             name=RUN,
-            base_model=base,
+            base_model=self.digest,
             sites=[SITE],
             rounds=ROUNDS,
             round_timeout_s=120,
@@ -218,7 +217,7 @@ class Drill:
 
 def main() -> int:
     """Do it all; the result is written whatever happens."""
-    root, base = map(Path, sys.argv[1:3])
+    root, base, digest = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     harness.environment = bare_environment
     recorder, control = None, []
     if "--alone" in sys.argv:
@@ -226,7 +225,7 @@ def main() -> int:
         subprocess.run([sys.executable, str(HERE / "network.py")], check=True)
         time.sleep(0.2)
         control, recorder.seen = recorder.seen, []
-    drill = Drill(root, base)
+    drill = Drill(root, base, digest)
     drill.seen["control"] = control
     try:
         drill.begin()

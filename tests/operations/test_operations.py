@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.smallest import smallest_base
+from helpers.smallest import smallest_base, smallest_digest
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -75,7 +75,13 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
 
     root, alone = tmp_path_factory.mktemp("d"), _may_be_alone()
     before = ["unshare", "--net", "--mount"] if alone else []
-    script_line = [str(HERE / "drill.py"), str(root), str(smallest_base()), *(["--alone"] if alone else [])]
+    script_line = [
+        str(HERE / "drill.py"),
+        str(root),
+        str(smallest_base()),
+        smallest_digest(),
+        *(["--alone"] if alone else []),
+    ]
     line = [*before, sys.executable, *script_line]
     done = subprocess.run(line, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

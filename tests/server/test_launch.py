@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from fl_client.model.layout import directory_digest
 from fl_client.model.quantise import quantise_directory
 from fl_client.model.recipe.pretrain import train_tokenizer
 from fl_shared.documents.order import BY_DIGEST, ORDERS_HEADER
-from harness import Site, command_json, running
+from harness import Site, running
 from helpers.coordinators import Coordinator, until
 from helpers.ports import free_port
 from helpers.random_models import float_model, small_config
@@ -42,7 +43,7 @@ class Federation:
         tokenizer.save_pretrained(folder / "float")
         self.model = folder / "base"
         quantise_directory(folder / "float", self.model)
-        self.base: str = command_json("fl-model", "inspect", str(self.model))["digest"]
+        self.base = directory_digest(self.model)
 
     def enrol(self) -> None:
         """Enrol both sites; configure the real one."""
