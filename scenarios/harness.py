@@ -154,7 +154,7 @@ class Coordinator:
                 return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"fl-server is not ready after {timeout:.0f} s; see {self.service.log}")
-            time.sleep(0.5)
+            time.sleep(1.5)
 
     def admin(self, *arguments: str, timeout: float = 120.0) -> Any:
         line = [*arguments, "--profile", self.profile]

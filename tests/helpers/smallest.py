@@ -12,18 +12,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from transformers import DeepseekV3Config
+
+from fl_client.model.layout import directory_digest
+from fl_client.model.load import TINY
+from fl_client.model.quantise import quantise_directory
+from helpers.random_models import float_model
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 @functools.cache
 def smallest_base() -> Path:
     """Its directory, made once in a process, and gone with it. Any user may read it."""
-    from transformers import DeepseekV3Config
-
-    from fl_client.model.load import TINY
-    from fl_client.model.quantise import quantise_directory
-    from helpers.random_models import float_model
-
     root = Path(tempfile.mkdtemp(prefix="base-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     config = DeepseekV3Config(
@@ -44,6 +45,4 @@ def smallest_base() -> Path:
 @functools.cache
 def smallest_digest() -> str:
     """Its digest, as a spec names it."""
-    from fl_client.model.layout import directory_digest
-
     return directory_digest(smallest_base())

@@ -105,6 +105,11 @@ def known(one: Coordinator, site: str) -> SiteRow:
     return Sites(Store(f"sqlite:///{one.home / 'coordinator.sqlite'}")).get(site)
 
 
+def go_off_line(one: Coordinator, site: str) -> None:
+    """Take the site's node off line: one that is on line already is not let on line again for a minute."""
+    until(lambda: leave(one, site, int(known(one, site).node_id)) == 200, f"the node of {site} leaves")
+
+
 def online(one: Coordinator) -> dict[str, bool]:
     """What `fl-admin sites list` says."""
     return {each["site"]: each["online"] for each in one.admin("sites", "list")["sites"]}
@@ -125,7 +130,7 @@ def test_online_is_who_flower_lets_through(one: Coordinator) -> None:
 
 def test_a_node_that_leaves_is_not_online_at_once_as_in_flowers_grid(one: Coordinator) -> None:
     """A SuperNode that is stopped says so: the admin need not wait for silence, and a new start is seen at once."""
-    leave(one, A, int(known(one, A).node_id))  # a node that is on line already is not let on line again
+    go_off_line(one, A)
     node = gets_through(one, A)
     until(lambda: online(one)[A], "the node is online", 30.0)
     assert leave(one, A, node) == 200
@@ -253,7 +258,7 @@ def test_a_link_to_nowhere_is_set_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [no_nodes, emptied], ids=lambda each: each.__name__)
 def test_damage_under_a_running_superlink_is_noticed_and_repaired(one: Coordinator, damage: object) -> None:
     """The next refused call sets it off; nobody has to restart anything, and until then the site is not online."""
-    leave(one, A, int(known(one, A).node_id))  # a node that is on line already is not let on line again
+    go_off_line(one, A)
     node = gets_through(one, A)
     assert callable(damage)
     damage(one.home / "flower" / "superlink.db")
