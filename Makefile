@@ -35,7 +35,7 @@ quick: $(STAMP) ## the tests without processes, PostgreSQL and models: 90 second
 	$(BIN)/python -m pytest --quick -n 2 --dist worksteal
 
 test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=25
 
 fuzz: $(STAMP) ## the fuzz tests with new inputs, ten minutes each (CONCORDAT_FUZZ_MINUTES)
 	CONCORDAT_FUZZ_MINUTES=$${CONCORDAT_FUZZ_MINUTES:-10} $(BIN)/python -m pytest -n 2 tests/fuzz

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from fl_client.training.round import initial_adapter
 from fl_shared.adapters.safetensors import pack
 from fl_shared.documents.spec import LORA_TARGETS, LoraSection
 from fl_shared.errors import ModelError
+from helpers import warm
 from helpers.random_models import ARCHITECTURES, adapted_small, float_model, small_config
 from helpers.specs import run_spec, to_toml
 
@@ -134,10 +134,9 @@ def test_the_command_exports_the_demos_base_and_says_what_it_does(tmp_path: Path
     }
     (tmp_path / "adapter.safetensors").write_bytes(pack(offset))
     (tmp_path / "spec.toml").write_text(to_toml(spec.to_dict()))
-    done = subprocess.run(
-        [sys.executable, "-m", "fl_client.cli.model", "export-adapter", "--spec", tmp_path / "spec.toml",
-         "--adapter", tmp_path / "adapter.safetensors", tmp_path / "peft", "--json"],
-        capture_output=True, text=True, check=False,
+    done = warm.run(
+        "fl-model", "export-adapter", "--spec", "spec.toml", "--adapter", "adapter.safetensors",
+        str(tmp_path / "peft"), "--json", env=os.environ, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"directory": str(tmp_path / "peft")}
