@@ -39,6 +39,7 @@ class Forked:
         self._command, self.pid = command, pid
         self.returncode: int | None = None
         self._status, self._output, self._errors = status, output, errors
+        self._said: tuple[str, str] | None = None
 
     def poll(self) -> int | None:
         """Its exit status, minus the signal that ended it, or None while it runs."""
@@ -58,11 +59,14 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; what it printed, and what it printed as errors if these go elsewhere."""
         self.wait(timeout)
-        said = []
-        for kept in (self._output, self._errors):
-            kept.seek(0)
-            said.append(kept.read())
-        return said[0], said[1]
+        if self._said is None:
+            said = []
+            for kept in (self._output, self._errors):
+                with kept:
+                    kept.seek(0)
+                    said.append(kept.read())
+            self._said = said[0], said[1]
+        return self._said
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
