@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
+from unittest import mock
 
 import httpx
 from cryptography import x509
@@ -46,12 +47,13 @@ def until(true: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -
         time.sleep(0.2)
 
 
-def in_process(main: Callable[[list[str]], int], line: list[str]) -> tuple[int, str, str]:
-    """Run a command's `main` here; its exit code and what it printed. The umask that it tightens is restored."""
+def in_process(main: Callable[[list[str]], int], line: list[str], **variables: str) -> tuple[int, str, str]:
+    """Run a command's `main` here, with these in the environment; its exit code and what it printed. The umask that it
+    tightens is restored."""
     out, err = io.StringIO(), io.StringIO()
     umask = os.umask(0o022)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.dict(os.environ, variables), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(line)
     finally:
         os.umask(umask)
@@ -134,7 +136,8 @@ class Coordinator:
         self.agents: list[subprocess.Popen[bytes]] = []
         self.keys: dict[str, Keys] = {}
         line = ["init", "--home", str(self.home), "--gateway-port", str(self.gateway)]
-        code, out, err = in_process(server.main, [*line, "--control-port", str(self.control), "--json"])
+        line += ["--control-port", str(self.control), "--json"]
+        code, out, err = in_process(server.main, line, FL_SERVER_HOME=str(self.home))
         if code != 0:
             raise AssertionError(f"fl-server {' '.join(line)}: {code}\n{out}{err}")
         self.facts: dict[str, Any] = json.loads(out)

@@ -56,7 +56,7 @@ class Office:
         self.operators = Operators.of(self.home, Store(self.home.database_url()))
         with (root / "control.log").open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fl_server.control.server", "--home", str(self.home.root)],
+                [sys.executable, "-m", "fl_server.control", "--home", str(self.home.root)],
                 env=environment(), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         until(self._answers, "the control API answers", 60.0)

@@ -35,7 +35,7 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-MODULES = {"gateway": "gateway.app", "control": "control.server", "monitor": "operations.monitor"}
+MODULES = {"gateway": "gateway.app", "control": "control", "monitor": "operations.monitor"}
 
 
 @pytest.mark.parametrize("component", MODULES)

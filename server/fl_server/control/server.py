@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import sys
 from pathlib import Path
 
 import grpc
@@ -22,8 +20,6 @@ from fl_shared.runtime.threads import running_pool
 from fl_shared.wire.control_pb2_grpc import add_ControlServicer_to_server
 from fl_shared.wire.hosts import host_and_port
 
-# gRPC has no switch for TLS 1.3 alone. This list is for TLS 1.2 alone, and nothing in it fits our EC certificate.
-TLS_1_2_CIPHERS = "ECDHE-RSA-AES256-GCM-SHA384"
 MAX_REQUEST_BYTES = 4 << 20
 WORKERS = 32
 
@@ -59,12 +55,9 @@ def serve(home: ServerHome) -> grpc.Server:
 
 
 def main() -> int:
-    """`python -m fl_server.control.server --home H`, as the supervisor starts it."""
-    parser = argparse.ArgumentParser(prog="fl_server.control.server")
+    """`python -m fl_server.control --home H`."""
+    parser = argparse.ArgumentParser(prog="fl_server.control")
     parser.add_argument("--home", required=True, type=Path)
-    if os.environ.get("GRPC_SSL_CIPHER_SUITES") != TLS_1_2_CIPHERS:
-        os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS_1_2_CIPHERS  # read when gRPC is imported, so start again
-        os.execv(sys.executable, [sys.executable, "-m", "fl_server.control.server", *sys.argv[1:]])  # noqa: S606
     home = ServerHome.open(parser.parse_args().home)
     set_up("control")
     over = StopRequest()
@@ -73,7 +66,3 @@ def main() -> int:
     over.wait()
     server.stop(3.0).wait()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -118,7 +118,7 @@ class Supervisor:
             Component(
                 "control",
                 host_and_port(settings.control_host, settings.control_port),
-                module("control.server"),
+                module("control"),
                 lambda: _listens(reachable(settings.control_host), settings.control_port),
             ),
             Component("launcher", "", module("rounds.launcher"), lambda: True, needs=("superlink",)),
