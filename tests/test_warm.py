@@ -33,7 +33,10 @@ def script(tmp_path: Path) -> Path:
 
 
 def test_a_fork_has_what_a_started_process_has(script: Path, tmp_path: Path) -> None:
-    """Arguments, directory, environment, umask, handlers, descriptors, both outputs, what runs at exit, exit status."""
+    """Arguments, directory, environment, umask, handlers, descriptors, both outputs, what runs at exit, exit status:
+    beside another that runs, nothing of which it has."""
+    (tmp_path / "waits.py").write_text("import time\ntime.sleep(600)\n")
+    beside = warm.start(str(tmp_path / "waits.py"), env=os.environ)
     environment = {"PATH": os.environ["PATH"], "ONLY": "this", "LC_ALL": "C.UTF-8"}
     words = ["one", "two words"]
     forked = warm.run(str(script), *words, env=environment, cwd=tmp_path)
@@ -47,6 +50,8 @@ def test_a_fork_has_what_a_started_process_has(script: Path, tmp_path: Path) -> 
     )
     assert (forked.returncode, forked.stdout, forked.stderr) == (3, started.stdout, started.stderr)
     assert "ended" in forked.stdout
+    beside.kill()
+    beside.communicate(30)
 
 
 def test_a_command_is_the_installed_one(tmp_path: Path) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fl_shared.adapters.safetensors import pack
-from helpers import warm
-from helpers.agents import MARKER, SITE, RealSite, spec
+from helpers.agents import MARKER, RealSite, spec
 from helpers.gateway import Gateway
 from helpers.smallest import smallest_base, smallest_digest
 from helpers.specs import to_toml
@@ -38,15 +35,11 @@ def site(tmp_path: Path, gateway: Gateway) -> RealSite:
     return made
 
 
-def run(site: RealSite, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """`fl-client` as a process."""
-    verb, *rest = map(str, arguments)
-    return warm.run("fl-client", verb, "--site", SITE, "--home", str(site.home.root), *rest, env=site.environment())
-
-
 def test_check_tells_rows_and_labels_and_nothing_is_charged(site: RealSite, tmp_path: Path) -> None:
     """Every unused row with its reason, spellings, absent labels; a spec that fits nothing fails the check."""
-    done = run(site, "check", "--json", "--spec", write_spec(tmp_path / "spec.toml", ["lungs", "heart", "brain"]))
+    done = site.run(
+        "fl-client", "check", "--json", "--spec", write_spec(tmp_path / "spec.toml", ["lungs", "heart", "brain"])
+    )
     lines = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
     assert lines["data"]["message"].startswith(
         "records.csv: 120 rows used of 124, 60 units (each a patient); left out: 2 without text, 1 without label, "
@@ -56,7 +49,7 @@ def test_check_tells_rows_and_labels_and_nothing_is_charged(site: RealSite, tmp_
     assert lines["labels"]["message"] == (
         "120 of 120 used rows have one of the spec's 3 labels; 120 of them in another spelling; no row has 'brain'"
     )
-    wrong = run(site, "check", "--json", "--spec", write_spec(tmp_path / "wrong.toml", ["1", "2"]))
+    wrong = site.run("fl-client", "check", "--json", "--spec", write_spec(tmp_path / "wrong.toml", ["1", "2"]))
     assert wrong.returncode == 2
     (labels,) = [line for line in json.loads(wrong.stdout)["checks"] if line["name"] == "labels"]
     assert not labels["ok"]
@@ -70,10 +63,10 @@ def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_char
 ) -> None:
     """train-alone and evaluate: exit code 15, and no reservation is in the ledger."""
     made = write_spec(tmp_path / "spec.toml", ["1", "2"])
-    alone = run(site, "train-alone", "--spec", made, "--out", tmp_path / "alone")
+    alone = site.run("fl-client", "train-alone", "--spec", made, "--out", tmp_path / "alone")
     hidden = json.loads((smallest_base() / "config.json").read_text())["hidden_size"]
     (tmp_path / "adapter").write_bytes(pack({"classifier.weight": np.zeros((2, hidden), np.float32)}))
-    judged = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "adapter", "--force")
+    judged = site.run("fl-client", "evaluate", "--spec", made, "--adapter", tmp_path / "adapter", "--force")
     for done, what in ((alone, "the training data"), (judged, "the hold-out")):
         assert done.returncode == 15, done.stderr
         assert f"no record of {what} has one of the spec's labels: '1', '2'" in done.stderr
@@ -81,7 +74,7 @@ def test_commands_of_the_operator_refuse_labels_that_nobody_has_before_they_char
         assert "used rows have one of the spec's 2 labels" in done.stdout
     for content, word in ((b"", "holds no tensor"), (pack({}, {"a": "b"}), "holds no tensor"), (b"{", "header")):
         (tmp_path / "none").write_bytes(content)  # a copy that failed costs nothing
-        done = run(site, "evaluate", "--spec", made, "--adapter", tmp_path / "none", "--force")
+        done = site.run("fl-client", "evaluate", "--spec", made, "--adapter", tmp_path / "none", "--force")
         assert done.returncode == 15, done.stderr
         assert word in done.stderr
     assert site.spends() == []

@@ -19,7 +19,6 @@ from fl_client.identity.keys import rotate as rotate_key
 from fl_client.site.config import SiteConfig
 from fl_shared.identity.signing import SigningKey
 from fl_shared.ledger.verify import verify_ledger
-from helpers import warm
 from helpers.agents import SITE, RealSite
 from helpers.gateway import Gateway
 from helpers.ledgers import in_process, opened, with_budget
@@ -42,15 +41,10 @@ def url(site: RealSite) -> str:
     return f"sqlite:///{site.home.ledger}"
 
 
-def called(site: RealSite, command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command at the site, as a process."""
-    return warm.run(command, *words, "--site", SITE, "--home", str(site.home.root), env=site.environment(**variables))
-
-
 def rotate(site: RealSite, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """`fl-client keys rotate`."""
     said = ("--by", "A. Officer", "--reason", "yearly")
-    return called(site, "fl-client", "keys", "rotate", *said, *words, **variables)
+    return site.run("fl-client", "keys", "rotate", *said, *words, **variables)
 
 
 def changes(site: RealSite) -> list[str]:
@@ -73,23 +67,23 @@ def test_an_enrolled_site_has_its_public_key_in_a_file(tmp_path: Path, gateway: 
     ours = SigningKey.load(site.home.signing_key).public_hex
     assert site.home.public_key.read_text() == f"{ours}\n"
     site.home.public_key.unlink()
-    told = json.loads(called(site, "fl-client", "keys", "show", "--json").stdout)
+    told = json.loads(site.run("fl-client", "keys", "show", "--json").stdout)
     assert told == {"signing_key": ours, "file": str(site.home.public_key)}
     assert site.home.public_key.read_text() == f"{ours}\n"
 
 
 def test_verify_takes_the_home_s_key_when_none_is_given(site: RealSite) -> None:
     """It says whose word that is, and a ledger under another key is NOT INTACT; so after a rotation, too."""
-    called(site, "fl-client", "keys", "show")
-    done = called(site, "fl-audit", "verify")
+    site.run("fl-client", "keys", "show")
+    done = site.run("fl-audit", "verify")
     assert (done.returncode, "as its home says" in done.stdout, "INTACT" in done.stdout) == (0, True, True)
-    assert json.loads(called(site, "fl-audit", "verify", "--json").stdout)["pinned"] is False
+    assert json.loads(site.run("fl-audit", "verify", "--json").stdout)["pinned"] is False
     before = SigningKey.load(site.home.signing_key).public_hex
     assert rotate(site).returncode == 0
     for words in ((), ("--public-key", before), ("--public-key", str(site.home.public_key))):
-        assert called(site, "fl-audit", "verify", *words).returncode == 0, words
+        assert site.run("fl-audit", "verify", *words).returncode == 0, words
     site.home.public_key.write_text(SigningKey.generate().public_hex)
-    done = called(site, "fl-audit", "verify")
+    done = site.run("fl-audit", "verify")
     assert (done.returncode, "the auditor knows" in done.stdout) == (13, True)
 
 
@@ -149,11 +143,11 @@ def test_no_agent_starts_before_the_coordinator_knows_the_new_key(site: RealSite
     assert line in done.stdout
     parse(typed(line))
     new = SigningKey.load(site.home.signing_key).public_hex
-    refused = called(site, "fl-client", "run")
+    refused = site.run("fl-client", "run")
     assert refused.returncode == 17
     assert line in refused.stderr
     assert "Traceback" not in refused.stderr
-    checks = json.loads(called(site, "fl-client", "check", "--json").stdout)["checks"]
+    checks = json.loads(site.run("fl-client", "check", "--json").stdout)["checks"]
     assert [line in each["fix"] for each in checks if each["name"] == "server"] == [True]
     enrol(site.home, site=SITE, server=gateway.url, token=gateway.token(SITE), force=True)
     (path, request), *_ = [each for each in reversed(gateway.requests) if each[0] == "/v1/enroll"]
@@ -179,4 +173,4 @@ def test_an_enrolment_of_before_learns_which_key_the_coordinator_knows(site: Rea
     site.home.coordinator.write_text(json.dumps(table))
     assert rotate(site).returncode == 0
     assert Coordinator.load(site.home).signing_key == old
-    assert called(site, "fl-client", "run").returncode == 17
+    assert site.run("fl-client", "run").returncode == 17

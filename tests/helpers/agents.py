@@ -91,6 +91,11 @@ class RealSite:
             time.sleep(0.1)
         return self.process
 
+    def run(self, command: str, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command at this site to its end, as a process."""
+        at = ("--site", SITE, "--home", str(self.home.root))
+        return warm.run(command, *map(str, words), *at, env=self.environment(**variables))
+
     def kill(self) -> None:
         """kill -9, as a power cut would."""
         assert self.process is not None

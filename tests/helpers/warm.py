@@ -115,61 +115,41 @@ def run(
     return subprocess.CompletedProcess([command, *words], process.wait(), output, errors)
 
 
-class _Interpreter:
-    """The other side: forks when it is told to, and says how its children ended."""
-
-    def __init__(self, orders: socket.socket) -> None:
-        self._orders = orders
-        self._tell: dict[int, int] = {}
-        self._wake, wakened = socket.socketpair()
-        wakened.setblocking(False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wakened.fileno())
-        self._kept = wakened
-
-    def serve(self) -> dict[str, Any] | None:
-        """Fork for each order. In a child: its order. In the interpreter, once nobody orders any more: None."""
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(self._orders, selectors.EVENT_READ)
-            waiting.register(self._wake, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in waiting.select()]
-                if self._wake in ready:
-                    self._wake.recv(4096)
-                    self._reap()
-                if self._orders not in ready:
+def _serve(orders: socket.socket) -> dict[str, Any] | None:
+    """Fork for each order. In a child: its order. In the interpreter, once nobody orders any more: None."""
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(orders, selectors.EVENT_READ)
+        while True:
+            for key, _ in waiting.select():
+                if key.fileobj is not orders:
+                    waiting.unregister(key.fd)
+                    os.close(key.fd)
+                    _tell(*key.data)
                     continue
-                text, files, _, _ = socket.recv_fds(self._orders, 1 << 20, 4)
+                text, files, _, _ = socket.recv_fds(orders, 1 << 20, 4)
                 if not text:
                     return None
                 pid = os.fork()
                 if pid == 0:
                     for number, file in enumerate(files[:3]):
                         os.dup2(file, number)
-                    self._let_go(files)
+                    orders.close()
+                    others = [fd for one in waiting.get_map().values() if one.data for fd in (one.fd, one.data[1])]
+                    for file in [*files, *others]:
+                        os.close(file)
                     order: dict[str, Any] = json.loads(text)
                     return order
-                self._tell[pid] = files[3]
                 for file in files[:3]:
                     os.close(file)
-                self._orders.send(str(pid).encode())
+                waiting.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, files[3]))
+                orders.send(str(pid).encode())
 
-    def _let_go(self, files: list[int]) -> None:
-        """In a child: nothing of the interpreter stays open or handled."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for end in (self._orders, self._wake, self._kept):
-            end.close()
-        for file in [*files, *self._tell.values()]:
-            os.close(file)
 
-    def _reap(self) -> None:
-        for pid in list(self._tell):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                told = self._tell.pop(pid)
-                os.write(told, str(status).encode())
-                os.close(told)
+def _tell(pid: int, told: int) -> None:
+    """How a child has ended, to who started it."""
+    _, status = os.waitpid(pid, 0)
+    os.write(told, str(status).encode())
+    os.close(told)
 
 
 def main() -> None:
@@ -178,7 +158,7 @@ def main() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()
-    order = _Interpreter(socket.socket(fileno=int(sys.argv[1]))).serve()
+    order = _serve(socket.socket(fileno=int(sys.argv[1])))
     if order is not None:
         gc.enable()
         os.environ.clear()

@@ -75,14 +75,8 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Drill:
 
     root, alone = tmp_path_factory.mktemp("d"), _may_be_alone()
     before = ["unshare", "--net", "--mount"] if alone else []
-    script_line = [
-        str(HERE / "drill.py"),
-        str(root),
-        str(smallest_base()),
-        smallest_digest(),
-        *(["--alone"] if alone else []),
-    ]
-    line = [*before, sys.executable, *script_line]
+    words = [str(root), str(smallest_base()), smallest_digest(), *(["--alone"] if alone else [])]
+    line = [*before, sys.executable, str(HERE / "drill.py"), *words]
     done = subprocess.run(line, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     seen = json.loads((root / "result.json").read_text())

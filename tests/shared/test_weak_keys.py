@@ -57,11 +57,10 @@ def root(value: int) -> int | None:
 
 def torsion() -> set[Point]:
     """The eight points of small order: the multiples of one of order 8, which is L times a point of the whole curve."""
-    for y in itertools.count(2):
-        x = root((y * y - 1) * pow(D * y * y + 1, P - 2, P) % P)
-        if x is not None and times(4, found := times(L, (x, y))) != (0, 1):
-            return {times(n, found) for n in range(8)}
-    raise AssertionError
+    on_curve = ((root((y * y - 1) * pow(D * y * y + 1, P - 2, P) % P), y) for y in itertools.count(2))
+    small = (times(L, (x, y)) for x, y in on_curve if x is not None)
+    eighth = next(point for point in small if times(4, point) != (0, 1))
+    return {times(n, eighth) for n in range(8)}
 
 
 def encoded(y: int, sign: int) -> str:

@@ -18,7 +18,6 @@ from fl_shared.documents.spec import RunSpec
 from fl_shared.ledger.service import Ledger
 from fl_shared.ledger.verify import verify_ledger
 from fl_shared.privacy.mechanism import Mechanism
-from helpers import warm
 from helpers.agents import MARKER, SITE, RealSite, body, spec
 from helpers.gateway import Gateway
 from helpers.smallest import smallest_digest
@@ -144,7 +143,7 @@ def _epsilon(site: RealSite, mechanisms: list[Mechanism]) -> float:
 def test_signals_and_a_second_launch(site: RealSite) -> None:
     """A second agent is refused by the lock; SIGTERM and Ctrl-C in mid-round leave a state that starts again."""
     site.start()
-    second = warm.run("fl-client", "--site", SITE, "--home", str(site.home.root), env=site.environment())
+    second = site.run("fl-client")
     assert second.returncode == 2
     assert "works for this site already" in second.stderr
     assert "fix: " in second.stderr

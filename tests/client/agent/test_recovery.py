@@ -22,7 +22,6 @@ import pytest
 
 from fl_client.agent.status import agent_problems, agent_state
 from fl_shared.runtime.processes import free_port
-from helpers import warm
 from helpers.agents import SITE, RealSite
 from helpers.gateway import Gateway
 from helpers.users import as_user, barrier
@@ -79,9 +78,7 @@ class Launching(RealSite):
         wait_for(lambda: any(words in each for each in agent_problems(self.home.socket)), self.ready)
         wait_for(lambda: words in self.ready(), self.ready)
         assert not logged or words in (self.home.logs / "agent.jsonl").read_text()
-        done = warm.run(
-            "fl-client", "status", "--json", "--site", SITE, "--home", str(self.home.root), env=self.environment()
-        )
+        done = self.run("fl-client", "status", "--json")
         assert done.returncode == 0
         assert isinstance(json.loads(done.stdout)["problems"], list)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fl_shared.ledger.verify import verify_ledger
-from helpers import warm
 from helpers.agents import SITE, RealSite, spec
 from helpers.gateway import Gateway
 from helpers.smallest import smallest_digest
@@ -24,13 +22,6 @@ def site(tmp_path: Path, gateway: Gateway) -> Iterator[RealSite]:
     yield made
     if made.process is not None and made.process.poll() is None:
         made.kill()
-
-
-def client(site: RealSite, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run one verb of fl-client at the site."""
-    return warm.run(
-        "fl-client", words[0], "--site", SITE, "--home", str(site.home.root), *words[1:], env=site.environment()
-    )
 
 
 def put_back(site: RealSite, old: Path) -> None:
@@ -65,13 +56,13 @@ def test_an_old_copy_of_the_ledger_is_not_taken_up(site: RealSite, tmp_path: Pat
     assert "was rolled back" in said
     assert "fl-client resume" in said
     assert "Traceback" not in said
-    assert client(site, "resume", "--ledger").returncode == 2
-    done = client(site, "resume", "--ledger", "--by", "A. Officer", "--reason", "the disk is lost", "--json")
+    assert site.run("fl-client", "resume", "--ledger").returncode == 2
+    done = site.run("fl-client", "resume", "--ledger", "--by", "A. Officer", "--reason", "the disk is lost", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"entered": 1}
     assert site.epsilon() == pytest.approx(spent, rel=1e-9)
     assert [spend.release_digest for spend in site.spends()] == whole
-    assert client(site, "resume", "--ledger", "--by", "x", "--reason", "y").returncode == 2
+    assert site.run("fl-client", "resume", "--ledger", "--by", "x", "--reason", "y").returncode == 2
     site.start()
     assert site.order(site.manifest(2, made_for)).payload == released.payload
     assert site.stop() == 0

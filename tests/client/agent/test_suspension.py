@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from fl_client.agent.rounds import Rounds
 from fl_shared.errors import EngineError
 from fl_shared.identity.signing import sign_document
 from fl_shared.ledger.suspension import MAX_FAILED_RUNS, confirm_run
-from helpers import warm
-from helpers.agents import SITE, RealSite, body, spec
+from helpers.agents import RealSite, body, spec
 from helpers.gateway import Gateway
 from helpers.sites import POLICY, Site, site_spec
 from helpers.smallest import smallest_digest
@@ -51,13 +49,6 @@ def site(tmp_path: Path, gateway: Gateway) -> Iterator[RealSite]:
         made.kill()
 
 
-def client(site: RealSite, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run one verb of fl-client at the site."""
-    return warm.run(
-        "fl-client", words[0], "--site", SITE, "--home", str(site.home.root), *words[1:], env=site.environment()
-    )
-
-
 @pytest.mark.timeout(600)
 def test_a_record_that_makes_training_fail_is_told_once_a_run(site: RealSite, tmp_path: Path) -> None:
     """Fresh rounds, repeats, a restart and a restored home change nothing; the operator's word does, in the ledger."""
@@ -84,15 +75,17 @@ def test_a_record_that_makes_training_fail_is_told_once_a_run(site: RealSite, tm
     assert others == ["failed"] * (MAX_FAILED_RUNS - 1) + ["suspended"]
     assert [spend.outcome for spend in site.spends()] == ["in-doubt"] * MAX_FAILED_RUNS
 
-    shown = json.loads(client(site, "status", "--json").stdout)
+    shown = json.loads(site.run("fl-client", "status", "--json").stdout)
     assert set(shown["suspended"]) == {"demo-1", "other-0", "other-1"}
-    assert "fl-client resume --site hospital-001 demo-1" in client(site, "status").stdout
-    assert client(site, "resume", "demo-1").returncode == 2
-    assert client(site, "resume", "another", "--by", "x", "--reason", "y").returncode == 13
-    done = client(site, "resume", "demo-1", "--by", "A. Officer", "--reason", "the adapter was looked at", "--json")
+    assert "fl-client resume --site hospital-001 demo-1" in site.run("fl-client", "status").stdout
+    assert site.run("fl-client", "resume", "demo-1").returncode == 2
+    assert site.run("fl-client", "resume", "another", "--by", "x", "--reason", "y").returncode == 13
+    done = site.run(
+        "fl-client", "resume", "demo-1", "--by", "A. Officer", "--reason", "the adapter was looked at", "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert codes("demo-1", 6, 7) == ["failed", "suspended"]  # the word was for one more try, and the agent ran on
-    assert client(site, "resume", "demo-1", "--by", "A. Officer", "--reason", "again").returncode == 0
+    assert site.run("fl-client", "resume", "demo-1", "--by", "A. Officer", "--reason", "again").returncode == 0
     site.kill()
     site.start()  # and without what made it fail:
     assert codes("demo-1", 6, 7) == ["failed", "ok"]
